@@ -1,0 +1,84 @@
+# On Debian or Ubuntu: Python 3.11 or newer, a C++ compiler and make are enough to start.
+#   PYTHON=python3.12     which Python (default: python3)
+#   LPLB_CUDA=off         the CUDA module: auto (where nvcc is found), on, off, or pypi, which takes
+#                         the CUDA toolchain from PyPI and needs nothing of the system's
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format gpu-test wheel clean
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+LPLB_CUDA ?= auto
+export LPLB_CUDA
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+GPU_SITE := $(CURDIR)/build/gpu-site
+
+C_FILES = $(shell find xla_ffi cuda -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+SOURCES = CMakeLists.txt pyproject.toml $(wildcard cmake/*) $(C_FILES) \
+  $(shell find lplb_jax -type f -not -path '*/__pycache__/*')
+DEPENDENCIES := $(VENV)/dependencies-$(LPLB_CUDA)
+INSTALLED := $(VENV)/installed-$(LPLB_CUDA)
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(INSTALLED)  ## build, install into .venv, and run the demonstration
+	$(BIN)/lplb-jax demo
+
+test: lint $(INSTALLED)  ## lint, and every test that needs no GPU
+	$(BIN)/pytest -n auto
+
+lint: $(DEPENDENCIES)  ## check style of Python and C++
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+
+format: $(DEPENDENCIES)  ## rewrite the sources in that style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(C_FILES)
+
+gpu-test: $(GPU_SITE)/installed  ## the GPU's tests, with the Python packages already there
+	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE):$$PYTHONPATH $(PYTHON) -m pytest -m gpu
+
+wheel: $(BIN)/python  ## a wheel to give away, in dist/
+	$(PIP) wheel -v --no-deps -w dist --config-settings=build-dir= .
+
+clean:  ## remove whatever make made
+	rm -rf $(VENV) build dist
+
+# Ends a check: where it fails, the message says what to install.
+else_say = || { echo "lplb_jax: $(1)" >&2; exit 1; }
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  $(call else_say,Python 3.11 or newer is needed. Name one with: make PYTHON=python3.12)
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  $(call else_say,Python has no venv. On Debian: sudo apt install python3-venv)
+	@test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
+	  $(call else_say,Python has no headers. On Debian: sudo apt install python3-dev)
+	@command -v $(CXX) >/dev/null \
+	  $(call else_say,there is no C++ compiler. On Debian: sudo apt install g++)
+	$(PYTHON) -m venv $(VENV)
+
+# The build backend itself knows what else this machine lacks: CMake, ninja, the CUDA toolchain.
+$(DEPENDENCIES): pyproject.toml | $(BIN)/python
+	$(PIP) install --upgrade pip
+	$(PIP) install --group dev
+	$(BIN)/python -c 'from scikit_build_core.build import *; print(*get_requires_for_build_wheel())' \
+	  | xargs --no-run-if-empty $(PIP) install
+	$(PIP) install --no-build-isolation --only-deps '.[demo,test]'
+	touch $@
+
+# Editable: a change of the Python files counts at once, a change of the others at the next make.
+$(INSTALLED): $(DEPENDENCIES) $(SOURCES)
+	$(PIP) install -v --no-build-isolation --no-deps -e .
+	rm -f $(VENV)/installed-*
+	touch $@
+
+$(GPU_SITE)/installed: $(SOURCES)
+	LPLB_CUDA=on $(PYTHON) -m pip install -v --no-build-isolation --no-deps --upgrade \
+	  --target $(GPU_SITE) .
+	touch $@
