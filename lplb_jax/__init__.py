@@ -1,0 +1,26 @@
+"""Exact load balancing for mixture-of-experts layers in JAX. Start with `rebalance`."""
+
+from lplb_jax import metrics, reference, topologies
+from lplb_jax.assignment import assign
+from lplb_jax.balancer import rebalance
+from lplb_jax.loads import count_loads, sync_loads
+from lplb_jax.placement import Placement, place_experts
+from lplb_jax.solver import Split, solve
+from lplb_jax.status import Status
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Placement",
+    "Split",
+    "Status",
+    "assign",
+    "count_loads",
+    "metrics",
+    "place_experts",
+    "rebalance",
+    "reference",
+    "solve",
+    "sync_loads",
+    "topologies",
+]

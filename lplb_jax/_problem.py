@@ -1,0 +1,120 @@
+"""Trace-time checks of the arguments that the four steps share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lplb_jax import topologies
+from lplb_jax.placement import Placement, check_fits, given_order
+
+_INDEX_DTYPES = ("int32", "int64", "uint8", "uint16")
+SOLVERS = ("auto", "exact")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The checked static description of one balancing problem, and its placement."""
+
+    r2o: np.ndarray
+    placement: Placement
+
+    @property
+    def ep_size(self) -> int:
+        return self.placement.ep_size
+
+    @property
+    def n_logical(self) -> int:
+        return self.placement.n_logical
+
+
+def check_problem(
+    loads: jax.Array | None, r2o: Any, placement: Placement | None, axis_name: Any
+) -> Problem:
+    """Finds ep_size and n_logical, and raises where the arguments contradict one another."""
+    r2o = topologies.validate(r2o)
+    group_size = r2o.shape[0]
+    axis_size = None if axis_name is None else check_axis(axis_name)
+    if placement is None:
+        if loads is None:
+            raise ValueError(
+                "placement: expected a Placement where loads is None (it holds the number of "
+                "experts), got None; make one with place_experts(None, r2o, ...)"
+            )
+        rows = loads.shape[0] if loads.ndim == 2 else group_size
+        placement = given_order(r2o, loads.shape[-1], axis_size or rows)
+    else:
+        check_fits(placement, r2o)
+    ep_size = placement.ep_size
+    if axis_size is not None and axis_size != ep_size:
+        raise ValueError(
+            f"axis_name: expected an axis as large as placement.ep_size = {ep_size}, got "
+            f"{axis_name!r} of size {axis_size}"
+        )
+    if loads is not None and loads.shape not in [
+        (placement.n_logical,),
+        (ep_size, placement.n_logical),
+    ]:
+        raise ValueError(
+            f"loads: expected shape [n_logical] = [{placement.n_logical}] or [ep_size, n_logical] "
+            f"= [{ep_size}, {placement.n_logical}], got {list(loads.shape)}"
+        )
+    return Problem(r2o, placement)
+
+
+def check_axis(axis_name: Any) -> int:
+    """Size of a mapped axis in scope."""
+    try:
+        return lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"axis_name: expected an axis of an enclosing jax.shard_map, got {axis_name!r}, which "
+            f"is not in scope here"
+        ) from None
+
+
+def check_indices(indices: Any) -> jax.Array:
+    """`indices` as an array of an accepted integer type."""
+    dtype = getattr(indices, "dtype", None)
+    if dtype is None:
+        indices = np.asarray(indices)
+        dtype = indices.dtype
+    if dtype.name not in _INDEX_DTYPES:
+        raise TypeError(
+            f"indices: expected dtype {', '.join(_INDEX_DTYPES)}, got {dtype.name}; convert with "
+            f".astype(jnp.int32)"
+        )
+    return jnp.asarray(indices)
+
+
+def check_loads(loads: Any) -> jax.Array:
+    """`loads` as an int32 array of one or two dimensions."""
+    dtype = getattr(loads, "dtype", None)
+    if dtype != np.int32:
+        raise TypeError(
+            f"loads: expected an int32 array, got {dtype or type(loads).__name__}; convert with "
+            f"jnp.asarray(loads, jnp.int32)"
+        )
+    if loads.ndim not in (1, 2):
+        raise ValueError(
+            f"loads: expected shape [n_logical] or [ep_size, n_logical], got {list(loads.shape)}"
+        )
+    return jnp.asarray(loads)
+
+
+def check_solver(solver: str) -> None:
+    """Raises where `solver` is unknown."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
+
+
+def check_count(name: str, value: Any) -> int:
+    """A static positive integer."""
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name}: expected a static integer of at least 1, got {value!r}")
+    return int(value)

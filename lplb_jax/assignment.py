@@ -1,0 +1,129 @@
+"""Step 4: which physical slot serves every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lplb_jax import _native, reference
+from lplb_jax._problem import Problem, check_indices, check_loads, check_problem
+from lplb_jax.loads import count
+from lplb_jax.placement import Placement
+from lplb_jax.solver import Split
+
+# On the GPU a block counts and assigns one tile of tokens; the tiles' counts are the workspace.
+_TOKENS_PER_TILE = 1024
+_MAX_TILES = 128
+
+
+def assign(
+    indices: Any,
+    loads: Any,
+    split: Split,
+    r2o: Any,
+    *,
+    placement: Placement | None = None,
+    axis_name: Any = None,
+) -> jax.Array:
+    """Turns logical expert indices into physical ones so that every slot gets its quota.
+
+    The tokens of an expert are taken in a fixed order: source ranks with the expert's home rank
+    first and its replica's rank last, tokens of a rank in the order of `indices`. The first
+    `quota[home]` go home and the rest to the replica: exact to the token, without further exchange.
+
+    Args:
+      indices: int32, int64, uint8 or uint16 of any shape: logical expert ids of this source rank.
+        Ids that name no expert give −1.
+      loads: the tokens per expert that `split` was solved for. int32 `[ep_size, n_logical]`: the
+        counts of every source rank; without `axis_name`, `indices` then has a leading axis of
+        ep_size, one row per source rank. int32 `[n_logical]`: estimates; each source then splits its
+        own tokens in proportion. None: `indices` are all tokens there are.
+      split: result of `solve`.
+      r2o: static topology, see `lplb_jax.topologies`.
+      placement: where the experts are; None for the given order.
+      axis_name: the expert-parallel mesh axis inside `jax.shard_map`; tells which source this is.
+
+    Returns:
+      int32 of `indices`' shape: physical slots 0 … n_physical − 1, or −1.
+
+    Raises:
+      TypeError, ValueError: at trace time; the message names the argument.
+
+    >>> ids, ring = jnp.array([0, 0, 1, 0]), topologies.ring(2)
+    >>> loads = count_loads(ids, 2)
+    >>> assign(ids, loads[None].repeat(2, 0) // 2, solve(loads, ring), ring, axis_name=None)
+    Traceback (most recent call last):
+    ...
+    ValueError: indices: expected a leading axis of ep_size = 2 source ranks, got shape [4]
+    """
+    indices = check_indices(indices)
+    loads = None if loads is None else check_loads(loads)
+    problem = check_problem(loads, r2o, placement, axis_name)
+    if not isinstance(split, Split) or split.quota.shape != (problem.placement.n_physical,):
+        got = list(split.quota.shape) if isinstance(split, Split) else type(split).__name__
+        raise ValueError(
+            f"split: expected a Split with quota [{problem.placement.n_physical}], got {got}"
+        )
+    if loads is None and axis_name is not None:
+        raise ValueError(
+            "loads: expected the gathered counts [ep_size, n_logical] where axis_name is given, "
+            "got None; pass sync_loads(count_loads(indices, n_logical), axis_name)"
+        )
+    check_sources(indices, loads, problem, axis_name)
+    return assign_tokens(indices, loads, split.quota, problem, axis_name)
+
+
+def check_sources(
+    indices: jax.Array, loads: jax.Array | None, problem: Problem, axis_name: Any
+) -> None:
+    """Raises where the loads of several sources meet indices that do not tell them apart."""
+    if loads is None or loads.ndim == 1 or axis_name is not None:
+        return
+    if indices.ndim < 1 or indices.shape[0] != problem.ep_size:
+        raise ValueError(
+            f"indices: expected a leading axis of ep_size = {problem.ep_size} source ranks, got "
+            f"shape {list(indices.shape)}"
+        )
+
+
+def assign_tokens(
+    indices: jax.Array,
+    loads: jax.Array | None,
+    quota: jax.Array,
+    problem: Problem,
+    axis_name: Any,
+    own: jax.Array | None = None,
+) -> jax.Array:
+    """`assign` of checked arguments; `own` are the counts of `indices` where they are known."""
+    proportional = loads is not None and loads.ndim == 1
+    if proportional:
+        own = count(indices, problem.n_logical) if own is None else own
+        counts = own[None]
+    elif loads is None:
+        # One source holds everything: nobody comes before it, and its counts do not matter.
+        counts = jnp.zeros((1, problem.n_logical), jnp.int32)
+    else:
+        counts = loads
+
+    def of_source(tokens: jax.Array, rank: jax.Array) -> jax.Array:
+        operands = (tokens, counts, quota, problem.placement.log2phy, rank)
+        return _native.call(
+            "lplb_assign",
+            reference.assign,
+            *operands,
+            workspace=(min(max(tokens.size // _TOKENS_PER_TILE, 1), _MAX_TILES), problem.n_logical),
+            ep_size=problem.ep_size,
+            proportional=int(proportional),
+        )
+
+    if axis_name is not None:
+        physical = of_source(indices.reshape(-1), lax.axis_index(axis_name))
+    elif counts.shape[0] == 1:
+        physical = of_source(indices.reshape(-1), jnp.int32(0))
+    else:
+        sources = indices.reshape(problem.ep_size, -1)
+        physical = jax.vmap(of_source)(sources, jnp.arange(problem.ep_size, dtype=jnp.int32))
+    return physical.reshape(indices.shape)

@@ -1,0 +1,81 @@
+"""rebalance(): the four steps, composed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lplb_jax._problem import check_indices, check_loads, check_problem, check_solver
+from lplb_jax.assignment import assign_tokens, check_sources
+from lplb_jax.loads import count, sync_loads
+from lplb_jax.placement import Placement
+from lplb_jax.solver import Split, split_loads
+from lplb_jax.status import Status
+
+
+def rebalance(
+    indices: Any,
+    loads: Any,
+    r2o: Any,
+    *,
+    placement: Placement | None = None,
+    axis_name: Any = None,
+    solver: str = "auto",
+) -> tuple[jax.Array, Split]:
+    """Routes tokens to replicas so that the busiest rank of every group gets the fewest possible.
+
+    Args:
+      indices: int32, int64, uint8 or uint16 of any shape: the logical expert ids that this rank's
+        router chose. −1, or the largest value of an unsigned type where it is no id, means no
+        expert. Other ids outside 0 … n_logical − 1 behave the same and set a status bit.
+      loads: where the tokens per expert come from.
+        None: counted from `indices`, and gathered over `axis_name` if that is given.
+        int32 `[ep_size, n_logical]`: the counts of every source rank. Without `axis_name`,
+        `indices` then has a leading axis of ep_size, one row per source rank.
+        int32 `[n_logical]`: given statistics; each source keeps its proportional share.
+      r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`. ep_size is a multiple
+        of group_size; each group of consecutive ranks is solved on its own.
+      placement: where the experts are, see `place_experts`; None for the given order with one
+        redundant slot per column (not where `loads` is None: it tells the number of experts).
+      axis_name: the expert-parallel mesh axis (or a tuple of axes) inside `jax.shard_map`; None where
+        there is no other rank.
+      solver: "exact" or "auto", see `solve`.
+
+    Returns:
+      `(physical_indices, split)`: int32 of `indices`' shape, slots 0 … n_physical − 1 or −1, and the
+      `Split`. Unless loads are `[n_logical]`, the tokens at every slot, summed over the sources, are
+      exactly `split.quota`. With `loads=None`, `split` is equal on all ranks; where loads are
+      given, `split.status` also holds what this rank saw in its own indices.
+
+    Raises:
+      TypeError, ValueError: at trace time; the message names the argument.
+
+    Example: two ranks; expert 0 is hot and has a copy on rank 1.
+
+    >>> ring = topologies.ring(2)
+    >>> placement = place_experts(None, ring, n_logical=4, ep_size=2, redundants_per_rank=1)
+    >>> physical, split = rebalance(jnp.array([0, 0, 0, 2, 0, 1]), None, ring, placement=placement)
+    >>> physical.tolist()  # rank 0 has slots 0 to 2, rank 1 slots 3 to 5
+    [0, 0, 5, 3, 5, 1]
+    >>> split.max_load.tolist()
+    [3]
+    """
+    indices = check_indices(indices)
+    loads = None if loads is None else check_loads(loads)
+    check_solver(solver)
+    problem = check_problem(loads, r2o, placement, axis_name)
+    check_sources(indices, loads, problem, axis_name)
+
+    own = count(indices, problem.n_logical)
+    if loads is None:
+        gathered = own if axis_name is None else sync_loads(own, axis_name)
+        split = split_loads(gathered, problem)
+        sources = None if axis_name is None else gathered
+    else:
+        split = split_loads(loads, problem)
+        invalid = jnp.where(own[-1] > 0, jnp.int32(Status.INVALID_INDEX), 0)
+        split = split._replace(status=split.status | invalid)
+        sources = loads
+    return assign_tokens(indices, sources, split.quota, problem, axis_name, own), split

@@ -1,0 +1,64 @@
+"""Steps 1 and 2: count the tokens of every expert, and share the counts between ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import lax
+
+from lplb_jax import _native, reference
+from lplb_jax._problem import check_axis, check_count, check_indices
+
+
+def count_loads(indices: Any, n_logical: int) -> jax.Array:
+    """Counts the tokens routed to every logical expert.
+
+    Args:
+      indices: int32, int64, uint8 or uint16 of any shape: logical expert ids. −1, or the largest
+        value of an unsigned type where it is no id, means no expert; other ids outside
+        0 … n_logical − 1 are skipped too.
+      n_logical: logical experts.
+
+    Returns:
+      int32 `[n_logical]`.
+
+    Raises:
+      TypeError: `indices` is of another type.
+      ValueError: `n_logical` is not a positive integer.
+
+    >>> count_loads(jnp.array([[0, 2], [2, -1]]), 3).tolist()
+    [1, 0, 2]
+    """
+    n_logical = check_count("n_logical", n_logical)
+    return count(check_indices(indices), n_logical)[:n_logical]
+
+
+def sync_loads(counts: jax.Array, axis_name: Any) -> jax.Array:
+    """Gathers every rank's counts on all ranks. Call it inside `jax.shard_map`.
+
+    Args:
+      counts: int32 `[n]`, this rank's tokens per expert.
+      axis_name: the expert-parallel mesh axis (or a tuple of axes).
+
+    Returns:
+      int32 `[ep_size, n]`, equal on all ranks (`shard_map` knows: `out_specs=P()` passes).
+
+    Raises:
+      ValueError: `axis_name` is not in scope.
+
+    >>> mesh = jax.make_mesh((1,), ("ep",))
+    >>> spec = jax.sharding.PartitionSpec
+    >>> sync = jax.shard_map(
+    ...     lambda counts: sync_loads(counts, "ep"), mesh=mesh, in_specs=spec("ep"), out_specs=spec()
+    ... )
+    >>> sync(jnp.array([3, 1])).tolist()
+    [[3, 1]]
+    """
+    check_axis(axis_name)
+    return lax.all_gather(counts, axis_name, to="invarying")
+
+
+def count(indices: jax.Array, n_logical: int) -> jax.Array:
+    """Counts `[n_logical + 1]` of checked indices; in the last place, ids that name no expert."""
+    return _native.call("lplb_count", reference.count, indices.reshape(-1), n_logical=n_logical)

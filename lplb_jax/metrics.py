@@ -1,0 +1,146 @@
+"""Pure functions that say how well a batch is balanced. All work under `jit`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lplb_jax.placement import Placement
+from lplb_jax.solver import Split
+
+
+def rank_loads(quota: jax.Array, ep_size: int) -> jax.Array:
+    """Tokens per rank.
+
+    Args:
+      quota: int32 `[n_physical]`, tokens per physical slot (a `Split.quota`, or counted tokens).
+      ep_size: ranks; slots are numbered rank by rank.
+
+    Returns:
+      int32 `[ep_size]`.
+
+    >>> rank_loads(jnp.array([1, 2, 3, 4]), 2).tolist()
+    [3, 7]
+    """
+    return jnp.asarray(quota).reshape(ep_size, -1).sum(axis=1)
+
+
+def home_quota(loads: jax.Array, placement: Placement) -> jax.Array:
+    """The quotas when no replica is used: every token goes to its expert's first slot.
+
+    Args:
+      loads: int32 `[n_logical]`, tokens per expert.
+      placement: where the experts are.
+
+    Returns:
+      int32 `[n_physical]`.
+
+    >>> from lplb_jax import place_experts, topologies
+    >>> placement = place_experts(
+    ...     None, topologies.ring(2), n_logical=2, ep_size=2, redundants_per_rank=1
+    ... )
+    >>> home_quota(jnp.array([6, 2]), placement).tolist()
+    [6, 0, 2, 0]
+    """
+    loads = jnp.asarray(loads)
+    empty = jnp.zeros(placement.n_physical, loads.dtype)
+    return empty.at[placement.log2phy[:, 0]].set(loads)
+
+
+def even_quota(loads: jax.Array, placement: Placement) -> jax.Array:
+    """The quotas when every expert's tokens are split evenly over its slots (what EPLB does).
+
+    Args:
+      loads: int32 `[n_logical]`, tokens per expert.
+      placement: where the experts are.
+
+    Returns:
+      int32 `[n_physical]`; of an odd token, the earlier slot gets one more.
+
+    >>> from lplb_jax import place_experts, topologies
+    >>> placement = place_experts(
+    ...     None, topologies.ring(2), n_logical=2, ep_size=2, redundants_per_rank=1
+    ... )
+    >>> even_quota(jnp.array([6, 3]), placement).tolist()
+    [3, 1, 2, 3]
+    """
+    loads = jnp.asarray(loads)
+    log2phy, logcnt = jnp.asarray(placement.log2phy), jnp.asarray(placement.logcnt)
+    copy = jnp.arange(log2phy.shape[1])
+    share = loads[:, None] // logcnt[:, None] + (copy < (loads % logcnt)[:, None])
+    slot = jnp.where(copy < logcnt[:, None], log2phy, placement.n_physical)
+    return jnp.zeros(placement.n_physical, loads.dtype).at[slot].set(share, mode="drop")
+
+
+def imbalance(loads_of_ranks: jax.Array) -> jax.Array:
+    """Largest load over mean load: 1.0 is perfect balance, and 1.0 where there is no load.
+
+    Args:
+      loads_of_ranks: `[..., n_ranks]`, tokens per rank.
+
+    Returns:
+      float32 `[...]`, at least 1.
+
+    >>> float(imbalance(jnp.array([3, 1])))
+    1.5
+    """
+    loads = jnp.asarray(loads_of_ranks, jnp.float32)
+    mean = loads.mean(axis=-1)
+    return jnp.where(mean > 0, loads.max(axis=-1) / jnp.where(mean > 0, mean, 1), 1.0)
+
+
+def gain(loads_before: jax.Array, loads_after: jax.Array) -> jax.Array:
+    """How many times shorter the busiest rank's work became.
+
+    Args:
+      loads_before: `[..., n_ranks]`, tokens per rank.
+      loads_after: the same after balancing.
+
+    Returns:
+      float32 `[...]`: largest load before over largest load after; 1.0 where there is no load.
+
+    >>> float(gain(jnp.array([6, 2]), jnp.array([4, 4])))
+    1.5
+    """
+    before = jnp.asarray(loads_before, jnp.float32).max(axis=-1)
+    after = jnp.asarray(loads_after, jnp.float32).max(axis=-1)
+    return jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1.0)
+
+
+def gap(split: Split) -> jax.Array:
+    """Distance to the proven bound, relative: 0.0 is proven optimal.
+
+    Args:
+      split: result of `solve` or `rebalance`.
+
+    Returns:
+      float32 `[n_groups]`: (max_load − lower_bound) / max(lower_bound, 1).
+
+    >>> import lplb_jax
+    >>> split = lplb_jax.solve(jnp.array([9, 1], jnp.int32), lplb_jax.topologies.ring(2))
+    >>> gap(split).tolist()
+    [0.0]
+    """
+    excess = (split.max_load - split.lower_bound).astype(jnp.float32)
+    return excess / jnp.maximum(split.lower_bound, 1).astype(jnp.float32)
+
+
+def tokens_moved(quota: jax.Array, placement: Placement) -> jax.Array:
+    """Tokens that a replica serves instead of the expert's first slot.
+
+    Args:
+      quota: int32 `[n_physical]`, tokens per physical slot.
+      placement: where the experts are.
+
+    Returns:
+      int32 scalar.
+
+    >>> from lplb_jax import place_experts, topologies
+    >>> placement = place_experts(
+    ...     None, topologies.ring(2), n_logical=2, ep_size=2, redundants_per_rank=1
+    ... )
+    >>> int(tokens_moved(jnp.array([5, 0, 5, 2]), placement))
+    2
+    """
+    per_rank = jnp.asarray(quota).reshape(placement.ep_size, -1)
+    return per_rank[:, placement.n_logical // placement.ep_size :].sum()

@@ -1,0 +1,251 @@
+"""Where the experts are: logical experts, physical slots, and the host-side packing of EPLB."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from lplb_jax import topologies
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["phy2log", "log2phy", "logcnt"],
+    meta_fields=["ep_size"],
+)
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Which logical expert every physical slot holds; a pytree, so it can change without recompiling.
+
+    Slots are numbered rank by rank: rank `p // (n_physical / ep_size)` hosts slot p. On each rank
+    its own logical experts come first, then its redundant slots; redundant slot j·D + d is a copy of
+    local expert j·D + d of rank `r2o[·, d]`. Leading axes (layers) may be added to all arrays for
+    `vmap`.
+
+    Attributes:
+      phy2log: int32 `[n_physical]`, the logical expert in each slot.
+      log2phy: int32 `[n_logical, max_replicas]`, the slots of each expert, its own rank's first,
+        padded with −1.
+      logcnt: int32 `[n_logical]`, slots per expert, at least 1.
+      ep_size: ranks of the expert-parallel axis (static).
+    """
+
+    phy2log: Any
+    log2phy: Any
+    logcnt: Any
+    ep_size: int
+
+    @property
+    def n_logical(self) -> int:
+        """Logical experts."""
+        return self.log2phy.shape[-2]
+
+    @property
+    def n_physical(self) -> int:
+        """Physical slots over all ranks."""
+        return self.phy2log.shape[-1]
+
+    @property
+    def redundants_per_rank(self) -> int:
+        """Redundant slots of each rank."""
+        return (self.n_physical - self.n_logical) // self.ep_size
+
+
+def place_experts(
+    history: Any,
+    r2o: Any,
+    *,
+    n_logical: int,
+    ep_size: int,
+    redundants_per_rank: int,
+    n_nodes: int = 1,
+) -> Placement:
+    """Places experts on ranks from past loads, on the host.
+
+    Experts are packed onto nodes and then onto the ranks of each node so that the packs' loads are
+    even (EPLB's hierarchical reordering, without its replication: heaviest expert first, each onto
+    the lightest pack that has room). The experts of a rank are sorted by load and the heaviest
+    `redundants_per_rank` are replicated along `r2o`.
+
+    Args:
+      history: loads `[n_logical]`, or `[layers, n_logical]` for a placement per layer; finite and
+        not negative, any unit. None keeps the given order.
+      r2o: topology `[group_size, n_columns]`, see `lplb_jax.topologies`.
+      n_logical: experts, a multiple of `ep_size`.
+      ep_size: ranks, a multiple of `group_size`; groups are consecutive ranks.
+      redundants_per_rank: redundant slots of each rank, a multiple of `n_columns`, at most
+        `n_logical / ep_size`.
+      n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each.
+
+    Returns:
+      A `Placement` of NumPy arrays, with a leading axis where `history` has one.
+
+    Raises:
+      TypeError, ValueError: an argument is not as above; the message names it.
+
+    Source: DeepSeek EPLB (hierarchical load balancing), LPLB (replicas along a topology).
+
+    >>> placement = place_experts(
+    ...     [5, 1, 9, 1], topologies.ring(2), n_logical=4, ep_size=2, redundants_per_rank=1
+    ... )
+    >>> placement.phy2log.tolist()  # rank 0: experts 2 and 1 and a copy of 0, rank 1: 0, 3 and 2
+    [2, 1, 0, 0, 3, 2]
+    """
+    r2o = topologies.validate(r2o)
+    check_sizes(r2o, n_logical, ep_size, redundants_per_rank)
+    if n_nodes < 1 or ep_size % n_nodes:
+        raise ValueError(f"n_nodes: expected a divisor of ep_size = {ep_size}, got {n_nodes}")
+    if history is None:
+        return _along_topology(np.arange(n_logical), r2o, ep_size, redundants_per_rank)
+
+    loads = np.asarray(history, dtype=np.float64)
+    if loads.ndim not in (1, 2) or loads.shape[-1] != n_logical:
+        raise ValueError(
+            f"history: expected shape [n_logical] or [layers, n_logical] with n_logical = "
+            f"{n_logical}, got {loads.shape}"
+        )
+    if not np.all(np.isfinite(loads)) or np.any(loads < 0):
+        raise ValueError("history: expected finite loads of at least 0, got NaN, inf or negative")
+    placements = [
+        _along_topology(_pack_ranks(row, ep_size, n_nodes), r2o, ep_size, redundants_per_rank)
+        for row in np.atleast_2d(loads)
+    ]
+    if loads.ndim == 1:
+        return placements[0]
+    return jax.tree.map(lambda *layers: np.stack(layers), *placements)
+
+
+@functools.lru_cache(maxsize=64)
+def _given_order(r2o_bytes: bytes, group_size: int, n_logical: int, ep_size: int) -> Placement:
+    r2o = np.frombuffer(r2o_bytes, np.int32).reshape(group_size, -1)
+    return _along_topology(np.arange(n_logical), r2o, ep_size, r2o.shape[1])
+
+
+def given_order(r2o: np.ndarray, n_logical: int, ep_size: int) -> Placement:
+    """The default placement: experts in the given order, one redundant slot per column."""
+    check_sizes(r2o, n_logical, ep_size, r2o.shape[1])
+    return _given_order(r2o.tobytes(), r2o.shape[0], n_logical, ep_size)
+
+
+def check_sizes(r2o: np.ndarray, n_logical: int, ep_size: int, redundants_per_rank: int) -> None:
+    """Raises `ValueError` where the sizes of a placement along `r2o` do not go together."""
+    group_size, n_columns = r2o.shape
+    if ep_size < 1 or ep_size % group_size:
+        raise ValueError(
+            f"ep_size: expected a multiple of the group size {group_size} of r2o, got {ep_size}"
+        )
+    if n_logical < 1 or n_logical % ep_size:
+        raise ValueError(f"n_logical: expected a multiple of ep_size = {ep_size}, got {n_logical}")
+    n_local = n_logical // ep_size
+    if redundants_per_rank < 1 or redundants_per_rank % n_columns or redundants_per_rank > n_local:
+        raise ValueError(
+            f"redundants_per_rank: expected a multiple of the {n_columns} columns of r2o, at most "
+            f"the {n_local} experts of a rank, got {redundants_per_rank}"
+        )
+
+
+def check_fits(placement: Placement, r2o: np.ndarray) -> None:
+    """Raises where `placement` was not made for `r2o`; values are checked where they are known."""
+    if not isinstance(placement, Placement):
+        raise TypeError(
+            f"placement: expected a lplb_jax.Placement or None, got {type(placement).__name__}"
+        )
+    arrays = dict(phy2log=placement.phy2log, log2phy=placement.log2phy, logcnt=placement.logcnt)
+    for name, array in arrays.items():
+        if getattr(array, "dtype", None) != np.int32:
+            raise TypeError(
+                f"placement.{name}: expected an int32 array, got "
+                f"{getattr(array, 'dtype', type(array).__name__)}"
+            )
+    dims = tuple(array.ndim for array in arrays.values())
+    if dims != (1, 2, 1):
+        raise ValueError(
+            f"placement: expected arrays of 1, 2 and 1 dimensions (phy2log, log2phy, logcnt), got "
+            f"{dims}; a placement with a leading layer axis goes through jax.vmap or one layer at "
+            f"a time"
+        )
+    n_logical, n_physical = placement.n_logical, placement.n_physical
+    extra = n_physical - n_logical
+    if placement.logcnt.shape != (n_logical,) or extra % placement.ep_size:
+        raise ValueError(
+            f"placement: expected logcnt [{n_logical}] and n_physical = n_logical + ep_size · "
+            f"redundants_per_rank, got logcnt {list(placement.logcnt.shape)}, n_physical = "
+            f"{n_physical}, n_logical = {n_logical}, ep_size = {placement.ep_size}"
+        )
+    check_sizes(r2o, n_logical, placement.ep_size, extra // placement.ep_size)
+    if placement.log2phy.shape[1] < 2:
+        raise ValueError(
+            f"placement.log2phy: expected [n_logical, max_replicas] with max_replicas of at least "
+            f"2, got {list(placement.log2phy.shape)}"
+        )
+    if any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
+        return  # the values come with the batch; the solver then checks them and sets a status bit
+    phy2log = np.asarray(placement.phy2log).reshape(placement.ep_size, -1)
+    order = phy2log[:, : n_logical // placement.ep_size].ravel()
+    if np.array_equal(np.sort(order), np.arange(n_logical)):
+        expected = _along_topology(order, r2o, placement.ep_size, placement.redundants_per_rank)
+        if (
+            np.array_equal(expected.phy2log, placement.phy2log)
+            and np.array_equal(expected.log2phy, np.asarray(placement.log2phy)[:, :2])
+            and np.all(np.asarray(placement.log2phy)[:, 2:] == -1)
+            and np.array_equal(expected.logcnt, placement.logcnt)
+        ):
+            return
+    raise ValueError(
+        "placement: expected every expert once among the ranks' own slots and the redundant slots "
+        "to copy them along r2o, got another arrangement; make it with place_experts and this r2o"
+    )
+
+
+def _pack_ranks(loads: np.ndarray, ep_size: int, n_nodes: int) -> np.ndarray:
+    """Order of the experts by rank, heaviest first on each rank."""
+    order = []
+    for node in _pack(loads, np.arange(len(loads)), n_nodes):
+        for rank in _pack(loads, node, ep_size // n_nodes):
+            order.extend(rank[np.argsort(-loads[rank], kind="stable")])
+    return np.array(order)
+
+
+def _pack(loads: np.ndarray, experts: np.ndarray, n_packs: int) -> list[np.ndarray]:
+    """Greedy packing into packs of equal count: heaviest first, onto the lightest with room."""
+    room = np.full(n_packs, len(experts) // n_packs)
+    weight = np.zeros(n_packs)
+    packs: list[list[int]] = [[] for _ in range(n_packs)]
+    for expert in experts[np.argsort(-loads[experts], kind="stable")]:
+        lightest = int(np.argmin(np.where(room > 0, weight, np.inf)))
+        packs[lightest].append(expert)
+        weight[lightest] += loads[expert]
+        room[lightest] -= 1
+    return [np.array(pack) for pack in packs]
+
+
+def _along_topology(
+    order: np.ndarray, r2o: np.ndarray, ep_size: int, redundants_per_rank: int
+) -> Placement:
+    """The placement with experts `order` on the ranks and replicas along `r2o`."""
+    group_size, n_columns = r2o.shape
+    n_logical = len(order)
+    own = order.reshape(ep_size, -1)
+    n_local = own.shape[1]
+    rank = np.arange(ep_size)
+    first_of_group = rank - rank % group_size
+    # Redundant slot k of a rank belongs to column k % D and copies local expert k of that source.
+    local = np.arange(redundants_per_rank)
+    source = first_of_group[:, None] + r2o[rank % group_size][:, local % n_columns]
+    phy2log = np.concatenate([own, own[source, local]], axis=1)
+
+    slots_per_rank = n_local + redundants_per_rank
+    log2phy = np.full((n_logical, 2), -1)
+    slot = np.arange(phy2log.size).reshape(ep_size, slots_per_rank)
+    log2phy[own, 0] = slot[:, :n_local]
+    log2phy[phy2log[:, n_local:], 1] = slot[:, n_local:]
+    return Placement(
+        phy2log=phy2log.ravel().astype(np.int32),
+        log2phy=log2phy.astype(np.int32),
+        logcnt=(log2phy >= 0).sum(axis=1).astype(np.int32),
+        ep_size=ep_size,
+    )

@@ -1,0 +1,262 @@
+"""The exact integer solver: phased waves on the replica graph.
+
+One group has G ranks. Column d of rank u is an edge from u to the rank dst[u, d] that holds its
+copies; `moved[u, d]` of its `cap[u, d]` tokens are served there. We look for the integers that make
+the largest rank load as small as possible. This is a single-commodity flow: the optimum is
+max over sets S of ⌈(load that cannot leave S) / |S|⌉, and the waves raise a target T to that value
+from below, so that T is a proven lower bound at any time.
+
+All arithmetic is int32 in a fixed order. Sums over ranks can pass 2³¹ though no rank's load does;
+they are kept as two 16-bit limbs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, Int32
+
+from lplb_jax.status import Status
+
+INT32_MAX = np.int32(2**31 - 1)
+
+
+def solve(
+    loads: Int32[Array, "n_sources row"],
+    phy2log: Int32[Array, " n_physical"],
+    log2phy: Int32[Array, "n_logical max_replicas"],
+    r2o: Int32[Array, "group_size n_columns"],
+    *,
+    ep_size: int,
+) -> tuple[
+    Int32[Array, " n_physical"],
+    Int32[Array, " n_groups"],
+    Int32[Array, " n_groups"],
+    Int32[Array, " n_groups"],
+]:
+    """Quotas, largest loads, lower bounds and status of all groups.
+
+    `loads` has a row per source rank (or one in all); `row` is n_logical, or n_logical + 1 with the
+    number of ids that named no expert in the last place (see `count`).
+    """
+    n_logical = log2phy.shape[0]
+    group_size = r2o.shape[0]
+    n_groups = ep_size // group_size
+    n_local = n_logical // ep_size
+    slots = phy2log.reshape(n_groups, group_size, -1)
+
+    negative = (loads[:, :n_logical] < 0).any(axis=0)
+    total, too_large = exact_sum(jnp.maximum(loads[:, :n_logical], 0), axis=0)
+    experts = jnp.clip(slots[:, :, :n_local], 0, n_logical - 1)
+    own = total[experts]
+    group_too_large = too_large[experts].any(axis=(1, 2))
+
+    quota, max_load, bound, overflow = jax.vmap(
+        lambda *group: solve_group(*group, r2o, slots.shape[2] - n_local)
+    )(own, group_too_large)
+    status = (
+        jnp.where(overflow, Status.LOAD_OVERFLOW, 0)
+        | jnp.where(negative[experts].any(axis=(1, 2)), Status.NEGATIVE_LOAD, 0)
+        | jnp.where((loads[:, n_logical:] != 0).any(), Status.INVALID_INDEX, 0)
+        | jnp.where(misplaced(slots, log2phy, r2o), Status.BAD_PLACEMENT, 0)
+    )
+    return quota.reshape(-1), max_load, bound, status.astype(jnp.int32)
+
+
+def solve_group(
+    own: Int32[Array, "group_size n_local"],
+    too_large: Bool[Array, ""],
+    r2o: Int32[Array, "group_size n_columns"],
+    n_redundant: int,
+) -> tuple[
+    Int32[Array, "group_size slots_per_rank"],
+    Int32[Array, ""],
+    Int32[Array, ""],
+    Bool[Array, ""],
+]:
+    """Quotas, largest load, lower bound and overflow of one group.
+
+    `own` are the tokens of every rank's own experts; the first `n_redundant` of them have a copy.
+    """
+    group_size, n_columns = r2o.shape
+    rank = jnp.arange(group_size)[:, None]
+    column = jnp.arange(n_columns)
+    dst = jnp.zeros_like(r2o).at[r2o, column].set(rank)
+
+    base, base_too_large = exact_sum(own, axis=1)
+    replicated = own[:, :n_redundant].reshape(group_size, -1, n_columns)
+    cap = jnp.where(dst == rank, 0, exact_sum(replicated, axis=1)[0])
+    # A plan's rank loads never pass this sum, so where it fits nothing in the waves overflows.
+    _, most_too_large = exact_sum(
+        jnp.concatenate([base[:, None], cap[r2o, column]], axis=1), axis=1
+    )
+    overflow = too_large | base_too_large.any() | most_too_large.any()
+
+    base = jnp.where(overflow, 0, base)
+    moved, load, target = waves(base, jnp.where(overflow, 0, cap), r2o, dst)
+
+    # The moved tokens of a column come from its experts in order.
+    before = jnp.cumsum(replicated, axis=1) - replicated
+    away = jnp.where(overflow, 0, jnp.clip(moved[:, None, :] - before, 0, replicated))
+    away = away.reshape(group_size, n_redundant)
+    local = jnp.arange(n_redundant)
+    copies = away[r2o[:, local % n_columns], local]
+    quota = jnp.concatenate([own.at[:, :n_redundant].add(-away), copies], axis=1)
+    return quota, jnp.where(overflow, INT32_MAX, load.max()), target, overflow
+
+
+class Plan(NamedTuple):
+    """The state of the waves; every state is a legal plan."""
+
+    load: Int32[Array, " group_size"]
+    moved: Int32[Array, "group_size n_columns"]
+    target: Int32[Array, ""]
+
+
+def waves(
+    base: Int32[Array, " group_size"],
+    cap: Int32[Array, "group_size n_columns"],
+    r2o: Int32[Array, "group_size n_columns"],
+    dst: Int32[Array, "group_size n_columns"],
+) -> tuple[Int32[Array, "group_size n_columns"], Int32[Array, " group_size"], Int32[Array, ""]]:
+    """Tokens moved along every edge, rank loads, and the target, which is the lower bound."""
+    everyone = jnp.ones(base.shape, bool)
+    target = jnp.maximum(ceil_mean(base, everyone), (base - cap.sum(axis=1)).max())
+
+    def phase(plan: Plan) -> Plan:
+        level, depth = levels(plan, cap, r2o, dst)
+        unseen = level < 0
+        stuck = (unseen & (plan.load > plan.target)).any()
+        # Nothing more can leave the unseen ranks: their mean load is a new lower bound.
+        rise = ceil_mean(jnp.where(unseen, plan.load - plan.target, 0), unseen)
+        # With depth 0 nothing is pushed.
+        plan = push(plan, cap, r2o, dst, level, jnp.where(stuck, 0, depth))
+        return plan._replace(target=plan.target + jnp.where(stuck, rise, 0))
+
+    plan = lax.while_loop(
+        lambda plan: (plan.load > plan.target).any(),
+        phase,
+        Plan(base, cap - cap, target),
+    )
+    return plan.moved, plan.load, plan.target
+
+
+def levels(
+    plan: Plan,
+    cap: Int32[Array, "group_size n_columns"],
+    r2o: Int32[Array, "group_size n_columns"],
+    dst: Int32[Array, "group_size n_columns"],
+) -> tuple[Int32[Array, " group_size"], Int32[Array, ""]]:
+    """Distance of every rank to the nearest rank below the target, −1 where not reached.
+
+    Breadth first over the residual edges, until all ranks above the target are reached or nothing
+    new is. Also returns the largest distance.
+    """
+    can_send = plan.moved < cap
+    can_return = arrived(plan.moved, r2o) > 0
+
+    def reach(state):
+        level, depth, _ = state
+        frontier = level == depth
+        hit = (level < 0) & ((can_send & frontier[dst]) | (can_return & frontier[r2o])).any(axis=1)
+        found = hit.any()
+        return jnp.where(hit, depth + 1, level), depth + found, found
+
+    def unfinished(state):
+        level, _, progress = state
+        return ((plan.load > plan.target) & (level < 0)).any() & progress
+
+    level = jnp.where(plan.load < plan.target, 0, -1)
+    # From the plan, not fresh constants: under shard_map they must vary over the same axes.
+    depth = plan.target * 0
+    level, depth, _ = lax.while_loop(unfinished, reach, (level, depth, depth == 0))
+    return level, depth
+
+
+def push(
+    plan: Plan,
+    cap: Int32[Array, "group_size n_columns"],
+    r2o: Int32[Array, "group_size n_columns"],
+    dst: Int32[Array, "group_size n_columns"],
+    level: Int32[Array, " group_size"],
+    depth: Int32[Array, ""],
+) -> Plan:
+    """Every rank above the target pushes its excess one level down, the deepest level first."""
+    n_columns = cap.shape[1]
+    column = jnp.arange(n_columns)
+
+    def push_level(state):
+        plan, depth = state
+        excess = jnp.where(level == depth, jnp.maximum(plan.load - plan.target, 0), 0)
+        below = level == depth - 1
+        entered = arrived(plan.moved, r2o)
+        sent, returned = [], []
+        for d in range(n_columns):
+            send = jnp.where(below[dst[:, d]], jnp.minimum(excess, (cap - plan.moved)[:, d]), 0)
+            excess = excess - send
+            back = jnp.where(below[r2o[:, d]], jnp.minimum(excess, entered[:, d]), 0)
+            excess = excess - back
+            sent.append(send)
+            returned.append(back)
+        sent, returned = jnp.stack(sent, axis=1), jnp.stack(returned, axis=1)
+        got_back = returned[dst, column]
+        change = arrived(sent, r2o) + got_back - sent - returned
+        plan = Plan(plan.load + change.sum(axis=1), plan.moved + sent - got_back, plan.target)
+        return plan, depth - 1
+
+    plan, _ = lax.while_loop(lambda state: state[1] > 0, push_level, (plan, depth))
+    return plan
+
+
+def arrived(
+    sent: Int32[Array, "group_size n_columns"], r2o: Int32[Array, "group_size n_columns"]
+) -> Int32[Array, "group_size n_columns"]:
+    """What a rank's redundant columns hold, from what the columns' owners sent."""
+    return sent[r2o, jnp.arange(r2o.shape[1])]
+
+
+def exact_sum(
+    values: Int32[Array, "..."], axis: int
+) -> tuple[Int32[Array, "..."], Bool[Array, "..."]]:
+    """Sum of values ≥ 0, and whether it passes 2³¹ − 1, at which it then stays."""
+    high = (values >> 16).sum(axis=axis, dtype=jnp.int32)
+    low = (values & 0xFFFF).sum(axis=axis, dtype=jnp.int32)
+    too_large = high + (low >> 16) >= 1 << 15
+    return jnp.where(too_large, INT32_MAX, values.sum(axis=axis, dtype=jnp.int32)), too_large
+
+
+def ceil_mean(values: Int32[Array, " n"], chosen: Bool[Array, " n"]) -> Int32[Array, ""]:
+    """⌈sum of values / number chosen⌉ of values ≥ 0 that are 0 where not chosen."""
+    n = jnp.maximum(chosen.sum(dtype=jnp.int32), 1)
+    high = (values >> 16).sum(dtype=jnp.int32)
+    low = (values & 0xFFFF).sum(dtype=jnp.int32)
+    return ((high // n) << 16) + ((high % n << 16) + low + n - 1) // n
+
+
+def misplaced(
+    slots: Int32[Array, "n_groups group_size slots_per_rank"],
+    log2phy: Int32[Array, "n_logical max_replicas"],
+    r2o: Int32[Array, "group_size n_columns"],
+) -> Bool[Array, " n_groups"]:
+    """Whether phy2log, log2phy and r2o contradict one another in a group.
+
+    Every own slot must be the first slot of its expert, every redundant slot the second one of the
+    expert it copies along r2o.
+    """
+    n_groups, group_size, slots_per_rank = slots.shape
+    n_local = log2phy.shape[0] // (n_groups * group_size)
+    local = jnp.arange(slots_per_rank - n_local)
+    slot = jnp.arange(slots.size).reshape(slots.shape)
+    own, copies = slots[:, :, :n_local], slots[:, :, n_local:]
+    known = (slots >= 0) & (slots < log2phy.shape[0])
+    wrong = (
+        ~known.all(axis=2)
+        | (log2phy[own, 0] != slot[:, :, :n_local]).any(axis=2)
+        | (log2phy[copies, 1] != slot[:, :, n_local:]).any(axis=2)
+        | (copies != own[:, r2o[:, local % r2o.shape[1]], local]).any(axis=2)
+    )
+    return wrong.any(axis=1)
