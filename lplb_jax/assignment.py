@@ -39,8 +39,8 @@ def assign(
         Ids that name no expert give −1.
       loads: the tokens per expert that `split` was solved for. int32 `[ep_size, n_logical]`: the
         counts of every source rank; without `axis_name`, `indices` then has a leading axis of
-        ep_size, one row per source rank. int32 `[n_logical]`: estimates; each source then splits its
-        own tokens in proportion. None: `indices` are all tokens there are.
+        ep_size, one row per source rank. int32 `[n_logical]`: estimates; each source then splits
+        its own tokens in proportion. None: `indices` are all tokens there are.
       split: result of `solve`.
       r2o: static topology, see `lplb_jax.topologies`.
       placement: where the experts are; None for the given order.
@@ -52,12 +52,10 @@ def assign(
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
 
-    >>> ids, ring = jnp.array([0, 0, 1, 0]), topologies.ring(2)
-    >>> loads = count_loads(ids, 2)
-    >>> assign(ids, loads[None].repeat(2, 0) // 2, solve(loads, ring), ring, axis_name=None)
-    Traceback (most recent call last):
-    ...
-    ValueError: indices: expected a leading axis of ep_size = 2 source ranks, got shape [4]
+    >>> ids, ring = jnp.array([[0, 0, 1], [0, 0, 1]]), topologies.ring(2)  # tokens of two ranks
+    >>> loads = jnp.stack([count_loads(row, 2) for row in ids])
+    >>> assign(ids, loads, solve(loads, ring), ring).tolist()  # slots 0 and 1 are on rank 0
+    [[0, 0, 2], [0, 3, 2]]
     """
     indices = check_indices(indices)
     loads = None if loads is None else check_loads(loads)

@@ -35,19 +35,19 @@ def rebalance(
         int32 `[ep_size, n_logical]`: the counts of every source rank. Without `axis_name`,
         `indices` then has a leading axis of ep_size, one row per source rank.
         int32 `[n_logical]`: given statistics; each source keeps its proportional share.
-      r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`. ep_size is a multiple
-        of group_size; each group of consecutive ranks is solved on its own.
+      r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`. ep_size is a
+        multiple of group_size; each group of consecutive ranks is solved on its own.
       placement: where the experts are, see `place_experts`; None for the given order with one
         redundant slot per column (not where `loads` is None: it tells the number of experts).
-      axis_name: the expert-parallel mesh axis (or a tuple of axes) inside `jax.shard_map`; None where
-        there is no other rank.
+      axis_name: the expert-parallel mesh axis (or a tuple of axes) inside `jax.shard_map`; None
+        where there is no other rank.
       solver: "exact" or "auto", see `solve`.
 
     Returns:
-      `(physical_indices, split)`: int32 of `indices`' shape, slots 0 … n_physical − 1 or −1, and the
-      `Split`. Unless loads are `[n_logical]`, the tokens at every slot, summed over the sources, are
-      exactly `split.quota`. With `loads=None`, `split` is equal on all ranks; where loads are
-      given, `split.status` also holds what this rank saw in its own indices.
+      `(physical_indices, split)`: int32 of `indices`' shape, slots 0 … n_physical − 1 or −1, and
+      the `Split`. Unless loads are `[n_logical]`, the tokens at every slot, summed over the
+      sources, are exactly `split.quota`. With `loads=None`, `split` is equal on all ranks; where
+      loads are given, `split.status` also holds what this rank saw in its own indices.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.

@@ -49,9 +49,9 @@ def sync_loads(counts: jax.Array, axis_name: Any) -> jax.Array:
 
     >>> mesh = jax.make_mesh((1,), ("ep",))
     >>> spec = jax.sharding.PartitionSpec
-    >>> sync = jax.shard_map(
-    ...     lambda counts: sync_loads(counts, "ep"), mesh=mesh, in_specs=spec("ep"), out_specs=spec()
-    ... )
+    >>> def sync(counts):
+    ...     return sync_loads(counts, "ep")
+    >>> sync = jax.shard_map(sync, mesh=mesh, in_specs=spec("ep"), out_specs=spec())
     >>> sync(jnp.array([3, 1])).tolist()
     [[3, 1]]
     """

@@ -19,12 +19,12 @@ from lplb_jax import topologies
 )
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Which logical expert every physical slot holds; a pytree, so it can change without recompiling.
+    """Which logical expert every physical slot holds; a pytree, so a new one needs no recompiling.
 
     Slots are numbered rank by rank: rank `p // (n_physical / ep_size)` hosts slot p. On each rank
-    its own logical experts come first, then its redundant slots; redundant slot j·D + d is a copy of
-    local expert j·D + d of rank `r2o[·, d]`. Leading axes (layers) may be added to all arrays for
-    `vmap`.
+    its own logical experts come first, then its redundant slots; redundant slot j·D + d is a copy
+    of local expert j·D + d of rank `r2o[·, d]`. Leading axes (layers) may be added to all arrays
+    for `vmap`.
 
     Attributes:
       phy2log: int32 `[n_physical]`, the logical expert in each slot.
@@ -154,7 +154,8 @@ def check_fits(placement: Placement, r2o: np.ndarray) -> None:
         raise TypeError(
             f"placement: expected a lplb_jax.Placement or None, got {type(placement).__name__}"
         )
-    arrays = dict(phy2log=placement.phy2log, log2phy=placement.log2phy, logcnt=placement.logcnt)
+    names = ("phy2log", "log2phy", "logcnt")
+    arrays = {name: getattr(placement, name) for name in names}
     for name, array in arrays.items():
         if getattr(array, "dtype", None) != np.int32:
             raise TypeError(

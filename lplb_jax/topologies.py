@@ -1,9 +1,9 @@
 """Replication topologies: which rank's experts a rank holds copies of.
 
-A topology is a static int32 array `r2o [group_size, n_columns]` ("redundant to original"): redundant
-column `d` of rank `v` copies column `d` of rank `r2o[v, d]`. Every column is a permutation of the
-ranks of one group, so each rank lends and borrows one copy per column. `cube`, `hypercube` and
-`torus` are the topologies of DeepSeek's LPLB.
+A topology is a static int32 array `r2o [group_size, n_columns]` ("redundant to original"):
+redundant column `d` of rank `v` copies column `d` of rank `r2o[v, d]`. Every column is a
+permutation of the ranks of one group, so each rank lends and borrows one copy per column. `cube`,
+`hypercube` and `torus` are the topologies of DeepSeek's LPLB.
 """
 
 from __future__ import annotations
