@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cuda/solver.h"
 #include "cuda/waves.cuh"
 
@@ -245,10 +247,9 @@ cudaError_t LaunchSolve(const Problem& problem, const Sources& sources, int64_t 
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (error != cudaSuccess) return error;
   }
-  // A warp loads a rank; BlockWaves wants a thread per rank, which 32 threads per rank exceed.
-  const int32_t threads = 32 * (problem.group_size < 16 ? problem.group_size : 16);
-  kernel < <<static_cast<unsigned>(blocks), threads<128 ? 128 : threads, bytes, stream>>>(
-               problem, sources, in, out);
+  // A warp loads a rank, and BlockWaves wants a thread per rank.
+  const int32_t threads = std::clamp(32 * problem.group_size, 128, 512);
+  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(problem, sources, in, out);
   return cudaGetLastError();
 }
 
