@@ -13,13 +13,14 @@ namespace lplb {
 
 using Handler = XLA_FFI_Error*(XLA_FFI_CallFrame*);
 
-inline void DefineModule(nanobind::module_& module, Handler* count, Handler* solve,
-                         Handler* assign) {
+inline void DefineModule(nanobind::module_& module, Handler* count, Handler* solve, Handler* assign,
+                         Handler* rebalance) {
   module.def("handlers", [=] {
     nanobind::dict handlers;
     handlers["lplb_count"] = nanobind::capsule(reinterpret_cast<void*>(count));
     handlers["lplb_solve"] = nanobind::capsule(reinterpret_cast<void*>(solve));
     handlers["lplb_assign"] = nanobind::capsule(reinterpret_cast<void*>(assign));
+    handlers["lplb_rebalance"] = nanobind::capsule(reinterpret_cast<void*>(rebalance));
     return handlers;
   });
   module.def("jaxlib_version", [] { return std::string(LPLB_JAXLIB_VERSION); });

@@ -6,7 +6,8 @@ native code equals them bit for bit.
 """
 
 from lplb_jax.reference.assignment import assign
+from lplb_jax.reference.balancer import rebalance
 from lplb_jax.reference.loads import count
 from lplb_jax.reference.solver import solve
 
-__all__ = ["assign", "count", "solve"]
+__all__ = ["assign", "count", "rebalance", "solve"]

@@ -83,7 +83,7 @@ def solve_group(
     `own` are the tokens of every rank's own experts; the first `n_redundant` of them have a copy.
     """
     group_size, n_columns = r2o.shape
-    rank = jnp.arange(group_size)[:, None]
+    rank = jnp.arange(group_size, dtype=jnp.int32)[:, None]
     column = jnp.arange(n_columns)
     dst = jnp.zeros_like(r2o).at[r2o, column].set(rank)
 
@@ -100,7 +100,7 @@ def solve_group(
     moved, load, target = waves(base, jnp.where(overflow, 0, cap), r2o, dst)
 
     # The moved tokens of a column come from its experts in order.
-    before = jnp.cumsum(replicated, axis=1) - replicated
+    before = jnp.cumsum(replicated, axis=1, dtype=jnp.int32) - replicated
     away = jnp.where(overflow, 0, jnp.clip(moved[:, None, :] - before, 0, replicated))
     away = away.reshape(group_size, n_redundant)
     local = jnp.arange(n_redundant)
@@ -125,7 +125,7 @@ def waves(
 ) -> tuple[Int32[Array, "group_size n_columns"], Int32[Array, " group_size"], Int32[Array, ""]]:
     """Tokens moved along every edge, rank loads, and the target, which is the lower bound."""
     everyone = jnp.ones(base.shape, bool)
-    target = jnp.maximum(ceil_mean(base, everyone), (base - cap.sum(axis=1)).max())
+    target = jnp.maximum(ceil_mean(base, everyone), (base - cap.sum(axis=1, dtype=jnp.int32)).max())
 
     def phase(plan: Plan) -> Plan:
         level, depth = levels(plan, cap, r2o, dst)
@@ -205,7 +205,8 @@ def push(
         sent, returned = jnp.stack(sent, axis=1), jnp.stack(returned, axis=1)
         got_back = returned[dst, column]
         change = arrived(sent, r2o) + got_back - sent - returned
-        plan = Plan(plan.load + change.sum(axis=1), plan.moved + sent - got_back, plan.target)
+        load = plan.load + change.sum(axis=1, dtype=jnp.int32)
+        plan = Plan(load, plan.moved + sent - got_back, plan.target)
         return plan, depth - 1
 
     plan, _ = lax.while_loop(lambda state: state[1] > 0, push_level, (plan, depth))

@@ -9,6 +9,7 @@ namespace lplb {
 XLA_FFI_DECLARE_HANDLER_SYMBOL(CountCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(SolveCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(AssignCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(RebalanceCpu);
 
 }  // namespace lplb
 
