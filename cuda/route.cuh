@@ -241,32 +241,44 @@ __device__ __forceinline__ void MakeRoutes(const RouteArguments& a, const SolveO
   }
 }
 
-// What the whole batch gets once: the leader's part, when the tokens are on their way.
+// What the whole batch gets once, each of its `n_blocks` blocks a part of it.
 template <bool kSolves>
 __device__ __forceinline__ void WriteSummary(const RouteArguments& a, int64_t element,
+                                             int32_t block, int32_t n_blocks,
                                              const RouteMemory& memory) {
   const Problem& p = a.problem;
+  const int32_t first = block * blockDim.x + threadIdx.x;
+  const int32_t stride = n_blocks * blockDim.x;
+  // A slot has one expert, unless the placement contradicts itself: then the first block adds up.
+  bool one_each = false;
   if constexpr (kSolves) {
     const SolveResults out = BatchElement(p, a.solve_out, element);
     const GroupMemory groups(p, p.n_groups, memory.groups);
     const int32_t invalid = memory.total[p.n_logical] != 0 ? kInvalidIndex : 0;
-    for (int32_t g = threadIdx.x; g < p.n_groups; g += blockDim.x) {
-      out.status[g] = groups.status[g] | invalid;
-    }
-    for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
-      out.quota[i] = memory.quota[i];
-    }
+    for (int32_t g = first; g < p.n_groups; g += stride) out.status[g] = groups.status[g] | invalid;
+    for (int32_t i = first; i < p.n_physical; i += stride) out.quota[i] = memory.quota[i];
+    int32_t status = 0;
+    for (int32_t g = threadIdx.x; g < p.n_groups; g += blockDim.x) status |= groups.status[g];
+    one_each = !__syncthreads_or(status & kBadPlacement);
   }
-  if (a.tokens.slot_counts == nullptr) return;
+  if (a.tokens.slot_counts == nullptr || (!one_each && block != 0)) return;
   int32_t* out = a.tokens.slot_counts + element * p.n_physical;
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) out[i] = 0;
-  __syncthreads();
-  // A slot has one expert, unless the placement contradicts itself.
-  for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
+  if (!one_each) {
+    for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) out[i] = 0;
+    __syncthreads();
+  }
+  for (int32_t e = one_each ? first : threadIdx.x; e < p.n_logical;
+       e += one_each ? stride : blockDim.x) {
     const PackedRoute route = memory.routes[e];
     const int32_t stays = min(route.keep, memory.total[e]);
-    if (route.home != kNoSlot) atomicAdd(&out[route.home], stays);
-    if (route.replica != kNoSlot) atomicAdd(&out[route.replica], memory.total[e] - stays);
+    const int32_t leaves = memory.total[e] - stays;
+    if (one_each) {
+      out[route.home] = stays;
+      if (route.replica != kNoSlot) out[route.replica] = leaves;
+    } else {
+      if (route.home != kNoSlot) atomicAdd(&out[route.home], stays);
+      if (route.replica != kNoSlot) atomicAdd(&out[route.replica], leaves);
+    }
   }
 }
 
@@ -315,6 +327,7 @@ __global__ void __launch_bounds__(kRouteThreads) ClusterKernel(const RouteArgume
   const RouteMemory memory(p, n_warps, n_blocks, shared);
   const TokenBuffers tokens = TokensOf(a, element);
   const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
+  cluster.barrier_arrive();  // Nobody writes to a block that has not started.
   const int32_t* log2phy =
       kSolves ? in.log2phy : BatchElement(p, a.sources, a.given, element).log2phy;
 
@@ -337,7 +350,6 @@ __global__ void __launch_bounds__(kRouteThreads) ClusterKernel(const RouteArgume
       code[j] = first + 32 * j < tokens.n_tokens ? ExpertOf(id[j], p.n_logical) : -1;
     }
   });
-  StorePrefetched<kSolves>(a, in, log2phy, fetched, memory);
   __syncthreads();
 
   Cell* cells = memory.CellsOf(p, warp);
@@ -353,6 +365,7 @@ __global__ void __launch_bounds__(kRouteThreads) ClusterKernel(const RouteArgume
   invalid = __syncthreads_or(invalid);
 
   // Every block gets this block's histogram.
+  cluster.barrier_wait();
   int32_t* mine = memory.incoming + block * row;
   ScanWarps(p.n_logical, &memory.cells[0].count, 2 * (p.n_logical + RouteMemory::kPad), 2,
             [&](int32_t expert, int32_t total, int32_t half) {
@@ -364,7 +377,9 @@ __global__ void __launch_bounds__(kRouteThreads) ClusterKernel(const RouteArgume
   if (threadIdx.x < n_blocks) {
     cluster.map_shared_rank(mine, threadIdx.x)[p.n_logical] = invalid;
   }
-  cluster.sync();
+  cluster.barrier_arrive();
+  StorePrefetched<kSolves>(a, in, log2phy, fetched, memory);
+  cluster.barrier_wait();
 #pragma unroll 1
   for (int32_t e = threadIdx.x; e <= p.n_logical; e += blockDim.x) {
     int32_t total = 0;
@@ -390,7 +405,7 @@ __global__ void __launch_bounds__(kRouteThreads) ClusterKernel(const RouteArgume
         expert < 0 ? 0 : memory.earlier[expert] + cells[expert].count + (code[j] >> 16);
     WriteToken(tokens, i, expert, ordinal, memory.routes);
   }
-  if (block == 0) WriteSummary<kSolves>(a, element, memory);
+  WriteSummary<kSolves>(a, element, block, n_blocks, memory);
 }
 #else
 template <int kWords, int kColumns, bool kSolves>
@@ -542,7 +557,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
       }
     }
   });
-  if (tile == 0) WriteSummary<kSolves>(a, element, memory);
+  WriteSummary<kSolves>(a, element, tile, a.n_tiles, memory);
 }
 
 // How the kernels are launched.
