@@ -7,7 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lplb_jax._problem import check_indices, check_loads, check_problem, check_solver
+from lplb_jax._problem import (
+    check_indices,
+    check_loads,
+    check_problem,
+    check_weights,
+    choose_solver,
+)
 from lplb_jax.assignment import assign_tokens, check_sources
 from lplb_jax.loads import count, sync_loads
 from lplb_jax.placement import Placement
@@ -23,6 +29,7 @@ def rebalance(
     placement: Placement | None = None,
     axis_name: Any = None,
     solver: str = "auto",
+    rank_weights: Any = None,
 ) -> tuple[jax.Array, Split]:
     """Routes tokens to replicas so that the busiest rank of every group gets the fewest possible.
 
@@ -41,7 +48,8 @@ def rebalance(
         redundant slot per column (not where `loads` is None: it tells the number of experts).
       axis_name: the expert-parallel mesh axis (or a tuple of axes) inside `jax.shard_map`; None
         where there is no other rank.
-      solver: "exact" or "auto", see `solve`.
+      solver: "exact", "ipm" or "auto", see `solve`.
+      rank_weights: float `[group_size]`, how fast every rank of a group is, see `solve`.
 
     Returns:
       `(physical_indices, split)`: int32 of `indices`' shape, slots 0 … n_physical − 1 or −1, and
@@ -64,17 +72,18 @@ def rebalance(
     """
     indices = check_indices(indices)
     loads = None if loads is None else check_loads(loads)
-    check_solver(solver)
+    method = choose_solver(solver, loads, rank_weights)
     problem = check_problem(loads, r2o, placement, axis_name)
+    weights = check_weights(rank_weights, len(problem.r2o))
     check_sources(indices, loads, problem, axis_name)
 
     own = count(indices, problem.n_logical)
     if loads is None:
         gathered = own if axis_name is None else sync_loads(own, axis_name)
-        split = split_loads(gathered, problem)
+        split = split_loads(gathered, problem, method, weights)
         sources = None if axis_name is None else gathered
     else:
-        split = split_loads(loads, problem)
+        split = split_loads(loads, problem, method, weights)
         invalid = jnp.where(own[-1] > 0, jnp.int32(Status.INVALID_INDEX), 0)
         split = split._replace(status=split.status | invalid)
         sources = loads
