@@ -22,6 +22,7 @@ enum Status : int32_t {
   kNegativeLoad = 2,
   kLoadOverflow = 4,
   kBadPlacement = 8,
+  kNotConverged = 16,
 };
 
 // Slots are numbered rank by rank; on each rank the n_local own experts come first. Redundant slot
