@@ -1,0 +1,362 @@
+"""The demonstration: real routing through `rebalance` on 8 ranks, every result checked."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import statistics
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import jax.extend.backend
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lplb_jax import Placement, Split, Status, metrics, place_experts, rebalance, topologies
+from lplb_jax.data import load_traces
+
+EP_SIZE = 8
+
+
+class Layer(NamedTuple):
+    """What one layer's batch came to. Loads are int `[ep_size]`, in tokens per rank.
+
+    Attributes:
+      home: loads without replicas.
+      even: loads where every replicated expert's tokens are split evenly over its slots.
+      balanced: loads after `rebalance`, counted from the physical indices it returned.
+      lower_bound: what no routing over these replicas can bring the busiest rank below.
+      moved: tokens that a replica serves.
+      seconds: median time of a call.
+      faults: what is wrong with the result, in words; empty if all is well.
+    """
+
+    home: np.ndarray
+    even: np.ndarray
+    balanced: np.ndarray
+    lower_bound: int
+    moved: int
+    seconds: float
+    faults: list[str]
+
+
+def demonstrate(
+    *,
+    topology: str = "cube",
+    redundants_per_rank: int | None = None,
+    aux_loss: str = "1e-3",
+    repeats: int = 30,
+    picture: str | None = "lplb_jax_demo.png",
+) -> int:
+    """Runs the demonstration: prints a table, writes a picture, checks every result.
+
+    Args:
+      topology: "cube", "ring", "torus" (2 × 4) or "complete".
+      redundants_per_rank: redundant slots, a multiple of the topology's columns; None for two per
+        column.
+      aux_loss: which of the traces, see `lplb_jax.data.load_traces`.
+      repeats: timed calls per layer.
+      picture: file to write, or None.
+
+    Returns:
+      0, or 1 where a result misses its bound or is otherwise wrong; the output says which.
+
+    Raises:
+      ValueError: arguments that do not fit one another.
+      RuntimeError: JAX was started before with fewer than 8 devices.
+
+    >>> from lplb_jax.demo import demonstrate
+    >>> demonstrate(repeats=1, picture=None)  # doctest: +SKIP
+    0
+    """
+    r2o = _topology(topology)
+    if redundants_per_rank is None:
+        redundants_per_rank = 2 * r2o.shape[1]
+    traces = load_traces(aux_loss)
+    n_layers, n_tokens, top_k = traces.indices.shape
+    n_logical = traces.history.shape[1]
+    placements = [
+        place_experts(
+            history,
+            r2o,
+            n_logical=n_logical,
+            ep_size=EP_SIZE,
+            redundants_per_rank=redundants_per_rank,
+        )
+        for history in traces.history
+    ]
+
+    devices = find_devices(EP_SIZE)
+    mesh = Mesh(np.array(devices), ("ep",))
+    print(f"{EP_SIZE} ranks on {_describe(devices)}, jax {jax.__version__}")
+    print(f"{n_tokens:,} tokens, top-{top_k} of {n_logical} experts, balancing loss {aux_loss}")
+    print(f"{topology} topology, {redundants_per_rank} redundant slots per rank", end="")
+    print("; experts placed from step 300, routed at step 1200\n", flush=True)
+
+    _progress("compiling one step for all layers")
+    step = _compile(mesh, r2o, traces.indices[0], placements[0])
+    layers = []
+    for i, (indices, placement) in enumerate(zip(traces.indices, placements, strict=True)):
+        _progress(f"layer {i + 1} of {n_layers}: {repeats} timed calls")
+        layers.append(_run_layer(step, mesh, indices, placement, r2o, repeats))
+    _progress("")
+
+    print(table(layers))
+    print(
+        f"\ntime: median of {repeats} calls after a warm-up; one call is rebalance() on all "
+        f"{EP_SIZE} ranks\n(count, gather, solve, assign) as one jitted shard_map, until every "
+        f"result is ready."
+    )
+    faults = [f"layer {i}: {fault}" for i, layer in enumerate(layers) for fault in layer.faults]
+    if faults:
+        print("\nWRONG RESULTS\n" + "\n".join(faults))
+    else:
+        print(
+            f"All {n_layers} layers reach their lower bound, counted from the slots the tokens "
+            f"were sent to."
+        )
+    if picture is not None:
+        _write_picture(picture, layers, topology)
+    return 1 if faults else 0
+
+
+def find_devices(n: int) -> list[jax.Device]:
+    """`n` GPUs if there are as many, else `n` virtual CPU devices. Call it before JAX is used.
+
+    Args:
+      n: devices wanted.
+
+    Returns:
+      `n` devices of one kind, of the default backend.
+
+    Raises:
+      RuntimeError: JAX already runs with fewer CPU devices.
+
+    >>> from lplb_jax.demo import find_devices
+    >>> len(find_devices(1))
+    1
+    """
+    # Refused once JAX has been started; what it has may be enough.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", max(n, jax.config.jax_num_cpu_devices))
+    devices = jax.devices()
+    if devices[0].platform == "gpu" and len(devices) >= n:
+        return devices[:n]
+    if devices[0].platform != "cpu":
+        # Native code is chosen by the default backend, so make that the CPU.
+        jax.config.update("jax_platforms", "cpu")
+        jax.extend.backend.clear_backends()
+        devices = jax.devices()
+    if len(devices) < n:
+        raise RuntimeError(
+            f"expected {n} devices, got {len(devices)}: JAX was started before; set "
+            f'jax.config.update("jax_num_cpu_devices", {n}) right after importing it'
+        )
+    return devices[:n]
+
+
+def check(
+    indices: np.ndarray,
+    physical: np.ndarray,
+    split: Split,
+    placement: Placement,
+    r2o: np.ndarray,
+) -> list[str]:
+    """What is wrong with a result of `rebalance` over one group, judged by the tokens alone.
+
+    Args:
+      indices: integers of any shape, the logical ids of all ranks.
+      physical: integers of the same shape, the slots they were given.
+      split: the `Split` that came with them.
+      placement: where the experts are.
+      r2o: the topology, of as many ranks as the placement.
+
+    Returns:
+      One sentence per fault; an empty list if all is well.
+
+    >>> import jax.numpy as jnp
+    >>> from lplb_jax import place_experts, rebalance, topologies
+    >>> from lplb_jax.demo import check
+    >>> ring, ids = topologies.ring(2), jnp.array([0, 0, 0, 1])
+    >>> placement = place_experts(None, ring, n_logical=2, ep_size=2, redundants_per_rank=1)
+    >>> physical, split = rebalance(ids, None, ring, placement=placement)
+    >>> check(ids, physical, split, placement, ring)
+    []
+    """
+    indices, physical = np.asarray(indices), np.asarray(physical)
+    quota, bound = np.asarray(split.quota), int(split.lower_bound[0])
+    status = Status(int(split.status[0]))
+    in_range = (physical >= 0) & (physical < placement.n_physical)
+    wrong = ~in_range | (np.asarray(placement.phy2log)[np.where(in_range, physical, 0)] != indices)
+    counted = np.bincount(physical[in_range], minlength=placement.n_physical)
+    off_quota = np.count_nonzero(counted != quota)
+    max_load = int(counted.reshape(placement.ep_size, -1).sum(axis=1).max())
+    cut = largest_cut(np.bincount(indices.ravel(), minlength=placement.n_logical), placement, r2o)
+
+    faults = []
+    if status:
+        faults.append(f"status is {status!r}, expected 0")
+    if wrong.any():
+        faults.append(f"{wrong.sum():,} tokens were sent to a slot without their expert")
+    if off_quota:
+        faults.append(f"{off_quota} slots got another number of tokens than their quota")
+    if max_load != bound:
+        faults.append(f"the busiest rank has {max_load:,} tokens, the lower bound is {bound:,}")
+    if cut != bound:
+        faults.append(f"the lower bound is {bound:,}, but the largest cut proves {cut:,}")
+    return faults
+
+
+def largest_cut(loads: np.ndarray, placement: Placement, r2o: np.ndarray) -> int:
+    """The fewest tokens the busiest rank can have, found by trying every set of ranks.
+
+    Tokens of a set S of ranks can leave it only over columns that are copied outside S. What is
+    left, divided by |S|, is a lower bound; the largest of them is the optimum (max-flow min-cut).
+    It knows nothing of the solver, and takes 2^group_size steps.
+
+    Args:
+      loads: integers `[n_logical]`, tokens per expert.
+      placement: where the experts are; its ranks are one group.
+      r2o: the topology `[group_size, n_columns]`.
+
+    Returns:
+      Tokens.
+
+    >>> from lplb_jax import place_experts, topologies
+    >>> from lplb_jax.demo import largest_cut
+    >>> ring = topologies.ring(2)
+    >>> placement = place_experts(None, ring, n_logical=4, ep_size=2, redundants_per_rank=1)
+    >>> largest_cut(np.array([9, 1, 1, 1]), placement, ring)
+    6
+    """
+    group_size, n_columns = r2o.shape
+    slots = np.asarray(placement.phy2log).reshape(group_size, -1)
+    own = np.asarray(loads, np.int64)[slots[:, : placement.n_logical // group_size]]
+    columns = own[:, : placement.redundants_per_rank].reshape(group_size, -1, n_columns).sum(axis=1)
+    in_set = np.arange(1, 2**group_size)[:, None] >> np.arange(group_size) & 1
+    stays = in_set @ own.sum(axis=1)
+    for column in range(n_columns):
+        # Rank r2o[v] owns what v copies.
+        source = r2o[:, column]
+        stays -= (in_set[:, source] * (1 - in_set)) @ columns[source, column]
+    return int((-(-stays // in_set.sum(axis=1))).max())
+
+
+def table(layers: list[Layer]) -> str:
+    """The results as text, at most 100 columns wide.
+
+    >>> from lplb_jax.demo import Layer, table
+    >>> loads = np.array([30, 10]), np.array([20, 20])
+    >>> print(table([Layer(loads[0], loads[0], loads[1], 20, 10, 1e-3, [])]))
+           busiest rank's tokens / mean            lower bound       tokens      time
+    layer  no replicas  even split  rebalance    / mean    tokens     moved  per call
+        0        1.500       1.500      1.000     1.000        20        10   1.00 ms
+    """
+    lines = [
+        "       busiest rank's tokens / mean            lower bound       tokens      time",
+        "layer  no replicas  even split  rebalance    / mean    tokens     moved  per call",
+    ]
+    for i, layer in enumerate(layers):
+        home, even, balanced = (_over_mean(loads).max() for loads in layer[:3])
+        bound = layer.lower_bound / layer.home.mean()
+        lines.append(
+            f"{i:5}{home:13.3f}{even:12.3f}{balanced:11.3f}{bound:10.3f}{layer.lower_bound:10,}"
+            f"{layer.moved:10,}{1e3 * layer.seconds:7.2f} ms"
+        )
+    return "\n".join(lines)
+
+
+def _topology(name: str) -> np.ndarray:
+    return {
+        "cube": topologies.cube(),
+        "ring": topologies.ring(EP_SIZE),
+        "torus": topologies.torus(2, EP_SIZE // 2),
+        "complete": topologies.complete(EP_SIZE),
+    }[name]
+
+
+def _describe(devices: list[jax.Device]) -> str:
+    if devices[0].platform == "cpu":
+        return f"{len(devices)} virtual CPU devices ({len(os.sched_getaffinity(0))} cores)"
+    return f"{len(devices)} × {devices[0].device_kind}"
+
+
+def _progress(text: str) -> None:
+    """Shows what is going on, in one line that the next replaces; where nobody looks, nothing."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _compile(
+    mesh: Mesh, r2o: np.ndarray, indices: np.ndarray, placement: Placement
+) -> jax.stages.Compiled:
+    """rebalance() as one program for all ranks. The placement is an argument: it may change."""
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("ep"), P()), out_specs=(P("ep"), P()))
+    def step(indices: jax.Array, placement: Placement) -> tuple[jax.Array, Split]:
+        return rebalance(indices, None, r2o, placement=placement, axis_name="ep")
+
+    # Compiled once, ahead: another layer could not recompile it even if it had to.
+    return step.lower(*_put(mesh, indices, placement)).compile()
+
+
+def _put(mesh: Mesh, indices: np.ndarray, placement: Placement) -> tuple[jax.Array, Placement]:
+    """Consecutive tokens to consecutive ranks, the placement to all of them."""
+    return (
+        jax.device_put(indices, NamedSharding(mesh, P("ep"))),
+        jax.device_put(placement, NamedSharding(mesh, P())),
+    )
+
+
+def _run_layer(
+    step: jax.stages.Compiled,
+    mesh: Mesh,
+    indices: np.ndarray,
+    placement: Placement,
+    r2o: np.ndarray,
+    repeats: int,
+) -> Layer:
+    arguments = _put(mesh, indices, placement)
+    physical, split = jax.block_until_ready(step(*arguments))  # also the warm-up
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(step(*arguments))
+        seconds.append(time.perf_counter() - start)
+
+    physical, split = np.asarray(physical), jax.tree.map(np.asarray, split)
+    loads = np.bincount(indices.ravel(), minlength=placement.n_logical)
+    in_range = physical[(physical >= 0) & (physical < placement.n_physical)]
+    counted = np.bincount(in_range, minlength=placement.n_physical)
+    quotas = metrics.home_quota(loads, placement), metrics.even_quota(loads, placement), counted
+    home, even, balanced = (np.asarray(metrics.rank_loads(quota, EP_SIZE)) for quota in quotas)
+    return Layer(
+        home,
+        even,
+        balanced,
+        lower_bound=int(split.lower_bound[0]),
+        moved=int(metrics.tokens_moved(counted, placement)),
+        seconds=statistics.median(seconds),
+        faults=check(indices, physical, split, placement, r2o),
+    )
+
+
+def _over_mean(loads: np.ndarray) -> np.ndarray:
+    return loads / loads.mean()
+
+
+def _write_picture(path: str, layers: list[Layer], topology: str) -> None:
+    try:
+        from lplb_jax._picture import draw
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] != "matplotlib":
+            raise
+        print("picture: none, since matplotlib is missing; get it with: pip install matplotlib")
+        return
+    draw(layers, topology).savefig(path)
+    print(f"picture: {path}")
