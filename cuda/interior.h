@@ -13,15 +13,15 @@ namespace lplb {
 constexpr int32_t kMaxSteps = 8;
 constexpr float kStopGap = 1e-5f;       // Of the largest load.
 constexpr float kConvergedGap = 1e-4f;  // Likewise.
-constexpr float kLeastEdge = 1e-9f;     // Of the mean load: edges that could move less are left out.
-constexpr float kBackOff = 0.99f;       // How much of the way to the boundary a step goes.
+constexpr float kLeastEdge = 1e-9f;  // Of the mean load: edges that could move less are left out.
+constexpr float kBackOff = 0.99f;    // How much of the way to the boundary a step goes.
 constexpr float kLeastSigma = 0.02f;
 constexpr float kLeastMu = 1e-7f;
 constexpr float kLeastPrimal = 1e-12f;
 constexpr float kLeastDual = 1e-20f;
 constexpr float kStartSlack = 0.05f;
-constexpr float kStartProduct = 0.1f;   // x · √(zl zu), of s · y.
-constexpr float kNoLimit = 3e38f;       // A step length.
+constexpr float kStartProduct = 0.1f;         // x · √(zl zu), of s · y.
+constexpr float kNoLimit = 3e38f;             // A step length.
 constexpr float kMostTokens = 2147483520.0f;  // The largest float that is an int32.
 
 // What the interior point is asked for besides the problem. Buffers of loads and results are 32-bit

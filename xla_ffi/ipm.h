@@ -60,17 +60,16 @@ inline ffi::ErrorOr<IpmCall> CheckIpm(int64_t ep_size, int64_t weighted, int64_t
       lower_bound->element_type() != value) {
     return ffi::Unexpected(Invalid("loads: expected int32 or float32, and results to match"));
   }
-  return IpmCall{
-      *batch,
-      *problem,
-      *sources,
-      options,
-      {{static_cast<const int32_t*>(loads.untyped_data()), phy2log.typed_data(),
-        log2phy.typed_data(), r2o.typed_data()},
-       weights.typed_data()},
-      {static_cast<int32_t*>(quota->untyped_data()),
-       static_cast<int32_t*>(max_load->untyped_data()),
-       static_cast<int32_t*>(lower_bound->untyped_data()), status->typed_data()}};
+  return IpmCall{*batch,
+                 *problem,
+                 *sources,
+                 options,
+                 {{static_cast<const int32_t*>(loads.untyped_data()), phy2log.typed_data(),
+                   log2phy.typed_data(), r2o.typed_data()},
+                  weights.typed_data()},
+                 {static_cast<int32_t*>(quota->untyped_data()),
+                  static_cast<int32_t*>(max_load->untyped_data()),
+                  static_cast<int32_t*>(lower_bound->untyped_data()), status->typed_data()}};
 }
 
 }  // namespace lplb

@@ -183,8 +183,7 @@ int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r
     }
   }
   const Cut cut(p, waves, best.cut, base, cap, weights);
-  const float bound =
-      std::min(largest, Provable(cut.stuck, -exponent, cut.weight, p.group_size));
+  const float bound = std::min(largest, Provable(cut.stuck, -exponent, cut.weight, p.group_size));
   Put(options, largest, max_load);
   Put(options, bound, lower_bound);
   return largest - bound <= kConvergedGap * largest ? 0 : kNotConverged;

@@ -37,8 +37,8 @@ class Waves {
     return static_cast<int32_t>(std::max(target, CeilDiv(sum, n_)));
   }
 
-  // Balances `load`, of the legal plan `moved`, by moving up to `cap` tokens along every edge, until
-  // no rank is above `target`, which must be proven. Returns the target reached.
+  // Balances `load`, of the legal plan `moved`, by moving up to `cap` tokens along every edge,
+  // until no rank is above `target`, which must be proven. Returns the target reached.
   int32_t Run(std::vector<int32_t>& load, const std::vector<int32_t>& cap,
               std::vector<int32_t>& moved, int32_t target) {
     while (*std::max_element(load.begin(), load.end()) > target) {

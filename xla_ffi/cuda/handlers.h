@@ -13,6 +13,7 @@ namespace lplb {
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(CountCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(SolveCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(IpmCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(AssignCuda);
 
 using Stream = ffi::PlatformStream<cudaStream_t>;
