@@ -33,10 +33,10 @@ class Table {
 
   struct Memory {
     // The eight columns of a block, a row each; 16 bytes between the parts avoid bank conflicts.
-    float panel[2][kRanks * kBlock + kParts * 4];
+    alignas(16) float panel[2][kRanks * kBlock + kParts * 4];
     float beyond[2][kBlock][kParts];  // Per row of the block, what it has beyond the block.
-    float excess[2][kBlock];
-    float block[2][kBlock][kBlock];  // W of the block, with D⁻¹ as its diagonal.
+    alignas(16) float excess[2][kBlock];
+    alignas(16) float block[2][kBlock][kBlock];  // W of the block, with D⁻¹ as its diagonal.
   };
 
   __device__ explicit Table(Memory& memory)
@@ -108,8 +108,10 @@ class Table {
   }
 
   static __device__ __forceinline__ void Load(const float* from, float (&to)[kBlock]) {
-    *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(from);
-    *reinterpret_cast<float4*>(to + 4) = *reinterpret_cast<const float4*>(from + 4);
+    const float4 a = reinterpret_cast<const float4*>(from)[0];
+    const float4 b = reinterpret_cast<const float4*>(from)[1];
+    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
+    to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
   }
 
   // Eliminates ranks p · kColumns + s and the seven after it.

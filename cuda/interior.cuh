@@ -29,8 +29,14 @@ class Interior {
     typename TableOf::Memory table;
     typename TeamOf::Memory team;
     // One entry per rank, 0 in the idle places.
-    float base[kRanks], w[kRanks], y[kRanks], ex[kRanks], q[kRanks], k[kRanks], p[kRanks],
-        middle[kRanks];
+    alignas(16) float base[kRanks];
+    alignas(16) float w[kRanks];
+    alignas(16) float y[kRanks];
+    alignas(16) float ex[kRanks];
+    alignas(16) float q[kRanks];
+    alignas(16) float k[kRanks];
+    alignas(16) float p[kRanks];
+    alignas(16) float middle[kRanks];
   };
 
   // What a thread has to say at the end: of its rank, and the same in all threads.
@@ -305,6 +311,10 @@ class Interior {
 
     // Corrector: the same matrix, with the predictor's second-order terms.
     ForEdges([&](int i, int e) {
+      if (!live_[i]) {
+        edges_.flow[e] = 0;
+        return;
+      }
       el[i] = (target - c * el[i]) * ix[i];
       eu[i] = (target + c * eu[i]) * ixb[i];
       g[i] += el[i] - eu[i];
