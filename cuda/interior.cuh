@@ -97,6 +97,7 @@ class Interior {
   // Flow into a rank less the flow out of it.
   __device__ __forceinline__ float Gather(const float* flow) const {
     float sum = 0;
+#pragma unroll 2
     for (int d = 0; d < graph_.n_columns; ++d) {
       const int at = threadIdx.x * graph_.n_columns + d;
       sum += flow[graph_.src[at] * graph_.n_columns + d] - flow[at];
@@ -119,7 +120,7 @@ class Interior {
     }
     float value[3] = {fmaxf(stuck * inverse_w_, 0), base_, w_};
     team_.template Reduce<1>(value);
-    const float scale = fmaxf(value[0], value[1] / value[2]);
+    const float scale = fmaxf(value[0], Quotient(value[1], value[2]));
     const float unit = scale > 0 ? 1 / scale : 0;
     base_ *= unit;
     if (is_rank_) memory_.base[threadIdx.x] = base_;
@@ -203,7 +204,7 @@ class Interior {
     stuck = TableOf::OverRow(stuck);
     weight = TableOf::OverRow(weight);
     const bool counts = table_.row() < graph_.n_ranks;
-    const uint2 best = team_.Best(counts ? fmaxf(stuck / weight, 0) : 0, table_.row());
+    const uint2 best = team_.Best(counts ? fmaxf(Quotient(stuck, weight), 0) : 0, table_.row());
     float most[1] = {fmaxf(load_ * inverse_w_, 0)};
     team_.template Reduce<1>(most);
     const float value = __uint_as_float(best.x);
@@ -216,19 +217,38 @@ class Interior {
     return better;
   }
 
+  // aᵀb over the ranks, in every thread by itself: few ranks are added faster than exchanged.
+  static __device__ __forceinline__ float Dot(const float* a, const float* b) {
+    if constexpr (kRanks <= 32) {
+      float sum[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < kRanks / 4; ++i) {
+        const float4 c = reinterpret_cast<const float4*>(a)[i];
+        const float4 d = reinterpret_cast<const float4*>(b)[i];
+        sum[0] += c.x * d.x;
+        sum[1] += c.y * d.y;
+        sum[2] += c.z * d.z;
+        sum[3] += c.w * d.w;
+      }
+      return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    } else {
+      float sum[1] = {0};
+#pragma unroll
+      for (int i = 0; i < kRanks; i += 32) {
+        sum[0] += a[i + (threadIdx.x & 31)] * b[i + (threadIdx.x & 31)];
+      }
+      TeamOf::template SumUp<0>(sum);
+      return sum[0];
+    }
+  }
+
   // dy = p − r · k and dt from the right-hand side in memory.q: the right-hand side is centred, and
-  // wᵀdy = rt. Every warp adds up the products by itself.
+  // wᵀdy = rt.
   __device__ __forceinline__ float Saddle(float rt, float inverse_wk) {
-    float qm[1] = {0};
-    for (int r = threadIdx.x & 31; r < kRanks; r += 32) qm[0] += memory_.k[r] * memory_.q[r];
-    TeamOf::template SumUp<0>(qm);
-    qm[0] *= inverse_wk;
-    table_.Solve(memory_.q, memory_.w, qm[0], memory_.middle, memory_.p);
-    float excess[1] = {0};
-    for (int r = threadIdx.x & 31; r < kRanks; r += 32) excess[0] += memory_.w[r] * memory_.p[r];
-    TeamOf::template SumUp<0>(excess);
-    r_ = (excess[0] - rt) * inverse_wk;
-    return qm[0] + r_;
+    const float qm = Dot(memory_.k, memory_.q) * inverse_wk;
+    table_.Solve(memory_.q, memory_.w, qm, memory_.middle, memory_.p);
+    r_ = (Dot(memory_.w, memory_.p) - rt) * inverse_wk;
+    return qm + r_;
   }
 
   // dy_v − dy_u of an edge.
@@ -260,14 +280,8 @@ class Interior {
     Assemble();
     table_.Factor(graph_.n_ranks, memory_.ex[table_.row()]);
     table_.Solve(memory_.w, memory_.w, 0, memory_.middle, memory_.k);
-    float sums[2] = {0, 0};
-    for (int r = threadIdx.x & 31; r < kRanks; r += 32) {
-      sums[0] += memory_.w[r] * memory_.k[r];
-      sums[1] += memory_.w[r] * memory_.y[r];
-    }
-    TeamOf::template SumUp<0>(sums);
-    const float inverse_wk = Quotient(1, sums[0]);
-    const float rt = 1 - sums[1];
+    const float inverse_wk = Quotient(1, Dot(memory_.w, memory_.k));
+    const float rt = 1 - Dot(memory_.w, memory_.y);
 
     // Predictor: straight at the solution. How far it gets says how much to centre.
     Saddle(rt, inverse_wk);
@@ -370,6 +384,7 @@ class Interior {
 #pragma unroll
     for (int i = 0; i < TableOf::kColumns; ++i) table_[i] = 0;
     if (table_.row() >= graph_.n_ranks) return;
+#pragma unroll 1
     for (int d = 0; d < graph_.n_columns; ++d) {
       const int at = table_.row() * graph_.n_columns + d;
       const int from = graph_.src[at];

@@ -10,17 +10,17 @@
 
 namespace lplb {
 
-constexpr int32_t kMaxSteps = 8;
-constexpr float kStopGap = 1e-5f;       // Of the largest load.
+constexpr int32_t kMaxSteps = 16;
+constexpr float kStopGap = 5e-5f;       // Of the largest load.
 constexpr float kConvergedGap = 1e-4f;  // Likewise.
 constexpr float kLeastEdge = 1e-9f;  // Of the mean load: edges that could move less are left out.
 constexpr float kBackOff = 0.99f;    // How much of the way to the boundary a step goes.
-constexpr float kLeastSigma = 0.02f;
-constexpr float kLeastMu = 1e-7f;
+constexpr float kLeastSigma = 0.01f;
+constexpr float kLeastMu = 3e-8f;
 constexpr float kLeastPrimal = 1e-12f;
 constexpr float kLeastDual = 1e-20f;
-constexpr float kStartSlack = 0.05f;
-constexpr float kStartProduct = 0.1f;         // x · √(zl zu), of s · y.
+constexpr float kStartSlack = 0.03f;
+constexpr float kStartProduct = 0.05f;        // x · √(zl zu), of s · y.
 constexpr float kNoLimit = 3e38f;             // A step length.
 constexpr float kMostTokens = 2147483520.0f;  // The largest float that is an int32.
 
@@ -46,8 +46,12 @@ LPLB_HOST_DEVICE IpmOperands BatchElement(const Problem& p, const Sources& sourc
 
 // The corrector's target for x · z, from what the predictor's steps reach.
 LPLB_HOST_DEVICE float TargetMu(float mu, float affine, float reach) {
+#ifdef __CUDA_ARCH__
+  const float sigma = __fdividef(affine, mu);
+#else
   const float sigma = affine / mu;
-  const float least = fmaxf(kLeastSigma, 0.3f * (1 - reach));
+#endif
+  const float least = fmaxf(kLeastSigma, 0.3f * (1 - reach) * (1 - reach));
   return fmaxf(fmaxf(sigma * sigma * sigma, least) * mu, kLeastMu);
 }
 

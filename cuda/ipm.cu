@@ -4,12 +4,14 @@
 #include "cuda/interior.cuh"
 #include "cuda/ipm.h"
 #include "cuda/repair.cuh"
+#include "cuda/solver.cuh"
+#include "cuda/solver.h"
 
 namespace lplb::cuda {
 namespace {
 
 // What a group needs in shared memory besides the interior point's own.
-struct GroupMemory {
+struct IpmMemory {
   float4* ends;            // [n_edges], see Interior
   float *cap, *flow, *H;   // [n_edges]
   int32_t *src, *dst;      // [n_edges]
@@ -21,10 +23,10 @@ struct GroupMemory {
 
   static __host__ __device__ int64_t Bytes(const Problem& p) {
     const int64_t edges = static_cast<int64_t>(p.group_size) * p.n_columns;
-    return edges * (16 + 7 * 4) + p.group_size * 4 * (4 + static_cast<int64_t>(p.n_local()));
+    return edges * (16 + 7 * 4) + p.group_size * 4 * (4 + static_cast<int64_t>(p.n_local));
   }
 
-  __device__ GroupMemory(const Problem& p, char* memory) {
+  __device__ IpmMemory(const Problem& p, char* memory) {
     const int32_t edges = p.group_size * p.n_columns;
     ends = reinterpret_cast<float4*>(memory);
     cap = reinterpret_cast<float*>(ends + edges);
@@ -53,6 +55,7 @@ struct Shared {
   float proven;
   unsigned long long excess;
   int32_t unseen;
+  int32_t status;
 };
 
 __device__ __forceinline__ float WarpSum(float value) {
@@ -67,117 +70,161 @@ __device__ __forceinline__ int64_t WarpSum(int64_t value) {
   return value;
 }
 
-// Loads one rank with one warp; returns the status bits that a lane has seen. The rank's sum goes
-// to `base`, where it fits.
+// Loads the group's own experts, a tile of threads per rank; returns the status bits that a thread
+// has seen. The ranks' sums go to memory.base, where they are int32 and fit, and to `base`.
 template <typename Load>
-__device__ int32_t LoadRank(const Problem& p, const Sources& sources, const SolveOperands& in,
-                            int32_t group, int32_t rank, const GroupMemory& memory, float* base) {
+__device__ __forceinline__ int32_t LoadLoads(const Problem& p, const Sources& sources,
+                                             const SolveOperands& in, int32_t group,
+                                             const IpmMemory& memory, float* base) {
   constexpr bool kFloats = std::is_same_v<Load, float>;
   using Sum = std::conditional_t<kFloats, float, int64_t>;
-  const int32_t n_local = p.n_local();
-  const int32_t slots = p.slots_per_rank();
-  const int32_t first_rank = group * p.group_size;
-  const int32_t first_slot = (first_rank + rank) * slots;
+  const Tile tile(p);
+  const int32_t first_of_warp = (threadIdx.x & ~31) >> p.tile_log2;
   const Load* loads = reinterpret_cast<const Load*>(in.loads);
   int32_t status = 0;
-  Sum sum = 0;
-  for (int32_t k = threadIdx.x & 31; k < slots; k += 32) {
-    const int32_t expert = in.phy2log[first_slot + k];
-    const int32_t known = min(max(expert, 0), p.n_logical - 1);
-    const bool copy = k >= n_local;
-    if (expert != known || in.log2phy[known * p.max_replicas + copy] != first_slot + k) {
-      status |= kBadPlacement;
+#pragma unroll 1
+  for (int32_t step = 0; first_of_warp + step < p.group_size; step += tile.n) {
+    const int32_t rank = tile.index + step;
+    const int32_t first_slot = (group * p.group_size + rank) * p.slots_per_rank;
+    Sum sum = 0;
+#pragma unroll 1
+    for (int32_t k = tile.lane; k < p.n_local && rank < p.group_size; k += tile.width) {
+      const int32_t known = KnownExpert(p, in.phy2log[first_slot + k]);
+      Sum total = 0;
+#pragma unroll 1
+      for (int32_t s = 0; s < sources.n_sources; ++s) {
+        const Load load = loads[static_cast<int64_t>(s) * sources.row + known];
+        if (load >= 0) {
+          total += load;
+        } else {
+          status |= kNegativeLoad;  // NaN, too.
+        }
+      }
+      if constexpr (!kFloats) {
+        if (total > kInt32Max) {
+          status |= kLoadOverflow;
+          total = kInt32Max;
+        }
+      }
+      reinterpret_cast<Load*>(memory.own)[rank * p.n_local + k] = static_cast<Load>(total);
+      sum += total;
     }
+#pragma unroll
+    for (int32_t distance = 16; distance > 0; distance /= 2) {
+      const Sum other = __shfl_xor_sync(kAllLanes, sum, distance);
+      if (distance < tile.width) sum += other;
+    }
+    if (tile.lane == 0 && rank < p.group_size) {
+      if constexpr (!kFloats) {
+        if (sum > kInt32Max) status |= kLoadOverflow;
+        memory.base[rank] = static_cast<int32_t>(sum);
+      }
+      base[rank] = static_cast<float>(sum);
+    }
+  }
+  return status;
+}
+
+// Looks for contradictions between phy2log, log2phy and r2o in the group's slots first,
+// first + stride, …
+__device__ __forceinline__ int32_t CheckSlots(const Problem& p, const SolveOperands& in,
+                                              int32_t group, const IpmMemory& memory, int32_t first,
+                                              int32_t stride) {
+  const int32_t first_slot = group * p.group_size * p.slots_per_rank;
+  int32_t status = 0;
+#pragma unroll 1
+  for (int32_t i = first; i < p.group_size * p.slots_per_rank; i += stride) {
+    const int32_t rank = p.by_slots.Quotient(i);
+    const int32_t k = i - rank * p.slots_per_rank;
+    const bool copy = k >= p.n_local;
+    const int32_t expert = in.phy2log[first_slot + i];
+    const int32_t known = KnownExpert(p, expert);
+    bool good = expert == known && in.log2phy[known * p.max_replicas + copy] == first_slot + i;
     if (copy) {
-      const int32_t source = in.r2o[rank * p.n_columns + (k - n_local) % p.n_columns];
-      if (expert != in.phy2log[(first_rank + source) * slots + k - n_local]) {
-        status |= kBadPlacement;
-      }
-      continue;
+      const int32_t local = k - p.n_local;
+      const int32_t source = memory.src[rank * p.n_columns + p.by_columns.Remainder(local)];
+      good &= expert == in.phy2log[first_slot + source * p.slots_per_rank + local];
     }
-    Sum total = 0;
-    for (int32_t s = 0; s < sources.n_sources; ++s) {
-      const Load load = loads[static_cast<int64_t>(s) * sources.row + known];
-      if (load >= 0) {
-        total += load;
-      } else {
-        status |= kNegativeLoad;  // NaN, too.
-      }
-    }
-    if constexpr (!kFloats) {
-      if (total > kInt32Max) {
-        status |= kLoadOverflow;
-        total = kInt32Max;
-      }
-    }
-    reinterpret_cast<Load*>(memory.own)[rank * n_local + k] = static_cast<Load>(total);
-    sum += total;
+    if (!good) status |= kBadPlacement;
   }
-  sum = WarpSum(sum);
-  if constexpr (!kFloats) {
-    if (sum > kInt32Max) status |= kLoadOverflow;
-    if ((threadIdx.x & 31) == 0) memory.base[rank] = static_cast<int32_t>(sum);
-  }
-  if ((threadIdx.x & 31) == 0) base[rank] = static_cast<float>(sum);
   return status;
 }
 
 // What an edge could move: the sum over its owner's replicated experts in this column.
 template <typename Sum, typename Function>
-__device__ __forceinline__ Sum OverColumn(const Problem& p, const GroupMemory& memory, int32_t edge,
+__device__ __forceinline__ Sum OverColumn(const Problem& p, const IpmMemory& memory, int32_t edge,
                                           Function&& load) {
-  const int32_t rank = edge / p.n_columns;
+  const int32_t rank = p.by_columns.Quotient(edge);
   Sum sum = 0;
   if (memory.dst[edge] == rank) return sum;
-  for (int32_t k = edge % p.n_columns; k < p.n_redundant(); k += p.n_columns) {
-    sum += load(rank * p.n_local() + k);
+#pragma unroll 1
+  for (int32_t k = edge - rank * p.n_columns; k < p.n_redundant; k += p.n_columns) {
+    sum += load(rank * p.n_local + k);
   }
   return sum;
 }
 
-// Writes the quotas of one rank's experts, with one warp: an edge's tokens come from its experts in
-// order.
+// Writes the quotas of the experts first, first + stride, … that no plan changes.
 template <typename Load>
-__device__ void WriteQuotas(const Problem& p, const SolveResults& out, int32_t group, int32_t rank,
-                            const GroupMemory& memory, const Load* moved) {
-  const int32_t n_local = p.n_local();
-  const int32_t slots = p.slots_per_rank();
-  const Load* own = reinterpret_cast<const Load*>(memory.own) + rank * n_local;
-  Load* quota =
-      reinterpret_cast<Load*>(out.quota) + static_cast<int64_t>(group) * p.group_size * slots;
-  for (int32_t k = threadIdx.x & 31; k < n_local; k += 32) {
-    const Load load = own[k];
-    Load away = 0;
-    if (k < p.n_redundant()) {
-      const int32_t edge = rank * p.n_columns + k % p.n_columns;
-      Load left = moved[edge];
-      for (int32_t j = k % p.n_columns; j < k && left > 0; j += p.n_columns) {
-        left -= min(left, own[j]);
-      }
-      away = min(left, load);
-      quota[memory.dst[edge] * slots + n_local + k] = away;
-    }
-    quota[rank * slots + k] = load - away;
+__device__ __forceinline__ void WriteFixed(const Problem& p, const IpmMemory& memory, Load* quota,
+                                           int32_t first, int32_t stride) {
+  const int32_t n_fixed = p.n_local - p.n_redundant;
+#pragma unroll 1
+  for (int32_t i = first; i < p.group_size * n_fixed; i += stride) {
+    const int32_t rank = p.by_fixed.Quotient(i);
+    const int32_t k = p.n_redundant + i - rank * n_fixed;
+    quota[rank * p.slots_per_rank + k] =
+        reinterpret_cast<const Load*>(memory.own)[rank * p.n_local + k];
   }
+}
+
+// Writes the quotas of the replicated experts: an edge's tokens come from its experts in order.
+template <typename Load>
+__device__ __forceinline__ void WriteSplit(const Problem& p, const IpmMemory& memory, Load* quota,
+                                           const Load* moved) {
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < p.group_size * p.n_redundant; i += blockDim.x) {
+    const int32_t rank = p.by_redundant.Quotient(i);
+    const int32_t k = i - rank * p.n_redundant;
+    const Load* own = reinterpret_cast<const Load*>(memory.own) + rank * p.n_local;
+    const int32_t column = p.by_columns.Remainder(k);
+    const int32_t edge = rank * p.n_columns + column;
+    Load left = moved[edge];
+#pragma unroll 1
+    for (int32_t j = column; j < k && left > 0; j += p.n_columns) left -= min(left, own[j]);
+    const Load away = min(left, own[k]);
+    quota[rank * p.slots_per_rank + k] = own[k] - away;
+    quota[memory.dst[edge] * p.slots_per_rank + p.n_local + k] = away;
+  }
+}
+
+// ⌈sum / n⌉ of sum ≥ 0, where it is an int32. A division of 64 bits would cost several times as
+// much.
+__device__ __forceinline__ int32_t CeilDivide(int64_t sum, int32_t n) {
+  const int32_t quotient = static_cast<int32_t>(static_cast<double>(sum) / n);
+  // Off by one at most.
+  const int64_t rest = sum - static_cast<int64_t>(quotient) * n;
+  return quotient + (rest > 0) + (rest > n) - (rest <= -n);
 }
 
 // The exact value of the best cut, its weight and size, and the bounds of all ranks and of single
 // ones; by one warp, over the loads and capacities in tokens or units.
-struct Proof {
+struct CutProof {
   int64_t stuck;
   float weight;
   int32_t size;
   int32_t first_target;
 };
 
-__device__ Proof Prove(const Problem& p, const GroupMemory& memory) {
-  Proof proof = {0, 0, 0, 0};
+__device__ CutProof Prove(const Problem& p, const IpmMemory& memory) {
+  CutProof proof = {0, 0, 0, 0};
   int64_t total = 0;
   int64_t alone = 0;
   for (int32_t r = threadIdx.x & 31; r < p.group_size; r += 32) {
     const int64_t base = memory.base[r];
     int64_t stays = base;
     int64_t stuck = base;
+#pragma unroll 1
     for (int32_t d = 0; d < p.n_columns; ++d) {
       const int32_t edge = r * p.n_columns + d;
       stuck -= memory.units[edge];
@@ -195,7 +242,7 @@ __device__ Proof Prove(const Problem& p, const GroupMemory& memory) {
   proof.weight = WarpSum(proof.weight);
   proof.size = __reduce_add_sync(kAllLanes, proof.size);
   total = WarpSum(total);
-  const int32_t mean = static_cast<int32_t>((total + p.group_size - 1) / p.group_size);
+  const int32_t mean = CeilDivide(total, p.group_size);
   proof.first_target = max(mean, __reduce_max_sync(kAllLanes, static_cast<int32_t>(alone)));
   return proof;
 }
@@ -210,45 +257,46 @@ __global__ void __launch_bounds__(kRanks* kParts > 256 ? kRanks * kParts : 256)
   extern __shared__ __align__(16) char dynamic[];
   __shared__ __align__(16) typename Solver::Memory solver_memory;
   __shared__ Shared shared;
-  const int32_t group = blockIdx.x % p.n_groups();
-  const int64_t element = blockIdx.x / p.n_groups();
+  const int32_t group = blockIdx.x % p.n_groups;
+  const int64_t element = blockIdx.x / p.n_groups;
   const IpmOperands operands = BatchElement(p, sources, first_in, element);
   const SolveOperands& in = operands.solve;
   const SolveResults out = BatchElement(p, first_out, element);
-  const GroupMemory memory(p, dynamic);
+  const IpmMemory memory(p, dynamic);
   const int32_t warp = threadIdx.x / 32;
   const int32_t n_warps = blockDim.x / 32;
   const int32_t n_edges = p.group_size * p.n_columns;
   const Graph graph = {p.group_size, p.n_columns, memory.src, memory.dst};
   const Load* own = reinterpret_cast<const Load*>(memory.own);
+  Load* quota = reinterpret_cast<Load*>(out.quota) +
+                static_cast<int64_t>(group) * p.group_size * p.slots_per_rank;
 
   int32_t status = 0;
   for (int32_t i = threadIdx.x; i < n_edges; i += blockDim.x) {
     const int32_t source = in.r2o[i];
     memory.src[i] = source;
-    memory.dst[source * p.n_columns + i % p.n_columns] = i / p.n_columns;
+    const int32_t rank = p.by_columns.Quotient(i);
+    memory.dst[source * p.n_columns + i - rank * p.n_columns] = rank;
   }
   for (int32_t r = threadIdx.x; r < kRanks; r += blockDim.x) {
     const bool live = r < p.group_size;
     const float weight = live && options.weighted ? operands.weights[r] : 1;
     if (!(weight > 0 && weight <= 3e38f)) status |= kNotConverged;
     if (live) memory.weight[r] = weight;
-    solver_memory.base[r] = 0;
+    if (!live) solver_memory.base[r] = 0;
     solver_memory.w[r] = 0;
     solver_memory.y[r] = 0;
     solver_memory.ex[r] = 1;
     solver_memory.q[r] = 0;
   }
-  if (threadIdx.x == 0) shared.most = 0;
-  __syncthreads();
-
-  for (int32_t r = warp; r < p.group_size; r += n_warps) {
-    status |= LoadRank<Load>(p, sources, in, group, r, memory, solver_memory.base);
-  }
+  if (threadIdx.x == 0) shared.most = shared.status = 0;
+  status |= LoadLoads<Load>(p, sources, in, group, memory, solver_memory.base);
   if (warp == 0) {
     float sum = 0;
-    for (int32_t r = threadIdx.x; r < p.group_size; r += 32) sum += memory.weight[r];
-    sum = WarpSum(sum);
+    if (options.weighted) {
+      for (int32_t r = threadIdx.x; r < p.group_size; r += 32) sum += operands.weights[r];
+      sum = WarpSum(sum);
+    }
     if (threadIdx.x == 0) shared.weight_sum = sum;
   }
   if (sources.row > p.n_logical) {
@@ -293,6 +341,8 @@ __global__ void __launch_bounds__(kRanks* kParts > 256 ? kRanks * kParts : 256)
 
   if (overflow) {
     for (int32_t i = threadIdx.x; i < n_edges; i += blockDim.x) memory.moved[i] = 0;
+    status |= CheckSlots(p, in, group, memory, threadIdx.x, blockDim.x);
+    WriteFixed(p, memory, quota, threadIdx.x, blockDim.x);
     if (threadIdx.x == 0) {
       shared.max_load = kInt32Max;
       shared.largest = kFloats ? __int_as_float(0x7f800000) : static_cast<float>(kInt32Max);
@@ -309,6 +359,12 @@ __global__ void __launch_bounds__(kRanks* kParts > 256 ? kRanks * kParts : 256)
         shared.largest = result.largest;
         shared.bound = result.bound;
       }
+    } else {
+      // The other warps do what needs no plan.
+      const int32_t first = static_cast<int32_t>(threadIdx.x) - Solver::kThreads;
+      const int32_t stride = static_cast<int32_t>(blockDim.x) - Solver::kThreads;
+      status |= CheckSlots(p, in, group, memory, first, stride);
+      WriteFixed(p, memory, quota, first, stride);
     }
     __syncthreads();
 
@@ -326,8 +382,8 @@ __global__ void __launch_bounds__(kRanks* kParts > 256 ? kRanks * kParts : 256)
       for (int32_t r = warp; r < p.group_size; r += n_warps) {
         int64_t units = 0;
         float load = 0;
-        for (int32_t k = threadIdx.x & 31; k < p.n_local(); k += 32) {
-          const float value = own[r * p.n_local() + k];
+        for (int32_t k = threadIdx.x & 31; k < p.n_local; k += 32) {
+          const float value = own[r * p.n_local + k];
           units += static_cast<int32_t>(floorf(ldexpf(value, exponent)));
           load += value;
         }
@@ -350,11 +406,10 @@ __global__ void __launch_bounds__(kRanks* kParts > 256 ? kRanks * kParts : 256)
     __syncthreads();
 
     if (warp == 0) {
-      const Proof proof = Prove(p, memory);
+      const CutProof proof = Prove(p, memory);
       int32_t target = proof.first_target;
       if (proof.stuck > 0) {
-        const int64_t share = (proof.stuck + proof.size - 1) / proof.size;
-        target = max(target, static_cast<int32_t>(share));
+        target = max(target, CeilDivide(proof.stuck, proof.size));
       }
       const float proven = Provable(proof.stuck, -exponent, proof.weight, p.group_size);
       int32_t largest = 0;
@@ -420,22 +475,15 @@ __global__ void __launch_bounds__(kRanks* kParts > 256 ? kRanks * kParts : 256)
     __syncthreads();
   }
 
-  for (int32_t r = warp; r < p.group_size; r += n_warps) {
-    if constexpr (kFloats) {
-      if (overflow) {
-        WriteQuotas<float>(p, out, group, r, memory, reinterpret_cast<const float*>(memory.moved));
-      } else {
-        WriteQuotas<float>(p, out, group, r, memory, memory.flow);
-      }
-    } else {
-      WriteQuotas<int32_t>(p, out, group, r, memory, memory.moved);
-    }
+  if constexpr (kFloats) {
+    WriteSplit(p, memory, quota,
+               overflow ? reinterpret_cast<const float*>(memory.moved) : memory.flow);
+  } else {
+    WriteSplit(p, memory, quota, memory.moved);
   }
-  // One vote per bit: every thread has seen its own part.
-  int32_t all = 0;
-  for (int32_t bit = 1; bit <= kNotConverged; bit *= 2) {
-    if (__syncthreads_or(status & bit)) all |= bit;
-  }
+  // Every thread has seen its own part.
+  if (status != 0) atomicOr(&shared.status, status);
+  __syncthreads();
   if (threadIdx.x == 0) {
     if (options.float_loads_out()) {
       out.max_load[group] = __float_as_int(shared.largest);
@@ -444,13 +492,12 @@ __global__ void __launch_bounds__(kRanks* kParts > 256 ? kRanks * kParts : 256)
       out.max_load[group] = shared.max_load;
       out.lower_bound[group] = shared.target;
     }
-    out.status[group] = all;
+    out.status[group] = shared.status;
   }
 }
 
-constexpr int32_t kMaxGroupSize = 128;
-constexpr int64_t kMaxSharedBytes = 160 << 10;  // Every supported chip has a little more.
-constexpr int32_t kMostEdges = 16;              // Of one thread.
+constexpr int64_t kMostSharedBytes = 160 << 10;  // Every supported chip has a little more.
+constexpr int32_t kMostEdges = 16;               // Of one thread.
 
 using Kernel = void (*)(Problem, Sources, IpmOptions, IpmOperands, SolveResults);
 
@@ -478,7 +525,7 @@ Choice WithEdges(const Problem& p, const IpmOptions& options) {
   return {nullptr, 0, 0};
 }
 
-Choice Choose(const Problem& p, const IpmOptions& options, int variant) {
+Choice Choose(const Problem& p, const IpmOptions& options) {
   if (p.group_size <= 8) return WithEdges<8, 1>(p, options);
   if (p.group_size <= 16) return WithEdges<16, 2>(p, options);
   if (p.group_size <= 32) return WithEdges<32, 4>(p, options);
@@ -490,24 +537,27 @@ Choice Choose(const Problem& p, const IpmOptions& options, int variant) {
 
 bool IpmFitsOneBlock(const Problem& problem) {
   if (problem.group_size > kMaxGroupSize) return false;
-  const Choice choice = Choose(problem, {}, 0);
+  const Choice choice = Choose(problem, {});
   return choice.kernel != nullptr &&
-         GroupMemory::Bytes(problem) + choice.bytes + 1024 <= kMaxSharedBytes;
+         IpmMemory::Bytes(problem) + choice.bytes + 1024 <= kMostSharedBytes;
 }
 
 cudaError_t LaunchIpm(const Problem& problem, const Sources& sources, const IpmOptions& options,
-                      int64_t batch, const IpmOperands& in, const SolveResults& out, int variant,
+                      int64_t batch, const IpmOperands& in, const SolveResults& out,
                       cudaStream_t stream) {
-  const int64_t blocks = batch * problem.n_groups();
+  const int64_t blocks = batch * problem.n_groups;
   if (blocks == 0) return cudaSuccess;
-  const Choice choice = Choose(problem, options, variant);
-  const int64_t bytes = GroupMemory::Bytes(problem);
+  const Choice choice = Choose(problem, options);
+  const int64_t bytes = IpmMemory::Bytes(problem);
   if (bytes + choice.bytes > (48 << 10)) {
     const cudaError_t error = cudaFuncSetAttribute(
         choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (error != cudaSuccess) return error;
   }
-  const int32_t threads = std::max(choice.threads, std::clamp(32 * problem.group_size, 128, 256));
+  // A thread per expert, and at least two warps for what needs no plan.
+  const int32_t experts = problem.group_size << problem.tile_log2;
+  const int32_t threads =
+      std::clamp((experts + 31) / 32 * 32, choice.threads + 64, std::max(choice.threads + 64, 320));
   choice.kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(problem, sources,
                                                                            options, in, out);
   return cudaGetLastError();

@@ -14,10 +14,9 @@ namespace lplb::cuda {
 // Whether one block can hold a group of the problem.
 bool IpmFitsOneBlock(const Problem& problem);
 
-// Solves every group of every batch element, one block each. `problem` must fit. `variant` chooses
-// between mappings of the matrix to threads, for benchmarks; 0 is the fastest.
+// Solves every group of every batch element, one block each. `problem` must fit.
 cudaError_t LaunchIpm(const Problem& problem, const Sources& sources, const IpmOptions& options,
-                      int64_t batch, const IpmOperands& in, const SolveResults& out, int variant,
+                      int64_t batch, const IpmOperands& in, const SolveResults& out,
                       cudaStream_t stream);
 
 }  // namespace lplb::cuda

@@ -9,7 +9,7 @@
 namespace lplb::cuda {
 
 // Experts whose counters fit into a block's shared memory.
-constexpr int32_t kMaxExperts = 4096;
+constexpr int32_t kMaxCounted = 8192;
 
 // Counts the tokens of each of `batch` rows: counts [batch, n_logical + 1], invalid ids last.
 // Index is int32_t, int64_t, uint8_t or uint16_t.

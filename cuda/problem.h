@@ -25,6 +25,25 @@ enum Status : int32_t {
   kNotConverged = 16,
 };
 
+// Division by a number known on the host: exact where dividend · divisor < 2³².
+struct Divisor {
+  int32_t divisor;
+  uint32_t inverse;  // ⌈2³² / divisor⌉
+
+  Divisor() = default;
+  explicit Divisor(int32_t d)
+      : divisor(d),
+        inverse(d <= 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + d - 1) / d)) {}
+
+  LPLB_HOST_DEVICE int32_t Quotient(int32_t dividend) const {
+    if (divisor <= 1) return dividend;
+    return static_cast<int32_t>((static_cast<uint64_t>(dividend) * inverse) >> 32);
+  }
+  LPLB_HOST_DEVICE int32_t Remainder(int32_t dividend) const {
+    return dividend - Quotient(dividend) * divisor;
+  }
+};
+
 // Slots are numbered rank by rank; on each rank the n_local own experts come first. Redundant slot
 // k of rank v copies local expert k of rank r2o[v, k % n_columns] of v's group.
 struct Problem {
@@ -35,10 +54,44 @@ struct Problem {
   int32_t n_physical;
   int32_t max_replicas;
 
-  LPLB_HOST_DEVICE int32_t n_groups() const { return ep_size / group_size; }
-  LPLB_HOST_DEVICE int32_t n_local() const { return n_logical / ep_size; }
-  LPLB_HOST_DEVICE int32_t slots_per_rank() const { return n_physical / ep_size; }
-  LPLB_HOST_DEVICE int32_t n_redundant() const { return slots_per_rank() - n_local(); }
+  // Derived, since a division is a good part of a kernel of three microseconds.
+  int32_t n_groups;
+  int32_t n_local;         // experts of a rank
+  int32_t slots_per_rank;  // n_local + n_redundant
+  int32_t n_redundant;     // copies on a rank, and replicated experts of a rank
+  int32_t tile_log2;       // log₂ of the threads that share a rank's experts: a power of two ≤ 32
+  int32_t safe_load;       // n_local loads up to this sum below 2³¹
+  double inverse_group;    // 1 / group_size
+  Divisor by_columns;
+  Divisor by_fixed;  // n_local − n_redundant
+  Divisor by_group;
+  Divisor by_redundant;
+  Divisor by_slots;
+
+  Problem() = default;
+  // Where there is no r2o, group_size and n_columns are 0.
+  Problem(int32_t ep_size_, int32_t group_size_, int32_t n_columns_, int32_t n_logical_,
+          int32_t n_physical_, int32_t max_replicas_)
+      : ep_size(ep_size_),
+        group_size(group_size_),
+        n_columns(n_columns_),
+        n_logical(n_logical_),
+        n_physical(n_physical_),
+        max_replicas(max_replicas_),
+        n_groups(group_size_ > 0 ? ep_size_ / group_size_ : 0),
+        n_local(n_logical_ / ep_size_),
+        slots_per_rank(n_physical_ / ep_size_),
+        n_redundant(slots_per_rank - n_local),
+        tile_log2(0),
+        safe_load(kInt32Max / (n_local > 0 ? n_local : 1)),
+        inverse_group(group_size_ > 0 ? 1.0 / group_size_ : 0),
+        by_columns(n_columns_),
+        by_fixed(n_local - n_redundant),
+        by_group(group_size_),
+        by_redundant(n_redundant),
+        by_slots(slots_per_rank) {
+    while (tile_log2 < 5 && 1 << tile_log2 < n_local) ++tile_log2;
+  }
 };
 
 // The buffers of one solve; with a batch, those of its first element.
@@ -80,8 +133,8 @@ LPLB_HOST_DEVICE SolveOperands BatchElement(const Problem& p, const Sources& sou
 }
 
 LPLB_HOST_DEVICE SolveResults BatchElement(const Problem& p, const SolveResults& first, int64_t b) {
-  return {first.quota + b * p.n_physical, first.max_load + b * p.n_groups(),
-          first.lower_bound + b * p.n_groups(), first.status + b * p.n_groups()};
+  return {first.quota + b * p.n_physical, first.max_load + b * p.n_groups,
+          first.lower_bound + b * p.n_groups, first.status + b * p.n_groups};
 }
 
 LPLB_HOST_DEVICE AssignOperands BatchElement(const Problem& p, const Sources& sources,
@@ -130,30 +183,34 @@ struct Route {
   int32_t replica;
 };
 
-LPLB_HOST_DEVICE Route RouteOf(const Problem& p, const Sources& sources, const AssignOperands& in,
-                               int32_t rank, bool proportional, int32_t expert) {
-  const int32_t home = in.log2phy[expert * p.max_replicas];
-  const int32_t replica = in.log2phy[expert * p.max_replicas + 1];
-  const bool has_home = home >= 0 && home < p.n_physical;
-  const bool has_replica = replica >= 0 && replica < p.n_physical;
-  Route route = {kInt32Max, has_home ? home : -1, has_replica ? replica : -1};
-  if (!has_home || !has_replica) return route;
-  const int32_t stay = in.quota[home];
+// The slots of an expert; keep is what it is where no quota changes it.
+LPLB_HOST_DEVICE Route SlotsOf(const Problem& p, const int32_t* log2phy, int32_t expert) {
+  const int32_t home = log2phy[expert * p.max_replicas];
+  const int32_t replica = log2phy[expert * p.max_replicas + 1];
+  return {kInt32Max, home >= 0 && home < p.n_physical ? home : -1,
+          replica >= 0 && replica < p.n_physical ? replica : -1};
+}
+
+// keep of an expert's route on source rank `rank`.
+LPLB_HOST_DEVICE int32_t KeepOf(const Problem& p, const Sources& sources, const int32_t* counts,
+                                const int32_t* quota, int32_t rank, bool proportional,
+                                int32_t expert, const Route& route) {
+  if (route.home < 0 || route.replica < 0) return kInt32Max;
+  const int32_t stay = quota[route.home];
   if (proportional) {
-    const int32_t count = in.counts[expert] > 0 ? in.counts[expert] : 0;
-    route.keep = ProportionalShare(count, stay, stay + in.quota[replica], rank, p.ep_size);
-    return route;
+    const int32_t count = counts[expert] > 0 ? counts[expert] : 0;
+    return ProportionalShare(count, stay, stay + quota[route.replica], rank, p.ep_size);
   }
   int64_t keep = stay;
   if (sources.n_sources > 1) {
-    const int32_t slots = p.slots_per_rank();
+    const int32_t home_rank = p.by_slots.Quotient(route.home);
+    const int32_t replica_rank = p.by_slots.Quotient(route.replica);
     for (int32_t s = 0; s < sources.n_sources; ++s) {
-      const int32_t count = in.counts[static_cast<int64_t>(s) * sources.row + expert];
-      if (count > 0 && ComesBefore(s, rank, home / slots, replica / slots)) keep -= count;
+      const int32_t count = counts[s * sources.row + expert];
+      if (count > 0 && ComesBefore(s, rank, home_rank, replica_rank)) keep -= count;
     }
   }
-  route.keep = static_cast<int32_t>(keep > 0 ? keep : 0);
-  return route;
+  return static_cast<int32_t>(keep > 0 ? keep : 0);
 }
 
 }  // namespace lplb

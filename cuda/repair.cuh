@@ -42,6 +42,7 @@ __device__ inline int32_t Repair(const Graph& graph, const RepairMemory& memory,
     bool reached = true;
     while (__syncthreads_or(above && level < 0)) {
       bool hit = false;
+#pragma unroll 1
       for (int32_t d = 0; level < 0 && d < n_columns && !hit; ++d) {
         const int32_t from = graph.src[first + d];
         const int32_t to = graph.dst[first + d];
@@ -71,6 +72,7 @@ __device__ inline int32_t Repair(const Graph& graph, const RepairMemory& memory,
       if (level == l) {
         // Only level l − 1 receives now, and every edge has one rank of level l at most.
         int32_t excess = max(memory.load[rank] - target, 0);
+#pragma unroll 1
         for (int32_t d = 0; d < n_columns && excess > 0; ++d) {
           const int32_t to = graph.dst[first + d];
           if (memory.level[to] == l - 1) {

@@ -12,92 +12,209 @@ namespace lplb::cuda {
 constexpr uint32_t kFullWarp = 0xffffffffu;
 
 // ⌈sum / n⌉ of values ≥ 0 given as sums of their high and low 16 bits: the sum may pass 2³¹, the
-// quotient may not.
-__device__ __forceinline__ int32_t CeilDivide(uint32_t high, uint32_t low, uint32_t n) {
-  const uint32_t quotient = high / n;
-  return (quotient << 16) + (((high - quotient * n) << 16) + low + n - 1) / n;
+// quotient may not. `inverse` is 1 / n; an integer division would cost several times as much.
+__device__ __forceinline__ int32_t CeilDivide(uint32_t high, uint32_t low, int32_t n,
+                                              double inverse) {
+  const int64_t sum = (static_cast<int64_t>(high) << 16) + low;
+  const int32_t quotient = static_cast<int32_t>(static_cast<double>(sum) * inverse);
+  // The product is off by less than one, so the quotient is ⌊sum / n⌋, one less or one more.
+  const int64_t rest = sum - static_cast<int64_t>(quotient) * n;
+  return quotient + (rest > 0) + (rest > n) - (rest <= -n);
+}
+
+// One bit or one value per rank of a group whose rank r is lane r % 32 of word r / 32.
+template <int kWords>
+struct RankSet {
+  uint32_t word[kWords];
+
+  __device__ __forceinline__ bool Has(int32_t rank) const {
+    uint32_t bits = word[0];
+#pragma unroll
+    for (int w = 1; w < kWords; ++w) bits = rank >> 5 == w ? word[w] : bits;
+    return (bits >> (rank & 31)) & 1;
+  }
+};
+
+template <int kWords>
+__device__ __forceinline__ int32_t ValueOf(const int32_t (&value)[kWords], int32_t rank) {
+  int32_t found = __shfl_sync(kFullWarp, value[0], rank & 31);
+#pragma unroll
+  for (int w = 1; w < kWords; ++w) {
+    const int32_t other = __shfl_sync(kFullWarp, value[w], rank & 31);
+    found = rank >> 5 == w ? other : found;
+  }
+  return found;
 }
 
 // ⌈sum of the warp's values / n⌉.
-__device__ __forceinline__ int32_t WarpCeilMean(int32_t value, uint32_t n) {
-  const uint32_t bits = static_cast<uint32_t>(value);
-  return CeilDivide(__reduce_add_sync(kFullWarp, bits >> 16),
-                    __reduce_add_sync(kFullWarp, bits & 0xffff), n);
+template <int kWords>
+__device__ __forceinline__ int32_t WarpCeilMean(const int32_t (&value)[kWords], int32_t n,
+                                                double inverse) {
+  uint32_t high = 0;
+  uint32_t low = 0;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    high += static_cast<uint32_t>(value[w]) >> 16;
+    low += static_cast<uint32_t>(value[w]) & 0xffff;
+  }
+  return CeilDivide(__reduce_add_sync(kFullWarp, high), __reduce_add_sync(kFullWarp, low), n,
+                    inverse);
 }
 
-// Groups of at most 32 ranks, in the registers of one warp: lane r is rank r. All 32 lanes call it;
-// idle lanes bring load 0, capacities 0 and themselves as src and dst.
-// In and out: load. Out: moved, the tokens moved along this lane's edges. Returns the target.
-template <int kColumns>
-__device__ int32_t WarpWaves(int32_t n_ranks, const int32_t (&src)[kColumns],
-                             const int32_t (&dst)[kColumns], const int32_t (&cap)[kColumns],
-                             int32_t& load, int32_t (&moved)[kColumns]) {
-  const int32_t lane = threadIdx.x & 31;
-  const uint32_t idle = n_ranks == 32 ? 0 : kFullWarp << n_ranks;
-  int32_t entered[kColumns];  // moved[d] of src[d]: what my redundant columns hold.
-  int32_t stuck = load;
-#pragma unroll
-  for (int d = 0; d < kColumns; ++d) {
-    moved[d] = entered[d] = 0;
-    stuck -= cap[d];
-  }
-  int32_t target = max(WarpCeilMean(load, n_ranks), __reduce_max_sync(kFullWarp, stuck));
+// A lane's part of a group: word w of lane l is rank 32 w + l. Idle places have load and capacities
+// 0 and themselves as src and dst.
+template <int kWords, int kColumns>
+struct WarpGraph {
+  int32_t src[kColumns][kWords];
+  int32_t dst[kColumns][kWords];
+  int32_t cap[kColumns][kWords];
+  int32_t moved[kColumns][kWords];
+  int32_t load[kWords];
+};
 
-  while (const uint32_t above = __ballot_sync(kFullWarp, load > target)) {
-    uint32_t neighbours = 0;  // Where a token could go from here.
+// Groups of at most 32 · kWords ranks, in the registers of one warp; all its lanes call it. Sets
+// moved, the tokens moved along every edge, balances load, and returns the target.
+template <int kWords, int kColumns>
+__device__ __forceinline__ int32_t WarpWaves(int32_t n_ranks, double inverse,
+                                             WarpGraph<kWords, kColumns>& graph) {
+  const int32_t lane = threadIdx.x & 31;
+  auto& [src, dst, cap, moved, load] = graph;
+  int32_t entered[kColumns][kWords];  // What my redundant columns hold: moved of src.
+  uint32_t idle[kWords];
+  int32_t stuck = 0;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    const int32_t left = n_ranks - 32 * w;
+    idle[w] = left >= 32 ? 0 : left <= 0 ? kFullWarp : kFullWarp << left;
+    int32_t cannot_leave = load[w];
 #pragma unroll
     for (int d = 0; d < kColumns; ++d) {
-      if (moved[d] < cap[d]) neighbours |= 1u << dst[d];
-      if (entered[d] > 0) neighbours |= 1u << src[d];
+      moved[d][w] = entered[d][w] = 0;
+      cannot_leave -= cap[d][w];
     }
+    stuck = max(stuck, cannot_leave);
+  }
+  int32_t target = max(WarpCeilMean(load, n_ranks, inverse), __reduce_max_sync(kFullWarp, stuck));
 
-    // Breadth first from the ranks below the target; idle lanes, whose load is 0, do not count.
-    uint32_t frontier = __ballot_sync(kFullWarp, load < target) & ~idle;
-    uint32_t seen = frontier | idle;
-    uint32_t admissible = 0;
-    int32_t level = (seen >> lane) & 1 ? 0 : -1;
+  while (true) {
+    RankSet<kWords> above;
+    uint32_t any_above = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      above.word[w] = __ballot_sync(kFullWarp, load[w] > target);
+      any_above |= above.word[w];
+    }
+    if (any_above == 0) return target;
+
+    // Breadth first from the ranks below the target, until all above have a level or nothing new
+    // has. Idle places, whose load is 0, count as seen.
+    RankSet<kWords> frontier;
+    uint32_t seen[kWords];
+    int32_t level[kWords];
+    uint32_t waiting = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      frontier.word[w] = __ballot_sync(kFullWarp, load[w] < target) & ~idle[w];
+      seen[w] = frontier.word[w] | idle[w];
+      level[w] = (seen[w] >> lane) & 1 ? 0 : -1;
+      waiting |= above.word[w] & ~seen[w];
+    }
+    RankSet<kWords> reachable[kWords];  // Where a token could go from here.
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+#pragma unroll
+      for (int v = 0; v < kWords; ++v) {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int d = 0; d < kColumns; ++d) {
+          const int32_t to = dst[d][w];
+          const int32_t from = src[d][w];
+          if (moved[d][w] < cap[d][w] && to >> 5 == v) bits |= 1u << (to & 31);
+          if (entered[d][w] > 0 && from >> 5 == v) bits |= 1u << (from & 31);
+        }
+        reachable[w].word[v] = bits;
+      }
+    }
+    RankSet<kWords> below[kWords] = {};  // The level that this place pushes to.
     int32_t depth = 0;
-    while (above & ~seen) {
-      const bool hit = level < 0 && (neighbours & frontier);
-      const uint32_t found = __ballot_sync(kFullWarp, hit);
-      if (found == 0) break;
+    while (waiting) {
+      RankSet<kWords> found;
+      bool hit[kWords];
+      uint32_t any_found = 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        uint32_t met = 0;
+#pragma unroll
+        for (int v = 0; v < kWords; ++v) met |= reachable[w].word[v] & frontier.word[v];
+        hit[w] = level[w] < 0 && met;
+        found.word[w] = __ballot_sync(kFullWarp, hit[w]);
+        any_found |= found.word[w];
+      }
+      if (any_found == 0) break;
       ++depth;
-      if (hit) {
-        level = depth;
-        admissible = frontier;
+      waiting = 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        if (hit[w]) {
+          level[w] = depth;
+          below[w] = frontier;
+        }
+        seen[w] |= found.word[w];
+        waiting |= above.word[w] & ~seen[w];
       }
       frontier = found;
-      seen |= found;
     }
 
-    if (above & ~seen) {  // Nothing can leave the unseen ranks: raise the target to their mean.
-      const bool unseen = !((seen >> lane) & 1);
-      target += WarpCeilMean(unseen ? load - target : 0, __popc(~seen));
+    if (waiting) {  // Nothing can leave the unseen ranks: raise the target to their mean.
+      int32_t excess[kWords];
+      int32_t n_unseen = 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        excess[w] = (seen[w] >> lane) & 1 ? 0 : load[w] - target;
+        n_unseen += __popc(~seen[w]);
+      }
+      target += WarpCeilMean(excess, n_unseen, 1.0 / n_unseen);
       continue;
     }
 
-    for (int32_t l = depth; l > 0; --l) {
-      int32_t excess = level == l ? max(load - target, 0) : 0;
-      int32_t sent[kColumns];
-      int32_t returned[kColumns];
+    // From here on the levels matter only as masks: what an edge may carry one level down.
+    int32_t can_send[kColumns][kWords];
+    int32_t can_return[kColumns][kWords];
 #pragma unroll
-      for (int d = 0; d < kColumns; ++d) {
-        sent[d] = (admissible >> dst[d]) & 1 ? min(excess, cap[d] - moved[d]) : 0;
-        excess -= sent[d];
-        returned[d] = (admissible >> src[d]) & 1 ? min(excess, entered[d]) : 0;
-        excess -= returned[d];
+    for (int d = 0; d < kColumns; ++d) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        can_send[d][w] = below[w].Has(dst[d][w]) ? -1 : 0;
+        can_return[d][w] = below[w].Has(src[d][w]) ? -1 : 0;
       }
+    }
+    for (int32_t l = depth; l > 0; --l) {
+      int32_t excess[kWords];
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) excess[w] = level[w] == l ? max(load[w] - target, 0) : 0;
 #pragma unroll
       for (int d = 0; d < kColumns; ++d) {
-        const int32_t received = __shfl_sync(kFullWarp, sent[d], src[d]);
-        const int32_t got_back = __shfl_sync(kFullWarp, returned[d], dst[d]);
-        moved[d] += sent[d] - got_back;
-        entered[d] += received - returned[d];
-        load += received + got_back - sent[d] - returned[d];
+        int32_t sent[kWords];
+        int32_t returned[kWords];
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+          sent[w] = min(excess[w], (cap[d][w] - moved[d][w]) & can_send[d][w]);
+          excess[w] -= sent[w];
+          returned[w] = min(excess[w], entered[d][w] & can_return[d][w]);
+          excess[w] -= returned[w];
+        }
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+          // Nobody of level l receives, so pushing column by column changes no excess.
+          const int32_t received = ValueOf(sent, src[d][w]);
+          const int32_t got_back = ValueOf(returned, dst[d][w]);
+          moved[d][w] += sent[w] - got_back;
+          entered[d][w] += received - returned[w];
+          load[w] += received + got_back - sent[w] - returned[w];
+        }
       }
     }
   }
-  return target;
 }
 
 // The buffers of BlockWaves in shared memory; edges are rank-major, [n_ranks, n_columns].
@@ -124,7 +241,8 @@ __device__ inline int32_t BlockCeilMean(bool chosen, int32_t value, uint32_t* su
     atomicAdd(&sums[2], 1u);
   }
   __syncthreads();
-  const int32_t mean = CeilDivide(sums[0], sums[1], sums[2]);
+  const int32_t n = static_cast<int32_t>(sums[2]);
+  const int32_t mean = CeilDivide(sums[0], sums[1], n, 1.0 / n);
   __syncthreads();  // The sums may be used again.
   return mean;
 }

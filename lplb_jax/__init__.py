@@ -1,7 +1,7 @@
 """Exact load balancing for mixture-of-experts layers in JAX. Start with `rebalance`."""
 
 from lplb_jax import metrics, reference, topologies
-from lplb_jax.assignment import assign
+from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
 from lplb_jax.loads import count_loads, sync_loads
 from lplb_jax.placement import Placement, place_experts
@@ -11,6 +11,7 @@ from lplb_jax.status import Status
 __version__ = "0.1.0"
 
 __all__ = [
+    "Assignment",
     "Placement",
     "Split",
     "Status",

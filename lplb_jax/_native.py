@@ -82,7 +82,8 @@ def call(
     """Runs `target` natively, or `reference` where the backend has no native code.
 
     The result types, device-varying axes included, are those of `reference`. `workspace` is the
-    shape of an int32 buffer that the kernels may use: command buffers forbid to allocate one.
+    shape of an int32 buffer that the kernels may use: command buffers forbid to allocate one. With
+    it, `reference` returns a tuple.
     """
     operands = tuple(jnp.asarray(operand) for operand in operands)
     missing = _missing_on(jax.default_backend())
@@ -94,12 +95,12 @@ def call(
         result = reference(*operands, **attributes)
         if workspace is None:
             return result
-        return result, jnp.broadcast_to(result.sum(dtype=jnp.int32), workspace)
+        return *result, jnp.broadcast_to(result[0].sum(dtype=jnp.int32), workspace)
 
     result = jax.ffi.ffi_call(
         target, jax.eval_shape(results, *operands), vmap_method="broadcast_all"
     )(*operands, **{name: np.int64(value) for name, value in attributes.items()})
-    return result if workspace is None else result[0]
+    return result if workspace is None else result[:-1]
 
 
 @functools.cache

@@ -89,6 +89,9 @@ def check_indices(indices: Any) -> jax.Array:
             f"indices: expected dtype {', '.join(_INDEX_DTYPES)}, got {dtype.name}; convert with "
             f".astype(jnp.int32)"
         )
+    if isinstance(indices, np.ndarray) and dtype == np.int64 and not jax.config.jax_enable_x64:
+        # JAX would cut wide ids down to 32 bits, where they could name an expert.
+        indices = np.clip(indices, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
     return jnp.asarray(indices)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,21 @@ from lplb_jax.loads import count
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split
 
-# On the GPU a block counts and assigns one tile of tokens; the tiles' counts are the workspace.
-_TOKENS_PER_TILE = 1024
-_MAX_TILES = 128
+
+class Assignment(NamedTuple):
+    """Where every token goes, and its place there: what a MoE layer otherwise sorts for.
+
+    Attributes:
+      physical_indices: int32 of the indices' shape: physical slots 0 … n_physical − 1, or −1.
+      position: int32 of the same shape: the token's place in its slot's list of this source's
+        tokens, which are in the order of `indices`; −1 where it has no slot.
+      counts: int32 `[n_physical]`, this source's tokens at every slot: the lengths of the lists.
+        (`[ep_size, n_physical]` where `indices` hold several sources.)
+    """
+
+    physical_indices: jax.Array
+    position: jax.Array
+    counts: jax.Array
 
 
 def assign(
@@ -27,7 +39,8 @@ def assign(
     *,
     placement: Placement | None = None,
     axis_name: Any = None,
-) -> jax.Array:
+    positions: bool = False,
+) -> jax.Array | Assignment:
     """Turns logical expert indices into physical ones so that every slot gets its quota.
 
     The tokens of an expert are taken in a fixed order: source ranks with the expert's home rank
@@ -45,9 +58,11 @@ def assign(
       r2o: static topology, see `lplb_jax.topologies`.
       placement: where the experts are; None for the given order.
       axis_name: the expert-parallel mesh axis inside `jax.shard_map`; tells which source this is.
+      positions: also return every token's place in its slot's list.
 
     Returns:
-      int32 of `indices`' shape: physical slots 0 … n_physical − 1, or −1.
+      int32 of `indices`' shape: physical slots 0 … n_physical − 1, or −1. With `positions`, an
+      `Assignment`.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
@@ -71,7 +86,8 @@ def assign(
             "got None; pass sync_loads(count_loads(indices, n_logical), axis_name)"
         )
     check_sources(indices, loads, problem, axis_name)
-    return assign_tokens(indices, loads, split.quota, problem, axis_name)
+    assigned = assign_tokens(indices, loads, split.quota, problem, axis_name, positions=positions)
+    return assigned if positions else assigned.physical_indices
 
 
 def check_sources(
@@ -94,7 +110,8 @@ def assign_tokens(
     problem: Problem,
     axis_name: Any,
     own: jax.Array | None = None,
-) -> jax.Array:
+    positions: bool = False,
+) -> Assignment:
     """`assign` of checked arguments; `own` are the counts of `indices` where they are known."""
     proportional = loads is not None and loads.ndim == 1
     if proportional:
@@ -106,22 +123,47 @@ def assign_tokens(
     else:
         counts = loads
 
-    def of_source(tokens: jax.Array, rank: jax.Array) -> jax.Array:
+    def of_source(tokens: jax.Array, rank: jax.Array) -> tuple[jax.Array, ...]:
         operands = (tokens, counts, quota, problem.placement.log2phy, rank)
         return _native.call(
             "lplb_assign",
             reference.assign,
             *operands,
-            workspace=(min(max(tokens.size // _TOKENS_PER_TILE, 1), _MAX_TILES), problem.n_logical),
+            workspace=workspace_shape(tokens.size, problem.n_logical),
             ep_size=problem.ep_size,
             proportional=int(proportional),
+            positions=int(positions),
         )
 
     if axis_name is not None:
-        physical = of_source(indices.reshape(-1), lax.axis_index(axis_name))
+        assigned = of_source(indices.reshape(-1), lax.axis_index(axis_name))
     elif counts.shape[0] == 1:
-        physical = of_source(indices.reshape(-1), jnp.int32(0))
+        assigned = of_source(indices.reshape(-1), jnp.int32(0))
     else:
         sources = indices.reshape(problem.ep_size, -1)
-        physical = jax.vmap(of_source)(sources, jnp.arange(problem.ep_size, dtype=jnp.int32))
-    return physical.reshape(indices.shape)
+        assigned = jax.vmap(of_source)(sources, jnp.arange(problem.ep_size, dtype=jnp.int32))
+    return shaped(indices, *assigned, positions=positions)
+
+
+def shaped(
+    indices: jax.Array,
+    physical: jax.Array,
+    position: jax.Array,
+    counts: jax.Array,
+    *,
+    positions: bool,
+) -> Assignment:
+    """An Assignment of the indices' shape; without `positions` only its first field counts."""
+    if positions:
+        position = position.reshape(indices.shape)
+    return Assignment(physical.reshape(indices.shape), position, counts)
+
+
+def workspace_shape(n_tokens: int, n_logical: int) -> tuple[int, int]:
+    """Tiles, and int32 words of each, for the kernels that assign large batches tile by tile.
+
+    A tile holds fewer than 2¹⁶ tokens; of each it keeps 16-bit counts for up to 32 warps, whose
+    rows are padded, and the total.
+    """
+    n_tiles = max(1, min(n_tokens // 8192, 264), -(-n_tokens // 64000))
+    return n_tiles, 32 * (n_logical // 2 + 40) + n_logical + 1

@@ -7,14 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lplb_jax import _native, reference
 from lplb_jax._problem import (
+    Problem,
     check_indices,
     check_loads,
     check_problem,
     check_weights,
     choose_solver,
 )
-from lplb_jax.assignment import assign_tokens, check_sources
+from lplb_jax.assignment import Assignment, assign_tokens, check_sources, shaped, workspace_shape
 from lplb_jax.loads import count, sync_loads
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split, split_loads
@@ -30,7 +32,8 @@ def rebalance(
     axis_name: Any = None,
     solver: str = "auto",
     rank_weights: Any = None,
-) -> tuple[jax.Array, Split]:
+    positions: bool = False,
+) -> tuple[jax.Array | Assignment, Split]:
     """Routes tokens to replicas so that the busiest rank of every group gets the fewest possible.
 
     Args:
@@ -50,6 +53,9 @@ def rebalance(
         where there is no other rank.
       solver: "exact", "ipm" or "auto", see `solve`.
       rank_weights: float `[group_size]`, how fast every rank of a group is, see `solve`.
+      positions: return an `Assignment` in the place of the physical indices: with every token's
+        place in its slot's list and the lists' lengths, so that a permutation into expert order is
+        a scatter.
 
     Returns:
       `(physical_indices, split)`: int32 of `indices`' shape, slots 0 … n_physical − 1 or −1, and
@@ -77,14 +83,35 @@ def rebalance(
     weights = check_weights(rank_weights, len(problem.r2o))
     check_sources(indices, loads, problem, axis_name)
 
+    if loads is None and axis_name is None and method == "exact":
+        assigned, split = _rebalance_alone(indices, problem, positions)
+        return (assigned if positions else assigned.physical_indices), split
+
     own = count(indices, problem.n_logical)
     if loads is None:
-        gathered = own if axis_name is None else sync_loads(own, axis_name)
-        split = split_loads(gathered, problem, method, weights)
-        sources = None if axis_name is None else gathered
+        sources = own if axis_name is None else sync_loads(own, axis_name)
+        split = split_loads(sources, problem, method, weights)
+        loads = None if axis_name is None else sources
     else:
         split = split_loads(loads, problem, method, weights)
         invalid = jnp.where(own[-1] > 0, jnp.int32(Status.INVALID_INDEX), 0)
         split = split._replace(status=split.status | invalid)
-        sources = loads
-    return assign_tokens(indices, sources, split.quota, problem, axis_name, own), split
+    assigned = assign_tokens(indices, loads, split.quota, problem, axis_name, own, positions)
+    return (assigned if positions else assigned.physical_indices), split
+
+
+def _rebalance_alone(
+    indices: jax.Array, problem: Problem, positions: bool
+) -> tuple[Assignment, Split]:
+    """All steps in one native call, where `indices` are all tokens there are."""
+    placement = problem.placement
+    operands = (indices.reshape(-1), placement.phy2log, placement.log2phy, problem.r2o)
+    physical, position, counts, *split = _native.call(
+        "lplb_rebalance",
+        reference.rebalance,
+        *operands,
+        workspace=workspace_shape(indices.size, problem.n_logical),
+        ep_size=problem.ep_size,
+        positions=int(positions),
+    )
+    return shaped(indices, physical, position, counts, positions=positions), Split(*split)

@@ -47,7 +47,7 @@ def sync_loads(counts: jax.Array, axis_name: Any) -> jax.Array:
     Raises:
       ValueError: `axis_name` is not in scope.
 
-    >>> mesh = jax.make_mesh((1,), ("ep",))
+    >>> mesh = jax.sharding.Mesh(jax.devices()[:1], "ep")
     >>> spec = jax.sharding.PartitionSpec
     >>> def sync(counts):
     ...     return sync_loads(counts, "ep")

@@ -92,10 +92,19 @@ def place_experts(
     >>> placement = place_experts(
     ...     [5, 1, 9, 1], topologies.ring(2), n_logical=4, ep_size=2, redundants_per_rank=1
     ... )
-    >>> placement.phy2log.tolist()  # rank 0: experts 2 and 1 and a copy of 0, rank 1: 0, 3 and 2
-    [2, 1, 0, 0, 3, 2]
+    >>> placement.phy2log.tolist()  # rank 0: experts 2 and 3 and a copy of 0, rank 1: 0, 1 and 2
+    [2, 3, 0, 0, 1, 2]
     """
     r2o = topologies.validate(r2o)
+    sizes = {
+        "n_logical": n_logical,
+        "ep_size": ep_size,
+        "redundants_per_rank": redundants_per_rank,
+        "n_nodes": n_nodes,
+    }
+    for name, size in sizes.items():
+        if not isinstance(size, int | np.integer):
+            raise TypeError(f"{name}: expected an integer, got {size!r}")
     check_sizes(r2o, n_logical, ep_size, redundants_per_rank)
     if n_nodes < 1 or ep_size % n_nodes:
         raise ValueError(f"n_nodes: expected a divisor of ep_size = {ep_size}, got {n_nodes}")

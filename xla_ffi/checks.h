@@ -75,9 +75,9 @@ inline ffi::ErrorOr<Problem> CheckProblem(int64_t ep_size, int64_t n_physical, D
                 ", n_logical = " + number(n_logical) + ", n_physical = " + number(n_physical) +
                 ", r2o [" + number(group_size) + ", " + number(n_columns) + "]"));
   }
-  return Problem{static_cast<int32_t>(ep_size),    static_cast<int32_t>(group_size),
-                 static_cast<int32_t>(n_columns),  static_cast<int32_t>(n_logical),
-                 static_cast<int32_t>(n_physical), static_cast<int32_t>(max_replicas)};
+  return Problem(static_cast<int32_t>(ep_size), static_cast<int32_t>(group_size),
+                 static_cast<int32_t>(n_columns), static_cast<int32_t>(n_logical),
+                 static_cast<int32_t>(n_physical), static_cast<int32_t>(max_replicas));
 }
 
 // The rows of counts that belong to `problem`.
@@ -90,6 +90,18 @@ inline ffi::ErrorOr<Sources> CheckSources(Dimensions counts, const Problem& prob
                                    std::to_string(n_sources) + ", " + std::to_string(row) + "]"));
   }
   return Sources{static_cast<int32_t>(n_sources), static_cast<int32_t>(row)};
+}
+
+// Whether positions and slot counts are asked for; else both buffers are empty.
+inline ffi::ErrorOr<bool> CheckPositions(int64_t positions, IntResult position,
+                                         IntResult slot_counts, int64_t n_tokens,
+                                         int64_t n_physical) {
+  if (positions == 0) return false;
+  if (FromEnd(slot_counts->dimensions(), 1) == n_physical &&
+      FromEnd(position->dimensions(), 1) == n_tokens) {
+    return true;
+  }
+  return ffi::Unexpected(Invalid("position and counts: expected [n_tokens] and [n_physical]"));
 }
 
 // Calls `function` with a null pointer of the indices' element type.

@@ -18,6 +18,7 @@ struct Handlers {
   Handler* solve;
   Handler* ipm;
   Handler* assign;
+  Handler* rebalance;
 };
 
 inline void DefineModule(nanobind::module_& module, const Handlers& all) {
@@ -27,6 +28,7 @@ inline void DefineModule(nanobind::module_& module, const Handlers& all) {
     handlers["lplb_solve"] = nanobind::capsule(reinterpret_cast<void*>(all.solve));
     handlers["lplb_ipm"] = nanobind::capsule(reinterpret_cast<void*>(all.ipm));
     handlers["lplb_assign"] = nanobind::capsule(reinterpret_cast<void*>(all.assign));
+    handlers["lplb_rebalance"] = nanobind::capsule(reinterpret_cast<void*>(all.rebalance));
     return handlers;
   });
   module.def("jaxlib_version", [] { return std::string(LPLB_JAXLIB_VERSION); });

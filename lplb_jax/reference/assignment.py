@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Bool, Int32, Integer
 
 from lplb_jax.reference.loads import expert_or_none
 
 
 def assign(
-    indices: Int[Array, " tokens"],
+    indices: Integer[Array, " tokens"],
     counts: Int32[Array, "n_sources row"],
     quota: Int32[Array, " n_physical"],
     log2phy: Int32[Array, "n_logical max_replicas"],
@@ -18,8 +18,12 @@ def assign(
     *,
     ep_size: int,
     proportional: int,
-) -> Int32[Array, " tokens"]:
+    positions: int,
+) -> tuple[Int32[Array, " tokens"], Int32[Array, " tokens_or_0"], Int32[Array, " physical_or_0"]]:
     """Physical slot of every token, −1 where it names no expert.
+
+    If `positions`, also every token's place in its slot's list of this source's tokens, in their
+    order, and the lengths of the lists; else two empty arrays.
 
     `counts` are the tokens per expert of all source ranks, of which `indices` is number `rank`;
     or, with one row, of `indices` alone. With one row the tokens are the whole batch, or, if
@@ -43,8 +47,16 @@ def assign(
     keep = jnp.where(has_home & has_replica, keep, jnp.iinfo(jnp.int32).max)
 
     expert = expert_or_none(indices, n_logical)
-    slot = jnp.where(ordinals(expert) < keep[expert], home[expert], replica[expert])
-    return jnp.where((expert >= 0) & is_slot(slot, quota.size), slot, -1)
+    ordinal = ordinals(expert)
+    stays = ordinal < keep[expert]
+    slot = jnp.where(stays, home[expert], replica[expert])
+    known = (expert >= 0) & is_slot(slot, quota.size)
+    slot = jnp.where(known, slot, -1)
+    if not positions:
+        return slot, slot[:0], quota[:0]
+    position = jnp.where(known, jnp.where(stays, ordinal, ordinal - keep[expert]), -1)
+    bins = jnp.where(known, slot, quota.size)
+    return slot, position, jnp.zeros_like(quota).at[bins].add(1, mode="drop")
 
 
 def is_slot(slot: Int32[Array, "..."], n_physical: int) -> Bool[Array, "..."]:

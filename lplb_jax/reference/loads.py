@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Bool, Int32, Integer
 
 
-def count(indices: Int[Array, " tokens"], *, n_logical: int) -> Int32[Array, " n_logical+1"]:
+def count(indices: Integer[Array, " tokens"], *, n_logical: int) -> Int32[Array, " bins"]:
     """Tokens per expert, and in the last place how many ids name no expert."""
     bins = expert_or_none(indices, n_logical)
     bins = jnp.where(bins >= 0, bins, jnp.where(is_absent(indices), n_logical + 1, n_logical))
     return jnp.zeros(n_logical + 2, jnp.int32).at[bins].add(1)[: n_logical + 1]
 
 
-def expert_or_none(indices: Int[Array, "..."], n_logical: int) -> Int32[Array, "..."]:
+def expert_or_none(indices: Integer[Array, "..."], n_logical: int) -> Int32[Array, "..."]:
     """The ids as int32, −1 where they name no expert."""
     valid = indices >= 0
     if n_logical <= jnp.iinfo(indices.dtype).max:
@@ -22,7 +22,7 @@ def expert_or_none(indices: Int[Array, "..."], n_logical: int) -> Int32[Array, "
     return jnp.where(valid, indices.astype(jnp.int32), -1)
 
 
-def is_absent(indices: Int[Array, "..."]) -> Bool[Array, "..."]:
+def is_absent(indices: Integer[Array, "..."]) -> Bool[Array, "..."]:
     """Where a token chose no expert: −1, or the largest value of an unsigned type."""
     info = jnp.iinfo(indices.dtype)
     return indices == (info.max if info.min == 0 else -1)

@@ -83,7 +83,7 @@ def solve_group(
     `own` are the tokens of every rank's own experts; the first `n_redundant` of them have a copy.
     """
     group_size, n_columns = r2o.shape
-    rank = jnp.arange(group_size)[:, None]
+    rank = jnp.arange(group_size, dtype=jnp.int32)[:, None]
     column = jnp.arange(n_columns)
     dst = jnp.zeros_like(r2o).at[r2o, column].set(rank)
 
@@ -109,7 +109,7 @@ def quotas(
     """Tokens per slot: a column's moved tokens come from its experts in order."""
     group_size, n_columns = r2o.shape
     replicated = own[:, :n_redundant].reshape(group_size, -1, n_columns)
-    before = jnp.cumsum(replicated, axis=1) - replicated
+    before = jnp.cumsum(replicated, axis=1, dtype=own.dtype) - replicated
     # Where nothing moves, `before` may have overflowed.
     away = jnp.clip(moved[:, None, :] - before, 0, replicated)
     away = jnp.where(moved[:, None, :] > 0, away, 0).reshape(group_size, n_redundant)
@@ -142,7 +142,7 @@ def first_target(
 ) -> Int32[Array, ""]:
     """The bounds of the set of all ranks and of the sets of one rank."""
     everyone = jnp.ones(base.shape, bool)
-    return jnp.maximum(ceil_mean(base, everyone), (base - cap.sum(axis=1)).max())
+    return jnp.maximum(ceil_mean(base, everyone), (base - cap.sum(axis=1, dtype=jnp.int32)).max())
 
 
 def finish_waves(
@@ -226,7 +226,8 @@ def push(
         sent, returned = jnp.stack(sent, axis=1), jnp.stack(returned, axis=1)
         got_back = returned[dst, column]
         change = arrived(sent, r2o) + got_back - sent - returned
-        plan = Plan(plan.load + change.sum(axis=1), plan.moved + sent - got_back, plan.target)
+        load = plan.load + change.sum(axis=1, dtype=jnp.int32)
+        plan = Plan(load, plan.moved + sent - got_back, plan.target)
         return plan, depth - 1
 
     plan, _ = lax.while_loop(lambda state: state[1] > 0, push_level, (plan, depth))

@@ -1,44 +1,78 @@
 // assign: which slot serves every token of one source rank.
 #include "xla_ffi/assignment.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "xla_ffi/cpu/handlers.h"
+#include "xla_ffi/cpu/steps.h"
 
 namespace lplb {
-namespace {
 
 template <typename Index>
-void Assign(const Problem& p, const Sources& sources, const AssignOperands& in, bool proportional,
-            const Index* indices, int64_t n_tokens, int32_t* physical) {
-  std::vector<Route> routes(p.n_logical);
-  for (int32_t e = 0; e < p.n_logical; ++e) {
-    routes[e] = RouteOf(p, sources, in, *in.rank, proportional, e);
+void Assign(const Problem& problem, const Sources& sources, const AssignOperands& in,
+            bool proportional, const Index* indices, int64_t n_tokens, const AssignResults& out) {
+  const int32_t n_logical = problem.n_logical;
+  std::vector<Route> routes(n_logical);
+  for (int32_t e = 0; e < n_logical; ++e) {
+    routes[e] = SlotsOf(problem, in.log2phy, e);
+    routes[e].keep =
+        KeepOf(problem, sources, in.counts, in.quota, *in.rank, proportional, e, routes[e]);
   }
+  std::vector<int32_t> seen(n_logical);
   for (int64_t i = 0; i < n_tokens; ++i) {
-    const int32_t expert = ExpertOf(indices[i], p.n_logical);
-    if (expert < 0 || expert == p.n_logical) {
-      physical[i] = -1;
-      continue;
+    const int32_t expert = ExpertOf(indices[i], n_logical);
+    int32_t slot = -1;
+    int32_t position = -1;
+    if (expert >= 0 && expert < n_logical) {
+      const Route& route = routes[expert];
+      const int32_t ordinal = seen[expert]++;
+      const bool stays = ordinal < route.keep;
+      slot = stays ? route.home : route.replica;
+      if (slot >= 0) position = stays ? ordinal : ordinal - route.keep;
     }
-    Route& route = routes[expert];
-    const bool stays = route.keep > 0;
-    route.keep -= stays;
-    physical[i] = stays ? route.home : route.replica;
+    out.physical[i] = slot;
+    if (out.position != nullptr) out.position[i] = position;
+  }
+  if (out.slot_counts == nullptr) return;
+  std::fill_n(out.slot_counts, problem.n_physical, 0);
+  for (int32_t e = 0; e < n_logical; ++e) {
+    const int32_t stays = std::min(routes[e].keep, seen[e]);
+    if (routes[e].home >= 0) out.slot_counts[routes[e].home] += stays;
+    if (routes[e].replica >= 0) out.slot_counts[routes[e].replica] += seen[e] - stays;
   }
 }
 
-ffi::Error AssignImpl(int64_t ep_size, int64_t proportional, ffi::AnyBuffer indices,
-                      IntBuffer counts, IntBuffer quota, IntBuffer log2phy, IntBuffer rank,
-                      IntResult physical, IntResult /*workspace*/) {
-  const auto call = CheckAssign(ep_size, indices, counts, quota, log2phy, rank);
+template void Assign(const Problem&, const Sources&, const AssignOperands&, bool, const int32_t*,
+                     int64_t, const AssignResults&);
+template void Assign(const Problem&, const Sources&, const AssignOperands&, bool, const int64_t*,
+                     int64_t, const AssignResults&);
+template void Assign(const Problem&, const Sources&, const AssignOperands&, bool, const uint8_t*,
+                     int64_t, const AssignResults&);
+template void Assign(const Problem&, const Sources&, const AssignOperands&, bool, const uint16_t*,
+                     int64_t, const AssignResults&);
+
+namespace {
+
+ffi::Error AssignImpl(int64_t ep_size, int64_t proportional, int64_t positions,
+                      ffi::AnyBuffer indices, IntBuffer counts, IntBuffer quota, IntBuffer log2phy,
+                      IntBuffer rank, IntResult physical, IntResult position, IntResult slot_counts,
+                      IntResult /*workspace*/) {
+  const auto call =
+      CheckAssign(ep_size, positions, indices, counts, quota, log2phy, rank, position, slot_counts);
   if (call.has_error()) return call.error();
+  const Problem& p = call->problem;
   return WithIndexType(indices.element_type(), [&](auto* type) {
     auto* tokens = static_cast<decltype(type)>(indices.untyped_data());
     for (int64_t b = 0; b < call->batch; ++b) {
-      const AssignOperands in = BatchElement(call->problem, call->sources, call->in, b);
-      Assign(call->problem, call->sources, in, proportional != 0, tokens + b * call->n_tokens,
-             call->n_tokens, physical->typed_data() + b * call->n_tokens);
+      const int64_t first = b * call->n_tokens;
+      AssignResults out = {physical->typed_data() + first, nullptr, nullptr};
+      if (call->positions) {
+        out.position = position->typed_data() + first;
+        out.slot_counts = slot_counts->typed_data() + b * p.n_physical;
+      }
+      Assign(p, call->sources, BatchElement(p, call->sources, call->in, b), proportional != 0,
+             tokens + first, call->n_tokens, out);
     }
     return ffi::Error::Success();
   });

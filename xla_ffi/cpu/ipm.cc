@@ -25,10 +25,10 @@ struct Group {
   Group(const Problem& p, const Waves& waves, const int32_t* r2o, std::vector<Load> loads)
       : own(std::move(loads)), base(p.group_size), cap(p.group_size * p.n_columns) {
     for (int32_t r = 0; r < p.group_size; ++r) {
-      for (int32_t k = 0; k < p.n_local(); ++k) {
-        base[r] += own[r * p.n_local() + k];
+      for (int32_t k = 0; k < p.n_local; ++k) {
+        base[r] += own[r * p.n_local + k];
         const int32_t edge = waves.Edge(r, k % p.n_columns);
-        if (k < p.n_redundant() && waves.dst()[edge] != r) cap[edge] += own[r * p.n_local() + k];
+        if (k < p.n_redundant && waves.dst()[edge] != r) cap[edge] += own[r * p.n_local + k];
       }
     }
     for (int32_t v = 0; v < p.group_size; ++v) {
@@ -164,7 +164,7 @@ int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r
   float largest = 0;
   for (int32_t r = 0; r < p.group_size; ++r) {
     float load = 0;
-    for (int32_t k = 0; k < p.slots_per_rank(); ++k) load += quota[r * p.slots_per_rank() + k];
+    for (int32_t k = 0; k < p.slots_per_rank; ++k) load += quota[r * p.slots_per_rank + k];
     largest = std::max(largest, load / weights[r]);
   }
 
@@ -173,11 +173,11 @@ int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r
   std::vector<int64_t> base(p.group_size);
   std::vector<int64_t> cap(group.cap.size());
   for (int32_t r = 0; r < p.group_size; ++r) {
-    for (int32_t k = 0; k < p.n_local(); ++k) {
-      const float units = std::ldexp(group.own[r * p.n_local() + k], exponent);
+    for (int32_t k = 0; k < p.n_local; ++k) {
+      const float units = std::ldexp(group.own[r * p.n_local + k], exponent);
       base[r] += static_cast<int64_t>(std::floor(units));
       const int32_t edge = waves.Edge(r, k % p.n_columns);
-      if (k < p.n_redundant() && waves.dst()[edge] != r) {
+      if (k < p.n_redundant && waves.dst()[edge] != r) {
         cap[edge] += static_cast<int64_t>(std::ceil(units));
       }
     }
@@ -225,15 +225,15 @@ void SolveOne(const Problem& p, const Sources& sources, const IpmOptions& option
   }
   const std::vector<float> weights = Normalised(p, options, in.weights, shared_status);
 
-  const int32_t slots = p.slots_per_rank();
+  const int32_t slots = p.slots_per_rank;
   constexpr bool kInteger = std::is_integral_v<Load>;
-  for (int32_t g = 0; g < p.n_groups(); ++g) {
+  for (int32_t g = 0; g < p.n_groups; ++g) {
     const int64_t first_slot = static_cast<int64_t>(g) * p.group_size * slots;
     int32_t status = shared_status;
     bool overflow = false;
     std::vector<Load> own;
     for (int32_t r = 0; r < p.group_size; ++r) {
-      for (int32_t k = 0; k < p.n_local(); ++k) {
+      for (int32_t k = 0; k < p.n_local; ++k) {
         const int32_t expert =
             std::clamp(in.solve.phy2log[first_slot + r * slots + k], 0, p.n_logical - 1);
         Sum load = total[expert];

@@ -4,9 +4,9 @@
 #include <vector>
 
 #include "xla_ffi/cpu/handlers.h"
+#include "xla_ffi/cpu/steps.h"
 
 namespace lplb {
-namespace {
 
 template <typename Index>
 void Count(const Index* indices, int64_t n_tokens, int32_t n_logical, int32_t* counts) {
@@ -26,6 +26,13 @@ void Count(const Index* indices, int64_t n_tokens, int32_t n_logical, int32_t* c
     for (int t = 0; t < kTables; ++t) counts[e] += tables[static_cast<size_t>(t) * width + 1 + e];
   }
 }
+
+template void Count(const int32_t*, int64_t, int32_t, int32_t*);
+template void Count(const int64_t*, int64_t, int32_t, int32_t*);
+template void Count(const uint8_t*, int64_t, int32_t, int32_t*);
+template void Count(const uint16_t*, int64_t, int32_t, int32_t*);
+
+namespace {
 
 ffi::Error CountImpl(int64_t n_logical, ffi::AnyBuffer indices, IntResult counts) {
   const auto call = CheckCount(n_logical, indices, counts);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "xla_ffi/cpu/handlers.h"
+#include "xla_ffi/cpu/steps.h"
 #include "xla_ffi/cpu/waves.h"
 
 namespace lplb {
@@ -16,9 +17,9 @@ void SolveGroup(const Problem& p, const SolveOperands& in, const std::vector<int
                 const SolveResults& out) {
   const int32_t n_ranks = p.group_size;
   const int32_t n_columns = p.n_columns;
-  const int32_t n_local = p.n_local();
-  const int32_t n_redundant = p.n_redundant();
-  const int32_t slots = p.slots_per_rank();
+  const int32_t n_local = p.n_local;
+  const int32_t n_redundant = p.n_redundant;
+  const int32_t slots = p.slots_per_rank;
   const int64_t first_slot = static_cast<int64_t>(g) * n_ranks * slots;
 
   std::vector<int32_t> own(static_cast<size_t>(n_ranks) * n_local);
@@ -63,8 +64,10 @@ void SolveGroup(const Problem& p, const SolveOperands& in, const std::vector<int
   WriteQuotas(p, waves, own, moved, out.quota + first_slot);
 }
 
-void SolveOne(const Problem& p, const Sources& sources, const SolveOperands& in,
-              const SolveResults& out) {
+}  // namespace
+
+void Solve(const Problem& p, const Sources& sources, const SolveOperands& in,
+           const SolveResults& out) {
   std::vector<int64_t> total(p.n_logical);
   std::vector<bool> negative(p.n_logical);
   int32_t status = 0;
@@ -76,8 +79,10 @@ void SolveOne(const Problem& p, const Sources& sources, const SolveOperands& in,
     }
     if (sources.row > p.n_logical && row[p.n_logical] != 0) status |= kInvalidIndex;
   }
-  for (int32_t g = 0; g < p.n_groups(); ++g) SolveGroup(p, in, total, negative, g, status, out);
+  for (int32_t g = 0; g < p.n_groups; ++g) SolveGroup(p, in, total, negative, g, status, out);
 }
+
+namespace {
 
 ffi::Error SolveImpl(int64_t ep_size, IntBuffer loads, IntBuffer phy2log, IntBuffer log2phy,
                      IntBuffer r2o, IntResult quota, IntResult max_load, IntResult lower_bound,
@@ -86,8 +91,8 @@ ffi::Error SolveImpl(int64_t ep_size, IntBuffer loads, IntBuffer phy2log, IntBuf
       CheckSolve(ep_size, loads, phy2log, log2phy, r2o, quota, max_load, lower_bound, status);
   if (call.has_error()) return call.error();
   for (int64_t b = 0; b < call->batch; ++b) {
-    SolveOne(call->problem, call->sources, BatchElement(call->problem, call->sources, call->in, b),
-             BatchElement(call->problem, call->out, b));
+    Solve(call->problem, call->sources, BatchElement(call->problem, call->sources, call->in, b),
+          BatchElement(call->problem, call->out, b));
   }
   return ffi::Error::Success();
 }

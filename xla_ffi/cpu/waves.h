@@ -132,8 +132,8 @@ class Waves {
 
 // Whether group `g` of phy2log contradicts log2phy or r2o.
 inline bool Misplaced(const Problem& p, const SolveOperands& in, int32_t g) {
-  const int32_t n_local = p.n_local();
-  const int32_t slots = p.slots_per_rank();
+  const int32_t n_local = p.n_local;
+  const int32_t slots = p.slots_per_rank;
   for (int32_t r = 0; r < p.group_size; ++r) {
     const int32_t first = (g * p.group_size + r) * slots;
     for (int32_t k = 0; k < slots; ++k) {
@@ -154,11 +154,11 @@ inline bool Misplaced(const Problem& p, const SolveOperands& in, int32_t g) {
 template <typename Load>
 void WriteQuotas(const Problem& p, const Waves& waves, const std::vector<Load>& own,
                  std::vector<Load>& moved, Load* quota) {
-  const int32_t n_local = p.n_local();
-  const int32_t slots = p.slots_per_rank();
+  const int32_t n_local = p.n_local;
+  const int32_t slots = p.slots_per_rank;
   for (int32_t u = 0; u < p.group_size; ++u) {
     std::copy_n(&own[u * n_local], n_local, &quota[u * slots]);
-    for (int32_t k = 0; k < p.n_redundant(); ++k) {
+    for (int32_t k = 0; k < p.n_redundant; ++k) {
       const int32_t edge = waves.Edge(u, k % p.n_columns);
       const Load away = std::min(moved[edge], own[u * n_local + k]);
       moved[edge] -= away;

@@ -1,33 +1,26 @@
 // assign on the GPU.
 #include "xla_ffi/assignment.h"
 
-#include "cuda/assignment.h"
-#include "cuda/loads.h"
 #include "xla_ffi/cuda/handlers.h"
+#include "xla_ffi/cuda/route.h"
 
 namespace lplb {
 namespace {
 
-ffi::Error AssignImpl(int64_t ep_size, int64_t proportional, ffi::AnyBuffer indices,
-                      IntBuffer counts, IntBuffer quota, IntBuffer log2phy, IntBuffer rank,
-                      IntResult physical, IntResult workspace, cudaStream_t stream) {
-  const auto call = CheckAssign(ep_size, indices, counts, quota, log2phy, rank);
+ffi::Error AssignImpl(int64_t ep_size, int64_t proportional, int64_t positions,
+                      ffi::AnyBuffer indices, IntBuffer counts, IntBuffer quota, IntBuffer log2phy,
+                      IntBuffer rank, IntResult physical, IntResult position, IntResult slot_counts,
+                      IntResult workspace, cudaStream_t stream) {
+  const auto call =
+      CheckAssign(ep_size, positions, indices, counts, quota, log2phy, rank, position, slot_counts);
   if (call.has_error()) return call.error();
-  const Problem& p = call->problem;
-  if (const auto error = CheckExperts(p.n_logical); error.failure()) return error;
-  const int64_t n_tiles = FromEnd(workspace->dimensions(), 2);
-  return WithIndexType(indices.element_type(), [&](auto* type) {
-    using Index = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    const cuda::Tokens<Index> tokens = {static_cast<const Index*>(indices.untyped_data()),
-                                        physical->typed_data(),
-                                        workspace->typed_data(),
-                                        call->batch,
-                                        call->n_tokens,
-                                        n_tiles};
-    return FromCuda(
-        cuda::LaunchAssign(p, call->sources, call->in, proportional != 0, tokens, stream),
-        "assign");
-  });
+  auto arguments = RouteArgumentsOf(*call, indices, physical, position, slot_counts, workspace);
+  if (arguments.has_error()) return arguments.error();
+  arguments->sources = call->sources;
+  arguments->given = call->in;
+  arguments->proportional = proportional != 0;
+  if (auto error = CheckRoute(*arguments, /*solves=*/false); error.failure()) return error;
+  return FromCuda(cuda::LaunchAssign(*arguments, stream), "assign");
 }
 
 }  // namespace

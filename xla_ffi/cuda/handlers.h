@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "cuda/loads.h"
+#include "cuda/solver.h"
 #include "xla_ffi/checks.h"
 
 namespace lplb {
@@ -15,13 +15,17 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(CountCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(SolveCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(IpmCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(AssignCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(RebalanceCuda);
 
 using Stream = ffi::PlatformStream<cudaStream_t>;
 
-inline ffi::Error CheckExperts(int64_t n_logical) {
-  if (n_logical <= cuda::kMaxExperts) return ffi::Error::Success();
-  return Invalid("n_logical: the CUDA kernels take at most " + std::to_string(cuda::kMaxExperts) +
-                 " experts, got " + std::to_string(n_logical));
+inline ffi::Error CheckSolves(const Problem& problem) {
+  if (cuda::FitsOneBlock(problem)) return ffi::Error::Success();
+  return Invalid("r2o: the CUDA solver takes groups of at most " +
+                 std::to_string(cuda::kMaxGroupSize) +
+                 " ranks whose experts fit a block's shared memory, got " +
+                 std::to_string(problem.group_size) + " ranks with " +
+                 std::to_string(problem.n_local) + " experts each");
 }
 
 inline ffi::Error FromCuda(cudaError_t error, const char* step) {

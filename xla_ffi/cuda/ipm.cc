@@ -20,10 +20,9 @@ ffi::Error IpmImpl(int64_t ep_size, int64_t weighted, int64_t repair, ffi::AnyBu
         "r2o: the CUDA interior point takes groups of at most 128 ranks whose edges and "
         "experts fit into 160 KiB of shared memory, got " +
         std::to_string(p.group_size) + " ranks with " + std::to_string(p.n_columns) +
-        " columns and " + std::to_string(p.n_local()) + " experts each");
+        " columns and " + std::to_string(p.n_local) + " experts each");
   }
-  return FromCuda(cuda::LaunchIpm(p, call->sources, call->options, call->batch, call->in, call->out,
-                                  /*variant=*/0, stream),
+  return FromCuda(cuda::LaunchIpm(p, call->sources, call->options, call->batch, call->in, call->out, stream),
                   "ipm");
 }
 

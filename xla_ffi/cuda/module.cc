@@ -3,57 +3,78 @@
 #include <nanobind/stl/array.h>
 
 #include <array>
+#include <stdexcept>
 
 #include "cuda/ipm.h"
+#include "cuda/route.h"
 #include "cuda/solver.h"
 #include "xla_ffi/cuda/handlers.h"
 
+// Besides the handlers, the launchers on raw device pointers and a raw stream, for benchmarks that
+// time kernels without XLA around them.
 namespace lplb {
 namespace {
 
 using Pointer = uintptr_t;
 
-template <typename T>
+template <typename T = int32_t>
 T* As(Pointer pointer) {
   return reinterpret_cast<T*>(pointer);
 }
 
-// The solver's launcher on raw device pointers and a raw stream, for benchmarks that time kernels
-// without XLA around them.
+void ThrowIf(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+Problem ProblemOf(const std::array<int32_t, 6>& sizes) {
+  return Problem(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]);
+}
+
 void LaunchSolve(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources, int64_t batch,
                  std::array<Pointer, 4> in, std::array<Pointer, 4> out, Pointer stream) {
-  const Problem p = {problem[0], problem[1], problem[2], problem[3], problem[4], problem[5]};
-  const SolveOperands operands = {As<const int32_t>(in[0]), As<const int32_t>(in[1]),
-                                  As<const int32_t>(in[2]), As<const int32_t>(in[3])};
-  const SolveResults results = {As<int32_t>(out[0]), As<int32_t>(out[1]), As<int32_t>(out[2]),
-                                As<int32_t>(out[3])};
-  const cudaError_t error = cuda::LaunchSolve(p, {sources[0], sources[1]}, batch, operands, results,
-                                              As<CUstream_st>(stream));
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  ThrowIf(cuda::LaunchSolve(ProblemOf(problem), {sources[0], sources[1]}, batch,
+                            {As(in[0]), As(in[1]), As(in[2]), As(in[3])},
+                            {As(out[0]), As(out[1]), As(out[2]), As(out[3])},
+                            As<CUstream_st>(stream)));
+}
+
+// in: indices (int32), phy2log, log2phy, r2o; out: physical, position, slot counts, quota,
+// max_load, lower_bound, status, workspace [n_tiles, words].
+void LaunchRebalance(std::array<int32_t, 6> problem, int64_t batch, int64_t n_tokens,
+                     std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
+                     std::array<Pointer, 8> out, Pointer stream) {
+  cuda::RouteArguments arguments = {};
+  arguments.problem = ProblemOf(problem);
+  arguments.sources = {1, arguments.problem.n_logical + 1};
+  arguments.tokens = {As<const void>(in[0]),  As(out[0]), As(out[1]), As(out[2]), n_tokens,
+                      cuda::IndexType::kInt32};
+  arguments.solve_in = {nullptr, As(in[1]), As(in[2]), As(in[3])};
+  arguments.solve_out = {As(out[3]), As(out[4]), As(out[5]), As(out[6])};
+  arguments.workspace = As(out[7]);
+  arguments.batch = batch;
+  arguments.n_tiles = static_cast<int32_t>(tiles[0]);
+  arguments.workspace_words = tiles[1];
+  ThrowIf(cuda::LaunchRebalance(arguments, As<CUstream_st>(stream)));
 }
 
 // Likewise for the interior point; `in` has the weights last, `options` are floats, weighted,
 // repair.
 void LaunchIpm(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources,
                std::array<bool, 3> options, int64_t batch, std::array<Pointer, 5> in,
-               std::array<Pointer, 4> out, int variant, Pointer stream) {
-  const Problem p = {problem[0], problem[1], problem[2], problem[3], problem[4], problem[5]};
-  const IpmOperands operands = {{As<const int32_t>(in[0]), As<const int32_t>(in[1]),
-                                 As<const int32_t>(in[2]), As<const int32_t>(in[3])},
-                                As<const float>(in[4])};
-  const SolveResults results = {As<int32_t>(out[0]), As<int32_t>(out[1]), As<int32_t>(out[2]),
-                                As<int32_t>(out[3])};
-  const cudaError_t error =
-      cuda::LaunchIpm(p, {sources[0], sources[1]}, {options[0], options[1], options[2]}, batch,
-                      operands, results, variant, As<CUstream_st>(stream));
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+               std::array<Pointer, 4> out, Pointer stream) {
+  ThrowIf(cuda::LaunchIpm(
+      ProblemOf(problem), {sources[0], sources[1]}, {options[0], options[1], options[2]}, batch,
+      {{As(in[0]), As(in[1]), As(in[2]), As(in[3])}, As<const float>(in[4])},
+      {As(out[0]), As(out[1]), As(out[2]), As(out[3])}, As<CUstream_st>(stream)));
 }
 
 }  // namespace
 }  // namespace lplb
 
 NB_MODULE(_cuda, m) {
-  lplb::DefineModule(m, {lplb::CountCuda, lplb::SolveCuda, lplb::IpmCuda, lplb::AssignCuda});
+  lplb::DefineModule(
+      m, {lplb::CountCuda, lplb::SolveCuda, lplb::IpmCuda, lplb::AssignCuda, lplb::RebalanceCuda});
   m.def("launch_solve", lplb::LaunchSolve);
   m.def("launch_ipm", lplb::LaunchIpm);
+  m.def("launch_rebalance", lplb::LaunchRebalance);
 }

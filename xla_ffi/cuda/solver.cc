@@ -1,7 +1,6 @@
 // solve on the GPU.
 #include "xla_ffi/solver.h"
 
-#include "cuda/solver.h"
 #include "xla_ffi/cuda/handlers.h"
 
 namespace lplb {
@@ -13,12 +12,7 @@ ffi::Error SolveImpl(int64_t ep_size, IntBuffer loads, IntBuffer phy2log, IntBuf
   const auto call =
       CheckSolve(ep_size, loads, phy2log, log2phy, r2o, quota, max_load, lower_bound, status);
   if (call.has_error()) return call.error();
-  if (!cuda::FitsOneBlock(call->problem)) {
-    return Invalid("r2o: the CUDA solver takes groups of at most " +
-                   std::to_string(cuda::kMaxGroupSize) + " ranks and about 20,000 experts, got " +
-                   std::to_string(call->problem.group_size) + " ranks with " +
-                   std::to_string(call->problem.n_local()) + " experts each");
-  }
+  if (auto error = CheckSolves(call->problem); error.failure()) return error;
   return FromCuda(
       cuda::LaunchSolve(call->problem, call->sources, call->batch, call->in, call->out, stream),
       "solve");

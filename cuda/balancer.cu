@@ -1,0 +1,13 @@
+// rebalance: count, solve and assign in one launch, or two for large batches.
+#include "cuda/route.cuh"
+
+namespace lplb::cuda {
+
+cudaError_t LaunchRebalance(const RouteArguments& arguments, cudaStream_t stream) {
+  if (arguments.batch == 0) return cudaSuccess;
+  return WithSolverShape(arguments.problem, [&](auto shape) {
+    return LaunchRoute<decltype(shape)::kWords, decltype(shape)::kColumns, true>(arguments, stream);
+  });
+}
+
+}  // namespace lplb::cuda

@@ -1,0 +1,61 @@
+// What assign and rebalance launch: pointers, sizes and a stream in, cudaError_t out.
+#ifndef LPLB_CUDA_ROUTE_H_
+#define LPLB_CUDA_ROUTE_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/problem.h"
+
+namespace lplb::cuda {
+
+// Experts whose tables fit a block's shared memory.
+constexpr int32_t kMaxExperts = 2048;
+
+enum class IndexType : int32_t { kInt32, kInt64, kUint8, kUint16 };
+
+LPLB_HOST_DEVICE int32_t IndexBytes(IndexType type) {
+  return type == IndexType::kInt32    ? 4
+         : type == IndexType::kInt64  ? 8
+         : type == IndexType::kUint16 ? 2
+                                      : 1;
+}
+
+struct TokenBuffers {
+  const void* indices;   // [batch, n_tokens]
+  int32_t* physical;     // [batch, n_tokens]
+  int32_t* position;     // [batch, n_tokens], or null
+  int32_t* slot_counts;  // [batch, n_physical], or null
+  int64_t n_tokens;
+  IndexType type;
+};
+
+struct RouteArguments {
+  Problem problem;
+  Sources sources;
+  TokenBuffers tokens;
+  AssignOperands given;    // of assign
+  SolveOperands solve_in;  // of rebalance; loads unused
+  SolveResults solve_out;  // of rebalance
+  int32_t* workspace;      // [batch, n_tiles, workspace_words]
+  int64_t batch;
+  int64_t workspace_words;
+  int64_t tokens_per_warp;  // set by the launcher
+  int32_t n_tiles;
+  int32_t rounds;  // set by the launcher
+  bool proportional;
+};
+
+// Whether the shared memory of a block and the workspace suffice.
+bool FitsRoute(const RouteArguments& arguments, bool solves);
+
+// Gives every token its slot from given quotas.
+cudaError_t LaunchAssign(const RouteArguments& arguments, cudaStream_t stream);
+
+// Counts, solves and assigns.
+cudaError_t LaunchRebalance(const RouteArguments& arguments, cudaStream_t stream);
+
+}  // namespace lplb::cuda
+
+#endif  // LPLB_CUDA_ROUTE_H_

@@ -1,0 +1,466 @@
+// Solves groups with one block, as device functions that the kernels compose: LoadTopology and
+// AheadOf; barrier; LoadRanks; barrier; SolveGroups.
+#ifndef LPLB_CUDA_SOLVER_CUH_
+#define LPLB_CUDA_SOLVER_CUH_
+
+#include "cuda/problem.h"
+#include "cuda/waves.cuh"
+
+namespace lplb::cuda {
+
+// The groups that a block solves: n consecutive ones.
+struct Groups {
+  int32_t first;
+  int32_t n;
+};
+
+// Shared memory of those groups, in int32 words. Ranks are numbered through the block's groups.
+struct GroupMemory {
+  int32_t* own;     // [n_ranks, n_local], tokens of every rank's own experts
+  int32_t* base;    // [n_ranks], their sums; BlockWaves turns them into balanced loads
+  int32_t* moved;   // [n_ranks, n_columns], tokens that move along every edge
+  int32_t* src;     // [group_size, n_columns], r2o
+  int32_t* dst;     // [group_size, n_columns], its inverse
+  int32_t* cap;     // [group_size, n_columns], for BlockWaves
+  int32_t* level;   // [group_size], for BlockWaves
+  int32_t* sums;    // [3], for BlockWaves
+  int32_t* status;  // [n_groups], set to 0 before LoadRanks
+
+  LPLB_HOST_DEVICE static int32_t Words(const Problem& p, int32_t n_groups) {
+    return n_groups * (p.group_size * (p.n_local + 1 + p.n_columns) + 1) +
+           p.group_size * (3 * p.n_columns + 1) + 3;
+  }
+
+  __device__ GroupMemory(const Problem& p, int32_t n_groups, int32_t* memory) {
+    const int32_t n_ranks = n_groups * p.group_size;
+    const int32_t edges = p.group_size * p.n_columns;
+    own = memory;
+    base = own + n_ranks * p.n_local;
+    moved = base + n_ranks;
+    src = moved + n_ranks * p.n_columns;
+    dst = src + edges;
+    cap = dst + edges;
+    level = cap + edges;
+    sums = level + p.group_size;
+    status = sums + 3;
+  }
+};
+
+// Tokens of an expert as the sum of all sources' counts, and status bits about them.
+__device__ __forceinline__ int2 SumSources(const int32_t* loads, const Sources& sources,
+                                           int32_t expert) {
+  int64_t total = 0;
+  int32_t status = 0;
+  for (int32_t s = 0; s < sources.n_sources; ++s) {
+    const int32_t load = loads[s * sources.row + expert];
+    if (load < 0) status |= kNegativeLoad;
+    total += max(load, 0);
+  }
+  if (total > kInt32Max) status |= kLoadOverflow;
+  return {static_cast<int32_t>(min(total, static_cast<int64_t>(kInt32Max))), status};
+}
+
+// Totals of all experts in shared memory: from SumSources, or as counted by this kernel.
+struct SummedTotals {
+  const int2* total;
+
+  __device__ __forceinline__ int2 operator[](int32_t expert) const { return total[expert]; }
+};
+
+struct CountedTotals {
+  const int32_t* total;
+
+  __device__ __forceinline__ int2 operator[](int32_t expert) const { return {total[expert], 0}; }
+};
+
+// A rank's experts and slots are taken by a tile of threads: a power of two that fits, at most a
+// warp, so that small ranks share one.
+struct Tile {
+  int32_t width;
+  int32_t lane;   // of this thread, in its tile
+  int32_t index;  // of this tile, in the block
+  int32_t n;      // tiles of the block
+
+  __device__ explicit Tile(const Problem& p) {
+    width = 1 << p.tile_log2;
+    lane = threadIdx.x & (width - 1);
+    index = threadIdx.x >> p.tile_log2;
+    n = blockDim.x >> p.tile_log2;
+  }
+};
+
+// Keeps addresses in range whatever phy2log holds.
+__device__ __forceinline__ int32_t KnownExpert(const Problem& p, int32_t expert) {
+  return min(max(expert, 0), p.n_logical - 1);
+}
+
+// Sum over this thread's tile.
+__device__ __forceinline__ uint32_t TileSum(const Problem& p, uint32_t value) {
+  if (p.tile_log2 == 5) return __reduce_add_sync(kFullWarp, value);
+#pragma unroll
+  for (int32_t step = 8; step > 0; step /= 2) {
+    const uint32_t other = __shfl_xor_sync(kFullWarp, value, step);
+    if (step < 1 << p.tile_log2) value += other;
+  }
+  return value;
+}
+
+// The topology as the solver wants it. Needs no loads; no barrier follows. Threads first,
+// first + stride, … take part.
+__device__ __forceinline__ void LoadTopology(const Problem& p, const int32_t* r2o,
+                                             const GroupMemory& memory, int32_t first,
+                                             int32_t stride) {
+#pragma unroll 1
+  for (int32_t i = first; i < p.group_size * p.n_columns; i += stride) {
+    const int32_t source = r2o[i];
+    const int32_t rank = p.by_columns.Quotient(i);
+    memory.src[i] = source;
+    memory.dst[source * p.n_columns + i - rank * p.n_columns] = rank;
+  }
+}
+
+// The first own slot that this thread will load, fetched while the totals are made.
+struct Ahead {
+  int32_t slot;    // −1 where it loads none
+  int32_t expert;  // in the slot
+  int32_t home;    // the expert's first slot, which should be this one
+};
+
+__device__ __forceinline__ Ahead AheadOf(const Problem& p, const SolveOperands& in, Groups groups) {
+  const Tile tile(p);
+  if (tile.index >= groups.n * p.group_size || tile.lane >= p.n_local) return {-1, 0, -1};
+  const int32_t rank = groups.first * p.group_size + tile.index;
+  Ahead ahead;
+  ahead.slot = rank * p.slots_per_rank + tile.lane;
+  ahead.expert = in.phy2log[ahead.slot];
+  ahead.home = in.log2phy[KnownExpert(p, ahead.expert) * p.max_replicas];
+  return ahead;
+}
+
+// Loads the tokens of all ranks' own experts; `ahead` is from AheadOf. A rank with more tokens than
+// int32 holds, or with an expert that has, gets base −1.
+template <typename Totals>
+__device__ __forceinline__ void LoadRanks(const Problem& p, const SolveOperands& in, Groups groups,
+                                          const Ahead& ahead, const Totals& totals,
+                                          const GroupMemory& memory) {
+  const Tile tile(p);
+  const int32_t n_ranks = groups.n * p.group_size;
+  const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
+  // The tiles of a warp stay together for the shuffles: they leave by their first rank.
+  const int32_t first_of_warp = (threadIdx.x & ~31) >> p.tile_log2;
+#pragma unroll 1
+  for (int32_t step = 0; first_of_warp + step < n_ranks; step += tile.n) {
+    const int32_t rank = tile.index + step;
+    int32_t status = 0;
+    uint32_t sum = 0;
+    bool safe = true;
+#pragma unroll 1
+    for (int32_t k = tile.lane; k < p.n_local && rank < n_ranks; k += tile.width) {
+      const bool is_first = step == 0 && k == tile.lane;
+      const int32_t expert =
+          is_first ? ahead.expert : in.phy2log[first_slot + rank * p.slots_per_rank + k];
+      const int2 total = totals[KnownExpert(p, expert)];
+      memory.own[rank * p.n_local + k] = total.x;
+      sum += static_cast<uint32_t>(total.x);
+      safe &= total.x <= p.safe_load;
+      status |= total.y;
+    }
+    sum = TileSum(p, sum);
+    if (!__all_sync(kFullWarp, safe && status == 0)) {
+      // The sum may have wrapped: add the high bits alone. The low 16 bits of all add less than
+      // 2³¹, so then sum, which is right modulo 2³², tells whether the whole passes 2³¹.
+      uint32_t high = 0;
+      for (int32_t k = tile.lane; k < p.n_local && rank < n_ranks; k += tile.width) {
+        high += static_cast<uint32_t>(memory.own[rank * p.n_local + k]) >> 16;
+      }
+      if (status & kLoadOverflow) high = 1u << 15;
+      if (TileSum(p, high) >= 1u << 15 || sum > static_cast<uint32_t>(kInt32Max)) {
+        status |= kLoadOverflow;
+        sum = ~0u;
+      }
+      if (status != 0 && rank < n_ranks) {
+        atomicOr(&memory.status[p.by_group.Quotient(rank)], status);
+      }
+    }
+    if (tile.lane == 0 && rank < n_ranks) memory.base[rank] = static_cast<int32_t>(sum);
+  }
+}
+
+// Writes the quotas that no plan changes: those of the experts without a copy. Threads first,
+// first + stride, … take the ranks' experts.
+__device__ __forceinline__ void WriteFixedQuotas(const Problem& p, Groups groups,
+                                                 const GroupMemory& memory, int32_t* quota,
+                                                 int32_t first, int32_t stride) {
+  const int32_t n_fixed = p.n_local - p.n_redundant;
+#pragma unroll 1
+  for (int32_t i = first; i < groups.n * p.group_size * n_fixed; i += stride) {
+    const int32_t rank = p.by_fixed.Quotient(i);
+    const int32_t k = p.n_redundant + i - rank * n_fixed;
+    quota[rank * p.slots_per_rank + k] = memory.own[rank * p.n_local + k];
+  }
+}
+
+// A replicated expert: what FinishCopies needs of it, known before the plan is.
+struct Copy {
+  int32_t edge;    // that it may move along
+  int32_t before;  // tokens of the edge's earlier experts, which move first
+  int32_t tokens;
+  int32_t own_slot;  // from the block's first
+  int32_t copy_slot;
+};
+
+// Prepares replicated expert number i of the block's groups.
+__device__ __forceinline__ Copy PrepareCopy(const Problem& p, const GroupMemory& memory,
+                                            int32_t i) {
+  const int32_t rank = p.by_redundant.Quotient(i);
+  const int32_t k = i - rank * p.n_redundant;
+  const int32_t column = p.by_columns.Remainder(k);
+  const int32_t group = p.by_group.Quotient(rank);
+  const int32_t in_group = rank - group * p.group_size;
+  const int32_t holder = group * p.group_size + memory.dst[in_group * p.n_columns + column];
+  const int32_t* own = memory.own + rank * p.n_local;
+  uint32_t before = 0;  // Stays at 2³¹ − 1, beyond which no plan moves anything.
+#pragma unroll 1
+  for (int32_t j = column; j < k; j += p.n_columns) {
+    before = min(before + static_cast<uint32_t>(own[j]), static_cast<uint32_t>(kInt32Max));
+  }
+  Copy copy;
+  copy.edge = rank * p.n_columns + column;
+  copy.before = static_cast<int32_t>(before);
+  copy.tokens = own[k];
+  copy.own_slot = rank * p.slots_per_rank + k;
+  copy.copy_slot = holder * p.slots_per_rank + p.n_local + k;
+  return copy;
+}
+
+// Checks that every own slot is the first one of its expert, except the slots in Ahead. Threads
+// first, first + stride, … take the slots.
+__device__ __forceinline__ void CheckOwnSlots(const Problem& p, const SolveOperands& in,
+                                              Groups groups, const GroupMemory& memory,
+                                              int32_t first, int32_t stride) {
+  const Tile tile(p);
+  const int32_t n_ranks = groups.n * p.group_size;
+  if (tile.n >= n_ranks && tile.width >= p.n_local) return;  // They are all in Ahead.
+  const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
+#pragma unroll 1
+  for (int32_t i = first; i < n_ranks * p.slots_per_rank; i += stride) {
+    const int32_t rank = p.by_slots.Quotient(i);
+    if (i - rank * p.slots_per_rank >= p.n_local) continue;
+    const int32_t expert = in.phy2log[first_slot + i];
+    const int32_t known = KnownExpert(p, expert);
+    if (expert != known || in.log2phy[known * p.max_replicas] != first_slot + i) {
+      atomicOr(&memory.status[p.by_group.Quotient(rank)], kBadPlacement);
+    }
+  }
+}
+
+// Checks that every redundant slot is the second one of the expert that it copies along r2o.
+__device__ __forceinline__ void CheckCopies(const Problem& p, const SolveOperands& in,
+                                            Groups groups, const GroupMemory& memory, int32_t first,
+                                            int32_t stride) {
+  const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
+#pragma unroll 1
+  for (int32_t i = first; i < groups.n * p.group_size * p.n_redundant; i += stride) {
+    const int32_t rank = p.by_redundant.Quotient(i);
+    const int32_t k = i - rank * p.n_redundant;
+    const int32_t group = p.by_group.Quotient(rank);
+    const int32_t first_rank = group * p.group_size;
+    const int32_t column = p.by_columns.Remainder(k);
+    const int32_t source = memory.src[(rank - first_rank) * p.n_columns + column];
+    const int32_t slot = first_slot + rank * p.slots_per_rank + p.n_local + k;
+    const int32_t expert = in.phy2log[slot];
+    const int32_t original = in.phy2log[first_slot + (first_rank + source) * p.slots_per_rank + k];
+    const int32_t known = KnownExpert(p, expert);
+    if (expert != known || expert != original || in.log2phy[known * p.max_replicas + 1] != slot) {
+      atomicOr(&memory.status[group], kBadPlacement);
+    }
+  }
+}
+
+// Writes the quotas of a replicated expert: an edge's tokens come from its experts in order.
+__device__ __forceinline__ void FinishCopy(const Copy& copy, const GroupMemory& memory,
+                                           int32_t* quota) {
+  const int32_t left = memory.moved[copy.edge] - copy.before;
+  const int32_t away = min(max(left, 0), copy.tokens);
+  quota[copy.own_slot] = copy.tokens - away;
+  quota[copy.copy_slot] = away;
+}
+
+// What an edge could move: the tokens of its owner's replicated experts in this column.
+__device__ __forceinline__ int32_t CapacityOf(const Problem& p, const GroupMemory& memory,
+                                              int32_t group, int32_t rank, int32_t column) {
+  if (memory.dst[rank * p.n_columns + column] == rank) return 0;
+  const int32_t* own = memory.own + (group * p.group_size + rank) * p.n_local;
+  uint32_t tokens = 0;  // Stays at 2³¹ − 1: then the rank's load has overflowed too.
+#pragma unroll 1
+  for (int32_t k = column; k < p.n_redundant; k += p.n_columns) {
+    tokens = min(tokens + static_cast<uint32_t>(own[k]), static_cast<uint32_t>(kInt32Max));
+  }
+  return static_cast<int32_t>(tokens);
+}
+
+// What a group's plan says of itself.
+struct Proof {
+  int32_t max_load;
+  int32_t lower_bound;
+};
+
+// Solves one group in the registers of one warp; every lane gets the proof.
+template <int kWords, int kColumns>
+__device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
+                                             const GroupMemory& memory) {
+  const int32_t lane = threadIdx.x & 31;
+  WarpGraph<kWords, kColumns> graph;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    const int32_t rank = 32 * w + lane;
+    const bool live = rank < p.group_size;
+    graph.load[w] = live ? memory.base[group * p.group_size + rank] : 0;
+#pragma unroll
+    for (int d = 0; d < kColumns; ++d) {
+      graph.src[d][w] = live ? memory.src[rank * kColumns + d] : rank;
+      graph.dst[d][w] = live ? memory.dst[rank * kColumns + d] : rank;
+      graph.cap[d][w] = live ? CapacityOf(p, memory, group, rank, d) : 0;
+      graph.moved[d][w] = 0;
+    }
+  }
+  // A plan's rank loads never pass this sum, so where it fits nothing in the waves overflows. What
+  // has overflowed before, base −1, is above 2³¹ as it stands.
+  bool overflow = false;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    uint32_t most = graph.load[w];
+#pragma unroll
+    for (int d = 0; d < kColumns; ++d) {
+      most = min(most, 1u << 31) + static_cast<uint32_t>(ValueOf(graph.cap[d], graph.src[d][w]));
+    }
+    overflow |= most > static_cast<uint32_t>(kInt32Max);
+  }
+  overflow = __any_sync(kFullWarp, overflow);
+  Proof proof = {kInt32Max, 0};
+  if (!overflow) {  // Else nothing moves and nothing is proven.
+    proof.lower_bound = WarpWaves(p.group_size, p.inverse_group, graph);
+    int32_t max_load = graph.load[0];
+#pragma unroll
+    for (int w = 1; w < kWords; ++w) max_load = max(max_load, graph.load[w]);
+    proof.max_load = __reduce_max_sync(kFullWarp, max_load);
+  }
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    const int32_t rank = 32 * w + lane;
+#pragma unroll
+    for (int d = 0; d < kColumns; ++d) {
+      if (rank < p.group_size) {
+        memory.moved[(group * p.group_size + rank) * kColumns + d] = graph.moved[d][w];
+      }
+    }
+  }
+  if (overflow && lane == 0) atomicOr(&memory.status[group], kLoadOverflow);
+  return proof;
+}
+
+// Solves one group of any shape in shared memory, with the block; every thread gets the proof.
+__device__ inline Proof SolveInBlock(const Problem& p, int32_t group, const GroupMemory& memory) {
+  const int32_t first_rank = group * p.group_size;
+  int32_t* moved = memory.moved + first_rank * p.n_columns;
+  int32_t* load = memory.base + first_rank;
+  for (int32_t i = threadIdx.x; i < p.group_size * p.n_columns; i += blockDim.x) {
+    const int32_t rank = p.by_columns.Quotient(i);
+    memory.cap[i] = CapacityOf(p, memory, group, rank, i - rank * p.n_columns);
+    moved[i] = 0;
+  }
+  __syncthreads();
+  bool overflow = false;
+  for (int32_t r = threadIdx.x; r < p.group_size; r += blockDim.x) {
+    int64_t most = static_cast<uint32_t>(load[r]);  // −1 has overflowed before.
+    for (int32_t d = 0; d < p.n_columns; ++d) {
+      most += memory.cap[memory.src[r * p.n_columns + d] * p.n_columns + d];
+    }
+    overflow |= most > kInt32Max;
+  }
+  Proof proof = {kInt32Max, 0};
+  overflow = __syncthreads_or(overflow);
+  if (!overflow) {
+    proof.lower_bound =
+        BlockWaves({p.group_size, p.n_columns, memory.src, memory.dst, memory.cap, moved, load,
+                    memory.level, reinterpret_cast<uint32_t*>(memory.sums)});
+    proof.max_load = 0;
+    for (int32_t r = 0; r < p.group_size; ++r) proof.max_load = max(proof.max_load, load[r]);
+  } else if (threadIdx.x == 0) {
+    atomicOr(&memory.status[group], kLoadOverflow);
+  }
+  __syncthreads();
+  return proof;
+}
+
+// How a problem's groups are solved: in the registers of a warp, kWords ranks a lane, or, where
+// both are 0, by the block in shared memory.
+template <int words, int columns>
+struct SolverShape {
+  static constexpr int kWords = words;
+  static constexpr int kColumns = columns;
+};
+
+// Calls `function` with the problem's SolverShape.
+template <typename Function>
+auto WithSolverShape(const Problem& p, Function&& function) {
+  if (p.group_size <= 32 && p.n_columns == 1) return function(SolverShape<1, 1>());
+  if (p.group_size <= 32 && p.n_columns == 2) return function(SolverShape<1, 2>());
+  if (p.group_size <= 32 && p.n_columns == 3) return function(SolverShape<1, 3>());
+  if (p.group_size <= 32 && p.n_columns == 4) return function(SolverShape<1, 4>());
+  if (p.group_size <= 64 && p.n_columns == 1) return function(SolverShape<2, 1>());
+  if (p.group_size <= 64 && p.n_columns == 2) return function(SolverShape<2, 2>());
+  return function(SolverShape<0, 0>());
+}
+
+// Solves all groups, a warp each, while the other warps do what needs no plan; then, behind a
+// barrier, writes the quotas, to `quota` of the block's first slot. `proofs(group, proof)` is
+// called by one thread per group. A barrier must follow before status is read or quota used.
+template <int kWords, int kColumns, typename Proofs>
+__device__ __forceinline__ void SolveGroups(const Problem& p, const SolveOperands& in,
+                                            Groups groups, const Ahead& ahead,
+                                            const GroupMemory& memory, int32_t* quota,
+                                            const Proofs& proofs) {
+  const int32_t n_warps = blockDim.x / 32;
+  const int32_t warp = threadIdx.x / 32;
+  const int32_t n_copies = groups.n * p.group_size * p.n_redundant;
+  // Warps 0 … busy − 1 solve. If that were all of them, all help with the rest.
+  const int32_t busy = kWords > 0 && groups.n < n_warps ? groups.n : 0;
+  const int32_t first = static_cast<int32_t>(threadIdx.x) - 32 * busy;
+  const int32_t stride = static_cast<int32_t>(blockDim.x) - 32 * busy;
+  if constexpr (kWords > 0) {
+#pragma unroll 1
+    for (int32_t g = warp; g < groups.n; g += n_warps) {
+      const Proof proof = SolveInWarp<kWords, kColumns>(p, g, memory);
+      if ((threadIdx.x & 31) == 0) proofs(g, proof);
+    }
+  } else {
+    for (int32_t g = 0; g < groups.n; ++g) {
+      const Proof proof = SolveInBlock(p, g, memory);
+      if (threadIdx.x == 0) proofs(g, proof);
+    }
+  }
+  Copy copy;  // The first, often the only one, is prepared while others solve.
+  if (first >= 0) {
+    if (first < n_copies) copy = PrepareCopy(p, memory, first);
+    WriteFixedQuotas(p, groups, memory, quota, first, stride);
+    CheckCopies(p, in, groups, memory, first, stride);
+    CheckOwnSlots(p, in, groups, memory, first, stride);
+  }
+  if (ahead.slot >= 0 &&
+      (ahead.home != ahead.slot || ahead.expert != KnownExpert(p, ahead.expert))) {
+    const int32_t rank = p.by_slots.Quotient(ahead.slot) - groups.first * p.group_size;
+    atomicOr(&memory.status[p.by_group.Quotient(rank)], kBadPlacement);
+  }
+  __syncthreads();
+  if (first < 0) return;
+#pragma unroll 1
+  for (int32_t i = first; i < n_copies; i += stride) {
+    if (i != first) copy = PrepareCopy(p, memory, i);
+    FinishCopy(copy, memory, quota);
+  }
+}
+
+}  // namespace lplb::cuda
+
+#endif  // LPLB_CUDA_SOLVER_CUH_

@@ -1,0 +1,31 @@
+// The steps on the CPU, one batch element at a time; Index is int32_t, int64_t, uint8_t or
+// uint16_t.
+#ifndef LPLB_XLA_FFI_CPU_STEPS_H_
+#define LPLB_XLA_FFI_CPU_STEPS_H_
+
+#include <cstdint>
+
+#include "cuda/problem.h"
+
+namespace lplb {
+
+// counts [n_logical + 1]: tokens per expert, and invalid ids.
+template <typename Index>
+void Count(const Index* indices, int64_t n_tokens, int32_t n_logical, int32_t* counts);
+
+void Solve(const Problem& problem, const Sources& sources, const SolveOperands& in,
+           const SolveResults& out);
+
+struct AssignResults {
+  int32_t* physical;     // [n_tokens]
+  int32_t* position;     // [n_tokens], or null
+  int32_t* slot_counts;  // [n_physical], or null
+};
+
+template <typename Index>
+void Assign(const Problem& problem, const Sources& sources, const AssignOperands& in,
+            bool proportional, const Index* indices, int64_t n_tokens, const AssignResults& out);
+
+}  // namespace lplb
+
+#endif  // LPLB_XLA_FFI_CPU_STEPS_H_
