@@ -247,9 +247,12 @@ __device__ CutProof Prove(const Problem& p, const IpmMemory& memory) {
   return proof;
 }
 
+// Threads of a block at most: those that solve, and two warps or more for what needs no plan.
+constexpr int32_t MostThreads(int32_t solving) { return std::max(solving + 64, 320); }
+
 // Solves one group with one block.
 template <int kRanks, int kParts, int kEdges, typename Load>
-__global__ void __launch_bounds__(kRanks* kParts > 256 ? kRanks * kParts : 256)
+__global__ void __launch_bounds__(MostThreads(kRanks* kParts))
     IpmKernel(Problem p, Sources sources, IpmOptions options, IpmOperands first_in,
               SolveResults first_out) {
   using Solver = Interior<kRanks, kParts, kEdges>;
@@ -557,7 +560,7 @@ cudaError_t LaunchIpm(const Problem& problem, const Sources& sources, const IpmO
   // A thread per expert, and at least two warps for what needs no plan.
   const int32_t experts = problem.group_size << problem.tile_log2;
   const int32_t threads =
-      std::clamp((experts + 31) / 32 * 32, choice.threads + 64, std::max(choice.threads + 64, 320));
+      std::clamp((experts + 31) / 32 * 32, choice.threads + 64, MostThreads(choice.threads));
   choice.kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(problem, sources,
                                                                            options, in, out);
   return cudaGetLastError();

@@ -345,6 +345,8 @@ def factor(
 def solve_factored(M: Factor, q: Float32[Array, " group_size"]) -> Float32[Array, " group_size"]:
     """M⁻¹q, by substitution."""
     n = len(q)
+    # As M varies, so that under shard_map the loop's carry keeps its type.
+    q = q + 0 * M.pivot
     q = lax.fori_loop(0, n, lambda k, q: q + M.lower[:, k] * q[k], q) / M.pivot
     return lax.fori_loop(
         0, n, lambda i, q: q.at[n - 1 - i].add(M.lower[:, n - 1 - i] @ q), q

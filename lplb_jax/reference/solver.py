@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Shaped
 
 from lplb_jax.status import Status
 
@@ -235,8 +235,8 @@ def push(
 
 
 def arrived(
-    sent: Int32[Array, "group_size n_columns"], r2o: Int32[Array, "group_size n_columns"]
-) -> Int32[Array, "group_size n_columns"]:
+    sent: Shaped[Array, "group_size n_columns"], r2o: Int32[Array, "group_size n_columns"]
+) -> Shaped[Array, "group_size n_columns"]:
     """What a rank's redundant columns hold, from what the columns' owners sent."""
     return sent[r2o, jnp.arange(r2o.shape[1])]
 
