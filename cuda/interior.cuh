@@ -124,7 +124,7 @@ class Interior {
     const float unit = scale > 0 ? 1 / scale : 0;
     base_ *= unit;
     if (is_rank_) memory_.base[threadIdx.x] = base_;
-    float n_live = 0;
+    n_live_ = 0;
 #pragma unroll
     for (int i = 0; i < kEdges; ++i) {
       live_[i] = false;
@@ -137,15 +137,12 @@ class Interior {
       if (live_[i]) {
         cap_[i] = cap;
         x_[i] = xb_[i] = cap / 2;
-        n_live += 1;
+        n_live_ += 1;
       }
       u_[i] = e / graph_.n_columns;
       v_[i] = graph_.dst[e];
       edges_.flow[e] = live_[i] ? x_[i] : 0;
     });
-    float count[1] = {n_live};
-    team_.template Reduce<0>(count);
-    inverse_pairs_ = 1 / (static_cast<float>(graph_.n_ranks) + 2 * count[0]);
     TeamOf::Sync();
     return scale;
   }
@@ -156,18 +153,19 @@ class Interior {
     team_.template Reduce<1>(most);
     t_ = most[0] + kStartSlack;
     s_ = is_rank_ ? t_ * w_ - load_ : 1;
-    float sum[1] = {is_rank_ ? w_ / s_ : 0};
+    float sum[2] = {is_rank_ ? Quotient(w_, s_) : 0, n_live_};
     team_.template Reduce<0>(sum);
-    const float mu = 1 / sum[0];
-    y_ = is_rank_ ? mu / s_ : 1;
+    const float mu = Quotient(1, sum[0]);
+    inverse_pairs_ = Quotient(1, static_cast<float>(graph_.n_ranks) + 2 * sum[1]);
+    y_ = is_rank_ ? Quotient(mu, s_) : 1;
     if (is_rank_) memory_.y[threadIdx.x] = y_;
     TeamOf::Sync();
     ForEdges([&](int i, int) {
       if (!live_[i]) return;
-      const float m = kStartProduct * mu / x_[i];
+      const float m = Quotient(kStartProduct * mu, x_[i]);
       const float h = (memory_.y[v_[i]] - memory_.y[u_[i]]) / 2;
-      const float larger = sqrtf(m * m + h * h) + fabsf(h);
-      const float smaller = m * m / larger;
+      const float larger = __fsqrt_rn(m * m + h * h) + fabsf(h);
+      const float smaller = Quotient(m * m, larger);
       zl_[i] = h > 0 ? larger : smaller;
       zu_[i] = h > 0 ? smaller : larger;
     });
@@ -407,6 +405,7 @@ class Interior {
   const int n_edges_;
   const bool is_rank_;
   float inverse_pairs_;
+  float n_live_;
   float r_;  // What dy needs of k.
 
   // This thread's edges.

@@ -17,13 +17,14 @@ struct IpmMemory {
   int32_t *src, *dst;      // [n_edges]
   int32_t *units, *moved;  // [n_edges], capacities and plan in tokens, or in units for the proof
   int32_t *base, *level;   // [n_ranks]
-  int32_t* cut;            // [n_ranks]
+  int32_t* cut;            // [n_ranks], whether a rank is in the best cut
+  int32_t* load;           // [n_ranks], of the rounded plan
   float* weight;           // [n_ranks]
   int32_t* own;            // [n_ranks, n_local], words as in loads
 
   static __host__ __device__ int64_t Bytes(const Problem& p) {
     const int64_t edges = static_cast<int64_t>(p.group_size) * p.n_columns;
-    return edges * (16 + 7 * 4) + p.group_size * 4 * (4 + static_cast<int64_t>(p.n_local));
+    return edges * (16 + 7 * 4) + p.group_size * 4 * (5 + static_cast<int64_t>(p.n_local));
   }
 
   __device__ IpmMemory(const Problem& p, char* memory) {
@@ -39,7 +40,8 @@ struct IpmMemory {
     base = moved + edges;
     level = base + p.group_size;
     cut = level + p.group_size;
-    weight = reinterpret_cast<float*>(cut + p.group_size);
+    load = cut + p.group_size;
+    weight = reinterpret_cast<float*>(load + p.group_size);
     own = reinterpret_cast<int32_t*>(weight + p.group_size);
   }
 };
@@ -62,12 +64,6 @@ __device__ __forceinline__ float WarpSum(float value) {
   float values[1] = {value};
   Team<32>::SumUp<0>(values);
   return values[0];
-}
-
-__device__ __forceinline__ int64_t WarpSum(int64_t value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
 }
 
 // Loads the group's own experts, a tile of threads per rank; returns the status bits that a thread
@@ -207,44 +203,64 @@ __device__ __forceinline__ int32_t CeilDivide(int64_t sum, int32_t n) {
   return quotient + (rest > 0) + (rest > n) - (rest <= -n);
 }
 
-// The exact value of the best cut, its weight and size, and the bounds of all ranks and of single
-// ones; by one warp, over the loads and capacities in tokens or units.
-struct CutProof {
-  int64_t stuck;
-  float weight;
-  int32_t size;
-  int32_t first_target;
-};
+// Sum over the warp of values below 2⁴⁷ in size.
+__device__ __forceinline__ int64_t WarpSum(int64_t value) {
+  const int32_t high = __reduce_add_sync(kAllLanes, static_cast<int32_t>(value >> 16));
+  const uint32_t low = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(value) & 0xffff);
+  return (static_cast<int64_t>(high) << 16) + low;
+}
 
-__device__ CutProof Prove(const Problem& p, const IpmMemory& memory) {
-  CutProof proof = {0, 0, 0, 0};
+// The bounds of the set of all ranks and of the sets of one rank, by one warp.
+__device__ __forceinline__ int32_t FirstTarget(const Problem& p, const IpmMemory& memory) {
   int64_t total = 0;
   int64_t alone = 0;
+#pragma unroll 1
   for (int32_t r = threadIdx.x & 31; r < p.group_size; r += 32) {
-    const int64_t base = memory.base[r];
-    int64_t stays = base;
-    int64_t stuck = base;
+    int64_t stuck = memory.base[r];
+    total += stuck;
+#pragma unroll 1
+    for (int32_t d = 0; d < p.n_columns; ++d) stuck -= memory.units[r * p.n_columns + d];
+    alone = max(alone, stuck);
+  }
+  return max(CeilDivide(WarpSum(total), p.group_size),
+             __reduce_max_sync(kAllLanes, static_cast<int32_t>(alone)));
+}
+
+// What cannot leave the best cut, exactly, in tokens or units; the cut's size and weight.
+struct CutValue {
+  int64_t stuck;
+  int32_t size;
+  float weight;
+};
+
+// By one warp.
+__device__ __forceinline__ CutValue ValueOfCut(const Problem& p, const IpmMemory& memory) {
+  CutValue value = {0, 0, 0};
+#pragma unroll 1
+  for (int32_t r = threadIdx.x & 31; r < p.group_size; r += 32) {
+    if (!memory.cut[r]) continue;
+    value.stuck += memory.base[r];
+    value.weight += memory.weight[r];
+    ++value.size;
 #pragma unroll 1
     for (int32_t d = 0; d < p.n_columns; ++d) {
       const int32_t edge = r * p.n_columns + d;
-      stuck -= memory.units[edge];
-      if (!memory.cut[memory.dst[edge]]) stays -= memory.units[edge];
-    }
-    total += base;
-    alone = max(alone, stuck);
-    if (memory.cut[r]) {
-      proof.stuck += stays;
-      proof.weight += memory.weight[r];
-      ++proof.size;
+      if (!memory.cut[memory.dst[edge]]) value.stuck -= memory.units[edge];
     }
   }
-  proof.stuck = WarpSum(proof.stuck);
-  proof.weight = WarpSum(proof.weight);
-  proof.size = __reduce_add_sync(kAllLanes, proof.size);
-  total = WarpSum(total);
-  const int32_t mean = CeilDivide(total, p.group_size);
-  proof.first_target = max(mean, __reduce_max_sync(kAllLanes, static_cast<int32_t>(alone)));
-  return proof;
+  __syncwarp();
+  value.stuck = WarpSum(value.stuck);
+  value.size = __reduce_add_sync(kAllLanes, value.size);
+  value.weight = WarpSum(value.weight);
+  return value;
+}
+
+// Largest of the ranks' values ≥ 0, ints or bits of floats, by one warp.
+__device__ __forceinline__ int32_t LargestOf(const Problem& p, const int32_t* values) {
+  int32_t largest = 0;
+#pragma unroll 1
+  for (int32_t r = threadIdx.x & 31; r < p.group_size; r += 32) largest = max(largest, values[r]);
+  return __reduce_max_sync(kAllLanes, largest);
 }
 
 // Threads of a block at most: those that solve, and two warps or more for what needs no plan.
@@ -366,17 +382,21 @@ __global__ void __launch_bounds__(MostThreads(kRanks* kParts))
       // The other warps do what needs no plan.
       const int32_t first = static_cast<int32_t>(threadIdx.x) - Solver::kThreads;
       const int32_t stride = static_cast<int32_t>(blockDim.x) - Solver::kThreads;
+      if (!kFloats && first < 32) {
+        const int32_t target = FirstTarget(p, memory);
+        if (first == 0) shared.target = target;
+      }
       status |= CheckSlots(p, in, group, memory, first, stride);
       WriteFixed(p, memory, quota, first, stride);
     }
     __syncthreads();
 
-    int32_t exponent = 0;
+    bool converged = shared.largest - shared.bound <= kConvergedGap * shared.largest;
+    const bool last_warp = warp == n_warps - 1;
     if constexpr (kFloats) {
       // For the proof, loads in units of a power of two that are rounded the safe way; and the
       // largest load of the plan.
-      const float most = __int_as_float(shared.most);
-      exponent = UnitExponent(most);
+      const int32_t exponent = UnitExponent(__int_as_float(shared.most));
       for (int32_t i = threadIdx.x; i < n_edges; i += blockDim.x) {
         memory.units[i] = OverColumn<int32_t>(p, memory, i, [&](int32_t k) {
           return static_cast<int32_t>(ceilf(ldexpf(own[k], exponent)));
@@ -398,84 +418,79 @@ __global__ void __launch_bounds__(MostThreads(kRanks* kParts))
         }
         if ((threadIdx.x & 31) == 0) {
           memory.base[r] = static_cast<int32_t>(units);
-          memory.level[r] = __float_as_int(fmaxf(load, 0) / memory.weight[r]);
+          memory.load[r] = __float_as_int(fmaxf(load, 0) / memory.weight[r]);
         }
       }
+      __syncthreads();
+      if (last_warp) {
+        const CutValue cut = ValueOfCut(p, memory);
+        const int32_t largest = LargestOf(p, memory.load);
+        if ((threadIdx.x & 31) == 0) {
+          shared.proven = Provable(cut.stuck, -exponent, cut.weight, p.group_size);
+          shared.largest = __int_as_float(largest);
+        }
+      }
+      __syncthreads();
+      converged = shared.largest - shared.proven <= kConvergedGap * shared.largest;
     } else {
       for (int32_t i = threadIdx.x; i < n_edges; i += blockDim.x) {
         memory.moved[i] = RoundTokens(memory.flow[i], memory.units[i]);
       }
-    }
-    __syncthreads();
-
-    if (warp == 0) {
-      const CutProof proof = Prove(p, memory);
-      int32_t target = proof.first_target;
-      if (proof.stuck > 0) {
-        target = max(target, CeilDivide(proof.stuck, proof.size));
-      }
-      const float proven = Provable(proof.stuck, -exponent, proof.weight, p.group_size);
-      int32_t largest = 0;
-      if constexpr (kFloats) {
-        for (int32_t r = threadIdx.x; r < p.group_size; r += 32) {
-          largest = max(largest, memory.level[r]);
-        }
-        largest = __reduce_max_sync(kAllLanes, largest);
-      }
-      if (threadIdx.x == 0) {
-        shared.target = target;
-        shared.proven = proven;
-        if (kFloats) {
-          shared.largest = __int_as_float(largest);
-          shared.bound = proven;
-        }
-      }
-    }
-    __syncthreads();
-    bool converged = shared.largest - shared.bound <= kConvergedGap * shared.largest;
-
-    if constexpr (!kFloats) {
       int32_t enough = 0;
       if (threadIdx.x < p.group_size) {
         const int32_t r = threadIdx.x;
         // Where the plan at hand is best ⌈t·w_r⌉ tokens are enough for every rank r.
         if (options.weighted) enough = EnoughTokens(shared.largest, memory.weight[r]);
         int32_t load = memory.base[r] - enough;
+#pragma unroll 1
         for (int32_t d = 0; d < p.n_columns; ++d) {
-          const int32_t edge = r * p.n_columns + d;
-          load += memory.moved[memory.src[edge] * p.n_columns + d] - memory.moved[edge];
+          const int32_t to = r * p.n_columns + d;
+          const int32_t from = memory.src[to] * p.n_columns + d;
+          load += RoundTokens(memory.flow[from], memory.units[from]) -
+                  RoundTokens(memory.flow[to], memory.units[to]);
         }
-        memory.base[r] = load;
+        memory.load[r] = load;
       }
-      int32_t target = options.weighted ? 0 : shared.target;
+      if (last_warp) {
+        const CutValue cut = ValueOfCut(p, memory);
+        if ((threadIdx.x & 31) == 0) {
+          if (options.weighted) {
+            shared.proven = Provable(cut.stuck, 0, cut.weight, p.group_size);
+            shared.target = 0;
+          } else if (cut.stuck > 0) {
+            shared.target = max(shared.target, CeilDivide(cut.stuck, cut.size));
+          }
+        }
+      }
       __syncthreads();
+      int32_t target = shared.target;
       if (options.repair) {
         target = Repair(
             graph,
-            {memory.units, memory.moved, memory.base, memory.level, &shared.excess, &shared.unseen},
+            {memory.units, memory.moved, memory.load, memory.level, &shared.excess, &shared.unseen},
             target);
-        converged |= !options.weighted;
       }
-      if (threadIdx.x < p.group_size) {
-        const int32_t load = memory.base[threadIdx.x] + enough;
-        memory.level[threadIdx.x] =
-            options.weighted ? __float_as_int(static_cast<float>(load) / memory.weight[threadIdx.x])
-                             : load;
-      }
-      __syncthreads();
-      if (warp == 0) {
-        int32_t most = 0;
-        for (int32_t r = threadIdx.x; r < p.group_size; r += 32) most = max(most, memory.level[r]);
-        most = __reduce_max_sync(kAllLanes, most);
-        if (threadIdx.x == 0) {
-          shared.max_load = most;
-          if (options.weighted) shared.largest = __int_as_float(most);
-          shared.target = target;
+      if (options.repair && !options.weighted) {
+        // Nobody is above the target, which is proven.
+        converged = true;
+        if (threadIdx.x == 0) shared.max_load = shared.target = target;
+      } else {
+        if (options.weighted && threadIdx.x < p.group_size) {
+          const int32_t load = memory.load[threadIdx.x] + enough;
+          memory.load[threadIdx.x] =
+              __float_as_int(static_cast<float>(load) / memory.weight[threadIdx.x]);
+        }
+        __syncthreads();
+        if (warp == 0) {
+          const int32_t largest = LargestOf(p, memory.load);
+          if (threadIdx.x == 0) {
+            shared.max_load = largest;
+            if (options.weighted) shared.largest = __int_as_float(largest);
+          }
         }
       }
     }
     if (!converged) status |= kNotConverged;
-    __syncthreads();
   }
 
   if constexpr (kFloats) {
