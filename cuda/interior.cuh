@@ -39,22 +39,22 @@ class Interior {
     alignas(16) float middle[kRanks];
   };
 
-  // What a thread has to say at the end: of its rank, and the same in all threads.
   struct Result {
-    bool in_cut;
     float largest;
     float bound;
   };
 
   // Of one edge each: capacity, flow or plan, H, and the values of y at its ends with the capacity.
-  struct EdgeMemory {
+  // Of one rank each: whether it is in the best cut.
+  struct GroupArrays {
     float* cap;
     float* flow;
     float* H;
     float4* ends;
+    int32_t* cut;
   };
 
-  __device__ Interior(const Graph& graph, Memory& memory, const EdgeMemory& edges)
+  __device__ Interior(const Graph& graph, Memory& memory, const GroupArrays& edges)
       : graph_(graph),
         memory_(memory),
         edges_(edges),
@@ -64,7 +64,7 @@ class Interior {
         is_rank_(threadIdx.x < graph.n_ranks) {}
 
   // In: memory.base and memory.w, and edges.cap, 0 for what is no edge; a barrier is behind them.
-  // Out: edges.flow is the best plan. Ends with a barrier of the team.
+  // Out: edges.flow is the best plan, edges.cut the best cut. Ends with a barrier of the team.
   __device__ Result Run() {
     const float scale = Scale();
     Start();
@@ -80,8 +80,9 @@ class Interior {
     }
     TeamOf::Sync();
     ForEdges([&](int i, int e) { edges_.flow[e] = live_[i] ? best_[i] * scale : 0; });
+    if (is_rank_) edges_.cut[threadIdx.x] = in_cut;
     TeamOf::Sync();
-    return {in_cut, largest * scale, bound * scale};
+    return {largest * scale, bound * scale};
   }
 
  private:
@@ -194,12 +195,20 @@ class Interior {
         weight += memory_.w[rank];
       }
     }
+    // Fewer rows than a warp has lanes are there several times, and share the edges.
+    constexpr int kTimes = kThreads / TableOf::kUsed;
+    float leaves = 0;
 #pragma unroll 4
-    for (int e = threadIdx.x % kParts; e < n_edges_; e += kParts) {
+    for (int e = threadIdx.x % kParts + kParts * (threadIdx.x / TableOf::kUsed); e < n_edges_;
+         e += kParts * kTimes) {
       const float4 ends = edges_.ends[e];
-      if (ends.x >= least && ends.y < least) stuck -= ends.z;
+      if (ends.x >= least && ends.y < least) leaves += ends.z;
     }
-    stuck = TableOf::OverRow(stuck);
+#pragma unroll
+    for (int lanes = TableOf::kUsed; lanes < kThreads; lanes *= 2) {
+      leaves += __shfl_xor_sync(kAllLanes, leaves, lanes);
+    }
+    stuck = TableOf::OverRow(stuck - leaves);
     weight = TableOf::OverRow(weight);
     const bool counts = table_.row() < graph_.n_ranks;
     const uint2 best = team_.Best(counts ? fmaxf(Quotient(stuck, weight), 0) : 0, table_.row());
@@ -399,7 +408,7 @@ class Interior {
 
   const Graph graph_;
   Memory& memory_;
-  const EdgeMemory edges_;
+  const GroupArrays edges_;
   TeamOf team_;
   TableOf table_;
   const int n_edges_;

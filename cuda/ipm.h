@@ -19,6 +19,9 @@ cudaError_t LaunchIpm(const Problem& problem, const Sources& sources, const IpmO
                       int64_t batch, const IpmOperands& in, const SolveResults& out,
                       cudaStream_t stream);
 
+// Launches a kernel that does nothing, for benchmarks.
+cudaError_t LaunchEmpty(cudaStream_t stream);
+
 }  // namespace lplb::cuda
 
 #endif  // LPLB_CUDA_IPM_H_

@@ -139,8 +139,7 @@ def check_weights(rank_weights: Any, group_size: int) -> jax.Array | None:
     weights = jnp.asarray(rank_weights, jnp.float32)
     if weights.shape != (group_size,):
         raise ValueError(
-            f"rank_weights: expected shape [group_size] = [{group_size}], got "
-            f"{list(weights.shape)}"
+            f"rank_weights: expected shape [group_size] = [{group_size}], got {list(weights.shape)}"
         )
     return weights
 

@@ -171,7 +171,9 @@ def test_agrees_with_the_specification(rng, name, floats):
     def spec(*one):
         return reference.ipm(*one, jnp.asarray(case.r2o), weights, **static)
 
-    left, right = (jax.tree.map(np.asarray, jax.jit(jax.vmap(f))(*operands)) for f in (native, spec))
+    left, right = (
+        jax.tree.map(np.asarray, jax.jit(jax.vmap(f))(*operands)) for f in (native, spec)
+    )
     for a, b in zip(left, right, strict=True):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
@@ -200,7 +202,11 @@ def test_equal_weights_are_no_weights(rng):
     ("options", "error", "message"),
     [
         ({"solver": "simplex"}, ValueError, "solver: expected one of auto, exact, ipm"),
-        ({"solver": "exact", "rank_weights": np.ones(8)}, ValueError, "rank_weights: expected None"),
+        (
+            {"solver": "exact", "rank_weights": np.ones(8)},
+            ValueError,
+            "rank_weights: expected None",
+        ),
         ({"rank_weights": np.ones(7)}, ValueError, r"rank_weights: expected shape .* \[8\]"),
         ({"rank_weights": np.arange(8)}, ValueError, "rank_weights: expected positive"),
         ({"rank_weights": np.full(8, np.nan)}, ValueError, "rank_weights: expected positive"),

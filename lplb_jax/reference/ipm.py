@@ -33,7 +33,6 @@ from lplb_jax.reference.solver import (
     INT32_MAX,
     Plan,
     arrived,
-    ceil_mean,
     exact_sum,
     finish_waves,
     first_target,
@@ -258,7 +257,9 @@ def interior_point(
         d = direction(-x * zl, -xb * zu, -s * y)
         ap, ad = limits(v, d, live)
         mu = products(v, v) / n_pairs
-        mu_affine = mu * (1 - ad) + ((ap - ad) * products(d, v) + ap * ad * products(d, d)) / n_pairs
+        mu_affine = (
+            mu * (1 - ad) + ((ap - ad) * products(d, v) + ap * ad * products(d, d)) / n_pairs
+        )
         c = jnp.minimum(ap, ad)
         sigma = jnp.maximum((mu_affine / mu) ** 3, jnp.maximum(LEAST_SIGMA, 0.3 * (1 - c) ** 2))
         target = jnp.maximum(sigma * mu, LEAST_MU)
@@ -330,11 +331,11 @@ def factor(
         o, excess, lower, pivot = state
         row = jnp.where(rank > k, o[k], 0)
         p = excess[k] + row.sum()
-        l = row / p
+        share = row / p
         return (
-            o + l[:, None] * row,
-            excess + l * excess[k],
-            lower.at[:, k].set(l),
+            o + share[:, None] * row,
+            excess + share * excess[k],
+            lower.at[:, k].set(share),
             pivot.at[k].set(p),
         )
 
@@ -348,9 +349,7 @@ def solve_factored(M: Factor, q: Float32[Array, " group_size"]) -> Float32[Array
     # As M varies, so that under shard_map the loop's carry keeps its type.
     q = q + 0 * M.pivot
     q = lax.fori_loop(0, n, lambda k, q: q + M.lower[:, k] * q[k], q) / M.pivot
-    return lax.fori_loop(
-        0, n, lambda i, q: q.at[n - 1 - i].add(M.lower[:, n - 1 - i] @ q), q
-    )
+    return lax.fori_loop(0, n, lambda i, q: q.at[n - 1 - i].add(M.lower[:, n - 1 - i] @ q), q)
 
 
 def solve_saddle(

@@ -68,6 +68,9 @@ void LaunchIpm(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources,
       {As(out[0]), As(out[1]), As(out[2]), As(out[3])}, As<CUstream_st>(stream)));
 }
 
+// What a launch costs by itself.
+void LaunchEmpty(Pointer stream) { ThrowIf(cuda::LaunchEmpty(As<CUstream_st>(stream))); }
+
 }  // namespace
 }  // namespace lplb
 
@@ -76,5 +79,6 @@ NB_MODULE(_cuda, m) {
       m, {lplb::CountCuda, lplb::SolveCuda, lplb::IpmCuda, lplb::AssignCuda, lplb::RebalanceCuda});
   m.def("launch_solve", lplb::LaunchSolve);
   m.def("launch_ipm", lplb::LaunchIpm);
+  m.def("launch_empty", lplb::LaunchEmpty);
   m.def("launch_rebalance", lplb::LaunchRebalance);
 }
