@@ -22,8 +22,9 @@ ffi::Error IpmImpl(int64_t ep_size, int64_t weighted, int64_t repair, ffi::AnyBu
         std::to_string(p.group_size) + " ranks with " + std::to_string(p.n_columns) +
         " columns and " + std::to_string(p.n_local) + " experts each");
   }
-  return FromCuda(cuda::LaunchIpm(p, call->sources, call->options, call->batch, call->in, call->out, stream),
-                  "ipm");
+  return FromCuda(
+      cuda::LaunchIpm(p, call->sources, call->options, call->batch, call->in, call->out, stream),
+      "ipm");
 }
 
 }  // namespace
