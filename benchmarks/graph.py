@@ -18,9 +18,7 @@ def check(result: tuple) -> Any:
     return values[0] if values else None
 
 
-def microseconds(
-    launch: Callable[[int], None], *, launches: int = 20, replays: int = 20
-) -> float:
+def microseconds(launch: Callable[[int], None], *, launches: int = 20, replays: int = 20) -> float:
     """Median time of one launch, in µs: `launches` in a row per graph, `replays` of the graph.
 
     `launch(stream)` launches once on a raw stream. Inputs stay in the L2 cache between launches.

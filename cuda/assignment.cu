@@ -7,11 +7,24 @@ namespace lplb::cuda {
 namespace {
 
 constexpr int32_t kMaxSharedBytes = 227 << 10;
-constexpr int32_t kMaxClusterBlocks = 16;
-constexpr int64_t kMaxTokensPerBlock = (1 << 16) - 1;
 
-int32_t ThreadsFor(const Problem& problem) { return problem.n_logical <= 1024 ? 1024 : 256; }
+// Large tables leave room for fewer warps and blocks.
+int32_t ThreadsFor(const Problem& problem) {
+  return problem.n_logical <= 1024 ? kRouteThreads : kRouteThreads / 2;
+}
 
+int32_t MaxClusterFor(const Problem& problem) {
+  return problem.n_logical <= 512 ? 16 : problem.n_logical <= 1024 ? 8 : 4;
+}
+
+// At least one, so that a batch without tokens gets its split too.
+int32_t RoundsFor(int64_t n_tokens, int32_t threads) {
+  return static_cast<int32_t>(std::max<int64_t>((n_tokens + threads - 1) / threads, 1));
+}
+
+}  // namespace
+
+// Hopper and later.
 bool HasClusters() {
   int device = 0;
   int major = 0;
@@ -20,18 +33,20 @@ bool HasClusters() {
          major >= 9;
 }
 
-}  // namespace
-
 RouteShape ChooseShape(const RouteArguments& arguments) {
   const int64_t n_tokens = arguments.tokens.n_tokens;
   const int32_t threads = ThreadsFor(arguments.problem);
-  if (!HasClusters() || n_tokens > kMaxClusterBlocks * kMaxRounds * threads) {
+  const int32_t max_cluster = MaxClusterFor(arguments.problem);
+  if (!HasClusters() || n_tokens > static_cast<int64_t>(max_cluster) * kMaxRounds * threads) {
     return {0, threads, 0};
   }
-  int32_t cluster = 1;
-  while (cluster < kMaxClusterBlocks && cluster * threads < n_tokens) cluster *= 2;
-  const int64_t rounds = (n_tokens + cluster * threads - 1) / (cluster * threads);
-  return {cluster, threads, static_cast<int32_t>(std::max<int64_t>(rounds, 1))};
+  // Few tokens: small blocks, and no larger cluster than 8, since one of 16 takes longer to start.
+  if (n_tokens <= 8192) {
+    int32_t cluster = 1;
+    while (cluster < std::min(max_cluster, 8) && cluster * 256 < n_tokens) cluster *= 2;
+    return {cluster, 256, RoundsFor(n_tokens, cluster * 256)};
+  }
+  return {max_cluster, threads, RoundsFor(n_tokens, max_cluster * threads)};
 }
 
 cudaError_t AllowSharedMemory(const void* kernel, int32_t bytes, bool large_cluster) {
@@ -46,15 +61,13 @@ cudaError_t AllowSharedMemory(const void* kernel, int32_t bytes, bool large_clus
 bool FitsRoute(const RouteArguments& arguments, bool solves) {
   const Problem& p = arguments.problem;
   const int32_t n_warps = ThreadsFor(p) / 32;
-  return p.n_logical <= kMaxExperts &&
-         RouteMemory::Words(p, n_warps, solves) * 4 <= kMaxSharedBytes &&
-         arguments.n_tiles * (kMaxTokensPerBlock - 32 * n_warps) >= arguments.tokens.n_tokens &&
-         arguments.workspace_words >=
-             n_warps * RouteMemory::Row(p.n_logical, n_warps) + p.n_logical + 1;
+  return p.n_logical <= kMaxExperts && p.n_physical < 0xffff &&
+         RouteMemory::Bytes(p, n_warps, MaxClusterFor(p), solves) <= kMaxSharedBytes &&
+         arguments.n_tiles >= 1 && arguments.workspace_words >= (n_warps + 1) * (p.n_logical + 1);
 }
 
 cudaError_t LaunchAssign(const RouteArguments& arguments, cudaStream_t stream) {
-  if (arguments.batch == 0 || arguments.tokens.n_tokens == 0) return cudaSuccess;
+  if (arguments.batch == 0) return cudaSuccess;
   return LaunchRoute<0, 0, false>(arguments, stream);
 }
 

@@ -12,12 +12,12 @@ template <typename Index>
 __global__ void CountKernel(const Index* indices, int64_t n_tokens, int32_t n_logical,
                             int32_t* counts) {
   extern __shared__ int32_t histogram[];
-  const int64_t element = blockIdx.y;
+  const int64_t element = blockIdx.x;
   for (int32_t e = threadIdx.x; e <= n_logical; e += kThreads) histogram[e] = 0;
   __syncthreads();
   const Index* tokens = indices + element * n_tokens;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n_tokens;
+  const int64_t stride = static_cast<int64_t>(gridDim.y) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; i < n_tokens;
        i += stride) {
     const int32_t expert = ExpertOf(tokens[i], n_logical);
     if (expert >= 0) atomicAdd(&histogram[expert], 1);
@@ -39,7 +39,7 @@ cudaError_t LaunchCount(const Index* indices, int64_t batch, int64_t n_tokens, i
       cudaMemsetAsync(counts, 0, batch * row * static_cast<int64_t>(sizeof(int32_t)), stream);
   if (error != cudaSuccess || n_tokens == 0) return error;
   const int64_t tiles = std::clamp<int64_t>(n_tokens / (8 * kThreads), 1, 264);
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(batch));
+  const dim3 grid(static_cast<unsigned>(batch), static_cast<unsigned>(tiles));
   CountKernel<<<grid, kThreads, row * sizeof(int32_t), stream>>>(indices, n_tokens, n_logical,
                                                                  counts);
   return cudaGetLastError();

@@ -10,13 +10,16 @@
 
 #include <cooperative_groups.h>
 
+#include <type_traits>
+
 #include "cuda/route.h"
 #include "cuda/solver.cuh"
 
 namespace lplb::cuda {
 
-constexpr int32_t kMaxThreads = 1024;
-constexpr int32_t kMaxRounds = 8;  // Tokens that a lane holds in registers.
+constexpr int32_t kRouteThreads = 512;
+constexpr int32_t kMaxRounds = 16;  // Tokens that a lane holds in registers.
+constexpr int32_t kAtOnce = 8;      // Tokens of a tile that a lane has on their way.
 
 // Calls `function` with the indices typed.
 template <typename Function>
@@ -33,129 +36,184 @@ __device__ __forceinline__ void WithIndices(const TokenBuffers& tokens, Function
   }
 }
 
-// Shared memory of a block that routes tokens, in int32 words.
+// A warp's state of one expert.
+struct Cell {
+  uint32_t mask;   // lanes with a token of this expert; 0 between uses
+  uint32_t count;  // the warp's tokens so far; after a scan, plus those of the warps before
+};
+
+constexpr int32_t kNoSlot = 0xffff;
+
+// Where an expert's tokens go, in 8 bytes: every token reads it.
+struct PackedRoute {
+  int32_t keep;   // tokens that stay at home, after those of earlier blocks
+  uint16_t home;  // 2¹⁶ − 1: no slot
+  uint16_t replica;
+};
+
+// Shared memory of a block that routes tokens.
 struct RouteMemory {
-  uint32_t* counts;      // [n_warps, row], two 16-bit counts a word; a block has < 2¹⁶ tokens
-  uint32_t* masks;       // [n_warps, n_logical], lanes with a token of this expert; 0 between uses
-  int32_t* histogram;    // [n_logical + 1], the block's tokens; invalid ids last
-  int32_t* total;        // [n_logical + 1], all blocks' tokens
-  int4* routes;          // [n_logical], Route and the expert's tokens in earlier blocks
-  int32_t* quota;        // [n_physical]
-  int32_t* slot_counts;  // [n_physical]
-  int32_t* groups;       // GroupMemory
+  Cell* cells;          // [n_warps, row], row = n_logical + kPad
+  PackedRoute* routes;  // [n_logical]
+  int32_t* earlier;     // [n_logical], tokens in earlier blocks
+  int32_t* total;       // [n_logical + 1], all blocks' tokens; last, whether an id was invalid
+  int32_t* incoming;    // [n_blocks, n_logical + 1], every block's histogram
+  int32_t* quota;       // [n_physical]
+  int32_t* groups;      // GroupMemory
 
-  // Words of a row of counts: such that the reads of ScanWarps meet no bank twice.
-  LPLB_HOST_DEVICE static int32_t Row(int32_t n_logical, int32_t n_warps) {
-    const int32_t rows = n_warps / 8;
-    const int32_t words = (n_logical + 1) / 2;
-    const int32_t unit = 32 / rows;
-    return (words + unit - 1) / unit * unit + 4 / rows;
+  // Lets the lanes of ScanWarps, which read several rows at a time, meet different banks.
+  static constexpr int32_t kPad = 4;
+
+  LPLB_HOST_DEVICE static int32_t Bytes(const Problem& p, int32_t n_warps, int32_t n_blocks,
+                                        bool solves) {
+    const int32_t words = 2 * n_warps * (p.n_logical + kPad) + 3 * p.n_logical +
+                          (n_blocks + 1) * (p.n_logical + 1) + p.n_physical +
+                          (solves ? GroupMemory::Words(p, p.n_groups) : 0);
+    return 4 * words;
   }
 
-  LPLB_HOST_DEVICE static int32_t Words(const Problem& p, int32_t n_warps, bool solves) {
-    return 4 * p.n_logical + n_warps * (Row(p.n_logical, n_warps) + p.n_logical) +
-           2 * (p.n_logical + 1) + 2 * p.n_physical +
-           (solves ? GroupMemory::Words(p, p.n_groups) : 0);
+  __device__ RouteMemory(const Problem& p, int32_t n_warps, int32_t n_blocks, void* memory) {
+    cells = static_cast<Cell*>(memory);
+    routes = reinterpret_cast<PackedRoute*>(cells + n_warps * (p.n_logical + kPad));
+    earlier = reinterpret_cast<int32_t*>(routes + p.n_logical);
+    total = earlier + p.n_logical;
+    incoming = total + p.n_logical + 1;
+    quota = incoming + n_blocks * (p.n_logical + 1);
+    groups = quota + p.n_physical;
   }
 
-  __device__ RouteMemory(const Problem& p, int32_t n_warps, int4* memory) {
-    routes = memory;
-    counts = reinterpret_cast<uint32_t*>(routes + p.n_logical);
-    masks = counts + n_warps * Row(p.n_logical, n_warps);
-    histogram = reinterpret_cast<int32_t*>(masks + n_warps * p.n_logical);
-    total = histogram + p.n_logical + 1;
-    quota = total + p.n_logical + 1;
-    slot_counts = quota + p.n_physical;
-    groups = slot_counts + p.n_physical;
+  __device__ Cell* CellsOf(const Problem& p, int32_t warp) const {
+    return cells + warp * (p.n_logical + kPad);
   }
 };
 
-// Clears what counting needs, and loads the experts' slots.
-__device__ __forceinline__ void Prepare(const RouteArguments& a, const int32_t* log2phy,
-                                        const RouteMemory& memory) {
-  const Problem& p = a.problem;
-  const int32_t n_warps = blockDim.x / 32;
-  const int32_t words = n_warps * (RouteMemory::Row(p.n_logical, n_warps) + p.n_logical);
+__device__ __forceinline__ void ClearCells(const Problem& p, const RouteMemory& memory) {
+  const int32_t n_cells = blockDim.x / 32 * (p.n_logical + RouteMemory::kPad);
+  int4* pairs = reinterpret_cast<int4*>(memory.cells);  // There is an even number of warps.
 #pragma unroll 4
-  for (int32_t i = threadIdx.x; i < words; i += blockDim.x) memory.counts[i] = 0;
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) memory.slot_counts[i] = 0;
-#pragma unroll 1
-  for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
-    const Route route = SlotsOf(p, log2phy, e);
-    memory.routes[e] = {route.keep, route.home, route.replica, 0};
-  }
+  for (int32_t i = threadIdx.x; i < n_cells / 2; i += blockDim.x) pairs[i] = {0, 0, 0, 0};
 }
 
-// Counts this lane's token of `expert` (−1: none) into the warp's tables; returns how many earlier
-// tokens of the warp have the same expert. All lanes call it.
-__device__ __forceinline__ int32_t Rank(int32_t expert, uint16_t* counts, uint32_t* masks) {
+// Counts this lane's token of `expert` (−1: none) into its warp's cells; returns how many earlier
+// tokens the cell had. All lanes call it.
+__device__ __forceinline__ int32_t Rank(int32_t expert, Cell* cells) {
   const uint32_t lane = threadIdx.x & 31;
   const bool valid = expert >= 0;
-  if (valid) atomicOr(&masks[expert], 1u << lane);
+  Cell* cell = cells + (valid ? expert : 0);
+  if (valid) atomicOr(&cell->mask, 1u << lane);
   __syncwarp();
-  const uint32_t same = valid ? masks[expert] : 0;
-  const int32_t before = valid ? counts[expert] : 0;
-  const int32_t lower = __popc(same & ((1u << lane) - 1));
+  const uint2 seen = *reinterpret_cast<const uint2*>(cell);
+  const uint32_t lower = seen.x & ((1u << lane) - 1);
   __syncwarp();
-  if (valid && lower == 0) {  // The first of them keeps the tables.
-    masks[expert] = 0;
-    counts[expert] = static_cast<uint16_t>(before + __popc(same));
+  if (valid && lower == 0) {  // The first of them keeps the cell.
+    *reinterpret_cast<uint2*>(cell) = {0, seen.y + __popc(seen.x)};
   }
   __syncwarp();
-  return before + lower;
+  return static_cast<int32_t>(seen.y + __popc(lower));
 }
 
-// Turns every warp's counts into the sums of the warps before, and writes the histogram. A warp
-// takes four words at a time; an eighth of the lanes each take n_warps / 8 rows.
-__device__ __forceinline__ void ScanWarps(int32_t n_logical, const RouteMemory& memory) {
+// Turns every warp's counts into the sums of the warps before. A lane takes half of the rows of an
+// expert; `counts` are 32-bit, row_stride and column_stride words apart. `emit(expert, total,
+// half)` is called by both lanes of every expert.
+template <typename Emit>
+__device__ __forceinline__ void ScanWarps(int32_t n_logical, uint32_t* counts, int32_t row_stride,
+                                          int32_t column_stride, const Emit& emit) {
+  constexpr int kMaxRows = kRouteThreads / 64;
   const int32_t n_warps = blockDim.x / 32;
-  const int32_t rows = n_warps / 8;  // 1, 2 or 4
-  const int32_t row = RouteMemory::Row(n_logical, n_warps);
+  const int32_t rows = n_warps / 2;
   const int32_t lane = threadIdx.x & 31;
-  const int32_t words = (n_logical + 1) / 2;
+  const int32_t half = lane >> 4;
 #pragma unroll 1
-  for (int32_t first = threadIdx.x / 32 * 4; first < words; first += n_warps * 4) {
-    const int32_t column = first + (lane & 3);
-    uint32_t* cell = memory.counts + (lane >> 2) * rows * row + column;
-    uint32_t before[4];
+  for (int32_t first = threadIdx.x / 32 * 16; first < n_logical; first += n_warps * 16) {
+    const int32_t expert = first + (lane & 15);
+    const bool live = expert < n_logical;
+    uint32_t* count = counts + half * rows * row_stride + expert * column_stride;
+    uint32_t before[kMaxRows];
+#pragma unroll
+    for (int i = 0; i < kMaxRows; ++i) before[i] = i < rows && live ? count[i * row_stride] : 0;
     uint32_t sum = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kMaxRows; ++i) {
+      const uint32_t own = before[i];
       before[i] = sum;
-      if (i < rows && column < words) sum += cell[i * row];
+      sum += own;
     }
-    uint32_t up_to = sum;
+    const uint32_t other = __shfl_xor_sync(kFullWarp, sum, 16);
+    if (!live) continue;
+    const uint32_t first_half = half == 0 ? 0 : other;
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) {
-      const uint32_t other = __shfl_up_sync(kFullWarp, up_to, step);
-      if (lane >= step) up_to += other;
+    for (int i = 0; i < kMaxRows; ++i) {
+      if (i < rows) count[i * row_stride] = first_half + before[i];
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i < rows && column < words) cell[i * row] = up_to - sum + before[i];
-    }
-    if (lane >= 28 && column < words) {
-      memory.histogram[2 * column] = up_to & 0xffff;
-      if (2 * column + 1 < n_logical) memory.histogram[2 * column + 1] = up_to >> 16;
-    }
+    emit(expert, static_cast<int32_t>(sum + other), half);
   }
 }
 
-// From the experts' totals to their routes: solves, or takes the quotas that are given, and writes
-// what the whole batch gets once, if this block is its `leader`. All threads of the block call it
-// behind a barrier; another must follow.
+// What a kernel fetches before it needs it, so that the latencies overlap.
+struct Prefetched {
+  Ahead ahead;     // its home is fetched later
+  int32_t source;  // this thread's edge of r2o
+  Route slots;     // of this thread's expert
+};
+
+template <bool kSolves>
+__device__ __forceinline__ Prefetched Prefetch(const RouteArguments& a, const SolveOperands& in,
+                                               const int32_t* log2phy) {
+  const Problem& p = a.problem;
+  const int32_t i = threadIdx.x;
+  Prefetched fetched = {{-1, 0, -1}, 0, {0, -1, -1}};
+  if constexpr (kSolves) {
+    fetched.ahead = AheadOf(p, in, {0, p.n_groups});
+    if (i < p.group_size * p.n_columns) fetched.source = in.r2o[i];
+  }
+  if (i < p.n_logical) {
+    fetched.slots.home = log2phy[i * p.max_replicas];
+    fetched.slots.replica = log2phy[i * p.max_replicas + 1];
+  }
+  return fetched;
+}
+
+__device__ __forceinline__ void StoreSlots(const Problem& p, int32_t expert, int32_t home,
+                                           int32_t replica, const RouteMemory& memory) {
+  const auto packed = [&](int32_t slot) {
+    return static_cast<uint16_t>(slot >= 0 && slot < p.n_physical ? slot : kNoSlot);
+  };
+  memory.routes[expert] = {kInt32Max, packed(home), packed(replica)};
+}
+
+// Puts what was fetched, and what of it is more than one per thread, into shared memory.
+template <bool kSolves>
+__device__ __forceinline__ void StorePrefetched(const RouteArguments& a, const SolveOperands& in,
+                                                const int32_t* log2phy, Prefetched& fetched,
+                                                const RouteMemory& memory) {
+  const Problem& p = a.problem;
+  const int32_t i = threadIdx.x;
+  if (i < p.n_logical) StoreSlots(p, i, fetched.slots.home, fetched.slots.replica, memory);
+#pragma unroll 1
+  for (int32_t e = i + blockDim.x; e < p.n_logical; e += blockDim.x) {
+    StoreSlots(p, e, log2phy[e * p.max_replicas], log2phy[e * p.max_replicas + 1], memory);
+  }
+  if constexpr (kSolves) {
+    const GroupMemory groups(p, p.n_groups, memory.groups);
+    const int32_t edges = p.group_size * p.n_columns;
+    if (i < edges) StoreEdge(p, groups, i, fetched.source);
+    LoadTopology(p, in.r2o, groups, i + blockDim.x, blockDim.x);
+    for (int32_t g = i; g < p.n_groups; g += blockDim.x) groups.status[g] = 0;
+    FetchHome(p, in, fetched.ahead);
+  }
+}
+
+// From the experts' totals to their routes: solves, or takes the quotas that are given. All threads
+// of the block call it behind a barrier; another must follow.
 template <int kWords, int kColumns, bool kSolves>
-__device__ __forceinline__ void MakeRoutes(const RouteArguments& a, int64_t element,
-                                           const Ahead& ahead, bool leader,
+__device__ __forceinline__ void MakeRoutes(const RouteArguments& a, const SolveOperands& in,
+                                           int64_t element, const Ahead& ahead, bool leader,
                                            const RouteMemory& memory) {
   const Problem& p = a.problem;
   const AssignOperands given = BatchElement(p, a.sources, a.given, element);
-  const int32_t* quota = given.quota;
   int32_t rank = 0;
   if constexpr (kSolves) {
     const Groups groups = {0, p.n_groups};
-    const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
     const SolveResults out = BatchElement(p, a.solve_out, element);
     const GroupMemory group_memory(p, p.n_groups, memory.groups);
     LoadRanks(p, in, groups, ahead, CountedTotals{memory.total}, group_memory);
@@ -167,55 +225,65 @@ __device__ __forceinline__ void MakeRoutes(const RouteArguments& a, int64_t elem
                                     out.lower_bound[g] = proof.lower_bound;
                                   });
     __syncthreads();
-    quota = memory.quota;
-    if (leader) {
-      const int32_t invalid = memory.total[p.n_logical] != 0 ? kInvalidIndex : 0;
-#pragma unroll 1
-      for (int32_t g = threadIdx.x; g < p.n_groups; g += blockDim.x) {
-        out.status[g] = group_memory.status[g] | invalid;
-      }
-#pragma unroll 1
-      for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) out.quota[i] = quota[i];
-    }
   } else {
     rank = *given.rank;
   }
 #pragma unroll 1
   for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
-    int4& cell = memory.routes[e];
-    const Route route = {cell.x, cell.y, cell.z};
-    const int32_t keep = KeepOf(p, a.sources, given.counts, quota, rank, a.proportional, e, route);
-    cell.x = keep;
-    if (leader && a.tokens.slot_counts != nullptr) {
-      const int32_t stays = min(keep, memory.total[e]);
-      if (route.home >= 0) atomicAdd(&memory.slot_counts[route.home], stays);
-      if (route.replica >= 0) {
-        atomicAdd(&memory.slot_counts[route.replica], memory.total[e] - stays);
-      }
+    PackedRoute& packed = memory.routes[e];
+    if (packed.home == kNoSlot || packed.replica == kNoSlot) continue;
+    if constexpr (kSolves) {
+      packed.keep = memory.quota[packed.home];  // There is one source.
+    } else {
+      const Route route = {0, packed.home, packed.replica};
+      packed.keep = KeepOf(p, a.sources, given.counts, given.quota, rank, a.proportional, e, route);
     }
   }
 }
 
-__device__ __forceinline__ void WriteSlotCounts(const RouteArguments& a, int64_t element,
-                                                const RouteMemory& memory) {
-  const int32_t n = a.problem.n_physical;
-  int32_t* out = a.tokens.slot_counts + element * n;
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < n; i += blockDim.x) out[i] = memory.slot_counts[i];
+// What the whole batch gets once: the leader's part, when the tokens are on their way.
+template <bool kSolves>
+__device__ __forceinline__ void WriteSummary(const RouteArguments& a, int64_t element,
+                                             const RouteMemory& memory) {
+  const Problem& p = a.problem;
+  if constexpr (kSolves) {
+    const SolveResults out = BatchElement(p, a.solve_out, element);
+    const GroupMemory groups(p, p.n_groups, memory.groups);
+    const int32_t invalid = memory.total[p.n_logical] != 0 ? kInvalidIndex : 0;
+    for (int32_t g = threadIdx.x; g < p.n_groups; g += blockDim.x) {
+      out.status[g] = groups.status[g] | invalid;
+    }
+    for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
+      out.quota[i] = memory.quota[i];
+    }
+  }
+  if (a.tokens.slot_counts == nullptr) return;
+  int32_t* out = a.tokens.slot_counts + element * p.n_physical;
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) out[i] = 0;
+  __syncthreads();
+  // A slot has one expert, unless the placement contradicts itself.
+  for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
+    const PackedRoute route = memory.routes[e];
+    const int32_t stays = min(route.keep, memory.total[e]);
+    if (route.home != kNoSlot) atomicAdd(&out[route.home], stays);
+    if (route.replica != kNoSlot) atomicAdd(&out[route.replica], memory.total[e] - stays);
+  }
 }
 
-// Writes the slot, and the position in its list, of token `i` with this ordinal among its block's
+// Writes the slot, and the position in its list, of token `i`, which has this ordinal among all
 // tokens of `expert` (−1: none).
 __device__ __forceinline__ void WriteToken(const TokenBuffers& tokens, int64_t i, int32_t expert,
-                                           int32_t ordinal, const RouteMemory& memory) {
+                                           int32_t ordinal, const PackedRoute* routes) {
   int32_t slot = -1;
   int32_t position = -1;
   if (expert >= 0) {
-    const int4 route = memory.routes[expert];
-    ordinal += route.w;
-    const bool stays = ordinal < route.x;
-    slot = stays ? route.y : route.z;
-    position = slot < 0 ? -1 : stays ? ordinal : ordinal - route.x;
+    const PackedRoute route = routes[expert];
+    const bool stays = ordinal < route.keep;
+    const int32_t packed = stays ? route.home : route.replica;
+    if (packed != kNoSlot) {
+      slot = packed;
+      position = stays ? ordinal : ordinal - route.keep;
+    }
   }
   tokens.physical[i] = slot;
   if (tokens.position != nullptr) tokens.position[i] = position;
@@ -231,26 +299,10 @@ __device__ __forceinline__ TokenBuffers TokensOf(const RouteArguments& a, int64_
   return tokens;
 }
 
-// What a kernel that solves can fetch before it knows a load.
-template <bool kSolves>
-__device__ __forceinline__ Ahead PrepareSolver(const RouteArguments& a, int64_t element,
-                                               const RouteMemory& memory) {
-  Ahead ahead = {-1, 0, -1};
-  if constexpr (kSolves) {
-    const Problem& p = a.problem;
-    const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
-    const GroupMemory group_memory(p, p.n_groups, memory.groups);
-    ahead = AheadOf(p, in, {0, p.n_groups});
-    LoadTopology(p, in.r2o, group_memory, threadIdx.x, blockDim.x);
-    for (int32_t g = threadIdx.x; g < p.n_groups; g += blockDim.x) group_memory.status[g] = 0;
-  }
-  return ahead;
-}
-
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // One cluster per batch element; its blocks hold a.rounds tokens per thread.
 template <int kWords, int kColumns, bool kSolves>
-__global__ void __launch_bounds__(kMaxThreads) ClusterKernel(const RouteArguments a) {
+__global__ void __launch_bounds__(kRouteThreads) ClusterKernel(const RouteArguments a) {
   extern __shared__ int4 shared[];
   const auto cluster = cooperative_groups::this_cluster();
   const Problem& p = a.problem;
@@ -259,71 +311,86 @@ __global__ void __launch_bounds__(kMaxThreads) ClusterKernel(const RouteArgument
   const int64_t element = blockIdx.x / n_blocks;
   const int32_t n_warps = blockDim.x / 32;
   const int32_t warp = threadIdx.x / 32;
-  const int32_t lane = threadIdx.x & 31;
-  const RouteMemory memory(p, n_warps, shared);
+  const int32_t row = p.n_logical + 1;
+  const RouteMemory memory(p, n_warps, n_blocks, shared);
   const TokenBuffers tokens = TokensOf(a, element);
+  const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
+  const int32_t* log2phy =
+      kSolves ? in.log2phy : BatchElement(p, a.sources, a.given, element).log2phy;
 
-  // The tokens are on their way while the tables are cleared.
-  const int64_t first = (static_cast<int64_t>(block) * n_warps + warp) * 32 * a.rounds + lane;
+  Prefetched fetched = Prefetch<kSolves>(a, in, log2phy);
+  ClearCells(p, memory);
+  const int64_t first =
+      (static_cast<int64_t>(block) * n_warps + warp) * 32 * a.rounds + (threadIdx.x & 31);
   int32_t code[kMaxRounds];  // the expert, n_logical for an invalid id, −1 for none
   WithIndices(tokens, [&](auto* indices) {
+    // All loads are on their way before the first is looked at.
+    std::decay_t<decltype(*indices)> id[kMaxRounds];
 #pragma unroll
     for (int j = 0; j < kMaxRounds; ++j) {
       const int64_t i = first + 32 * j;
-      code[j] = -1;
-      if (j < a.rounds && i < tokens.n_tokens) code[j] = ExpertOf(indices[i], p.n_logical);
+      if (j < a.rounds && i < tokens.n_tokens) id[j] = indices[i];
+    }
+#pragma unroll
+    for (int j = 0; j < kMaxRounds; ++j) {
+      if (j >= a.rounds) break;
+      code[j] = first + 32 * j < tokens.n_tokens ? ExpertOf(id[j], p.n_logical) : -1;
     }
   });
-  const int32_t* log2phy = kSolves ? BatchElement(p, a.sources, a.solve_in, element).log2phy
-                                   : BatchElement(p, a.sources, a.given, element).log2phy;
-  Prepare(a, log2phy, memory);
-  const Ahead ahead = PrepareSolver<kSolves>(a, element, memory);
+  StorePrefetched<kSolves>(a, in, log2phy, fetched, memory);
   __syncthreads();
 
-  auto* counts =
-      reinterpret_cast<uint16_t*>(memory.counts + warp * RouteMemory::Row(p.n_logical, n_warps));
-  uint32_t* masks = memory.masks + warp * p.n_logical;
+  Cell* cells = memory.CellsOf(p, warp);
   bool invalid = false;
 #pragma unroll
   for (int j = 0; j < kMaxRounds; ++j) {
     if (j >= a.rounds) break;
     invalid |= code[j] == p.n_logical;
     const int32_t expert = code[j] == p.n_logical ? -1 : code[j];
-    const int32_t ordinal = Rank(expert, counts, masks);
-    code[j] = expert < 0 ? -1 : expert | ordinal << 16;  // n_logical ≤ 2¹⁵, ordinal < 2⁸
+    const int32_t ordinal = Rank(expert, cells);
+    code[j] = expert < 0 ? -1 : expert | ordinal << 16;  // Both are less than 2¹⁵.
   }
   invalid = __syncthreads_or(invalid);
-  if (threadIdx.x == 0) memory.histogram[p.n_logical] = invalid;
-  ScanWarps(p.n_logical, memory);
 
+  // Every block gets this block's histogram.
+  int32_t* mine = memory.incoming + block * row;
+  ScanWarps(p.n_logical, &memory.cells[0].count, 2 * (p.n_logical + RouteMemory::kPad), 2,
+            [&](int32_t expert, int32_t total, int32_t half) {
+#pragma unroll 4
+              for (int32_t b = half; b < n_blocks; b += 2) {
+                cluster.map_shared_rank(mine, b)[expert] = total;
+              }
+            });
+  if (threadIdx.x < n_blocks) {
+    cluster.map_shared_rank(mine, threadIdx.x)[p.n_logical] = invalid;
+  }
   cluster.sync();
 #pragma unroll 1
   for (int32_t e = threadIdx.x; e <= p.n_logical; e += blockDim.x) {
     int32_t total = 0;
     int32_t earlier = 0;
-#pragma unroll 8
+#pragma unroll 4
     for (int32_t b = 0; b < n_blocks; ++b) {
-      const int32_t count = cluster.map_shared_rank(memory.histogram, b)[e];
+      const int32_t count = memory.incoming[b * row + e];
       total += count;
-      if (b < block) earlier += count;
+      earlier += b < block ? count : 0;
     }
     memory.total[e] = total;
-    if (e < p.n_logical) memory.routes[e].w = earlier;
+    if (e < p.n_logical) memory.earlier[e] = earlier;
   }
-  cluster.barrier_arrive();  // Nobody needs this block's histogram once all have arrived.
   __syncthreads();
-  MakeRoutes<kWords, kColumns, kSolves>(a, element, ahead, block == 0, memory);
+  MakeRoutes<kWords, kColumns, kSolves>(a, in, element, fetched.ahead, block == 0, memory);
   __syncthreads();
-  if (block == 0 && a.tokens.slot_counts != nullptr) WriteSlotCounts(a, element, memory);
 #pragma unroll
   for (int j = 0; j < kMaxRounds; ++j) {
     const int64_t i = first + 32 * j;
     if (j >= a.rounds || i >= tokens.n_tokens) break;
     const int32_t expert = code[j] < 0 ? -1 : code[j] & 0xffff;
-    const int32_t ordinal = expert < 0 ? 0 : counts[expert] + (code[j] >> 16);
-    WriteToken(tokens, i, expert, ordinal, memory);
+    const int32_t ordinal =
+        expert < 0 ? 0 : memory.earlier[expert] + cells[expert].count + (code[j] >> 16);
+    WriteToken(tokens, i, expert, ordinal, memory.routes);
   }
-  cluster.barrier_wait();
+  if (block == 0) WriteSummary<kSolves>(a, element, memory);
 }
 #else
 template <int kWords, int kColumns, bool kSolves>
@@ -336,127 +403,146 @@ struct Span {
   int64_t end;
 };
 
-__device__ __forceinline__ Span SpanOf(const RouteArguments& a, int32_t tile, int32_t warp,
-                                       int32_t n_warps) {
-  const int64_t begin = (static_cast<int64_t>(tile) * n_warps + warp) * a.tokens_per_warp;
-  return {min(begin, a.tokens.n_tokens), min(begin + a.tokens_per_warp, a.tokens.n_tokens)};
+__device__ __forceinline__ Span SpanOf(const RouteArguments& a, int32_t tile) {
+  const int32_t n_warps = blockDim.x / 32;
+  const int64_t warp = static_cast<int64_t>(tile) * n_warps + threadIdx.x / 32;
+  const int64_t begin = min(warp * a.tokens_per_warp, a.tokens.n_tokens);
+  return {begin, min(begin + a.tokens_per_warp, a.tokens.n_tokens)};
 }
 
-// A tile's part of the workspace: every warp's sums of the warps before, then the histogram.
+// A tile's part of the workspace: its histogram [n_logical + 1], then for every warp the sums of
+// the warps before, [n_warps, n_logical].
 __device__ __forceinline__ int32_t* TileOf(const RouteArguments& a, int64_t element, int32_t tile) {
   return a.workspace + (element * a.n_tiles + tile) * a.workspace_words;
 }
 
-static __global__ void __launch_bounds__(kMaxThreads) TileCountKernel(const RouteArguments a) {
-  extern __shared__ int4 shared[];
+static __global__ void __launch_bounds__(kRouteThreads) TileCountKernel(const RouteArguments a) {
+  extern __shared__ uint32_t counts[];  // [n_warps, n_logical + 1]
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();  // TileRouteKernel may start; it waits for our end.
+#endif
   const Problem& p = a.problem;
   const int64_t element = blockIdx.x;
   const int32_t tile = blockIdx.y;
   const int32_t n_warps = blockDim.x / 32;
-  const int32_t warp = threadIdx.x / 32;
-  const RouteMemory memory(p, n_warps, shared);
+  const int32_t row = p.n_logical + 1;
   const TokenBuffers tokens = TokensOf(a, element);
-  const int32_t words = n_warps * RouteMemory::Row(p.n_logical, n_warps);
-  for (int32_t i = threadIdx.x; i < words; i += blockDim.x) memory.counts[i] = 0;
+  for (int32_t i = threadIdx.x; i < n_warps * row; i += blockDim.x) counts[i] = 0;
   __syncthreads();
 
-  uint32_t* counts = memory.counts + warp * RouteMemory::Row(p.n_logical, n_warps);
-  const Span span = SpanOf(a, tile, warp, n_warps);
+  uint32_t* mine = counts + threadIdx.x / 32 * row;
+  const Span span = SpanOf(a, tile);
   bool invalid = false;
   WithIndices(tokens, [&](auto* indices) {
-#pragma unroll 8
-    for (int64_t i = span.begin + (threadIdx.x & 31); i < span.end; i += 32) {
-      const int32_t expert = ExpertOf(indices[i], p.n_logical);
-      invalid |= expert == p.n_logical;
-      if (expert >= 0 && expert < p.n_logical) {
-        atomicAdd(&counts[expert >> 1], expert & 1 ? 1u << 16 : 1u);
+#pragma unroll 1
+    for (int64_t first = span.begin + (threadIdx.x & 31); first < span.end; first += 32 * kAtOnce) {
+      std::decay_t<decltype(*indices)> id[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (first + 32 * j < span.end) id[j] = indices[first + 32 * j];
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (first + 32 * j >= span.end) break;
+        const int32_t expert = ExpertOf(id[j], p.n_logical);
+        invalid |= expert == p.n_logical;
+        if (expert >= 0 && expert < p.n_logical) atomicAdd(&mine[expert], 1u);
       }
     }
   });
   invalid = __syncthreads_or(invalid);
-  if (threadIdx.x == 0) memory.histogram[p.n_logical] = invalid;
-  ScanWarps(p.n_logical, memory);
-  __syncthreads();
   int32_t* out = TileOf(a, element, tile);
-#pragma unroll 4
-  for (int32_t i = threadIdx.x; i < words; i += blockDim.x) {
-    out[i] = static_cast<int32_t>(memory.counts[i]);
-  }
-  for (int32_t e = threadIdx.x; e <= p.n_logical; e += blockDim.x) {
-    out[words + e] = memory.histogram[e];
+  ScanWarps(p.n_logical, counts, row, 1, [&](int32_t expert, int32_t total, int32_t half) {
+    if (half == 0) out[expert] = total;
+  });
+  if (threadIdx.x == 0) out[p.n_logical] = invalid;
+  __syncthreads();
+  for (int32_t w = 0; w < n_warps; ++w) {
+    for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
+      out[row + w * p.n_logical + e] = static_cast<int32_t>(counts[w * row + e]);
+    }
   }
 }
 
 template <int kWords, int kColumns, bool kSolves>
-__global__ void __launch_bounds__(kMaxThreads) TileRouteKernel(const RouteArguments a) {
+__global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteArguments a) {
   extern __shared__ int4 shared[];
   const Problem& p = a.problem;
   const int64_t element = blockIdx.x;
   const int32_t tile = blockIdx.y;
   const int32_t n_warps = blockDim.x / 32;
-  const int32_t warp = threadIdx.x / 32;
-  const RouteMemory memory(p, n_warps, shared);
+  const int32_t row = p.n_logical + 1;
+  const RouteMemory memory(p, n_warps, 0, shared);
   const TokenBuffers tokens = TokensOf(a, element);
-  const int32_t* log2phy = kSolves ? BatchElement(p, a.sources, a.solve_in, element).log2phy
-                                   : BatchElement(p, a.sources, a.given, element).log2phy;
-  Prepare(a, log2phy, memory);
-  const Ahead ahead = PrepareSolver<kSolves>(a, element, memory);
-  for (int32_t e = threadIdx.x; e <= p.n_logical; e += blockDim.x) memory.total[e] = 0;
-  __syncthreads();
+  const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
+  const int32_t* log2phy =
+      kSolves ? in.log2phy : BatchElement(p, a.sources, a.given, element).log2phy;
 
-  const int32_t words = n_warps * RouteMemory::Row(p.n_logical, n_warps);
-  const int32_t* mine = TileOf(a, element, tile);
-#pragma unroll 4
-  for (int32_t i = threadIdx.x; i < words; i += blockDim.x) {
-    memory.counts[i] = static_cast<uint32_t>(mine[i]);
+  Prefetched fetched = Prefetch<kSolves>(a, in, log2phy);
+  for (int32_t e = threadIdx.x; e <= p.n_logical; e += blockDim.x) {
+    memory.total[e] = 0;
+    if (e < p.n_logical) memory.earlier[e] = 0;
   }
+  StorePrefetched<kSolves>(a, in, log2phy, fetched, memory);
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();  // From here on the tiles' counts are there.
+#endif
+  __syncthreads();
   // Each part of the threads sums every n_parts-th tile.
-  const int32_t width = (p.n_logical + 1 + 31) / 32 * 32;
+  const int32_t width = (row + 31) / 32 * 32;
   const int32_t n_parts = max(static_cast<int32_t>(blockDim.x) / width, 1);
   const int32_t part = static_cast<int32_t>(threadIdx.x) / width;
-  for (int32_t e = threadIdx.x - part * width; part < n_parts && e <= p.n_logical;
-       e += n_parts > 1 ? width : blockDim.x) {
+  for (int32_t e = threadIdx.x - (n_parts > 1 ? part * width : 0); e < row; e += blockDim.x) {
+    if (n_parts > 1 && part >= n_parts) break;
     int32_t total = 0;
     int32_t earlier = 0;
 #pragma unroll 8
-    for (int32_t t = part; t < a.n_tiles; t += n_parts) {
-      const int32_t count = TileOf(a, element, t)[words + e];
+    for (int32_t t = n_parts > 1 ? part : 0; t < a.n_tiles; t += n_parts) {
+      const int32_t count = TileOf(a, element, t)[e];
       total += count;
-      if (t < tile) earlier += count;
+      earlier += t < tile ? count : 0;
     }
     atomicAdd(&memory.total[e], total);
-    if (e < p.n_logical) atomicAdd(&memory.routes[e].w, earlier);
+    if (e < p.n_logical) atomicAdd(&memory.earlier[e], earlier);
   }
   __syncthreads();
-  MakeRoutes<kWords, kColumns, kSolves>(a, element, ahead, tile == 0, memory);
+  // From here on a cell counts from the batch's first token.
+  const int32_t* warps_before = TileOf(a, element, tile) + row;
+  for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
+    const int32_t earlier = memory.earlier[e];
+#pragma unroll 8
+    for (int32_t w = 0; w < n_warps; ++w) {
+      memory.CellsOf(p, w)[e] = {
+          0, static_cast<uint32_t>(earlier + warps_before[w * p.n_logical + e])};
+    }
+  }
+  MakeRoutes<kWords, kColumns, kSolves>(a, in, element, fetched.ahead, tile == 0, memory);
   __syncthreads();
-  if (tile == 0 && a.tokens.slot_counts != nullptr) WriteSlotCounts(a, element, memory);
 
-  auto* counts =
-      reinterpret_cast<uint16_t*>(memory.counts + warp * RouteMemory::Row(p.n_logical, n_warps));
-  uint32_t* masks = memory.masks + warp * p.n_logical;
-  const Span span = SpanOf(a, tile, warp, n_warps);
+  Cell* cells = memory.CellsOf(p, threadIdx.x / 32);
+  const Span span = SpanOf(a, tile);
   WithIndices(tokens, [&](auto* indices) {
   // All lanes stay in the loop for Rank.
 #pragma unroll 1
-    for (int64_t begin = span.begin; begin < span.end; begin += 32 * kMaxRounds) {
-      int32_t expert[kMaxRounds];
+    for (int64_t begin = span.begin; begin < span.end; begin += 32 * kAtOnce) {
+      std::decay_t<decltype(*indices)> id[kAtOnce];
       const int64_t first = begin + (threadIdx.x & 31);
 #pragma unroll
-      for (int j = 0; j < kMaxRounds; ++j) {
-        const int64_t i = first + 32 * j;
-        expert[j] = i < span.end ? ExpertOf(indices[i], p.n_logical) : -1;
-        if (expert[j] == p.n_logical) expert[j] = -1;
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (first + 32 * j < span.end) id[j] = indices[first + 32 * j];
       }
 #pragma unroll
-      for (int j = 0; j < kMaxRounds; ++j) {
+      for (int j = 0; j < kAtOnce; ++j) {
         if (begin + 32 * j >= span.end) break;
         const int64_t i = first + 32 * j;
-        const int32_t ordinal = Rank(expert[j], counts, masks);
-        if (i < span.end) WriteToken(tokens, i, expert[j], ordinal, memory);
+        int32_t expert = i < span.end ? ExpertOf(id[j], p.n_logical) : -1;
+        if (expert == p.n_logical) expert = -1;
+        const int32_t ordinal = Rank(expert, cells);
+        if (i < span.end) WriteToken(tokens, i, expert, ordinal, memory.routes);
       }
     }
   });
+  if (tile == 0) WriteSummary<kSolves>(a, element, memory);
 }
 
 // How the kernels are launched.
@@ -467,6 +553,7 @@ struct RouteShape {
 };
 
 RouteShape ChooseShape(const RouteArguments& arguments);
+bool HasClusters();
 cudaError_t AllowSharedMemory(const void* kernel, int32_t bytes, bool large_cluster);
 
 // Launches the kernels for a.batch elements.
@@ -474,7 +561,7 @@ template <int kWords, int kColumns, bool kSolves>
 cudaError_t LaunchRoute(RouteArguments a, cudaStream_t stream) {
   const RouteShape shape = ChooseShape(a);
   const int32_t n_warps = shape.threads / 32;
-  const int32_t bytes = RouteMemory::Words(a.problem, n_warps, kSolves) * 4;
+  const int32_t bytes = RouteMemory::Bytes(a.problem, n_warps, shape.cluster, kSolves);
   cudaError_t error;
   if (shape.cluster > 0) {
     const auto kernel = ClusterKernel<kWords, kColumns, kSolves>;
@@ -494,18 +581,29 @@ cudaError_t LaunchRoute(RouteArguments a, cudaStream_t stream) {
     return cudaLaunchKernelEx(&config, kernel, a);
   }
   const auto kernel = TileRouteKernel<kWords, kColumns, kSolves>;
+  const int32_t count_bytes = 4 * n_warps * (a.problem.n_logical + 1);
   error = AllowSharedMemory(reinterpret_cast<const void*>(kernel), bytes, false);
   if (error != cudaSuccess) return error;
-  error = AllowSharedMemory(reinterpret_cast<const void*>(TileCountKernel), bytes, false);
+  error = AllowSharedMemory(reinterpret_cast<const void*>(TileCountKernel), count_bytes, false);
   if (error != cudaSuccess) return error;
   const int64_t warps = static_cast<int64_t>(a.n_tiles) * n_warps;
   a.tokens_per_warp = ((a.tokens.n_tokens + warps - 1) / warps + 31) / 32 * 32;
   const dim3 grid(static_cast<unsigned>(a.batch), a.n_tiles);
-  TileCountKernel<<<grid, shape.threads, bytes, stream>>>(a);
+  TileCountKernel<<<grid, shape.threads, count_bytes, stream>>>(a);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  kernel<<<grid, shape.threads, bytes, stream>>>(a);
-  return cudaGetLastError();
+  // Where the chip can, the second kernel starts beside the first and waits for it on the device.
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = HasClusters() ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, a);
 }
 
 }  // namespace lplb::cuda

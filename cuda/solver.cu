@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const SolveResults out = BatchElement(p, first_out, element);
   const GroupMemory memory(p, 1, reinterpret_cast<int32_t*>(total + p.n_logical));
 
-  const Ahead ahead = AheadOf(p, in, groups);
+  Ahead ahead = AheadOf(p, in, groups);
   // The last warp has no expert to load.
   const int32_t helper =
       static_cast<int32_t>(threadIdx.x) - (static_cast<int32_t>(blockDim.x) - 32);
@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
     total[e] = SumSources(in.loads, sources, e);
   }
+  FetchHome(p, in, ahead);
   __syncthreads();
   LoadRanks(p, in, groups, ahead, SummedTotals{total}, memory);
   __syncthreads();

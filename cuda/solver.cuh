@@ -105,6 +105,14 @@ __device__ __forceinline__ uint32_t TileSum(const Problem& p, uint32_t value) {
   return value;
 }
 
+// Stores edge i of r2o both ways.
+__device__ __forceinline__ void StoreEdge(const Problem& p, const GroupMemory& memory, int32_t i,
+                                          int32_t source) {
+  const int32_t rank = p.by_columns.Quotient(i);
+  memory.src[i] = source;
+  memory.dst[source * p.n_columns + i - rank * p.n_columns] = rank;
+}
+
 // The topology as the solver wants it. Needs no loads; no barrier follows. Threads first,
 // first + stride, … take part.
 __device__ __forceinline__ void LoadTopology(const Problem& p, const int32_t* r2o,
@@ -112,10 +120,7 @@ __device__ __forceinline__ void LoadTopology(const Problem& p, const int32_t* r2
                                              int32_t stride) {
 #pragma unroll 1
   for (int32_t i = first; i < p.group_size * p.n_columns; i += stride) {
-    const int32_t source = r2o[i];
-    const int32_t rank = p.by_columns.Quotient(i);
-    memory.src[i] = source;
-    memory.dst[source * p.n_columns + i - rank * p.n_columns] = rank;
+    StoreEdge(p, memory, i, r2o[i]);
   }
 }
 
@@ -130,11 +135,13 @@ __device__ __forceinline__ Ahead AheadOf(const Problem& p, const SolveOperands& 
   const Tile tile(p);
   if (tile.index >= groups.n * p.group_size || tile.lane >= p.n_local) return {-1, 0, -1};
   const int32_t rank = groups.first * p.group_size + tile.index;
-  Ahead ahead;
-  ahead.slot = rank * p.slots_per_rank + tile.lane;
-  ahead.expert = in.phy2log[ahead.slot];
-  ahead.home = in.log2phy[KnownExpert(p, ahead.expert) * p.max_replicas];
-  return ahead;
+  const int32_t slot = rank * p.slots_per_rank + tile.lane;
+  return {slot, in.phy2log[slot], -1};
+}
+
+// The expert must have arrived for this.
+__device__ __forceinline__ void FetchHome(const Problem& p, const SolveOperands& in, Ahead& ahead) {
+  if (ahead.slot >= 0) ahead.home = in.log2phy[KnownExpert(p, ahead.expert) * p.max_replicas];
 }
 
 // Loads the tokens of all ranks' own experts; `ahead` is from AheadOf. A rank with more tokens than

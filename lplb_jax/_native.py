@@ -89,7 +89,7 @@ def call(
     missing = _missing_on(jax.default_backend())
     if missing is not None:
         _warn_once(missing)
-        return reference(*operands, **attributes)
+        return jax.jit(reference, static_argnames=tuple(attributes))(*operands, **attributes)
 
     def results(*operands: jax.Array) -> Any:
         result = reference(*operands, **attributes)

@@ -137,7 +137,7 @@ def assign_tokens(
 
     if axis_name is not None:
         assigned = of_source(indices.reshape(-1), lax.axis_index(axis_name))
-    elif counts.shape[0] == 1:
+    elif proportional or loads is None:
         assigned = of_source(indices.reshape(-1), jnp.int32(0))
     else:
         sources = indices.reshape(problem.ep_size, -1)
@@ -162,8 +162,8 @@ def shaped(
 def workspace_shape(n_tokens: int, n_logical: int) -> tuple[int, int]:
     """Tiles, and int32 words of each, for the kernels that assign large batches tile by tile.
 
-    A tile holds fewer than 2¹⁶ tokens; of each it keeps 16-bit counts for up to 32 warps, whose
-    rows are padded, and the total.
+    A tile keeps its tokens per expert, and those of the warps before each of its 16 warps.
     """
-    n_tiles = max(1, min(n_tokens // 8192, 264), -(-n_tokens // 64000))
-    return n_tiles, 32 * (n_logical // 2 + 40) + n_logical + 1
+    # More tiles count and assign faster, but each sums the counts of all others.
+    most = 64 if n_tokens <= 1 << 19 else 128 if n_tokens <= 1 << 22 else 256
+    return max(1, min(n_tokens // 4096, most)), 17 * (n_logical + 1)

@@ -22,7 +22,7 @@ def rank_loads(quota: jax.Array, ep_size: int) -> jax.Array:
     >>> rank_loads(jnp.array([1, 2, 3, 4]), 2).tolist()
     [3, 7]
     """
-    return jnp.asarray(quota).reshape(ep_size, -1).sum(axis=1)
+    return jnp.asarray(quota).reshape(ep_size, -1).sum(axis=1, dtype=jnp.int32)
 
 
 def home_quota(loads: jax.Array, placement: Placement) -> jax.Array:
@@ -143,4 +143,4 @@ def tokens_moved(quota: jax.Array, placement: Placement) -> jax.Array:
     2
     """
     per_rank = jnp.asarray(quota).reshape(placement.ep_size, -1)
-    return per_rank[:, placement.n_logical // placement.ep_size :].sum()
+    return per_rank[:, placement.n_logical // placement.ep_size :].sum(dtype=jnp.int32)

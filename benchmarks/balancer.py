@@ -1,0 +1,181 @@
+"""The whole step on one GPU: count, solve and assign, positions included.
+
+    python benchmarks/balancer.py [--json FILE]
+
+Kernels are timed in a CUDA graph (see graph.py), their inputs in the L2 cache where they fit; the
+jitted program by wall time. Routing is that of the packaged traces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cuda.bindings import runtime
+from graph import check, microseconds, pointer
+
+from lplb_jax import _cuda, place_experts, rebalance, topologies
+from lplb_jax.assignment import workspace_shape
+from lplb_jax.data import load_traces
+
+N_LOGICAL = 256
+TARGETS = {  # µs on an H200: (topology, indices) -> at most
+    ("cube", 1024): 5.2,
+    ("cube", 8192): 5.5,
+    ("cube", 32768): 7.5,
+    ("cube", 131072): 10.5,
+    ("hypercube", 32768): 7.5,
+    ("torus 8×4", 32768): 8.0,
+}
+TOPOLOGIES = {
+    "ring 8": topologies.ring(8),
+    "cube": topologies.cube(),
+    "hypercube": topologies.hypercube(),
+    "torus 8×4": topologies.torus(8, 4),
+    "torus 8×8": topologies.torus(8, 8),
+}
+
+
+def kernel_time(r2o: np.ndarray, indices: np.ndarray) -> float:
+    """µs of one rebalance of int32 `indices`; the result must reach its bound."""
+    ep_size, n_columns = r2o.shape
+    n_tokens = indices.size
+    placement = place_experts(
+        None, r2o, n_logical=N_LOGICAL, ep_size=ep_size, redundants_per_rank=n_columns
+    )
+    tiles = workspace_shape(n_tokens, N_LOGICAL)
+    n_physical = placement.n_physical
+    inputs = [jnp.asarray(a) for a in (indices, placement.phy2log, placement.log2phy, r2o)]
+    shapes = [(n_tokens,), (n_tokens,), (n_physical,), (n_physical,), (1,), (1,), (1,), tiles]
+    outputs = [jnp.full(shape, -7, jnp.int32) for shape in shapes]
+    problem = [ep_size, ep_size, n_columns, N_LOGICAL, n_physical, 2]
+    read, written = [pointer(a) for a in inputs], [pointer(a) for a in outputs]
+
+    def launch(stream: int) -> None:
+        _cuda.launch_rebalance(problem, 1, n_tokens, tiles, read, written, stream)
+
+    median = microseconds(launch)
+    physical, _, counts, quota, max_load, bound, status, _ = map(np.asarray, outputs)
+    assert status == 0
+    assert max_load == bound
+    assert np.array_equal(np.bincount(physical, minlength=n_physical), quota)
+    assert np.array_equal(counts, quota)
+    return median
+
+
+def copy_bandwidth(n_bytes: int = 1 << 30) -> float:
+    """Bytes read and written per second by a copy on the device."""
+    source, target = jnp.ones(n_bytes // 4, jnp.int32), jnp.zeros(n_bytes // 4, jnp.int32)
+    kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    read, written = pointer(source), pointer(target)
+
+    def launch(stream: int) -> None:
+        check(runtime.cudaMemcpyAsync(written, read, n_bytes, kind, stream))
+
+    return 2 * n_bytes / (microseconds(launch, launches=4) * 1e-6)
+
+
+def wall_time(function: Callable[..., Any], *arguments: Any, repeats: int = 50) -> float:
+    """Median wall time of a jitted call in µs, warm."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return float(np.median(times) * 1e6)
+
+
+def routing(n_tokens: int, layer: int = 0) -> np.ndarray:
+    """`n_tokens` real indices, repeated where the trace is shorter."""
+    trace = load_traces().indices
+    return np.resize(np.asarray(trace[layer % len(trace)]).reshape(-1), n_tokens).astype(np.int32)
+
+
+def layers_time(n_layers: int = 60, n_tokens: int = 32768) -> float:
+    """µs per layer of a jitted program of many layers; the busiest ranks' loads are its result."""
+    r2o = topologies.cube()
+    placement = place_experts(None, r2o, n_logical=N_LOGICAL, ep_size=8, redundants_per_rank=2)
+    indices = [jnp.asarray(np.roll(routing(n_tokens, i), 8 * i)) for i in range(n_layers)]
+
+    @jax.jit
+    def program(layers: list[jax.Array]) -> jax.Array:
+        splits = [
+            rebalance(ids, None, r2o, placement=placement, positions=True)[1] for ids in layers
+        ]
+        return jnp.stack([split.max_load for split in splits])
+
+    return wall_time(program, indices) / n_layers
+
+
+def argsort_times(n_tokens: int = 32768) -> tuple[float, float]:
+    """Wall times in µs of the places in expert order by argsort, and of the whole rebalance."""
+    r2o = topologies.cube()
+    placement = place_experts(None, r2o, n_logical=N_LOGICAL, ep_size=8, redundants_per_rank=2)
+    indices = jnp.asarray(routing(n_tokens))
+
+    def sort(ids: jax.Array) -> jax.Array:
+        order = jnp.argsort(ids, stable=True)
+        first = jnp.searchsorted(ids[order], jnp.arange(N_LOGICAL))
+        place = jnp.arange(ids.size) - first[ids[order]]
+        return jnp.zeros_like(ids).at[order].set(place)
+
+    def whole(ids: jax.Array) -> jax.Array:
+        return rebalance(ids, None, r2o, placement=placement, positions=True)[0].position
+
+    # Twenty in a row, so that neither pays for its dispatch.
+    def chained(step: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+        def body(ids: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+            return ids, step(ids)[-1]
+
+        return jax.jit(lambda ids: jax.lax.scan(body, ids, None, length=20)[1])
+
+    return tuple(wall_time(chained(step), indices) / 20 for step in (sort, whole))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    arguments = parser.parse_args()
+    device = jax.devices()[0]
+    bandwidth = copy_bandwidth()
+    figures: dict[str, Any] = {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "copy_bytes_per_second": bandwidth,
+    }
+    print(f"{device.device_kind}, jax {jax.__version__}; copy {bandwidth / 1e12:.2f} TB/s")
+    print(f"\n{N_LOGICAL} experts, kernels in a CUDA graph, positions included, median µs")
+    print(f"{'topology':<12}{'indices':>12}{'µs':>10}{'at most':>10}")
+    curve = [1024, 8192, 32768, 65536, 131072, 262144, 1 << 20, 1 << 22, 1 << 24]
+    cases = [("cube", n) for n in curve] + [(name, 32768) for name in TOPOLOGIES if name != "cube"]
+    for name, n_tokens in cases:
+        median = kernel_time(TOPOLOGIES[name], routing(n_tokens))
+        target = TARGETS.get((name, n_tokens))
+        if n_tokens == 1 << 24:
+            target = 3 * 4 * n_tokens / (bandwidth / 2) * 1e6
+        figures[f"{name}/{n_tokens}"] = median
+        shown = "" if target is None else f"{target:.1f}"
+        print(f"{name:<12}{n_tokens:>12,}{median:>10.2f}{shown:>10}", flush=True)
+    figures["jit_per_layer"] = layers_time()
+    print(f"\n60 layers of 32,768 in one jitted program: {figures['jit_per_layer']:.2f} µs a layer")
+    figures["argsort"], figures["rebalance"] = argsort_times()
+    print(
+        f"places of 32,768 tokens, in a scan: argsort {figures['argsort']:.1f} µs, rebalance with "
+        f"positions {figures['rebalance']:.1f} µs"
+    )
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(figures, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Fixtures: fresh random numbers whose seed a failure shows, and eight virtual CPU devices."""
+
+import importlib.util
+import secrets
+import zlib
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+# Before any backend starts. Tests that need no particular device run on JAX's default one.
+jax.config.update("jax_num_cpu_devices", 8)
+
+_CHECKED = importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype")
+if _CHECKED:
+    from jaxtyping import install_import_hook
+
+    # Before lplb_jax is imported: shapes in the specification's signatures are checked here only.
+    install_import_hook("lplb_jax.reference", "beartype.beartype")
+
+# The database would leave files behind; compilation makes single examples slow.
+hypothesis.settings.register_profile("lplb", database=None, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("lplb")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, help="seed of the random tests (default: a new one)")
+
+
+def pytest_configure(config):
+    # As an option it reaches the workers of pytest-xdist.
+    if config.option.seed is None:
+        config.option.seed = secrets.randbits(32)
+
+
+def pytest_report_header(config):
+    checked = "checked" if _CHECKED else "not checked: jaxtyping or beartype is not installed"
+    return [f"seed: {config.option.seed}", f"shapes in lplb_jax.reference: {checked}"]
+
+
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """Random numbers that depend on the seed and the test's name alone."""
+    seed = request.config.option.seed
+    request.node.add_report_section("call", "seed", f"to repeat: --seed={seed}")
+    return np.random.default_rng([seed, zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture
+def cpu_devices() -> np.ndarray:
+    """The eight virtual devices, also on a machine with GPUs."""
+    return np.array(jax.devices("cpu")[:8])

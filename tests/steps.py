@@ -1,0 +1,115 @@
+"""The native code and its specification side by side, compiled once per shape, with batches.
+
+Inside the checks of the public functions, so that r2o and placements may vary within a batch.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+
+from lplb_jax import reference
+from lplb_jax._problem import Problem
+from lplb_jax.assignment import assign_tokens
+from lplb_jax.balancer import _rebalance_alone as rebalance_alone
+from lplb_jax.loads import count
+from lplb_jax.solver import split_loads
+
+
+def on_cpu(function):
+    """Runs `function` on the CPU, also where the default device is a GPU."""
+
+    def run(*operands, **options):
+        with jax.default_device(jax.devices("cpu")[0]):
+            return function(*jax.tree.map(np.asarray, operands), **options)
+
+    return run
+
+
+@jax.jit
+@jax.vmap
+def native_solve(loads, r2o, placement):
+    """loads `[batch, n_sources, n_logical]`; r2o and placement with a leading axis, too."""
+    return tuple(split_loads(loads, Problem(r2o, placement)))
+
+
+@on_cpu
+@jax.jit
+@jax.vmap
+def spec_solve(loads, r2o, placement):
+    operands = (loads, placement.phy2log, placement.log2phy, r2o)
+    return reference.solve(*operands, ep_size=placement.ep_size)
+
+
+def _over_ranks(assign_of_rank):
+    """All source ranks of all instances: indices `[batch, ep_size, tokens]` and counts likewise."""
+
+    def assign(indices, counts, quota, placement, *, proportional, positions=True):
+        one = functools.partial(assign_of_rank, proportional=proportional, positions=positions)
+        ranks = jax.vmap(one, in_axes=(0, None, None, None), axis_name="ep")
+        return jax.vmap(ranks)(indices, counts, quota, placement)
+
+    return jax.jit(assign, static_argnames=("proportional", "positions"))
+
+
+@_over_ranks
+def native_assign(indices, counts, quota, placement, *, proportional, positions):
+    problem = Problem(None, placement)
+    own = counts[jax.lax.axis_index("ep")] if proportional else None
+    loads = counts[0] if proportional else counts
+    return assign_tokens(indices, loads, quota, problem, "ep", own, positions)
+
+
+@on_cpu
+@_over_ranks
+def spec_assign(indices, counts, quota, placement, *, proportional, positions):
+    rank = jax.lax.axis_index("ep")
+    counts = counts[rank][None] if proportional else counts
+    options = {"proportional": int(proportional), "positions": int(positions)}
+    operands = (indices, counts, quota, placement.log2phy, rank)
+    return reference.assign(*operands, ep_size=placement.ep_size, **options)
+
+
+@functools.partial(jax.jit, static_argnames="positions")
+def native_rebalance(indices, r2o, placement, *, positions=True):
+    """indices `[batch, tokens]`: all tokens there are."""
+
+    def one(indices, r2o, placement):
+        return rebalance_alone(indices, Problem(r2o, placement), positions)
+
+    return jax.vmap(one)(indices, r2o, placement)
+
+
+@on_cpu
+@functools.partial(jax.jit, static_argnames="positions")
+def spec_rebalance(indices, r2o, placement, *, positions=True):
+    def one(indices, r2o, placement):
+        operands = (indices, placement.phy2log, placement.log2phy, r2o)
+        sizes = {"ep_size": placement.ep_size, "positions": int(positions)}
+        return reference.rebalance(*operands, **sizes)
+
+    return jax.vmap(one)(indices, r2o, placement)
+
+
+native_count = jax.jit(count, static_argnums=1)
+_count_by_spec = on_cpu(jax.jit(reference.count, static_argnames="n_logical"))
+
+
+def spec_count(indices, n_logical):
+    return _count_by_spec(indices.reshape(-1), n_logical=n_logical)
+
+
+def repeated(tree, times):
+    """The same for every instance of a batch."""
+    return jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], times, axis=0), tree)
+
+
+def assert_same(left, right) -> None:
+    """Equal bit for bit: values, shapes and types of all arrays."""
+    left, right = jax.tree.leaves(left), jax.tree.leaves(right)
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

@@ -1,0 +1,251 @@
+"""Every error is raised at trace time and names the argument, what was expected and what came."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Case, layers
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from steps import repeated
+
+from lplb_jax import assign, count_loads, place_experts, rebalance, solve, sync_loads, topologies
+
+RING = topologies.ring(4)
+CASE = Case(RING, 4)
+PLACEMENT = CASE.placement()
+IDS = np.zeros((4, 5), np.int32)
+LOADS = np.ones((4, 16), np.int32)
+SPLIT = solve(LOADS, RING)
+
+
+def changed(**arrays):
+    return type(PLACEMENT)(**{**vars(PLACEMENT), **arrays})
+
+
+def swapped():
+    """Two experts changed places in phy2log alone."""
+    phy2log = PLACEMENT.phy2log.copy()
+    phy2log[[0, 1]] = phy2log[[1, 0]]
+    return phy2log
+
+
+BAD_INDICES = [
+    (IDS.astype(np.float32), TypeError, "float32"),
+    (IDS.astype(bool), TypeError, "bool"),
+    (IDS.astype(np.int16), TypeError, "int16"),
+    (IDS.astype(np.uint32), TypeError, "uint32"),
+    (jnp.zeros(3, jnp.int8), TypeError, "int8"),
+    ([0.5], TypeError, "float64"),
+    ("experts", TypeError, "str"),
+    (None, TypeError, "object"),
+]
+BAD_LOADS = [
+    (LOADS.astype(np.float32), TypeError, "int32.*got float32"),
+    (LOADS.astype(np.int64), TypeError, "int32.*got int64"),
+    (LOADS.astype(np.uint32), TypeError, "int32.*got uint32"),
+    (LOADS.tolist(), TypeError, "int32.*got list"),
+    (np.int32(3), ValueError, r"\[n_logical\] or \[ep_size, n_logical\], got \[\]"),
+    (LOADS[None], ValueError, r"got \[1, 4, 16\]"),
+    (LOADS[:3], ValueError, r"\[4, 16\], got \[3, 16\]"),
+    (LOADS[:, :8], ValueError, r"\[16\].*\[4, 16\], got \[4, 8\]"),
+    (LOADS[0, :15], ValueError, r"got \[15\]"),
+    (LOADS[:, :0], ValueError, r"got \[4, 0\]"),
+]
+BAD_R2O = [
+    (np.array([[0], [0], [1], [2]]), ValueError, "permutation .* got column 0"),
+    (np.zeros(4, int), ValueError, r"\[group_size, n_columns\].*got \(4,\)"),
+    (RING.astype(float), TypeError, "integers, got dtype float64"),
+    (None, TypeError, "integers"),
+]
+BAD_PLACEMENTS = [
+    (PLACEMENT.phy2log, TypeError, "^placement: expected a lplb_jax.Placement.* got ndarray"),
+    (changed(phy2log=PLACEMENT.phy2log.astype(np.int64)), TypeError, r"phy2log: .*got int64"),
+    (changed(log2phy=PLACEMENT.log2phy.tolist()), TypeError, r"log2phy: .*got list"),
+    (changed(phy2log=PLACEMENT.phy2log[:-1]), ValueError, "n_physical = 19"),
+    (changed(logcnt=PLACEMENT.logcnt[:-1]), ValueError, r"logcnt \[16\].*got logcnt \[15\]"),
+    (changed(log2phy=PLACEMENT.log2phy[:, :1]), ValueError, r"max_replicas.*got \[16, 1\]"),
+    (changed(ep_size=5), ValueError, "placement|ep_size"),
+    (changed(ep_size=2), ValueError, "ep_size: expected a multiple .* 4 of r2o, got 2"),
+    (repeated(PLACEMENT, 3), ValueError, r"1, 2 and 1 dimensions.*got \(2, 3, 2\).*jax.vmap"),
+    (changed(phy2log=swapped()), ValueError, "placement: expected every expert once"),
+    (changed(logcnt=PLACEMENT.logcnt + 1), ValueError, "placement: expected every expert once"),
+    (changed(phy2log=PLACEMENT.phy2log * 0), ValueError, "placement: expected every expert once"),
+    (Case(RING[::-1], 4).placement(), ValueError, "another arrangement"),
+]
+
+
+def refused(error, words, function, *operands):
+    """The message names the argument, what was expected and what came."""
+    with pytest.raises(error, match=words) as raised:
+        function(*operands)
+    assert "expected" in str(raised.value)
+    assert "got" in str(raised.value)
+
+
+@pytest.mark.parametrize(("indices", "error", "words"), BAD_INDICES)
+def test_indices(indices, error, words):
+    words = f"^indices: expected dtype int32, .* got .*{words}"
+    refused(error, words, lambda: count_loads(indices, 16))
+    refused(error, words, lambda: rebalance(indices, None, RING, placement=PLACEMENT))
+    refused(error, words, lambda: assign(indices, None, SPLIT, RING, placement=PLACEMENT))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16, bool])
+def test_traced_indices(dtype):
+    balance = jax.jit(lambda ids: rebalance(ids, None, RING, placement=PLACEMENT))
+    refused(TypeError, f"^indices: .*got {np.dtype(dtype)}", balance, IDS.astype(dtype))
+
+
+@pytest.mark.parametrize(("loads", "error", "words"), BAD_LOADS)
+def test_loads(loads, error, words):
+    words = f"^loads: expected .*{words}"
+    refused(error, words, lambda: solve(loads, RING, placement=PLACEMENT))
+    refused(error, words, lambda: rebalance(IDS, loads, RING, placement=PLACEMENT))
+    refused(error, words, lambda: assign(IDS, loads, SPLIT, RING, placement=PLACEMENT))
+
+
+@pytest.mark.parametrize(("loads", "error", "words"), BAD_LOADS[4:])
+def test_traced_loads(loads, error, words):
+    run = jax.jit(lambda loads: rebalance(IDS, loads, RING, placement=PLACEMENT))
+    refused(error, f"^loads: expected .*{words}", run, loads)
+
+
+@pytest.mark.parametrize(
+    ("shape", "r2o", "words"),
+    [
+        ((4, 18), RING, "^n_logical: expected a multiple of ep_size = 4, got 18"),
+        ((6, 24), RING, "^ep_size: expected a multiple of the group size 4 .* got 6"),
+        ((4,), topologies.complete(4), "^redundants_per_rank: .* the 1 experts of a rank, got 3"),
+    ],
+)
+def test_loads_that_do_not_divide(shape, r2o, words):
+    """Without a placement, its sizes come from the loads."""
+    refused(ValueError, words, solve, np.ones(shape, np.int32), r2o)
+
+
+@pytest.mark.parametrize(("r2o", "error", "words"), BAD_R2O)
+def test_r2o(r2o, error, words):
+    words = f"^r2o: expected .*{words}"
+    refused(error, words, lambda: solve(LOADS, r2o))
+    refused(error, words, lambda: rebalance(IDS, LOADS, r2o))
+    refused(error, words, lambda: assign(IDS, LOADS, SPLIT, r2o))
+    sizes = {"n_logical": 16, "ep_size": 4, "redundants_per_rank": 1}
+    refused(error, words, lambda: place_experts(None, r2o, **sizes))
+
+
+def test_traced_r2o():
+    run = jax.jit(lambda r2o: solve(LOADS, r2o))
+    refused(TypeError, "^r2o: expected a static array .* got a traced value; close over", run, RING)
+
+
+@pytest.mark.parametrize(("placement", "error", "words"), BAD_PLACEMENTS)
+def test_placement(placement, error, words):
+    refused(error, words, lambda: solve(LOADS, RING, placement=placement))
+    refused(error, words, lambda: rebalance(IDS, LOADS, RING, placement=placement))
+    refused(error, words, lambda: assign(IDS, LOADS, SPLIT, RING, placement=placement))
+
+
+def test_traced_placement_shapes():
+    """Shapes are known under jit, so they raise there too."""
+
+    def run(placement, r2o=RING):
+        return jax.jit(lambda placement: solve(LOADS, r2o, placement=placement))(placement)
+
+    refused(ValueError, "dimensions", run, repeated(PLACEMENT, 2))
+    refused(ValueError, "n_physical = 19", run, changed(phy2log=PLACEMENT.phy2log[:-1]))
+    refused(ValueError, "^ep_size", run, PLACEMENT, topologies.cube())
+
+
+def test_placement_is_needed_to_count():
+    words = "^placement: expected a Placement where loads is None.* got None; make one with"
+    refused(ValueError, words, lambda: rebalance(IDS, None, RING))
+    refused(ValueError, words, lambda: assign(IDS, None, SPLIT, RING))
+
+
+@pytest.mark.parametrize("indices", [IDS[:3], IDS.ravel(), np.int32(0), IDS[None]])
+def test_sources(indices):
+    """Counts by source need tokens by source."""
+    words = r"^indices: expected a leading axis of ep_size = 4 source ranks, got shape \["
+    refused(ValueError, words, lambda: rebalance(indices, LOADS, RING))
+    refused(ValueError, words, lambda: assign(indices, LOADS, SPLIT, RING))
+
+
+@pytest.mark.parametrize("solver", ["Exact", "", None, "interior-point", 1])
+def test_solver(solver):
+    words = "^solver: expected one of auto, exact, got "
+    refused(ValueError, words, lambda: solve(LOADS, RING, solver=solver))
+    refused(ValueError, words, lambda: rebalance(IDS, LOADS, RING, solver=solver))
+
+
+@pytest.mark.parametrize("split", [None, tuple(SPLIT), SPLIT._replace(quota=SPLIT.quota[1:])])
+def test_split(split):
+    words = r"^split: expected a Split with quota \[20\], got "
+    refused(ValueError, words, lambda: assign(IDS, LOADS, split, RING))
+
+
+@pytest.mark.parametrize("n_logical", [0, -1, 2.0, "3", None])
+def test_n_logical(n_logical):
+    words = "^n_logical: expected a static integer of at least 1, got "
+    refused(ValueError, words, lambda: count_loads(IDS, n_logical))
+
+
+def test_axis_out_of_scope():
+    words = "^axis_name: expected an axis of an enclosing jax.shard_map, got 'ep', which is not in"
+    options = {"placement": PLACEMENT, "axis_name": "ep"}
+    refused(ValueError, words, lambda: rebalance(IDS, None, RING, **options))
+    refused(ValueError, words, lambda: jax.jit(lambda: sync_loads(LOADS[0], "ep"))())
+    refused(ValueError, words, lambda: assign(IDS, LOADS, SPLIT, RING, **options))
+
+
+def in_shard_map(cpu_devices, function):
+    mesh = Mesh(cpu_devices, "ep")
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    return lambda: jax.jit(mapped)(np.zeros((8, 5), np.int32))
+
+
+def test_axis_of_another_size(cpu_devices):
+    def rank(ids):
+        return rebalance(ids, None, RING, placement=PLACEMENT, axis_name="ep")[0]
+
+    words = "^axis_name: .* as large as placement.ep_size = 4, got 'ep' of size 8"
+    refused(ValueError, words, in_shard_map(cpu_devices, rank))
+
+
+def test_axis_that_is_not_of_the_mesh(cpu_devices):
+    def rank(ids):
+        return rebalance(ids, None, RING, placement=PLACEMENT, axis_name="expert")[0]
+
+    refused(ValueError, "^axis_name: .*got 'expert'", in_shard_map(cpu_devices, rank))
+
+
+def test_assign_needs_the_gathered_counts(cpu_devices):
+    case = Case(topologies.cube(), 2)
+    split = solve(np.ones(16, np.int32), case.r2o)
+
+    def rank(ids):
+        return assign(ids, None, split, case.r2o, placement=case.placement(), axis_name="ep")
+
+    words = "^loads: expected the gathered counts .*got None; pass sync_loads"
+    refused(ValueError, words, in_shard_map(cpu_devices, rank))
+
+
+def test_stacked_layers_are_taken_one_by_one(rng):
+    """What the message about leading axes advises works."""
+    stacked = repeated(CASE.placement(rng), 2)
+    loads = rng.integers(0, 9, (2, 16)).astype(np.int32)
+    splits = jax.vmap(lambda loads, placement: solve(loads, RING, placement=placement))(
+        loads, stacked
+    )
+    for i, placement in enumerate(layers(stacked)):
+        assert splits.max_load[i] == solve(loads[i], RING, placement=placement).max_load
+
+
+def test_an_error_leaves_nothing_behind(rng):
+    """The next call, right, gives the right result."""
+    before = rebalance(IDS, LOADS, RING)
+    for bad in (LOADS[:3], LOADS.astype(np.int64), None):
+        with pytest.raises((TypeError, ValueError)):
+            rebalance(IDS, bad, RING)
+    after = rebalance(IDS, LOADS, RING)
+    jax.tree.map(np.testing.assert_array_equal, before, after)

@@ -1,0 +1,129 @@
+"""Docstrings and README: complete, and their examples run."""
+
+import doctest
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lplb_jax
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+MODULES = [
+    "lplb_jax",
+    *(
+        f"lplb_jax.{module.name}"
+        for module in pkgutil.iter_modules(lplb_jax.__path__)
+        if not module.name.startswith("_")
+    ),
+]
+PUBLIC_MODULES = {"metrics": lplb_jax.metrics, "topologies": lplb_jax.topologies}
+
+
+def public_functions():
+    """Everything that a user calls, by its name."""
+    for name in lplb_jax.__all__:
+        value = getattr(lplb_jax, name)
+        if inspect.isfunction(value):
+            yield name, value
+    for prefix, module in PUBLIC_MODULES.items():
+        for name, value in vars(module).items():
+            here = inspect.isfunction(value) and value.__module__ == module.__name__
+            if here and not name.startswith("_"):
+                yield f"{prefix}.{name}", value
+
+
+FUNCTIONS = dict(public_functions())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(name)
+    names = {name: getattr(lplb_jax, name) for name in lplb_jax.__all__}
+    names |= {"jax": jax, "jnp": jnp, "np": np}
+    finder = doctest.DocTestFinder(recurse=True)
+    failures = []
+    for test in finder.find(module, name, extraglobs=names):
+        runner = doctest.DocTestRunner(verbose=False)
+        runner.run(test, out=failures.append)
+    assert not failures, "".join(failures)
+
+
+@pytest.mark.parametrize("name", lplb_jax.__all__)
+def test_every_public_name_has_a_docstring(name):
+    documented = inspect.getdoc(getattr(lplb_jax, name))
+    assert documented
+    first, *rest = documented.splitlines()
+    assert first.endswith((".", ":"))
+    assert not rest or not rest[0].strip()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_sections_of_a_functions_docstring(name):
+    """Arguments with their types, what comes back, errors where it checks, and an example."""
+    function = FUNCTIONS[name]
+    documented = inspect.getdoc(function)
+    parameters = inspect.signature(function).parameters
+    for section in [*(["Args:"] if parameters else []), "Returns:", ">>> "]:
+        assert section in documented, section
+    for parameter in parameters:
+        assert re.search(rf"^  {parameter}: ", documented, re.M), parameter
+    if name in lplb_jax.__all__:
+        assert "Raises:" in documented
+
+
+@pytest.mark.parametrize("result", [lplb_jax.Split, lplb_jax.Placement])
+def test_fields_are_documented(result):
+    documented = inspect.getdoc(result)
+    fields = getattr(result, "_fields", None) or result.__dataclass_fields__
+    for field in fields:
+        assert re.search(rf"^  {field}: ", documented, re.M), field
+
+
+def test_signatures_are_the_contract():
+    """What everything later builds on: names, order and defaults of the arguments."""
+    expected = {
+        "rebalance": (
+            "(indices, loads, r2o, *, placement=None, axis_name=None, solver='auto', "
+            "positions=False)"
+        ),
+        "count_loads": "(indices, n_logical)",
+        "sync_loads": "(counts, axis_name)",
+        "solve": "(loads, r2o, *, placement=None, solver='auto')",
+        "place_experts": ("(history, r2o, *, n_logical, ep_size, redundants_per_rank, n_nodes=1)"),
+        "topologies.ring": "(n)",
+        "topologies.cube": "()",
+        "topologies.hypercube": "()",
+        "topologies.torus": "(m, n)",
+        "topologies.complete": "(n)",
+    }
+    for name, signature in expected.items():
+        bare = inspect.signature(FUNCTIONS[name])
+        bare = bare.replace(
+            parameters=[p.replace(annotation=p.empty) for p in bare.parameters.values()],
+            return_annotation=bare.empty,
+        )
+        assert str(bare) == signature, name
+
+
+def test_python_in_the_readme_runs(tmp_path):
+    """All its blocks, one after the other, as a user would type them."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
+    assert blocks, "README.md has no example"
+    # -P: not the source tree, which has no native modules. A warning would say that they lack.
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "error::UserWarning", "-c", "\n".join(blocks)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,316 @@
+"""On an NVIDIA GPU: the CUDA code equals the specification, computed on the CPU, bit for bit."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import digest
+import jax
+import numpy as np
+import pytest
+from cases import FAMILIES, Case, batch, counts_of, random_topology, repeated_edges, spoiled
+from oracles import assert_hosted, tokens_at_slots
+from steps import (
+    assert_same,
+    native_assign,
+    native_count,
+    native_rebalance,
+    native_solve,
+    on_cpu,
+    repeated,
+    spec_assign,
+    spec_count,
+    spec_rebalance,
+    spec_solve,
+)
+
+from lplb_jax import (
+    _native,
+    assign,
+    count_loads,
+    place_experts,
+    rebalance,
+    solve,
+    topologies,
+)
+
+pytestmark = pytest.mark.gpu
+
+# Around the sizes of warps (32 ranks), of registers (4 columns) and of blocks.
+SHAPES = {
+    "1x1": lambda rng: Case(np.array([[0]], np.int32), 3),
+    "2x1": lambda rng: Case(topologies.ring(2), 3),
+    "8x2, 256 experts": lambda rng: Case(topologies.cube(), 32),
+    "8x2, 16 combined": lambda rng: Case(topologies.cube(), 32, combined=16),
+    "6x3 repeated": lambda rng: Case(repeated_edges(rng, 6, 3), 4),
+    "5x4, three groups": lambda rng: Case(random_topology(rng, 5, 4), 9, 3, 2),
+    "4x1, forty groups": lambda rng: Case(topologies.ring(4), 2, n_groups=40),
+    "16x2": lambda rng: Case(topologies.hypercube(), 4, combined=2),
+    "31x2": lambda rng: Case(random_topology(rng, 31, 2), 33),
+    "32x4": lambda rng: Case(random_topology(rng, 32, 4), 8),
+    "8x5": lambda rng: Case(random_topology(rng, 8, 5), 7),
+    "8x7": lambda rng: Case(topologies.complete(8), 8),
+    "32x8, two groups": lambda rng: Case(random_topology(rng, 32, 8), 16, 2, 2),
+    "33x1": lambda rng: Case(random_topology(rng, 33, 1), 2),
+    "64x4": lambda rng: Case(random_topology(rng, 64, 4), 5),
+    "128x1": lambda rng: Case(random_topology(rng, 128, 1), 3),
+    "128x8, 1024 experts": lambda rng: Case(random_topology(rng, 128, 8), 8),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_gpu():
+    """Otherwise these tests would compare the CPU with itself."""
+    assert jax.default_backend() == "gpu"
+    assert "CUDA" in _native.AVAILABLE
+
+
+def test_results_are_on_the_gpu():
+    """Not a copy of what the CPU or the reference computed: the program calls the handlers."""
+    placement = Case(topologies.cube(), 2).placement()
+
+    @jax.jit
+    def run(ids):
+        alone = rebalance(ids, None, topologies.cube(), placement=placement)
+        return alone, rebalance(ids, np.ones((8, 16), np.int32), topologies.cube())
+
+    ids = np.zeros((8, 5), np.int32)
+    for array in jax.tree.leaves(run(ids)):
+        assert {device.platform for device in array.devices()} == {"gpu"}
+    text = run.lower(ids).compile().as_text()
+    for target in ("lplb_count", "lplb_solve", "lplb_assign", "lplb_rebalance"):
+        assert target in text
+    assert "while(" not in text
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_solve(rng, name):
+    """All load families, 58 instances at once, each with a placement of its own."""
+    case = SHAPES[name](rng)
+    loads, stacked = batch(rng, case, (FAMILIES * 7)[:58])
+    operands = (loads[:, None], repeated(case.r2o, 58), stacked)
+    assert_same(native_solve(*operands), spec_solve(*operands))
+
+
+@pytest.mark.parametrize("n_instances", [1, 3])
+@pytest.mark.parametrize("name", ["8x2, 256 experts", "33x1"])
+def test_solve_small_batches_by_source(rng, name, n_instances):
+    """Loads of every source, some negative, with another topology for every instance."""
+    case = SHAPES[name](rng)
+    stacked = repeated(case.placement(rng), n_instances)
+    n_ranks, n_columns = case.r2o.shape
+    r2o = np.stack([random_topology(rng, n_ranks, n_columns) for _ in range(n_instances)])
+    loads = rng.integers(-5, 1000, (n_instances, case.ep_size, case.n_logical)).astype(np.int32)
+    assert_same(native_solve(loads, r2o, stacked), spec_solve(loads, r2o, stacked))
+
+
+@pytest.mark.parametrize("name", ["5x4, three groups", "8x5", "33x1"])
+def test_solve_garbage(rng, name):
+    """Arbitrary loads and placements: no fault, and the same status and bits."""
+    case = SHAPES[name](rng)
+    loads, stacked = batch(rng, case, (FAMILIES * 7)[:58])
+    loads, stacked = jax.tree.map(lambda array: spoiled(rng, array), (loads, stacked))
+    operands = (loads[:, None], repeated(case.r2o, 58), stacked)
+    assert_same(native_solve(*operands), spec_solve(*operands))
+
+
+def test_solve_is_deterministic(rng):
+    case = SHAPES["64x4"](rng)
+    loads, stacked = batch(rng, case, (FAMILIES * 7)[:58])
+    operands = (loads[:, None], repeated(case.r2o, 58), stacked)
+    first = native_solve(*operands)
+    for _ in range(20):
+        assert_same(first, native_solve(*operands))
+
+
+def random_ids(rng, dtype, n_logical, rows, n_tokens):
+    """Rows in three kinds in turn: random with a few that name no expert, sorted, one expert."""
+    most = min(n_logical, np.iinfo(dtype).max + 1)
+    ids = rng.integers(0, most, (rows, n_tokens)).astype(dtype)
+    ids[rng.random(ids.shape) < 0.05] = np.iinfo(dtype).max
+    if np.iinfo(dtype).min:
+        ids[rng.random(ids.shape) < 0.1] = -1
+    ids[1::3] = np.sort(ids[1::3], axis=1)
+    ids[2::3] = rng.integers(most)
+    return ids
+
+
+N_TOKENS = [0, 1, 31, 32, 33, 1000, 32768, 131072, 1_000_003]
+DTYPES = ["int32", "int64", "uint8", "uint16"]
+
+
+@pytest.mark.parametrize("n_tokens", N_TOKENS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_count(rng, n_tokens, dtype):
+    n_logical = int(rng.choice([8, 64, 255, 256, 1000, 1024]))
+    with jax.enable_x64(dtype == "int64"):
+        ids = random_ids(rng, dtype, n_logical, 3, n_tokens)
+        absent = -1 if np.iinfo(dtype).min else np.iinfo(dtype).max
+        invalid = ((ids < 0) | (ids >= n_logical)) & (ids != absent)
+        counts = np.asarray(jax.vmap(lambda row: native_count(row, n_logical))(ids))
+        np.testing.assert_array_equal(counts[:, :-1], counts_of(ids, n_logical))
+        np.testing.assert_array_equal(counts[:, -1], invalid.sum(axis=1))
+        row = ids[0, : min(n_tokens, 1000)]
+        assert_same(native_count(row, n_logical), spec_count(row, n_logical))
+
+
+ASSIGN = [
+    *((topologies.cube, 32, n) for n in [0, 1, 31, 32, 33, 1000, 32768]),
+    *((functools.partial(topologies.ring, 8), 1, n) for n in [31, 1000]),
+    *((functools.partial(topologies.torus, 8, 4), 32, n) for n in [33, 4096]),
+    *((functools.partial(topologies.ring, 2), 128, n) for n in [131072, 1_000_003]),
+]
+
+
+@pytest.mark.parametrize("proportional", [False, True])
+@pytest.mark.parametrize(("topology", "n_local", "n_tokens"), ASSIGN)
+def test_assign(rng, topology, n_local, n_tokens, proportional):
+    """All ranks' parts, with the quotas of a solve and with any."""
+    case = Case(topology(), n_local)
+    placement = case.placement(rng)
+    dtype = str(rng.choice(["int32", "uint16"] if case.n_logical > 256 else DTYPES))
+    with jax.enable_x64(dtype == "int64"):
+        ids = random_ids(rng, dtype, case.n_logical, case.ep_size, n_tokens)
+        loads = counts_of(ids, case.n_logical)
+        fitting = solve(loads, case.r2o, placement=placement).quota
+        other = rng.integers(0, 2 * n_tokens // n_local + 2, placement.n_physical)
+        quota = np.stack([fitting, other]).astype(np.int32)
+        operands = (*repeated((ids, loads), 2), quota, repeated(placement, 2))
+        options = {"proportional": proportional, "positions": bool(rng.integers(2))}
+        assigned = native_assign(*operands, **options)
+        assert_same(assigned, spec_assign(*operands, **options))
+        physical = np.asarray(assigned.physical_indices[0])
+        assert_hosted(ids, physical, placement)
+        if not proportional:
+            got = tokens_at_slots(physical, placement.n_physical)
+            np.testing.assert_array_equal(got, fitting)
+
+
+@pytest.mark.parametrize("proportional", [False, True])
+def test_assign_garbage(rng, proportional):
+    case = SHAPES["5x4, three groups"](rng)
+    placements = jax.tree.map(lambda x: spoiled(rng, x), repeated(case.placement(rng), 20))
+    ids = repeated(random_ids(rng, "int32", case.n_logical, case.ep_size, 300), 20)
+    counts = spoiled(rng, repeated(counts_of(ids[0], case.n_logical), 20))
+    quota = rng.integers(0, 40, placements.phy2log.shape).astype(np.int32)
+    operands = (ids, counts, quota, placements)
+    assigned = native_assign(*operands, proportional=proportional)
+    assert_same(assigned, spec_assign(*operands, proportional=proportional))
+
+
+ALONE = [
+    *(("8x2, 256 experts", n) for n in [0, 1, 33, 1000, 8192, 8193, 32768, 262144, 1_000_003]),
+    *((name, 4099) for name in SHAPES if name != "8x2, 256 experts"),
+]
+
+
+@pytest.mark.parametrize(("name", "n_tokens"), ALONE)
+def test_rebalance_alone(rng, name, n_tokens):
+    """All steps in one call, for three batches of ids: random, sorted, one expert.
+
+    Mostly against the CPU's native code, which other tests hold against the specification: the
+    latter takes seconds to compile for each shape.
+    """
+    case = SHAPES[name](rng)
+    dtype = str(rng.choice(["int32", "uint16"] if case.n_logical > 256 else DTYPES))
+    with jax.enable_x64(dtype == "int64"):
+        ids = random_ids(rng, dtype, case.n_logical, 3, n_tokens)
+        placements = [case.placement(rng) for _ in ids]
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *placements)
+        operands = (ids, repeated(case.r2o, 3), stacked)
+        positions = bool(rng.integers(2))
+        results = native_rebalance(*operands, positions=positions)
+        assert_same(results, on_cpu(native_rebalance)(*operands, positions=positions))
+        if n_tokens in (33, 8193):
+            assert_same(results, spec_rebalance(*operands, positions=positions))
+
+
+@pytest.mark.parametrize("name", ["8x2, 256 experts", "5x4, three groups", "64x4"])
+@pytest.mark.parametrize("mode", ["counted", "by source", "statistics"])
+def test_rebalance(rng, name, mode):
+    """End to end against the three specifications, composed."""
+    case = SHAPES[name](rng)
+    placement = case.placement(rng)
+    ids = random_ids(rng, "int32", case.n_logical, case.ep_size, 8 * 512)
+    by_source = counts_of(ids, case.n_logical)
+    total = by_source.sum(axis=0, dtype=np.int32)
+    loads, rows = {
+        "counted": (None, ids.reshape(1, -1)),
+        "by source": (by_source, ids),
+        "statistics": (total, ids[:1]),
+    }[mode]
+    given = rows if mode == "by source" else rows[0]
+    run = jax.jit(lambda ids: rebalance(ids, loads, case.r2o, placement=placement))
+    physical, split = run(given)
+    invalid = spec_count(rows, case.n_logical)[-1] > 0
+    quota, *rest, status = spec_solve(*repeated((total[None], case.r2o, placement), 1))
+    expected = [quota[0], *(array[0] for array in rest), np.asarray(status[0]) | np.int32(invalid)]
+    assert_same(split, expected)
+    assert_hosted(given, physical, placement)
+    if mode != "statistics":
+        got = tokens_at_slots(physical, placement.n_physical)
+        np.testing.assert_array_equal(got, split.quota)
+    on_host = on_cpu(lambda ids: run(ids))(given)
+    assert_same((physical, split), on_host)
+
+
+def test_transformations(rng):
+    """jit, nested vmap, scan and checkpoint give what plain calls give, and the CPU's bits."""
+    inputs = digest.inputs(rng)
+    results = digest.transformed(*inputs)
+    assert_same(results, on_cpu(digest.transformed)(*inputs))
+    ids, placements = inputs
+    for i in range(len(ids)):
+        placement = jax.tree.map(lambda array, i=i: array[i], placements)
+        for j in range(ids.shape[1]):
+            counts = jax.numpy.stack([count_loads(row, 64) for row in ids[i, j]])
+            split = solve(counts, digest.CASE.r2o, placement=placement)
+            physical = assign(ids[i, j], counts, split, digest.CASE.r2o, placement=placement)
+            assert_same(physical, results[0][i, j])
+            assert_same(split, jax.tree.map(lambda array, i=i, j=j: array[i, j], results[1]))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--xla_gpu_enable_command_buffer=",
+        "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL,WHILE --xla_gpu_graph_min_graph_size=1",
+    ],
+    ids=["launched one by one", "in command buffers"],
+)
+def test_command_buffers(request, flags):
+    """Kernels recorded once and replayed with new inputs give the same bits as without."""
+    seed = request.config.option.seed
+    path = os.environ.get("PYTHONPATH")
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(digest.__file__), *filter(None, [path])]),
+    }
+    done = subprocess.run(
+        [sys.executable, digest.__file__, str(seed), "gpu"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == on_cpu(lambda: digest.of_runs(seed))(), f"--seed={seed}"
+
+
+def test_too_many_experts_are_refused():
+    """Limits of the kernels are errors with a sentence, not wrong results."""
+    with pytest.raises(Exception, match=r"n_logical: .*at most"):
+        jax.block_until_ready(count_loads(np.zeros(5, np.int32), 10_000))
+    ring = topologies.ring(8)
+    placement = place_experts(None, ring, n_logical=4096, ep_size=8, redundants_per_rank=1)
+    with pytest.raises(Exception, match=r"at most 2048 experts .*n_logical = 4096"):
+        jax.block_until_ready(rebalance(np.zeros(5, np.int32), None, ring, placement=placement))
+
+
+def test_too_large_groups_are_refused():
+    ring = topologies.ring(200)
+    with pytest.raises(Exception, match=r"r2o: .*at most 128 ranks"):
+        jax.block_until_ready(solve(np.ones(200, np.int32), ring))

@@ -1,0 +1,76 @@
+"""The metrics against NumPy."""
+
+import jax
+import numpy as np
+import pytest
+from cases import CASES, SMALL_CASES
+from oracles import slots_of
+
+from lplb_jax import metrics, solve
+
+
+@pytest.mark.parametrize("name", SMALL_CASES)
+def test_quotas_without_balancing(rng, name):
+    """All at home, or evenly over the slots, earlier slots first; both serve every token once."""
+    case = CASES[name](rng)
+    placement = case.placement(rng)
+    loads = rng.integers(0, 100, case.n_logical).astype(np.int32)
+    home, even = np.zeros((2, placement.n_physical), np.int32)
+    for expert, slots in enumerate(slots_of(placement)):
+        slots = sorted(slots, key=list(placement.log2phy[expert]).index)
+        home[slots[0]] = loads[expert]
+        for i, slot in enumerate(slots):
+            even[slot] = loads[expert] // len(slots) + (i < loads[expert] % len(slots))
+    np.testing.assert_array_equal(jax.jit(metrics.home_quota)(loads, placement), home)
+    np.testing.assert_array_equal(jax.jit(metrics.even_quota)(loads, placement), even)
+
+
+def test_rank_loads_and_tokens_moved(rng):
+    case = CASES["cube, three combined"](rng)
+    placement = case.placement(rng)
+    quota = rng.integers(0, 100, placement.n_physical).astype(np.int32)
+    ranks = quota.reshape(8, -1)
+    np.testing.assert_array_equal(metrics.rank_loads(quota, 8), ranks.sum(axis=1))
+    assert int(metrics.tokens_moved(quota, placement)) == ranks[:, 8:].sum()
+    assert int(metrics.tokens_moved(metrics.home_quota(quota[:64], placement), placement)) == 0
+
+
+def test_imbalance_and_gain(rng):
+    before, after = rng.integers(1, 1000, (2, 3, 8))
+    np.testing.assert_allclose(
+        metrics.imbalance(before), before.max(axis=1) / before.mean(axis=1), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        metrics.gain(before, after), before.max(axis=1) / after.max(axis=1), rtol=1e-6
+    )
+
+
+def test_no_load_is_in_balance():
+    zeros = np.zeros((2, 4), np.int32)
+    np.testing.assert_array_equal(metrics.imbalance(zeros), [1, 1])
+    np.testing.assert_array_equal(metrics.gain(zeros, zeros), [1, 1])
+
+
+def test_gap(rng):
+    case = CASES["ring 4, two groups"](rng)
+    split = solve(rng.integers(0, 100, (8, 16)).astype(np.int32), case.r2o)
+    assert metrics.gap(split).tolist() == [0, 0]
+    worse = split._replace(max_load=split.max_load + np.array([0, 3], np.int32))
+    np.testing.assert_allclose(metrics.gap(worse), [0, 3 / split.lower_bound[1]], rtol=1e-6)
+    nothing = split._replace(max_load=split.max_load * 0, lower_bound=split.lower_bound * 0)
+    assert metrics.gap(nothing).tolist() == [0, 0]
+
+
+def test_balancing_beats_an_even_split(rng):
+    """What the README's table shows, as an inequality."""
+    case = CASES["cube"](rng)
+    placement = case.placement(rng)
+    loads = rng.lognormal(5, 1.2, case.n_logical).astype(np.int32)
+    split = solve(loads, case.r2o, placement=placement)
+
+    def largest(quota):
+        return int(metrics.rank_loads(quota, 8).max())
+
+    assert largest(split.quota) == split.max_load[0]
+    assert largest(split.quota) <= largest(metrics.even_quota(loads, placement))
+    assert largest(split.quota) <= largest(metrics.home_quota(loads, placement))

@@ -1,0 +1,186 @@
+"""Loading the native modules: versions, absence, and the handlers' own checks."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import pytest
+from cases import Case, counts_of, tokens
+from steps import assert_same
+
+from lplb_jax import _native, rebalance, topologies
+
+TARGETS = {"lplb_count", "lplb_solve", "lplb_assign", "lplb_rebalance"}
+
+
+@pytest.fixture
+def fresh_caches():
+    """What the platform has is looked up once per process; forget it before and after."""
+    for _ in range(2):
+        _native._missing_on.cache_clear()
+        _native._warn_once.cache_clear()
+        if _ == 0:
+            yield
+
+
+def test_the_cpu_module_is_installed():
+    """pip install . always builds it: the other tests test it rather than the specification."""
+    assert "cpu" in _native.AVAILABLE
+    import lplb_jax._cpu
+
+    assert set(lplb_jax._cpu.handlers()) >= TARGETS
+
+
+def test_public_calls_run_native_code():
+    placement = Case(topologies.ring(2), 1).placement()
+
+    @jax.jit
+    def balance(ids):
+        alone = rebalance(ids, None, topologies.ring(2), placement=placement)
+        return alone, rebalance(ids, np.ones((2, 2), np.int32), topologies.ring(2))
+
+    text = balance.lower(np.zeros((2, 5), np.int32)).as_text()
+    for target in TARGETS:
+        assert target in text
+    assert "stablehlo.while" not in text
+
+
+@pytest.mark.parametrize("runtime", ["0.9.9", "0.0.1"])
+def test_an_older_jaxlib_is_refused(monkeypatch, runtime):
+    """Its FFI does not know what newer headers ask for; the message says what to do."""
+    built = _native.importlib.import_module("lplb_jax._cpu").jaxlib_version()
+    monkeypatch.setattr(jaxlib, "__version__", runtime)
+    with pytest.raises(ImportError) as refused:
+        _native._load("lplb_jax._cpu")
+    for words in ("lplb_jax._cpu", built, runtime, "upgrade jaxlib", "rebuild"):
+        assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("runtime", ["99.0.0", "0.100.0", "99.0.0.dev20991231"])
+def test_a_newer_jaxlib_is_accepted(monkeypatch, runtime):
+    monkeypatch.setattr(jaxlib, "__version__", runtime)
+    assert _native._load("lplb_jax._cpu") is not None
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"), [("0.9.2", "0.10.0"), ("0.10.2", "0.10.10"), ("0.10.2", "1.0")]
+)
+def test_versions_are_compared_as_numbers(older, newer):
+    assert _native._as_numbers(older) < _native._as_numbers(newer)
+
+
+def test_a_module_that_is_not_there_is_no_error():
+    assert _native._load("lplb_jax._no_such_module") is None
+
+
+def test_a_module_that_lacks_something_is_an_error(monkeypatch):
+    """Only the extension itself may be absent; what it needs may not."""
+
+    def import_module(name):
+        raise ModuleNotFoundError("No module named 'other'", name="other")
+
+    monkeypatch.setattr(_native, "importlib", types.SimpleNamespace(import_module=import_module))
+    with pytest.raises(ModuleNotFoundError, match="other"):
+        _native._load("lplb_jax._cpu")
+
+
+def fallen_back(words):
+    """Results by way of the reference, and the one warning that says why."""
+    case = Case(topologies.ring(4), 2)
+    ids = tokens(np.random.default_rng(), case, 30)
+    loads = counts_of(ids, case.n_logical)
+    expected = rebalance(ids, loads, case.r2o)
+    _native._missing_on.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+        for _ in range(3):
+            balance = jax.jit(lambda ids: rebalance(ids, loads, case.r2o))
+            assert_same(balance(ids), expected)
+    assert len(caught) == 1, [str(warning.message) for warning in caught]
+    for word in (*words, "reference"):
+        assert word in str(caught[0].message)
+
+
+def test_without_the_module_the_reference_runs_and_says_so_once(monkeypatch, fresh_caches):
+    """Never silently: one warning that names the reason and the remedy."""
+    runs = fallen_back(["was installed without its", "module", "install"])
+    next(runs)
+    monkeypatch.setattr(_native, "AVAILABLE", frozenset())
+    for _ in runs:
+        pass
+
+
+def test_a_backend_without_native_code_runs_the_reference(monkeypatch, fresh_caches):
+    runs = fallen_back(["no native code for backend 'tpu'"])
+    next(runs)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for _ in runs:
+        pass
+
+
+def test_no_warning_where_there_is_native_code(fresh_caches):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rebalance(np.zeros((2, 1), np.int32), np.ones((2, 2), np.int32), topologies.ring(2))
+
+
+def int32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+SOLVED = [int32(8), int32(1), int32(1), int32(1)]
+SOLVE = [int32(4, 4), int32(8), int32(4, 2), int32(4, 1)]  # loads, phy2log, log2phy, r2o
+
+
+def with_operand(i, operand):
+    return [*SOLVE[:i], operand, *SOLVE[i + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("target", "results", "operands", "attribute", "words"),
+    [
+        ("count", int32(5), [int32(3)], {"n_logical": 5}, "counts"),
+        ("count", int32(1), [int32(3)], {"n_logical": 0}, "counts"),
+        ("count", int32(2, 6), [int32(3)], {"n_logical": 5}, "counts.*batch"),
+        ("count", int32(6), [jax.ShapeDtypeStruct((3,), jnp.float32)], {"n_logical": 5}, "indices"),
+        ("solve", SOLVED, with_operand(0, int32(2, 4)), {"ep_size": 4}, r"loads: .*got \[2, 4\]"),
+        ("solve", SOLVED, with_operand(1, int32(2, 8)), {"ep_size": 4}, "phy2log: batch"),
+        ("solve", SOLVED, with_operand(1, int32(9)), {"ep_size": 4}, "n_physical = 9"),
+        ("solve", SOLVED, with_operand(2, int32(4, 1)), {"ep_size": 4}, "do not fit together"),
+        ("solve", SOLVED, with_operand(3, int32(3, 1)), {"ep_size": 4}, "do not fit together"),
+        ("solve", SOLVED, SOLVE, {"ep_size": 0}, "do not fit together: ep_size = 0"),
+    ],
+)
+def test_handlers_check_shapes(target, results, operands, attribute, words):
+    """Called without the checks of the public functions: an error with a sentence, not a crash."""
+    attribute = {name: np.int64(value) for name, value in attribute.items()}
+    handler = jax.ffi.ffi_call(f"lplb_{target}", results)
+    zeros = [jnp.zeros(operand.shape, operand.dtype) for operand in operands]
+    with pytest.raises(Exception, match=f"lplb_jax: .*{words}"):
+        jax.block_until_ready(handler(*zeros, **attribute))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lplb_jax._cuda") is None, reason="no CUDA module in this installation"
+)
+def test_the_cuda_module_needs_no_driver():
+    """A wheel with it is imported on machines without a GPU."""
+    code = "import lplb_jax._cuda as m; print(*m.handlers())"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) >= TARGETS

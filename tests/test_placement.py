@@ -1,0 +1,159 @@
+"""place_experts: EPLB's packing, the numbering of the slots, and Placement as a pytree."""
+
+import jax
+import numpy as np
+import pytest
+from cases import CASES, Case, layers
+
+from lplb_jax import Placement, place_experts, topologies
+
+
+def greedy(loads, experts, n_packs):
+    """EPLB's balanced packing, word by word: heaviest first, to the lightest pack with room."""
+    packs = [[] for _ in range(n_packs)]
+    for expert in sorted(experts, key=lambda e: (-loads[e], e)):
+        room = [p for p in packs if len(p) < len(experts) // n_packs]
+        min(room, key=lambda pack: sum(loads[e] for e in pack)).append(expert)
+    return packs
+
+
+def ranks_of(placement: Placement) -> np.ndarray:
+    """Slots as `[ep_size, slots_per_rank]`."""
+    return np.asarray(placement.phy2log).reshape(placement.ep_size, -1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_slots_are_numbered_as_documented(rng, name):
+    """Own experts first; redundant slot j·D + d copies local expert j·D + d of rank r2o[·, d]."""
+    case = CASES[name](rng)
+    placement = case.placement(rng)
+    ranks = ranks_of(placement)
+    group_size, n_columns = case.r2o.shape
+    assert placement.n_logical == case.n_logical
+    assert placement.n_physical == case.ep_size * (case.n_local + case.redundants_per_rank)
+    assert placement.redundants_per_rank == case.redundants_per_rank
+    assert sorted(ranks[:, : case.n_local].ravel()) == list(range(case.n_logical))
+    for rank in range(case.ep_size):
+        group, v = divmod(rank, group_size)
+        for j in range(case.combined):
+            for d in range(n_columns):
+                source = group * group_size + case.r2o[v, d]
+                k = j * n_columns + d
+                assert ranks[rank, case.n_local + k] == ranks[source, k]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_log2phy_inverts_phy2log(rng, name):
+    """The first slot of an expert is its own rank's; unused places are −1."""
+    case = CASES[name](rng)
+    placement = case.placement(rng)
+    slots_per_rank = placement.n_physical // case.ep_size
+    for expert, slots in enumerate(placement.log2phy):
+        hosting = np.flatnonzero(placement.phy2log == expert)
+        assert sorted(slots[slots >= 0]) == list(hosting)
+        assert placement.logcnt[expert] == len(hosting)
+        assert slots[0] % slots_per_rank < case.n_local
+        assert (slots[len(hosting) :] == -1).all()
+
+
+@pytest.mark.parametrize("n_nodes", [1, 2, 4, 8])
+def test_packing_is_greedy_by_node_then_by_rank(rng, n_nodes):
+    loads = rng.integers(0, 50, 64)  # with ties
+    placement = place_experts(
+        loads, topologies.cube(), n_logical=64, ep_size=8, redundants_per_rank=2, n_nodes=n_nodes
+    )
+    expected = [
+        sorted(rank, key=lambda e: (-loads[e], rank.index(e)))
+        for node in greedy(loads, range(64), n_nodes)
+        for rank in greedy(loads, node, 8 // n_nodes)
+    ]
+    np.testing.assert_array_equal(ranks_of(placement)[:, :8], expected)
+
+
+def test_each_ranks_experts_are_sorted_and_the_heaviest_replicated(rng):
+    loads = rng.lognormal(3, 2, 48)
+    placement = place_experts(
+        loads, topologies.torus(2, 3), n_logical=48, ep_size=6, redundants_per_rank=4
+    )
+    own = loads[ranks_of(placement)[:, :8]]
+    assert (np.diff(own, axis=1) <= 0).all()
+    replicated = np.isin(np.arange(48), ranks_of(placement)[:, 8:])
+    for rank in ranks_of(placement)[:, :8]:
+        np.testing.assert_array_equal(replicated[rank], [True] * 4 + [False] * 4)
+
+
+def test_packing_evens_out_loads(rng):
+    """Greedy is within the heaviest expert of even: what it promises."""
+    loads = rng.lognormal(3, 1, 256)
+    placement = place_experts(
+        loads, topologies.cube(), n_logical=256, ep_size=8, redundants_per_rank=2
+    )
+    ranks = loads[ranks_of(placement)[:, :32]].sum(axis=1)
+    assert ranks.max() <= loads.sum() / 8 + loads.max()
+
+
+def test_no_history_keeps_the_given_order():
+    placement = place_experts(
+        None, topologies.ring(3), n_logical=9, ep_size=3, redundants_per_rank=2
+    )
+    assert placement.phy2log.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 6, 7, 8, 0, 1]
+
+
+def test_layers_are_placed_one_by_one(rng):
+    history = rng.lognormal(3, 1, (5, 16))
+    sizes = {"n_logical": 16, "ep_size": 4, "redundants_per_rank": 2, "n_nodes": 2}
+    stacked = place_experts(history, topologies.ring(4), **sizes)
+    assert stacked.phy2log.shape == (5, 24)
+    assert (stacked.n_logical, stacked.n_physical, stacked.redundants_per_rank) == (16, 24, 2)
+    for row, placement in zip(history, layers(stacked), strict=True):
+        alone = place_experts(row, topologies.ring(4), **sizes)
+        jax.tree.map(np.testing.assert_array_equal, placement, alone)
+
+
+def test_placement_is_a_pytree_of_int32_with_static_ep_size():
+    placement = Case(topologies.cube(), 4).placement()
+    leaves, structure = jax.tree.flatten(placement)
+    assert [leaf.dtype for leaf in leaves] == [np.int32] * 3
+    again = jax.tree.unflatten(structure, leaves)
+    assert again.ep_size == 8
+    other = Case(topologies.ring(8), 4).placement()
+    assert jax.tree.structure(other) == structure
+    assert jax.tree.structure(Case(topologies.ring(4), 4).placement()) != structure
+
+
+GOOD = {"n_logical": 16, "ep_size": 8, "redundants_per_rank": 2}
+
+
+@pytest.mark.parametrize(
+    ("history", "change", "argument"),
+    [
+        (
+            None,
+            {"ep_size": 12, "n_logical": 24},
+            "ep_size: expected a multiple of the group size 8",
+        ),
+        (None, {"ep_size": 0}, "ep_size"),
+        (None, {"n_logical": 17}, "n_logical: expected a multiple of ep_size = 8, got 17"),
+        (None, {"n_logical": 0}, "n_logical"),
+        (None, {"redundants_per_rank": 1}, "redundants_per_rank: expected a multiple of the 2"),
+        (None, {"redundants_per_rank": 0}, "redundants_per_rank"),
+        (None, {"redundants_per_rank": 4}, "redundants_per_rank: .*at most the 2 experts"),
+        (None, {"n_nodes": 3}, "n_nodes: expected a divisor of ep_size = 8, got 3"),
+        (None, {"n_nodes": 0}, "n_nodes"),
+        (np.ones(15), {}, r"history: expected shape .* got \(15,\)"),
+        (np.ones((2, 2, 16)), {}, "history: expected shape"),
+        (np.full(16, np.nan), {}, "history: expected finite"),
+        (np.full(16, np.inf), {}, "history: expected finite"),
+        (-np.ones(16), {}, "history: expected finite loads of at least 0"),
+    ],
+)
+def test_bad_arguments(history, change, argument):
+    with pytest.raises(ValueError, match=f"^{argument}"):
+        place_experts(history, topologies.cube(), **(GOOD | change))
+
+
+@pytest.mark.parametrize("name", ["n_logical", "ep_size", "redundants_per_rank", "n_nodes"])
+@pytest.mark.parametrize("value", [8.0, "8", None])
+def test_sizes_are_integers(name, value):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected .* got "):
+        place_experts(None, topologies.cube(), **(GOOD | {name: value}))
