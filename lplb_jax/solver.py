@@ -84,7 +84,7 @@ def solve(
 def split_loads(
     loads: jax.Array,
     problem: Problem,
-    method: str,
+    method: str = "exact",
     weights: jax.Array | None = None,
     repair: bool = True,
 ) -> Split:
