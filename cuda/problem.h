@@ -22,6 +22,7 @@ enum Status : int32_t {
   kNegativeLoad = 2,
   kLoadOverflow = 4,
   kBadPlacement = 8,
+  kNotConverged = 16,
 };
 
 // Division by a number known on the host: exact where dividend · divisor < 2³².

@@ -14,7 +14,7 @@ from lplb_jax import topologies
 from lplb_jax.placement import Placement, check_fits, given_order
 
 _INDEX_DTYPES = ("int32", "int64", "uint8", "uint16")
-SOLVERS = ("auto", "exact")
+SOLVERS = ("auto", "exact", "ipm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +95,13 @@ def check_indices(indices: Any) -> jax.Array:
     return jnp.asarray(indices)
 
 
-def check_loads(loads: Any) -> jax.Array:
-    """`loads` as an int32 array of one or two dimensions."""
+def check_loads(loads: Any, *, floats: bool = False) -> jax.Array:
+    """`loads` as an int32 array (or float32, where allowed) of one or two dimensions."""
     dtype = getattr(loads, "dtype", None)
-    if dtype != np.int32:
+    if dtype != np.int32 and not (floats and dtype == np.float32):
         raise TypeError(
-            f"loads: expected an int32 array, got {dtype or type(loads).__name__}; convert with "
-            f"jnp.asarray(loads, jnp.int32)"
+            f"loads: expected an int32 {'or float32 ' if floats else ''}array, got "
+            f"{dtype or type(loads).__name__}; convert with jnp.asarray(loads, jnp.int32)"
         )
     if loads.ndim not in (1, 2):
         raise ValueError(
@@ -110,10 +110,38 @@ def check_loads(loads: Any) -> jax.Array:
     return jnp.asarray(loads)
 
 
-def check_solver(solver: str) -> None:
-    """Raises where `solver` is unknown."""
+def choose_solver(solver: str, loads: jax.Array | None, rank_weights: Any) -> str:
+    """ "exact" or "ipm"; raises where `solver` is unknown or cannot do what is asked."""
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
+    needs_ipm = None
+    if loads is not None and loads.dtype == np.float32:
+        needs_ipm = "loads: expected int32 for solver='exact', got float32"
+    elif rank_weights is not None:
+        needs_ipm = "rank_weights: expected None for solver='exact', got weights"
+    if solver == "exact" and needs_ipm:
+        raise ValueError(f"{needs_ipm}; use solver='ipm' or 'auto'")
+    if solver == "auto":
+        return "ipm" if needs_ipm else "exact"
+    return solver
+
+
+def check_weights(rank_weights: Any, group_size: int) -> jax.Array | None:
+    """`rank_weights` as float32 `[group_size]`."""
+    if rank_weights is None:
+        return None
+    if not isinstance(rank_weights, jax.core.Tracer):
+        values = np.asarray(rank_weights, np.float32)
+        if values.shape == (group_size,) and not ((values > 0) & (values < np.inf)).all():
+            raise ValueError(
+                f"rank_weights: expected positive finite numbers, got {values.tolist()}"
+            )
+    weights = jnp.asarray(rank_weights, jnp.float32)
+    if weights.shape != (group_size,):
+        raise ValueError(
+            f"rank_weights: expected shape [group_size] = [{group_size}], got {list(weights.shape)}"
+        )
+    return weights
 
 
 def check_count(name: str, value: Any) -> int:

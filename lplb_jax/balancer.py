@@ -13,7 +13,8 @@ from lplb_jax._problem import (
     check_indices,
     check_loads,
     check_problem,
-    check_solver,
+    check_weights,
+    choose_solver,
 )
 from lplb_jax.assignment import Assignment, assign_tokens, check_sources, shaped, workspace_shape
 from lplb_jax.loads import count, sync_loads
@@ -30,6 +31,7 @@ def rebalance(
     placement: Placement | None = None,
     axis_name: Any = None,
     solver: str = "auto",
+    rank_weights: Any = None,
     positions: bool = False,
 ) -> tuple[jax.Array | Assignment, Split]:
     """Routes tokens to replicas so that the busiest rank of every group gets the fewest possible.
@@ -49,7 +51,8 @@ def rebalance(
         redundant slot per column (not where `loads` is None: it tells the number of experts).
       axis_name: the expert-parallel mesh axis (or a tuple of axes) inside `jax.shard_map`; None
         where there is no other rank.
-      solver: "exact" or "auto", see `solve`.
+      solver: "exact", "ipm" or "auto", see `solve`.
+      rank_weights: float `[group_size]`, how fast every rank of a group is, see `solve`.
       positions: return an `Assignment` in the place of the physical indices: with every token's
         place in its slot's list and the lists' lengths, so that a permutation into expert order is
         a scatter.
@@ -75,20 +78,22 @@ def rebalance(
     """
     indices = check_indices(indices)
     loads = None if loads is None else check_loads(loads)
-    check_solver(solver)
+    method = choose_solver(solver, loads, rank_weights)
     problem = check_problem(loads, r2o, placement, axis_name)
+    weights = check_weights(rank_weights, len(problem.r2o))
     check_sources(indices, loads, problem, axis_name)
 
-    if loads is None and axis_name is None:
+    if loads is None and axis_name is None and method == "exact":
         assigned, split = _rebalance_alone(indices, problem, positions)
         return (assigned if positions else assigned.physical_indices), split
 
     own = count(indices, problem.n_logical)
     if loads is None:
-        loads = sync_loads(own, axis_name)
-        split = split_loads(loads, problem)
+        sources = own if axis_name is None else sync_loads(own, axis_name)
+        split = split_loads(sources, problem, method, weights)
+        loads = None if axis_name is None else sources
     else:
-        split = split_loads(loads, problem)
+        split = split_loads(loads, problem, method, weights)
         invalid = jnp.where(own[-1] > 0, jnp.int32(Status.INVALID_INDEX), 0)
         split = split._replace(status=split.status | invalid)
     assigned = assign_tokens(indices, loads, split.quota, problem, axis_name, own, positions)

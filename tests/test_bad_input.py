@@ -41,7 +41,7 @@ BAD_INDICES = [
     (None, TypeError, "object"),
 ]
 BAD_LOADS = [
-    (LOADS.astype(np.float32), TypeError, "int32.*got float32"),
+    (LOADS.astype(np.float16), TypeError, "int32.*got float16"),
     (LOADS.astype(np.int64), TypeError, "int32.*got int64"),
     (LOADS.astype(np.uint32), TypeError, "int32.*got uint32"),
     (LOADS.tolist(), TypeError, "int32.*got list"),
@@ -103,6 +103,13 @@ def test_loads(loads, error, words):
     refused(error, words, lambda: solve(loads, RING, placement=PLACEMENT))
     refused(error, words, lambda: rebalance(IDS, loads, RING, placement=PLACEMENT))
     refused(error, words, lambda: assign(IDS, loads, SPLIT, RING, placement=PLACEMENT))
+
+
+def test_real_loads_have_no_tokens():
+    loads = LOADS.astype(np.float32)
+    words = "^loads: expected an int32 array, got float32"
+    refused(TypeError, words, lambda: rebalance(IDS, loads, RING, placement=PLACEMENT))
+    refused(TypeError, words, lambda: assign(IDS, loads, SPLIT, RING, placement=PLACEMENT))
 
 
 @pytest.mark.parametrize(("loads", "error", "words"), BAD_LOADS[4:])
@@ -173,7 +180,7 @@ def test_sources(indices):
 
 @pytest.mark.parametrize("solver", ["Exact", "", None, "interior-point", 1])
 def test_solver(solver):
-    words = "^solver: expected one of auto, exact, got "
+    words = "^solver: expected one of auto, exact, ipm, got "
     refused(ValueError, words, lambda: solve(LOADS, RING, solver=solver))
     refused(ValueError, words, lambda: rebalance(IDS, LOADS, RING, solver=solver))
 

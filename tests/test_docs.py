@@ -93,11 +93,11 @@ def test_signatures_are_the_contract():
     expected = {
         "rebalance": (
             "(indices, loads, r2o, *, placement=None, axis_name=None, solver='auto', "
-            "positions=False)"
+            "rank_weights=None, positions=False)"
         ),
         "count_loads": "(indices, n_logical)",
         "sync_loads": "(counts, axis_name)",
-        "solve": "(loads, r2o, *, placement=None, solver='auto')",
+        "solve": ("(loads, r2o, *, placement=None, solver='auto', rank_weights=None, repair=True)"),
         "place_experts": ("(history, r2o, *, n_logical, ep_size, redundants_per_rank, n_nodes=1)"),
         "topologies.ring": "(n)",
         "topologies.cube": "()",

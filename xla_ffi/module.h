@@ -13,14 +13,22 @@ namespace lplb {
 
 using Handler = XLA_FFI_Error*(XLA_FFI_CallFrame*);
 
-inline void DefineModule(nanobind::module_& module, Handler* count, Handler* solve, Handler* assign,
-                         Handler* rebalance) {
+struct Handlers {
+  Handler* count;
+  Handler* solve;
+  Handler* ipm;
+  Handler* assign;
+  Handler* rebalance;
+};
+
+inline void DefineModule(nanobind::module_& module, const Handlers& all) {
   module.def("handlers", [=] {
     nanobind::dict handlers;
-    handlers["lplb_count"] = nanobind::capsule(reinterpret_cast<void*>(count));
-    handlers["lplb_solve"] = nanobind::capsule(reinterpret_cast<void*>(solve));
-    handlers["lplb_assign"] = nanobind::capsule(reinterpret_cast<void*>(assign));
-    handlers["lplb_rebalance"] = nanobind::capsule(reinterpret_cast<void*>(rebalance));
+    handlers["lplb_count"] = nanobind::capsule(reinterpret_cast<void*>(all.count));
+    handlers["lplb_solve"] = nanobind::capsule(reinterpret_cast<void*>(all.solve));
+    handlers["lplb_ipm"] = nanobind::capsule(reinterpret_cast<void*>(all.ipm));
+    handlers["lplb_assign"] = nanobind::capsule(reinterpret_cast<void*>(all.assign));
+    handlers["lplb_rebalance"] = nanobind::capsule(reinterpret_cast<void*>(all.rebalance));
     return handlers;
   });
   module.def("jaxlib_version", [] { return std::string(LPLB_JAXLIB_VERSION); });

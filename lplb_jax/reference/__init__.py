@@ -1,13 +1,14 @@
 """The specification: every step in plain JAX, one function per step, written to be read.
 
 It is the oracle of the tests, the fallback where there is no native code, and, through
-`jax.eval_shape`, the source of the native calls' result types. Its results are integers, and the
-native code equals them bit for bit.
+`jax.eval_shape`, the source of the native calls' result types. The native code equals it bit for
+bit, except that the interior point is float32 and equals it to rounding.
 """
 
 from lplb_jax.reference.assignment import assign
 from lplb_jax.reference.balancer import rebalance
+from lplb_jax.reference.ipm import ipm
 from lplb_jax.reference.loads import count
 from lplb_jax.reference.solver import solve
 
-__all__ = ["assign", "count", "rebalance", "solve"]
+__all__ = ["assign", "count", "ipm", "rebalance", "solve"]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Shaped
 
 from lplb_jax.status import Status
 
@@ -99,14 +99,23 @@ def solve_group(
     base = jnp.where(overflow, 0, base)
     moved, load, target = waves(base, jnp.where(overflow, 0, cap), r2o, dst)
 
-    # The moved tokens of a column come from its experts in order.
-    before = jnp.cumsum(replicated, axis=1, dtype=jnp.int32) - replicated
-    away = jnp.where(overflow, 0, jnp.clip(moved[:, None, :] - before, 0, replicated))
-    away = away.reshape(group_size, n_redundant)
+    quota = quotas(own, moved, r2o, n_redundant)
+    return quota, jnp.where(overflow, INT32_MAX, load.max()), target, overflow
+
+
+def quotas(
+    own: Array, moved: Array, r2o: Int32[Array, "group_size n_columns"], n_redundant: int
+) -> Array:
+    """Tokens per slot: a column's moved tokens come from its experts in order."""
+    group_size, n_columns = r2o.shape
+    replicated = own[:, :n_redundant].reshape(group_size, -1, n_columns)
+    before = jnp.cumsum(replicated, axis=1, dtype=own.dtype) - replicated
+    # Where nothing moves, `before` may have overflowed.
+    away = jnp.clip(moved[:, None, :] - before, 0, replicated)
+    away = jnp.where(moved[:, None, :] > 0, away, 0).reshape(group_size, n_redundant)
     local = jnp.arange(n_redundant)
     copies = away[r2o[:, local % n_columns], local]
-    quota = jnp.concatenate([own.at[:, :n_redundant].add(-away), copies], axis=1)
-    return quota, jnp.where(overflow, INT32_MAX, load.max()), target, overflow
+    return jnp.concatenate([own.at[:, :n_redundant].add(-away), copies], axis=1)
 
 
 class Plan(NamedTuple):
@@ -124,8 +133,25 @@ def waves(
     dst: Int32[Array, "group_size n_columns"],
 ) -> tuple[Int32[Array, "group_size n_columns"], Int32[Array, " group_size"], Int32[Array, ""]]:
     """Tokens moved along every edge, rank loads, and the target, which is the lower bound."""
+    plan = finish_waves(Plan(base, cap - cap, first_target(base, cap)), cap, r2o, dst)
+    return plan.moved, plan.load, plan.target
+
+
+def first_target(
+    base: Int32[Array, " group_size"], cap: Int32[Array, "group_size n_columns"]
+) -> Int32[Array, ""]:
+    """The bounds of the set of all ranks and of the sets of one rank."""
     everyone = jnp.ones(base.shape, bool)
-    target = jnp.maximum(ceil_mean(base, everyone), (base - cap.sum(axis=1, dtype=jnp.int32)).max())
+    return jnp.maximum(ceil_mean(base, everyone), (base - cap.sum(axis=1, dtype=jnp.int32)).max())
+
+
+def finish_waves(
+    plan: Plan,
+    cap: Int32[Array, "group_size n_columns"],
+    r2o: Int32[Array, "group_size n_columns"],
+    dst: Int32[Array, "group_size n_columns"],
+) -> Plan:
+    """Waves from any legal plan whose target is proven; loads may be negative."""
 
     def phase(plan: Plan) -> Plan:
         level, depth = levels(plan, cap, r2o, dst)
@@ -137,12 +163,7 @@ def waves(
         plan = push(plan, cap, r2o, dst, level, jnp.where(stuck, 0, depth))
         return plan._replace(target=plan.target + jnp.where(stuck, rise, 0))
 
-    plan = lax.while_loop(
-        lambda plan: (plan.load > plan.target).any(),
-        phase,
-        Plan(base, cap - cap, target),
-    )
-    return plan.moved, plan.load, plan.target
+    return lax.while_loop(lambda plan: (plan.load > plan.target).any(), phase, plan)
 
 
 def levels(
@@ -214,8 +235,8 @@ def push(
 
 
 def arrived(
-    sent: Int32[Array, "group_size n_columns"], r2o: Int32[Array, "group_size n_columns"]
-) -> Int32[Array, "group_size n_columns"]:
+    sent: Shaped[Array, "group_size n_columns"], r2o: Int32[Array, "group_size n_columns"]
+) -> Shaped[Array, "group_size n_columns"]:
     """What a rank's redundant columns hold, from what the columns' owners sent."""
     return sent[r2o, jnp.arange(r2o.shape[1])]
 

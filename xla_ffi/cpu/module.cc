@@ -3,5 +3,6 @@
 #include "xla_ffi/cpu/handlers.h"
 
 NB_MODULE(_cpu, m) {
-  lplb::DefineModule(m, lplb::CountCpu, lplb::SolveCpu, lplb::AssignCpu, lplb::RebalanceCpu);
+  lplb::DefineModule(
+      m, {lplb::CountCpu, lplb::SolveCpu, lplb::IpmCpu, lplb::AssignCpu, lplb::RebalanceCpu});
 }

@@ -5,6 +5,7 @@
 #include <array>
 #include <stdexcept>
 
+#include "cuda/ipm.h"
 #include "cuda/route.h"
 #include "cuda/solver.h"
 #include "xla_ffi/cuda/handlers.h"
@@ -56,11 +57,28 @@ void LaunchRebalance(std::array<int32_t, 6> problem, int64_t batch, int64_t n_to
   ThrowIf(cuda::LaunchRebalance(arguments, As<CUstream_st>(stream)));
 }
 
+// Likewise for the interior point; `in` has the weights last, `options` are floats, weighted,
+// repair.
+void LaunchIpm(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources,
+               std::array<bool, 3> options, int64_t batch, std::array<Pointer, 5> in,
+               std::array<Pointer, 4> out, Pointer stream) {
+  ThrowIf(cuda::LaunchIpm(
+      ProblemOf(problem), {sources[0], sources[1]}, {options[0], options[1], options[2]}, batch,
+      {{As(in[0]), As(in[1]), As(in[2]), As(in[3])}, As<const float>(in[4])},
+      {As(out[0]), As(out[1]), As(out[2]), As(out[3])}, As<CUstream_st>(stream)));
+}
+
+// What a launch costs by itself.
+void LaunchEmpty(Pointer stream) { ThrowIf(cuda::LaunchEmpty(As<CUstream_st>(stream))); }
+
 }  // namespace
 }  // namespace lplb
 
 NB_MODULE(_cuda, m) {
-  lplb::DefineModule(m, lplb::CountCuda, lplb::SolveCuda, lplb::AssignCuda, lplb::RebalanceCuda);
+  lplb::DefineModule(
+      m, {lplb::CountCuda, lplb::SolveCuda, lplb::IpmCuda, lplb::AssignCuda, lplb::RebalanceCuda});
   m.def("launch_solve", lplb::LaunchSolve);
+  m.def("launch_ipm", lplb::LaunchIpm);
+  m.def("launch_empty", lplb::LaunchEmpty);
   m.def("launch_rebalance", lplb::LaunchRebalance);
 }

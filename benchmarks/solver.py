@@ -1,0 +1,210 @@
+"""Times the solvers' kernels by themselves, over many instances, and checks every result.
+
+    python benchmarks/solver.py [--instances 200] [--topologies cube ...] [--json out.json]
+
+Median time per launch in a CUDA graph (see graph.py): mean, p50, p95 and max over instances of
+eight load families. Launch and reading the int32 loads are included. The exact solver's max_load
+must be its lower bound, and the interior point's repaired one the same; without repair, its real
+plan must be within 1e-4 of what it proves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+import graph
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lplb_jax
+from lplb_jax import _cuda, place_experts, topologies
+
+# name: topology, experts per rank, redundant slots per rank
+TOPOLOGIES = {
+    "ring 8x1": (topologies.ring(8), 32, 1),
+    "cube": (topologies.cube(), 32, 2),
+    "hypercube": (topologies.hypercube(), 16, 2),
+    "torus 8x4": (topologies.torus(8, 4), 8, 2),
+    "torus 8x8": (topologies.torus(8, 8), 4, 2),
+}
+
+
+def mild(rng, group_size, n_local):
+    return rng.normal(200, 40, group_size * n_local).clip(0)
+
+
+def skewed(rng, group_size, n_local):
+    return rng.lognormal(4, 1.5, group_size * n_local)
+
+
+def zipf(rng, group_size, n_local):
+    weight = 1 / rng.permutation(np.arange(1, group_size * n_local + 1)) ** 1.1
+    return rng.multinomial(50_000, weight / weight.sum())
+
+
+def one_hot(rng, group_size, n_local):
+    loads = np.zeros(group_size * n_local)
+    loads[rng.integers(len(loads))] = rng.integers(1, 100_000)
+    return loads
+
+
+def zeros_mixed(rng, group_size, n_local):
+    n = group_size * n_local
+    return rng.integers(0, 1000, n) * (rng.random(n) < rng.random())
+
+
+def tiny(rng, group_size, n_local):
+    n = group_size * n_local
+    return rng.multinomial(rng.integers(1, group_size), np.full(n, 1 / n))
+
+
+def huge(rng, group_size, n_local):
+    most = (2**31 - 1) // (n_local + 4)
+    return most - rng.integers(0, most // 5, group_size * n_local)
+
+
+def half_empty(rng, group_size, n_local):
+    loads = rng.integers(0, 1000, (group_size, n_local))
+    loads[1::2] = 0
+    loads[2 * rng.integers((group_size + 1) // 2)] *= 20
+    return loads.reshape(-1)
+
+
+FAMILIES = [mild, skewed, zipf, one_hot, zeros_mixed, tiny, huge, half_empty]
+
+
+@dataclasses.dataclass
+class Bench:
+    """One topology's placement and device buffers, for `most` elements of a batch."""
+
+    r2o: np.ndarray
+    n_local: int
+    n_redundant: int
+    most: int
+
+    def __post_init__(self):
+        group_size = len(self.r2o)
+        self.placement = place_experts(
+            None,
+            self.r2o,
+            n_logical=group_size * self.n_local,
+            ep_size=group_size,
+            redundants_per_rank=self.n_redundant,
+        )
+        place = self.placement
+        self.sizes = (
+            group_size,
+            group_size,
+            self.r2o.shape[1],
+            place.n_logical,
+            place.n_physical,
+            np.asarray(place.log2phy).shape[1],
+        )
+
+        def repeated(array, dtype=np.int32):
+            array = np.asarray(array, dtype)
+            return jnp.asarray(np.broadcast_to(array, (self.most, *array.shape)))
+
+        # Kept alive here: the launchers get addresses.
+        self.loads = None
+        self.inputs = [repeated(a) for a in (place.phy2log, place.log2phy, self.r2o)]
+        self.weights = repeated(np.ones(group_size), np.float32)
+        self.outputs = [jnp.zeros((self.most, place.n_physical), jnp.int32)]
+        self.outputs += [jnp.zeros(self.most, jnp.int32) for _ in range(3)]
+
+    def launcher(self, name: str, loads: np.ndarray):
+        """A launch of solver `name` over a batch of loads."""
+        self.loads = jnp.asarray(loads)
+        batch, sources = len(loads), (1, self.sizes[3])
+        solve_in = [graph.pointer(a) for a in (self.loads, *self.inputs)]
+        out = [graph.pointer(a) for a in self.outputs]
+        if name == "exact":
+            return lambda stream: _cuda.launch_solve(
+                self.sizes, sources, batch, solve_in, out, stream
+            )
+        options = (False, False, name == "ipm, repaired")
+        ipm_in = [*solve_in, graph.pointer(self.weights)]
+        return lambda stream: _cuda.launch_ipm(
+            self.sizes, sources, options, batch, ipm_in, out, stream
+        )
+
+    def check(self, loads: np.ndarray) -> dict[str, float]:
+        """Solves all instances through JAX; the worst gaps, and whether anything is not optimal."""
+
+        def run(dtype, **options):
+            solve = jax.jit(
+                jax.vmap(
+                    lambda row: lplb_jax.solve(row, self.r2o, placement=self.placement, **options)
+                )
+            )
+            return jax.tree.map(np.asarray, solve(loads.astype(dtype)))
+
+        exact = run(np.int32, solver="exact")
+        repaired = run(np.int32, solver="ipm")
+        real = run(np.float32, solver="ipm")
+        gap = (real.max_load - real.lower_bound) / np.maximum(real.max_load, 1e-30)
+        return {
+            "exact not optimal": int((exact.max_load != exact.lower_bound).sum()),
+            "repaired not optimal": int((repaired.max_load != exact.max_load).sum()),
+            "ipm not converged": int((real.status != 0).sum()),
+            "ipm largest gap": float(gap.max()),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--instances", type=int, default=200, help="per topology")
+    parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES), choices=TOPOLOGIES)
+    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    properties = graph.check(graph.runtime.cudaGetDeviceProperties(0))
+    machine = f"{properties.name.decode().rstrip(chr(0))}, jax {jax.__version__}"
+    results = {"machine": machine}
+    print(machine)
+    for topology in arguments.topologies:
+        r2o, n_local, n_redundant = TOPOLOGIES[topology]
+        rng = np.random.default_rng(arguments.seed)
+        each = -(-arguments.instances // len(FAMILIES))
+        loads = np.stack(
+            [f(rng, len(r2o), n_local).astype(np.int32) for f in FAMILIES for _ in range(each)]
+        )
+        bench = Bench(r2o, n_local, n_redundant, most=64)
+        result = results[topology] = bench.check(loads)
+        print(f"\n{topology}: {len(loads)} instances, {result}")
+        print("| solver | mean µs | p50 | p95 | max | 58 layers at once | 64 groups at once |")
+        print("|---|---|---|---|---|---|---|")
+        for name in ("exact", "ipm", "ipm, repaired"):
+            times = [
+                graph.microseconds(bench.launcher(name, row[None]), launches=10, replays=5)
+                for row in loads
+            ]
+            together = [
+                graph.microseconds(bench.launcher(name, loads[rng.integers(len(loads), size=n)]))
+                for n in (58, 64)
+            ]
+            row = [
+                np.mean(times),
+                np.median(times),
+                np.quantile(times, 0.95),
+                max(times),
+                *together,
+            ]
+            result[name] = dict(
+                zip(("mean", "p50", "p95", "max", "58 layers", "64 groups"), row, strict=True)
+            )
+            print(f"| {name} | " + " | ".join(f"{value:.1f}" for value in row) + " |", flush=True)
+    empty = graph.microseconds(_cuda.launch_empty)
+    results["empty kernel"] = empty
+    print(f"\nan empty kernel: {empty:.2f} µs")
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(results, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,430 @@
+// The interior point for one group by one team, with the names of lplb_jax/reference/ipm.py, which
+// explains it. Thread r is also rank r; edges are dealt out to all threads in turn.
+#ifndef LPLB_CUDA_INTERIOR_CUH_
+#define LPLB_CUDA_INTERIOR_CUH_
+
+#include "cuda/factor.cuh"
+#include "cuda/interior.h"
+
+namespace lplb::cuda {
+
+// The group's graph in shared memory: edge e = u · n_columns + d leads from rank u to dst[e] and is
+// column d of rank dst[e], that is src[dst[e] · n_columns + d] = u.
+struct Graph {
+  int32_t n_ranks;
+  int32_t n_columns;
+  const int32_t* src;
+  const int32_t* dst;
+};
+
+// kEdges: the most edges of one thread.
+template <int kRanks, int kParts, int kEdges>
+class Interior {
+ public:
+  using TableOf = Table<kRanks, kParts>;
+  static constexpr int kThreads = TableOf::kThreads;
+  using TeamOf = Team<kThreads>;
+
+  struct Memory {
+    typename TableOf::Memory table;
+    typename TeamOf::Memory team;
+    // One entry per rank, 0 in the idle places.
+    alignas(16) float base[kRanks];
+    alignas(16) float w[kRanks];
+    alignas(16) float y[kRanks];
+    alignas(16) float ex[kRanks];
+    alignas(16) float q[kRanks];
+    alignas(16) float k[kRanks];
+    alignas(16) float p[kRanks];
+    alignas(16) float middle[kRanks];
+  };
+
+  struct Result {
+    float largest;
+    float bound;
+  };
+
+  // Of one edge each: capacity, flow or plan, H, and the values of y at its ends with the capacity.
+  // Of one rank each: whether it is in the best cut.
+  struct GroupArrays {
+    float* cap;
+    float* flow;
+    float* H;
+    float4* ends;
+    int32_t* cut;
+  };
+
+  __device__ Interior(const Graph& graph, Memory& memory, const GroupArrays& edges)
+      : graph_(graph),
+        memory_(memory),
+        edges_(edges),
+        team_(memory.team),
+        table_(memory.table),
+        n_edges_(graph.n_ranks * graph.n_columns),
+        is_rank_(threadIdx.x < graph.n_ranks) {}
+
+  // In: memory.base and memory.w, and edges.cap, 0 for what is no edge; a barrier is behind them.
+  // Out: edges.flow is the best plan, edges.cut the best cut. Ends with a barrier of the team.
+  __device__ Result Run() {
+    const float scale = Scale();
+    Start();
+    float largest = 0;
+    float bound = 0;
+    bool in_cut = true;
+    for (int n = 0;; ++n) {
+      const bool better = Judge(n == 0, largest, bound, in_cut);
+#pragma unroll
+      for (int i = 0; i < kEdges; ++i) best_[i] = better ? Plan(i) : best_[i];
+      if (!(largest - bound > kStopGap * largest) || n == kMaxSteps) break;
+      Step();
+    }
+    TeamOf::Sync();
+    ForEdges([&](int i, int e) { edges_.flow[e] = live_[i] ? best_[i] * scale : 0; });
+    if (is_rank_) edges_.cut[threadIdx.x] = in_cut;
+    TeamOf::Sync();
+    return {largest * scale, bound * scale};
+  }
+
+ private:
+  template <typename Function>
+  __device__ __forceinline__ void ForEdges(Function&& function) const {
+#pragma unroll
+    for (int i = 0; i < kEdges; ++i) {
+      const int e = threadIdx.x + i * kThreads;
+      if (e < n_edges_) function(i, e);
+    }
+  }
+
+  // Flow into a rank less the flow out of it.
+  __device__ __forceinline__ float Gather(const float* flow) const {
+    float sum = 0;
+#pragma unroll 2
+    for (int d = 0; d < graph_.n_columns; ++d) {
+      const int at = threadIdx.x * graph_.n_columns + d;
+      sum += flow[graph_.src[at] * graph_.n_columns + d] - flow[at];
+    }
+    return sum;
+  }
+
+  __device__ __forceinline__ float Plan(int i) const { return fminf(fmaxf(x_[i], 0), cap_[i]); }
+
+  // Divides all loads by their scale, and leaves out the edges that can move next to nothing.
+  __device__ float Scale() {
+    base_ = is_rank_ ? memory_.base[threadIdx.x] : 0;
+    w_ = is_rank_ ? memory_.w[threadIdx.x] : 0;
+    inverse_w_ = is_rank_ ? Quotient(1, w_) : 0;
+    float stuck = base_;
+    if (is_rank_) {
+      for (int d = 0; d < graph_.n_columns; ++d) {
+        stuck -= edges_.cap[threadIdx.x * graph_.n_columns + d];
+      }
+    }
+    float value[3] = {fmaxf(stuck * inverse_w_, 0), base_, w_};
+    team_.template Reduce<1>(value);
+    const float scale = fmaxf(value[0], Quotient(value[1], value[2]));
+    const float unit = scale > 0 ? 1 / scale : 0;
+    base_ *= unit;
+    if (is_rank_) memory_.base[threadIdx.x] = base_;
+    n_live_ = 0;
+#pragma unroll
+    for (int i = 0; i < kEdges; ++i) {
+      live_[i] = false;
+      cap_[i] = best_[i] = 0;
+      x_[i] = xb_[i] = zl_[i] = zu_[i] = 1;
+    }
+    ForEdges([&](int i, int e) {
+      const float cap = edges_.cap[e] * unit;
+      live_[i] = cap > kLeastEdge;
+      if (live_[i]) {
+        cap_[i] = cap;
+        x_[i] = xb_[i] = cap / 2;
+        n_live_ += 1;
+      }
+      u_[i] = e / graph_.n_columns;
+      v_[i] = graph_.dst[e];
+      edges_.flow[e] = live_[i] ? x_[i] : 0;
+    });
+    TeamOf::Sync();
+    return scale;
+  }
+
+  __device__ void Start() {
+    load_ = is_rank_ ? base_ + Gather(edges_.flow) : 0;
+    float most[1] = {fmaxf(load_ * inverse_w_, 0)};
+    team_.template Reduce<1>(most);
+    t_ = most[0] + kStartSlack;
+    s_ = is_rank_ ? t_ * w_ - load_ : 1;
+    float sum[2] = {is_rank_ ? Quotient(w_, s_) : 0, n_live_};
+    team_.template Reduce<0>(sum);
+    const float mu = Quotient(1, sum[0]);
+    inverse_pairs_ = Quotient(1, static_cast<float>(graph_.n_ranks) + 2 * sum[1]);
+    y_ = is_rank_ ? Quotient(mu, s_) : 1;
+    if (is_rank_) memory_.y[threadIdx.x] = y_;
+    TeamOf::Sync();
+    ForEdges([&](int i, int) {
+      if (!live_[i]) return;
+      const float m = Quotient(kStartProduct * mu, x_[i]);
+      const float h = (memory_.y[v_[i]] - memory_.y[u_[i]]) / 2;
+      const float larger = __fsqrt_rn(m * m + h * h) + fabsf(h);
+      const float smaller = Quotient(m * m, larger);
+      zl_[i] = h > 0 ? larger : smaller;
+      zu_[i] = h > 0 ? smaller : larger;
+    });
+  }
+
+  // Measures the plan and the cuts by y; says whether the plan is the best so far. In: y and the
+  // edges' x. Out: load_ of the plan, and the edges' ends.
+  __device__ __forceinline__ bool Judge(bool first, float& largest, float& bound, bool& in_cut) {
+    ForEdges([&](int i, int e) {
+      edges_.flow[e] = live_[i] ? Plan(i) : 0;
+      edges_.ends[e] = make_float4(memory_.y[u_[i]], memory_.y[v_[i]], cap_[i], 0);
+    });
+    TeamOf::Sync();
+    load_ = is_rank_ ? base_ + Gather(edges_.flow) : 0;
+
+    // Of the sets {ranks whose y is at least y_r} the one that proves most. The threads of row r
+    // share its work.
+    const float least = memory_.y[table_.row()];
+    float stuck = 0;
+    float weight = 0;
+#pragma unroll
+    for (int i = 0; i < TableOf::kColumns; ++i) {
+      const int rank = table_.first_column() + i;
+      if (memory_.y[rank] >= least) {
+        stuck += memory_.base[rank];
+        weight += memory_.w[rank];
+      }
+    }
+    // Fewer rows than a warp has lanes are there several times, and share the edges.
+    constexpr int kTimes = kThreads / TableOf::kUsed;
+    float leaves = 0;
+#pragma unroll 4
+    for (int e = threadIdx.x % kParts + kParts * (threadIdx.x / TableOf::kUsed); e < n_edges_;
+         e += kParts * kTimes) {
+      const float4 ends = edges_.ends[e];
+      if (ends.x >= least && ends.y < least) leaves += ends.z;
+    }
+#pragma unroll
+    for (int lanes = TableOf::kUsed; lanes < kThreads; lanes *= 2) {
+      leaves += __shfl_xor_sync(kAllLanes, leaves, lanes);
+    }
+    stuck = TableOf::OverRow(stuck - leaves);
+    weight = TableOf::OverRow(weight);
+    const bool counts = table_.row() < graph_.n_ranks;
+    const uint2 best = team_.Best(counts ? fmaxf(Quotient(stuck, weight), 0) : 0, table_.row());
+    float most[1] = {fmaxf(load_ * inverse_w_, 0)};
+    team_.template Reduce<1>(most);
+    const float value = __uint_as_float(best.x);
+    if (first || value > bound) {
+      bound = value;
+      in_cut = is_rank_ && y_ >= memory_.y[best.y];
+    }
+    const bool better = first || most[0] < largest;
+    if (better) largest = most[0];
+    return better;
+  }
+
+  // aᵀb over the ranks, in every thread by itself: few ranks are added faster than exchanged.
+  static __device__ __forceinline__ float Dot(const float* a, const float* b) {
+    if constexpr (kRanks <= 32) {
+      float sum[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < kRanks / 4; ++i) {
+        const float4 c = reinterpret_cast<const float4*>(a)[i];
+        const float4 d = reinterpret_cast<const float4*>(b)[i];
+        sum[0] += c.x * d.x;
+        sum[1] += c.y * d.y;
+        sum[2] += c.z * d.z;
+        sum[3] += c.w * d.w;
+      }
+      return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    } else {
+      float sum[1] = {0};
+#pragma unroll
+      for (int i = 0; i < kRanks; i += 32) {
+        sum[0] += a[i + (threadIdx.x & 31)] * b[i + (threadIdx.x & 31)];
+      }
+      TeamOf::template SumUp<0>(sum);
+      return sum[0];
+    }
+  }
+
+  // dy = p − r · k and dt from the right-hand side in memory.q: the right-hand side is centred, and
+  // wᵀdy = rt.
+  __device__ __forceinline__ float Saddle(float rt, float inverse_wk) {
+    const float qm = Dot(memory_.k, memory_.q) * inverse_wk;
+    table_.Solve(memory_.q, memory_.w, qm, memory_.middle, memory_.p);
+    r_ = (Dot(memory_.w, memory_.p) - rt) * inverse_wk;
+    return qm + r_;
+  }
+
+  // dy_v − dy_u of an edge.
+  __device__ __forceinline__ float Difference(int i) const {
+    const int u = u_[i];
+    const int v = v_[i];
+    return memory_.p[v] - memory_.p[u] - r_ * (memory_.k[v] - memory_.k[u]);
+  }
+
+  __device__ __forceinline__ void Step() {
+    // The matrix, and the predictor's right-hand side. Its targets are 0, which makes g = y_u −
+    // y_v.
+    float ix[kEdges], ixb[kEdges], H[kEdges], g[kEdges];
+    ForEdges([&](int i, int e) {
+      const float4 ends = edges_.ends[e];
+      ix[i] = Quotient(1, x_[i]);
+      ixb[i] = Quotient(1, xb_[i]);
+      H[i] = live_[i] ? Quotient(1, zl_[i] * ix[i] + zu_[i] * ixb[i]) : 0;
+      g[i] = ends.x - ends.y;
+      edges_.H[e] = H[i];
+      edges_.flow[e] = H[i] * g[i];
+    });
+    const float iy = Quotient(1, y_);
+    const float ex = s_ * iy;
+    if (is_rank_) memory_.ex[threadIdx.x] = ex;
+    TeamOf::Sync();
+    const float rest = load_ - t_ * w_;
+    if (is_rank_) memory_.q[threadIdx.x] = rest + Gather(edges_.flow);
+    Assemble();
+    table_.Factor(graph_.n_ranks, memory_.ex[table_.row()]);
+    table_.Solve(memory_.w, memory_.w, 0, memory_.middle, memory_.k);
+    const float inverse_wk = Quotient(1, Dot(memory_.w, memory_.k));
+    const float rt = 1 - Dot(memory_.w, memory_.y);
+
+    // Predictor: straight at the solution. How far it gets says how much to centre.
+    Saddle(rt, inverse_wk);
+    float el[kEdges], eu[kEdges];
+    float value[5] = {0, 0, 0, 0, 0};  // Reciprocals of the limits; products of v·v, d·v, d·d.
+    ForEdges([&](int i, int) {
+      if (!live_[i]) return;
+      const float dx = H[i] * (g[i] - Difference(i));
+      const float a = dx * ix[i];
+      const float b = dx * ixb[i];
+      const float dzl = -zl_[i] * (1 + a);
+      const float dzu = zu_[i] * (b - 1);
+      value[0] = fmaxf(value[0], fmaxf(-a, b));
+      value[1] = fmaxf(value[1], fmaxf(1 + a, 1 - b));
+      value[2] += x_[i] * zl_[i] + xb_[i] * zu_[i];
+      value[3] += dx * (zl_[i] - zu_[i]);
+      value[4] += dx * (dzl - dzu);
+      el[i] = dx * dzl;
+      eu[i] = dx * dzu;
+    });
+    float second = 0;
+    if (is_rank_) {
+      const float dy = memory_.p[threadIdx.x] - r_ * memory_.k[threadIdx.x];
+      const float a = dy * iy;
+      const float ds = -s_ * (1 + a);
+      value[0] = fmaxf(value[0], 1 + a);
+      value[1] = fmaxf(value[1], -a);
+      value[2] += s_ * y_;
+      value[3] += ds * y_;
+      value[4] += ds * dy;
+      second = ds * dy;
+    }
+    team_.template Reduce<2>(value);
+    float ap = value[0] > 1 ? Quotient(1, value[0]) : 1;
+    float ad = value[1] > 1 ? Quotient(1, value[1]) : 1;
+    const float mu = value[2] * inverse_pairs_;
+    const float reached =
+        mu * (1 - ad) + ((ap - ad) * value[3] + ap * ad * value[4]) * inverse_pairs_;
+    const float c = fminf(ap, ad);
+    const float target = TargetMu(mu, reached, c);
+
+    // Corrector: the same matrix, with the predictor's second-order terms.
+    ForEdges([&](int i, int e) {
+      if (!live_[i]) {
+        edges_.flow[e] = 0;
+        return;
+      }
+      el[i] = (target - c * el[i]) * ix[i];
+      eu[i] = (target + c * eu[i]) * ixb[i];
+      g[i] += el[i] - eu[i];
+      edges_.flow[e] = H[i] * g[i];
+    });
+    const float es = (target - c * second) * iy;
+    TeamOf::Sync();
+    if (is_rank_) memory_.q[threadIdx.x] = rest + es + Gather(edges_.flow);
+    TeamOf::Sync();
+    const float dt = Saddle(rt, inverse_wk);
+    float limit[2] = {0, 0};
+    ForEdges([&](int i, int) {
+      if (!live_[i]) return;
+      const float dx = H[i] * (g[i] - Difference(i));
+      const float a = dx * ix[i];
+      const float b = dx * ixb[i];
+      limit[0] = fmaxf(limit[0], fmaxf(-a, b));
+      limit[1] =
+          fmaxf(limit[1], fmaxf(1 + a - Quotient(el[i], zl_[i]), 1 - b - Quotient(eu[i], zu_[i])));
+      g[i] = dx;
+    });
+    float dy = 0;
+    if (is_rank_) {
+      dy = memory_.p[threadIdx.x] - r_ * memory_.k[threadIdx.x];
+      limit[0] = fmaxf(limit[0], 1 + dy * iy - Quotient(es, s_));
+      limit[1] = fmaxf(limit[1], -dy * iy);
+    }
+    team_.template Reduce<2>(limit);
+    ap = limit[0] > kBackOff ? Quotient(kBackOff, limit[0]) : 1;
+    ad = limit[1] > kBackOff ? Quotient(kBackOff, limit[1]) : 1;
+    ForEdges([&](int i, int) {
+      if (!live_[i]) return;
+      const float dx = g[i];
+      const float dzl = el[i] - zl_[i] * (1 + dx * ix[i]);
+      const float dzu = eu[i] - zu_[i] * (1 - dx * ixb[i]);
+      x_[i] = fmaxf(x_[i] + ap * dx, kLeastPrimal);
+      xb_[i] = fmaxf(xb_[i] - ap * dx, kLeastPrimal);
+      zl_[i] = fmaxf(zl_[i] + ad * dzl, kLeastDual);
+      zu_[i] = fmaxf(zu_[i] + ad * dzu, kLeastDual);
+    });
+    if (is_rank_) {
+      const float ds = es - s_ - ex * dy;
+      s_ = fmaxf(s_ + ap * ds, kLeastPrimal);
+      y_ = fmaxf(y_ + ad * dy, kLeastDual);
+      memory_.y[threadIdx.x] = y_;
+    }
+    t_ += ap * dt;
+    TeamOf::Sync();
+  }
+
+  // The off-diagonals of this thread's part of a row.
+  __device__ __forceinline__ void Assemble() {
+#pragma unroll
+    for (int i = 0; i < TableOf::kColumns; ++i) table_[i] = 0;
+    if (table_.row() >= graph_.n_ranks) return;
+#pragma unroll 1
+    for (int d = 0; d < graph_.n_columns; ++d) {
+      const int at = table_.row() * graph_.n_columns + d;
+      const int from = graph_.src[at];
+      const int to = graph_.dst[at] - table_.first_column();
+      const float out = edges_.H[at];
+      const float in = edges_.H[from * graph_.n_columns + d];
+#pragma unroll
+      for (int i = 0; i < TableOf::kColumns; ++i) {
+        if (i == to) table_[i] += out;
+        if (i == from - table_.first_column()) table_[i] += in;
+      }
+    }
+  }
+
+  const Graph graph_;
+  Memory& memory_;
+  const GroupArrays edges_;
+  TeamOf team_;
+  TableOf table_;
+  const int n_edges_;
+  const bool is_rank_;
+  float inverse_pairs_;
+  float n_live_;
+  float r_;  // What dy needs of k.
+
+  // This thread's edges.
+  bool live_[kEdges];
+  int u_[kEdges], v_[kEdges];
+  float cap_[kEdges], x_[kEdges], xb_[kEdges], zl_[kEdges], zu_[kEdges], best_[kEdges];
+  // This thread's rank, and t, which all threads know.
+  float base_, w_, inverse_w_, load_, s_, y_, t_;
+};
+
+}  // namespace lplb::cuda
+
+#endif  // LPLB_CUDA_INTERIOR_CUH_

@@ -1,0 +1,98 @@
+// A team: the threads of a block that work on the interior point. Barriers and sums over them.
+#ifndef LPLB_CUDA_TEAM_CUH_
+#define LPLB_CUDA_TEAM_CUH_
+
+#include <cstdint>
+
+namespace lplb::cuda {
+
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// The first kThreads threads of the block, whole warps. One warp needs no barrier of the block.
+template <int kThreads>
+struct Team {
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kMostSums = 4;
+
+  // Two buffers in turn: between two uses of one there is always the barrier of the other.
+  struct Memory {
+    float sums[2][kMostSums][kWarps];
+    uint2 keys[kWarps];
+  };
+
+  __device__ explicit Team(Memory& memory) : memory_(memory) {}
+
+  static __device__ __forceinline__ void Sync() {
+    if constexpr (kWarps == 1) {
+      __syncwarp();
+    } else {
+      asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+    }
+  }
+
+  // Largest of the first kMax values, which are ≥ 0, and sums of the others; all threads get them.
+  template <int kMax, int kAll>
+  __device__ __forceinline__ void Reduce(float (&value)[kAll]) {
+#pragma unroll
+    for (int i = 0; i < kAll; ++i) value[i] = i < kMax ? WarpMax(value[i]) : value[i];
+    SumUp<kMax>(value);
+    if constexpr (kWarps > 1) {
+      auto& sums = memory_.sums[turn_ ^= 1];
+      if ((threadIdx.x & 31) == 0) {
+#pragma unroll
+        for (int i = 0; i < kAll; ++i) sums[i][threadIdx.x / 32] = value[i];
+      }
+      Sync();
+#pragma unroll
+      for (int i = 0; i < kAll; ++i) {
+        value[i] = sums[i][0];
+#pragma unroll
+        for (int w = 1; w < kWarps; ++w) {
+          value[i] = i < kMax ? fmaxf(value[i], sums[i][w]) : value[i] + sums[i][w];
+        }
+      }
+    }
+  }
+
+  // The largest value ≥ 0 over the team and the smallest tag that comes with it.
+  __device__ __forceinline__ uint2 Best(float value, uint32_t tag) {
+    const uint32_t bits = __float_as_uint(value);
+    uint2 best;
+    best.x = __reduce_max_sync(kAllLanes, bits);
+    best.y = __reduce_min_sync(kAllLanes, bits == best.x ? tag : ~0u);
+    if constexpr (kWarps > 1) {
+      if ((threadIdx.x & 31) == 0) memory_.keys[threadIdx.x / 32] = best;
+      Sync();
+      best = memory_.keys[0];
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) {
+        const uint2 other = memory_.keys[w];
+        if (other.x > best.x || (other.x == best.x && other.y < best.y)) best = other;
+      }
+    }
+    return best;
+  }
+
+  // Values ≥ 0 are ordered as their bits are.
+  static __device__ __forceinline__ float WarpMax(float value) {
+    return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(value)));
+  }
+
+  // Sums over one warp of all values from the kFirst-th on.
+  template <int kFirst, int kAll>
+  static __device__ __forceinline__ void SumUp(float (&value)[kAll]) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+#pragma unroll
+      for (int i = kFirst; i < kAll; ++i) value[i] += __shfl_xor_sync(kAllLanes, value[i], step);
+    }
+  }
+
+ private:
+  Memory& memory_;
+  int turn_ = 0;
+};
+
+}  // namespace lplb::cuda
+
+#endif  // LPLB_CUDA_TEAM_CUH_

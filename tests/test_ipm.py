@@ -1,0 +1,304 @@
+"""The interior point: feasible always, near the optimum, its bound never above it, repair exact."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.sparse
+from cases import CASES, FAMILIES, INT32_MAX, SMALL_CASES, Case, batch, layers
+from oracles import assert_feasible, assert_optimal, group_views
+
+from lplb_jax import Status, _native, reference, solve, topologies
+
+CONVERGED = 1e-4
+
+
+def least_largest(loads, hosts, weights):
+    """HiGHS: the least largest load / weight of a real-valued split."""
+    expert, rank = np.nonzero(hosts)
+    n_pairs, n_ranks = len(expert), hosts.shape[1]
+    scale = max(1.0, float(loads.max()))
+    pair = np.arange(n_pairs)
+    below = scipy.sparse.coo_array(
+        (
+            np.append(np.ones(n_pairs), -weights),
+            (np.append(rank, np.arange(n_ranks)), np.append(pair, np.full(n_ranks, n_pairs))),
+        )
+    )
+    served = scipy.sparse.coo_array(
+        (np.ones(n_pairs), (expert, pair)), shape=(len(loads), n_pairs + 1)
+    )
+    solved = scipy.optimize.linprog(
+        np.append(np.zeros(n_pairs), 1),
+        A_ub=below.tocsr(),
+        b_ub=np.zeros(n_ranks),
+        A_eq=served.tocsr(),
+        b_eq=loads / scale,
+        method="highs",
+        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
+    )
+    assert solved.status == 0, solved.message
+    return solved.fun * scale
+
+
+def some_weights(rng, case):
+    """Speeds of different kinds, as the user gives them."""
+    weights = np.exp(rng.normal(0, rng.choice([0.1, 0.5, 1.5]), len(case.r2o)))
+    return (weights * rng.choice([1e-3, 1, 700])).astype(np.float32)
+
+
+def normalised(weights):
+    weights = weights.astype(np.float64)
+    return weights / weights.mean()
+
+
+def solve_all(loads, stacked, case, **options):
+    """One Split per instance, through one compilation."""
+    solver = jax.jit(
+        jax.vmap(
+            lambda loads, placement: solve(
+                loads, case.r2o, placement=placement, solver="ipm", **options
+            )
+        )
+    )
+    splits = jax.tree.map(np.asarray, solver(loads, stacked))
+    return [jax.tree.map(lambda array, i=i: array[i], splits) for i in range(len(loads))]
+
+
+def assert_real_feasible(loads, split, case, placement):
+    """Every load is served by slots that hold its expert, to float32's rounding."""
+    quota = np.asarray(split.quota)
+    assert quota.dtype == np.float32
+    assert (quota >= 0).all()
+    served = np.zeros(case.n_logical)
+    np.add.at(served, np.asarray(placement.phy2log), quota)
+    np.testing.assert_allclose(served, loads, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_repair_ends_at_the_true_optimum(rng, name):
+    case = CASES[name](rng)
+    loads, stacked = batch(rng, case)
+    for row, placement, split in zip(
+        loads, layers(stacked), solve_all(loads, stacked, case), strict=True
+    ):
+        assert_feasible(row, split, case, placement)
+        assert_optimal(row, split, case, placement)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_repair_the_bound_is_the_optimum_and_the_plan_is_near(rng, name):
+    """Rounding moves a rank by less than half a token per edge."""
+    case = CASES[name](rng)
+    loads, stacked = batch(rng, case)
+    exact = jax.jit(jax.vmap(lambda row, placement: solve(row, case.r2o, placement=placement)))
+    best = np.asarray(exact(loads, stacked).max_load)
+    splits = solve_all(loads, stacked, case, repair=False)
+    for i, (row, placement) in enumerate(zip(loads, layers(stacked), strict=True)):
+        assert_feasible(row, splits[i], case, placement)
+        assert (splits[i].lower_bound <= best[i]).all()
+        slack = case.r2o.shape[1] + 1 + CONVERGED * best[i]
+        assert (splits[i].max_load <= best[i] + slack).all() or splits[i].status.any()
+        np.testing.assert_array_equal(splits[i].status, 0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_real_loads(rng, name, weighted):
+    """Within 1e-4 of what is proven, and what is proven is true: HiGHS."""
+    case = CASES[name](rng)
+    loads, stacked = batch(rng, case)
+    # Not of integers, and not of any particular unit.
+    loads = (loads * rng.uniform(0.5, 1, loads.shape) * 10.0 ** rng.integers(-20, 20)).astype(
+        np.float32
+    )
+    weights = some_weights(rng, case) if weighted else None
+    shares = normalised(weights) if weighted else np.ones(len(case.r2o))
+    splits = solve_all(loads, stacked, case, rank_weights=weights)
+    for row, placement, split in zip(loads, layers(stacked), splits, strict=True):
+        assert_real_feasible(row, split, case, placement)
+        np.testing.assert_array_equal(split.status, 0)
+        ranks = split.quota.reshape(case.n_groups, len(case.r2o), -1).astype(np.float64)
+        largest = (ranks.sum(axis=2) / shares).max(axis=1)
+        np.testing.assert_allclose(split.max_load, largest, rtol=1e-5)
+        assert (split.max_load - split.lower_bound <= CONVERGED * split.max_load).all()
+        unit = max(float(row.max()), 1e-30)
+        for g, (group_loads, hosts) in enumerate(group_views(row / unit, case, placement)):
+            best = least_largest(group_loads.astype(np.float64), hosts, shares) * unit
+            assert split.lower_bound[g] <= best * (1 + 1e-7)
+            assert split.max_load[g] >= best * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("name", ["cube", "torus 4x4", "random 5x3", "random 32x4"])
+def test_weighted_tokens(rng, name):
+    """Repair: nobody gets a token more than the share that the best real plan gives it."""
+    case = CASES[name](rng)
+    loads, stacked = batch(rng, case)
+    weights = some_weights(rng, case)
+    shares = normalised(weights)
+    splits = solve_all(loads, stacked, case, rank_weights=weights)
+    for row, placement, split in zip(loads, layers(stacked), splits, strict=True):
+        assert split.max_load.dtype == split.lower_bound.dtype == np.float32
+        assert split.quota.dtype == np.int32
+        served = np.zeros(case.n_logical, np.int64)
+        np.add.at(served, np.asarray(placement.phy2log), split.quota)
+        np.testing.assert_array_equal(served, row)
+        ranks = split.quota.reshape(case.n_groups, len(case.r2o), -1).sum(axis=2, dtype=np.int64)
+        for g, (group_loads, hosts) in enumerate(group_views(row, case, placement)):
+            best = least_largest(group_loads.astype(np.float64), hosts, shares)
+            assert split.lower_bound[g] <= best * (1 + 1e-7)
+            assert (ranks[g] <= best * (1 + 2e-4) * shares + 1).all()
+            np.testing.assert_allclose(split.max_load[g], (ranks[g] / shares).max(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cube", "torus 4x4", "random 5x3", "complete 8"])
+@pytest.mark.parametrize("floats", [False, True])
+def test_agrees_with_the_specification(rng, name, floats):
+    """To float32's tolerance: plans may differ, what they reach may not."""
+    case = CASES[name](rng)
+    loads, stacked = batch(rng, case)
+    loads = loads[:, None].astype(np.float32 if floats else np.int32)
+    operands = (loads, stacked.phy2log, stacked.log2phy)
+    static = {"ep_size": case.ep_size, "weighted": 1, "repair": 1}
+    weights = jnp.asarray(some_weights(rng, case))
+
+    def native(*one):
+        return _native.call("lplb_ipm", reference.ipm, *one, case.r2o, weights, **static)
+
+    def spec(*one):
+        return reference.ipm(*one, jnp.asarray(case.r2o), weights, **static)
+
+    left, right = (
+        jax.tree.map(np.asarray, jax.jit(jax.vmap(f))(*operands)) for f in (native, spec)
+    )
+    for a, b in zip(left, right, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+    np.testing.assert_array_equal(left[3], right[3])
+    one_token = 0 if floats else 1 / normalised(np.asarray(weights)).min()
+    np.testing.assert_allclose(left[1], right[1], rtol=CONVERGED, atol=one_token)
+    np.testing.assert_allclose(left[2], right[2], rtol=CONVERGED)
+
+
+def test_auto_picks_by_what_is_asked(rng):
+    loads = rng.integers(0, 1000, 16).astype(np.int32)
+    cube = topologies.cube()
+    assert solve(loads, cube).max_load.dtype == np.int32
+    assert solve(loads.astype(np.float32), cube).quota.dtype == np.float32
+    assert solve(loads, cube, rank_weights=np.ones(8)).max_load.dtype == np.float32
+
+
+def test_equal_weights_are_no_weights(rng):
+    loads = rng.random(16).astype(np.float32)
+    plain = solve(loads, topologies.cube())
+    equal = solve(loads, topologies.cube(), rank_weights=np.full(8, 3.0))
+    np.testing.assert_allclose(equal.max_load, plain.max_load, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"solver": "simplex"}, ValueError, "solver: expected one of auto, exact, ipm"),
+        (
+            {"solver": "exact", "rank_weights": np.ones(8)},
+            ValueError,
+            "rank_weights: expected None",
+        ),
+        ({"rank_weights": np.ones(7)}, ValueError, r"rank_weights: expected shape .* \[8\]"),
+        ({"rank_weights": np.arange(8)}, ValueError, "rank_weights: expected positive"),
+        ({"rank_weights": np.full(8, np.nan)}, ValueError, "rank_weights: expected positive"),
+    ],
+)
+def test_messages(options, error, message):
+    with pytest.raises(error, match=message):
+        solve(np.ones(16, np.int32), topologies.cube(), **options)
+
+
+def test_the_exact_solver_refuses_real_loads():
+    with pytest.raises(ValueError, match=r"loads: expected int32 for solver='exact', got float32"):
+        solve(np.ones(16, np.float32), topologies.cube(), solver="exact")
+
+
+def test_traced_weights_that_are_none_set_the_status():
+    loads = np.arange(16, dtype=np.float32)
+    run = jax.jit(lambda weights: solve(loads, topologies.cube(), rank_weights=weights))
+    assert run(jnp.ones(8)).status.tolist() == [0]
+    bad = run(jnp.ones(8).at[3].set(-1))
+    assert bad.status.tolist() == [Status.NOT_CONVERGED]
+    np.testing.assert_array_equal(bad.quota, run(jnp.ones(8)).quota)
+
+
+def test_loads_that_are_no_numbers():
+    """NaN and negative loads count as 0; with infinity nothing moves."""
+    loads = np.arange(1, 17, dtype=np.float32)
+    spoiled = loads.copy()
+    spoiled[[3, 5]] = [np.nan, -2]
+    clean = np.where(np.isin(np.arange(16), [3, 5]), 0, loads).astype(np.float32)
+    split = solve(spoiled, topologies.cube())
+    assert split.status.tolist() == [Status.NEGATIVE_LOAD]
+    np.testing.assert_array_equal(split.quota, solve(clean, topologies.cube()).quota)
+    loads[2] = np.inf
+    split = solve(loads, topologies.cube())
+    assert split.status.tolist() == [Status.LOAD_OVERFLOW]
+    assert split.max_load.tolist() == [np.inf]
+    assert split.lower_bound.tolist() == [0]
+
+
+def test_overflow_as_the_exact_solver(rng):
+    ring = topologies.ring(2)
+    loads = np.array([INT32_MAX, 1, 0, 5], np.int32)
+    for repair in [False, True]:
+        ours = solve(loads, ring, solver="ipm", repair=repair)
+        for a, b in zip(ours, solve(loads, ring), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", SMALL_CASES)
+def test_ties(rng, name):
+    """Loads of 0 to 4: many sets of ranks bind at once, and the matrix is almost singular."""
+    case = CASES[name](rng)
+    placement = case.placement(rng)
+    loads = rng.integers(0, 5, (200, case.n_logical)) * (rng.random((200, 1)) < 0.9)
+    run = jax.jit(jax.vmap(lambda row: solve(row, case.r2o, placement=placement)))
+    split = run(loads.astype(np.float32))
+    assert (split.status == 0).all()
+    exact = run(loads.astype(np.int32))
+    np.testing.assert_array_equal(np.ceil(split.lower_bound * (1 - 1e-4)), exact.max_load)
+
+
+def test_jit_vmap_and_shard_map(rng, cpu_devices):
+    case = Case(topologies.ring(4), 4)
+    loads = rng.random((8, case.n_logical)).astype(np.float32)
+    one = functools.partial(solve, r2o=case.r2o)
+    expected = [np.asarray(one(row).max_load) for row in loads]
+    np.testing.assert_allclose(jax.jit(jax.vmap(one))(loads).max_load, expected, rtol=1e-5)
+    mesh = jax.sharding.Mesh(cpu_devices, ("x",))
+    spec = jax.sharding.PartitionSpec("x")
+    with jax.default_device(cpu_devices[0]):
+        mapped = jax.jit(jax.shard_map(jax.vmap(one), mesh=mesh, in_specs=spec, out_specs=spec))
+        if jax.default_backend() == "cpu":
+            np.testing.assert_allclose(mapped(loads).max_load, expected, rtol=1e-5)
+
+
+def test_empty_and_equal_loads(rng):
+    for family in [np.zeros(16), np.full(16, 7), np.full(16, 1e-30), np.full(16, 1e30)]:
+        split = solve(family.astype(np.float32), topologies.cube())
+        assert split.status.tolist() == [0]
+        np.testing.assert_allclose(split.max_load, family[:2].sum(), rtol=1e-5)
+
+
+@pytest.mark.gpu
+def test_gpu_deterministic(rng):
+    """The same input gives the same bits, run to run."""
+    case = CASES["random 32x4"](rng)
+    loads, stacked = batch(rng, case, FAMILIES)
+    run = jax.jit(
+        jax.vmap(lambda row, placement: solve(row, case.r2o, placement=placement, solver="ipm"))
+    )
+    first = run(loads, stacked)
+    for _ in range(5):
+        for a, b in zip(first, run(loads, stacked), strict=True):
+            np.testing.assert_array_equal(a, b)
