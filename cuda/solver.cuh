@@ -207,7 +207,7 @@ __device__ __forceinline__ void WriteFixedQuotas(const Problem& p, Groups groups
   }
 }
 
-// A replicated expert: what FinishCopies needs of it, known before the plan is.
+// A replicated expert: what FinishCopy needs of it, known before the plan is.
 struct Copy {
   int32_t edge;    // that it may move along
   int32_t before;  // tokens of the edge's earlier experts, which move first
