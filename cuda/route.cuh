@@ -46,9 +46,9 @@ constexpr int32_t kNoSlot = 0xffff;
 
 // Where an expert's tokens go, in 8 bytes: every token reads it.
 struct PackedRoute {
-  int32_t keep;   // tokens that stay at home, after those of earlier blocks
-  uint16_t home;  // 2¹⁶ − 1: no slot
-  uint16_t replica;
+  int32_t keep;      // tokens that stay at home
+  uint16_t home;     // a slot, or kNoSlot
+  uint16_t replica;  // likewise
 };
 
 // Shared memory of a block that routes tokens.

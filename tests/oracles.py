@@ -40,15 +40,17 @@ def best_cut(loads: np.ndarray, hosts: np.ndarray) -> int:
     return int(cut_bounds(loads, hosts, every).max())
 
 
-def linear_program(loads: np.ndarray, hosts: np.ndarray) -> tuple[float, np.ndarray]:
-    """HiGHS: the least largest rank load of a fractional split, and the ranks' dual values."""
+def linear_program(
+    loads: np.ndarray, hosts: np.ndarray, weights: np.ndarray | float = 1.0
+) -> tuple[float, np.ndarray]:
+    """HiGHS: the least largest load / weight of a fractional split, and the ranks' dual values."""
     expert, rank = np.nonzero(hosts)
     n_pairs, n_ranks = len(expert), hosts.shape[1]
-    scale = max(1, int(loads.max()))
+    scale = max(1.0, float(loads.max()))
     pair = np.arange(n_pairs)
     below = scipy.sparse.coo_array(
         (
-            np.append(np.ones(n_pairs), -np.ones(n_ranks)),
+            np.append(np.ones(n_pairs), np.broadcast_to(-np.asarray(weights), n_ranks)),
             (np.append(rank, np.arange(n_ranks)), np.append(pair, np.full(n_ranks, n_pairs))),
         )
     )
@@ -62,6 +64,7 @@ def linear_program(loads: np.ndarray, hosts: np.ndarray) -> tuple[float, np.ndar
         A_eq=served.tocsr(),
         b_eq=loads / scale,
         method="highs",
+        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
     )
     assert solved.status == 0, solved.message
     return solved.fun * scale, -solved.ineqlin.marginals

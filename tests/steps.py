@@ -10,7 +10,7 @@ import functools
 import jax
 import numpy as np
 
-from lplb_jax import reference
+from lplb_jax import reference, solve
 from lplb_jax._problem import Problem
 from lplb_jax.assignment import assign_tokens
 from lplb_jax.balancer import _rebalance_alone as rebalance_alone
@@ -26,6 +26,15 @@ def on_cpu(function):
             return function(*jax.tree.map(np.asarray, operands), **options)
 
     return run
+
+
+def solve_instances(loads, stacked, case, **options):
+    """The public solve: one Split per instance, through one compilation."""
+    solver = jax.jit(
+        jax.vmap(lambda loads, placement: solve(loads, case.r2o, placement=placement, **options))
+    )
+    splits = jax.tree.map(np.asarray, solver(loads, stacked))
+    return [jax.tree.map(lambda array, i=i: array[i], splits) for i in range(len(loads))]
 
 
 @jax.jit

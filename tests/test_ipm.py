@@ -6,42 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.optimize
-import scipy.sparse
 from cases import CASES, FAMILIES, INT32_MAX, SMALL_CASES, Case, batch, layers
-from oracles import assert_feasible, assert_optimal, group_views
+from oracles import assert_feasible, assert_optimal, group_views, linear_program
+from steps import solve_instances
 
 from lplb_jax import Status, _native, reference, solve, topologies
 
 CONVERGED = 1e-4
-
-
-def least_largest(loads, hosts, weights):
-    """HiGHS: the least largest load / weight of a real-valued split."""
-    expert, rank = np.nonzero(hosts)
-    n_pairs, n_ranks = len(expert), hosts.shape[1]
-    scale = max(1.0, float(loads.max()))
-    pair = np.arange(n_pairs)
-    below = scipy.sparse.coo_array(
-        (
-            np.append(np.ones(n_pairs), -weights),
-            (np.append(rank, np.arange(n_ranks)), np.append(pair, np.full(n_ranks, n_pairs))),
-        )
-    )
-    served = scipy.sparse.coo_array(
-        (np.ones(n_pairs), (expert, pair)), shape=(len(loads), n_pairs + 1)
-    )
-    solved = scipy.optimize.linprog(
-        np.append(np.zeros(n_pairs), 1),
-        A_ub=below.tocsr(),
-        b_ub=np.zeros(n_ranks),
-        A_eq=served.tocsr(),
-        b_eq=loads / scale,
-        method="highs",
-        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
-    )
-    assert solved.status == 0, solved.message
-    return solved.fun * scale
 
 
 def some_weights(rng, case):
@@ -55,17 +26,7 @@ def normalised(weights):
     return weights / weights.mean()
 
 
-def solve_all(loads, stacked, case, **options):
-    """One Split per instance, through one compilation."""
-    solver = jax.jit(
-        jax.vmap(
-            lambda loads, placement: solve(
-                loads, case.r2o, placement=placement, solver="ipm", **options
-            )
-        )
-    )
-    splits = jax.tree.map(np.asarray, solver(loads, stacked))
-    return [jax.tree.map(lambda array, i=i: array[i], splits) for i in range(len(loads))]
+solve_all = functools.partial(solve_instances, solver="ipm")
 
 
 def assert_real_feasible(loads, split, case, placement):
@@ -127,7 +88,7 @@ def test_real_loads(rng, name, weighted):
         assert (split.max_load - split.lower_bound <= CONVERGED * split.max_load).all()
         unit = max(float(row.max()), 1e-30)
         for g, (group_loads, hosts) in enumerate(group_views(row / unit, case, placement)):
-            best = least_largest(group_loads.astype(np.float64), hosts, shares) * unit
+            best = linear_program(group_loads.astype(np.float64), hosts, shares)[0] * unit
             assert split.lower_bound[g] <= best * (1 + 1e-7)
             assert split.max_load[g] >= best * (1 - 1e-6)
 
@@ -148,7 +109,7 @@ def test_weighted_tokens(rng, name):
         np.testing.assert_array_equal(served, row)
         ranks = split.quota.reshape(case.n_groups, len(case.r2o), -1).sum(axis=2, dtype=np.int64)
         for g, (group_loads, hosts) in enumerate(group_views(row, case, placement)):
-            best = least_largest(group_loads.astype(np.float64), hosts, shares)
+            best = linear_program(group_loads.astype(np.float64), hosts, shares)[0]
             assert split.lower_bound[g] <= best * (1 + 1e-7)
             assert (ranks[g] <= best * (1 + 2e-4) * shares + 1).all()
             np.testing.assert_allclose(split.max_load[g], (ranks[g] / shares).max(), rtol=1e-5)

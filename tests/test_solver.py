@@ -18,18 +18,11 @@ from cases import (
     spoiled,
 )
 from oracles import assert_feasible, assert_optimal, best_cut, host_matrix
-from steps import assert_same, native_solve, repeated, spec_solve
+from steps import assert_same, native_solve, repeated, solve_instances, spec_solve
 
 from lplb_jax import Status, place_experts, solve, topologies
 
 TWINS = {"ring 2", "cube", "cube, three groups", "torus 4x4", "complete 4", "random 8x2"}
-
-
-def solve_all(loads, stacked, case):
-    """One Split per instance, through one compilation."""
-    solver = jax.jit(jax.vmap(lambda loads, placement: solve(loads, case.r2o, placement=placement)))
-    splits = jax.tree.map(np.asarray, solver(loads, stacked))
-    return [jax.tree.map(lambda array, i=i: array[i], splits) for i in range(len(loads))]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -37,7 +30,7 @@ def test_optimal_over_all_load_families(rng, name):
     case = CASES[name](rng)
     loads, stacked = batch(rng, case)
     for row, placement, split in zip(
-        loads, layers(stacked), solve_all(loads, stacked, case), strict=True
+        loads, layers(stacked), solve_instances(loads, stacked, case), strict=True
     ):
         assert_feasible(row, split, case, placement)
         assert_optimal(row, split, case, placement)
