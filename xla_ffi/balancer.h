@@ -39,21 +39,17 @@ inline ffi::ErrorOr<RebalanceCall> CheckRebalance(int64_t ep_size, int64_t posit
                                                   IntResult position, IntResult slot_counts,
                                                   IntResult quota, IntResult max_load,
                                                   IntResult lower_bound, IntResult status) {
-  const auto batch = CheckBatch(
-      {"indices", indices.dimensions(), 1}, Operand{"placement.phy2log", phy2log.dimensions(), 1},
-      Operand{"placement.log2phy", log2phy.dimensions(), 2}, Operand{"r2o", r2o.dimensions(), 2});
-  if (batch.has_error()) return ffi::Unexpected(batch.error());
-  const auto problem = CheckProblem(ep_size, FromEnd(phy2log.dimensions(), 1), log2phy.dimensions(),
-                                    r2o.dimensions());
-  if (problem.has_error()) return ffi::Unexpected(problem.error());
+  const auto placed =
+      CheckPlaced(ep_size, {"indices", indices.dimensions(), 1}, phy2log, log2phy, r2o);
+  if (placed.has_error()) return ffi::Unexpected(placed.error());
   const int64_t n_tokens = FromEnd(indices.dimensions(), 1);
   const auto wanted =
-      CheckPositions(positions, position, slot_counts, n_tokens, problem->n_physical);
+      CheckPositions(positions, position, slot_counts, n_tokens, placed->problem.n_physical);
   if (wanted.has_error()) return ffi::Unexpected(wanted.error());
-  return RebalanceCall{*batch,
+  return RebalanceCall{placed->batch,
                        n_tokens,
                        *wanted,
-                       *problem,
+                       placed->problem,
                        {nullptr, phy2log.typed_data(), log2phy.typed_data(), r2o.typed_data()},
                        {quota->typed_data(), max_load->typed_data(), lower_bound->typed_data(),
                         status->typed_data()}};

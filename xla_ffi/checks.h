@@ -80,6 +80,26 @@ inline ffi::ErrorOr<Problem> CheckProblem(int64_t ep_size, int64_t n_physical, D
                  static_cast<int32_t>(n_physical), static_cast<int32_t>(max_replicas));
 }
 
+struct PlacedProblem {
+  int64_t batch;
+  Problem problem;
+};
+
+// What solve, ipm and rebalance share: `first`, the placement and r2o, and any `rest`, in one
+// batch.
+template <typename... Rest>
+ffi::ErrorOr<PlacedProblem> CheckPlaced(int64_t ep_size, const Operand& first, IntBuffer phy2log,
+                                        IntBuffer log2phy, IntBuffer r2o, const Rest&... rest) {
+  const auto batch = CheckBatch(first, Operand{"placement.phy2log", phy2log.dimensions(), 1},
+                                Operand{"placement.log2phy", log2phy.dimensions(), 2},
+                                Operand{"r2o", r2o.dimensions(), 2}, rest...);
+  if (batch.has_error()) return ffi::Unexpected(batch.error());
+  const auto problem = CheckProblem(ep_size, FromEnd(phy2log.dimensions(), 1), log2phy.dimensions(),
+                                    r2o.dimensions());
+  if (problem.has_error()) return ffi::Unexpected(problem.error());
+  return PlacedProblem{*batch, *problem};
+}
+
 // The rows of counts that belong to `problem`.
 inline ffi::ErrorOr<Sources> CheckSources(Dimensions counts, const Problem& problem) {
   const int64_t n_sources = FromEnd(counts, 2);

@@ -39,17 +39,12 @@ inline ffi::ErrorOr<IpmCall> CheckIpm(int64_t ep_size, int64_t weighted, int64_t
                                       IntBuffer r2o, ffi::Buffer<ffi::DataType::F32> weights,
                                       AnyResult quota, AnyResult max_load, AnyResult lower_bound,
                                       IntResult status) {
-  const auto batch = CheckBatch(
-      {"loads", loads.dimensions(), 2}, Operand{"placement.phy2log", phy2log.dimensions(), 1},
-      Operand{"placement.log2phy", log2phy.dimensions(), 2}, Operand{"r2o", r2o.dimensions(), 2},
-      Operand{"rank_weights", weights.dimensions(), 1});
-  if (batch.has_error()) return ffi::Unexpected(batch.error());
-  const auto problem = CheckProblem(ep_size, FromEnd(phy2log.dimensions(), 1), log2phy.dimensions(),
-                                    r2o.dimensions());
-  if (problem.has_error()) return ffi::Unexpected(problem.error());
-  const auto sources = CheckSources(loads.dimensions(), *problem);
+  const auto placed = CheckPlaced(ep_size, {"loads", loads.dimensions(), 2}, phy2log, log2phy, r2o,
+                                  Operand{"rank_weights", weights.dimensions(), 1});
+  if (placed.has_error()) return ffi::Unexpected(placed.error());
+  const auto sources = CheckSources(loads.dimensions(), placed->problem);
   if (sources.has_error()) return ffi::Unexpected(sources.error());
-  if (FromEnd(weights.dimensions(), 1) != problem->group_size) {
+  if (FromEnd(weights.dimensions(), 1) != placed->problem.group_size) {
     return ffi::Unexpected(Invalid("rank_weights: expected [group_size]"));
   }
   const bool floats = loads.element_type() == ffi::DataType::F32;
@@ -60,8 +55,8 @@ inline ffi::ErrorOr<IpmCall> CheckIpm(int64_t ep_size, int64_t weighted, int64_t
       lower_bound->element_type() != value) {
     return ffi::Unexpected(Invalid("loads: expected int32 or float32, and results to match"));
   }
-  return IpmCall{*batch,
-                 *problem,
+  return IpmCall{placed->batch,
+                 placed->problem,
                  *sources,
                  options,
                  {{static_cast<const int32_t*>(loads.untyped_data()), phy2log.typed_data(),

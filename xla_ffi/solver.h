@@ -31,18 +31,13 @@ inline ffi::ErrorOr<SolveCall> CheckSolve(int64_t ep_size, IntBuffer loads, IntB
                                           IntBuffer log2phy, IntBuffer r2o, IntResult quota,
                                           IntResult max_load, IntResult lower_bound,
                                           IntResult status) {
-  const auto batch = CheckBatch(
-      {"loads", loads.dimensions(), 2}, Operand{"placement.phy2log", phy2log.dimensions(), 1},
-      Operand{"placement.log2phy", log2phy.dimensions(), 2}, Operand{"r2o", r2o.dimensions(), 2});
-  if (batch.has_error()) return ffi::Unexpected(batch.error());
-  const auto problem = CheckProblem(ep_size, FromEnd(phy2log.dimensions(), 1), log2phy.dimensions(),
-                                    r2o.dimensions());
-  if (problem.has_error()) return ffi::Unexpected(problem.error());
-  const auto sources = CheckSources(loads.dimensions(), *problem);
+  const auto placed = CheckPlaced(ep_size, {"loads", loads.dimensions(), 2}, phy2log, log2phy, r2o);
+  if (placed.has_error()) return ffi::Unexpected(placed.error());
+  const auto sources = CheckSources(loads.dimensions(), placed->problem);
   if (sources.has_error()) return ffi::Unexpected(sources.error());
   return SolveCall{
-      *batch,
-      *problem,
+      placed->batch,
+      placed->problem,
       *sources,
       {loads.typed_data(), phy2log.typed_data(), log2phy.typed_data(), r2o.typed_data()},
       {quota->typed_data(), max_load->typed_data(), lower_bound->typed_data(),
