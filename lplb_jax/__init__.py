@@ -1,6 +1,6 @@
 """Exact load balancing for mixture-of-experts layers in JAX. Start with `rebalance`."""
 
-from lplb_jax import metrics, reference, topologies
+from lplb_jax import metrics, moe, reference, topologies
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
 from lplb_jax.loads import count_loads, sync_loads
@@ -18,6 +18,7 @@ __all__ = [
     "assign",
     "count_loads",
     "metrics",
+    "moe",
     "place_experts",
     "rebalance",
     "reference",

@@ -1,0 +1,19 @@
+"""An expert-parallel mixture-of-experts layer on top of `rebalance`. Start with `moe_layer`."""
+
+from lplb_jax.moe.exchange import Plan, capacity_for, combine, dispatch
+from lplb_jax.moe.experts import Experts, expert_ffn
+from lplb_jax.moe.layer import Traffic, moe_layer
+from lplb_jax.moe.replicas import move_experts, replicate_weights
+
+__all__ = [
+    "Experts",
+    "Plan",
+    "Traffic",
+    "capacity_for",
+    "combine",
+    "dispatch",
+    "expert_ffn",
+    "moe_layer",
+    "move_experts",
+    "replicate_weights",
+]

@@ -1,0 +1,177 @@
+"""moe_layer(): replicas, routing, dispatch, experts and combine, composed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lplb_jax import metrics
+from lplb_jax._problem import check_indices, check_problem
+from lplb_jax.assignment import Assignment, assign
+from lplb_jax.balancer import rebalance
+from lplb_jax.loads import count_loads
+from lplb_jax.moe.exchange import capacity_for, combine, dispatch
+from lplb_jax.moe.experts import Experts, check_experts, expert_ffn
+from lplb_jax.moe.replicas import replicate_weights
+from lplb_jax.placement import Placement
+from lplb_jax.solver import Split
+
+BALANCES = ("lplb", "eplb", "none")
+
+
+class Traffic(NamedTuple):
+    """What went where in one call of a layer; equal on all ranks.
+
+    Attributes:
+      slot_loads: int32 `[n_physical]`, rows for every slot from all sources.
+      capacity: int32 scalar, the rows that every rank had room for.
+      overflow: int32 scalar, rows of all ranks that found no room and were left out; 0 is well.
+      status: int32 `[n_groups]`, bits of `lplb_jax.Status`; 0 is well.
+      lower_bound: int32 `[n_groups]`, what no routing over these replicas could bring the busiest
+        rank of a group below; 0 where `balance` is not "lplb".
+    """
+
+    slot_loads: jax.Array
+    capacity: jax.Array
+    overflow: jax.Array
+    status: jax.Array
+    lower_bound: jax.Array
+
+
+def moe_layer(
+    tokens: jax.Array,
+    indices: Any,
+    gates: jax.Array,
+    experts: Experts,
+    r2o: Any,
+    *,
+    placement: Placement,
+    axis_name: Any,
+    balance: str = "lplb",
+    capacity_factor: float = 1.25,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+    solver: str = "auto",
+    transport: str = "auto",
+    gemm: str = "auto",
+    comm: Any = None,
+) -> tuple[jax.Array, Traffic]:
+    """A mixture-of-experts layer over the ranks of `axis_name`. Call it inside `jax.shard_map`.
+
+    Its output and gradients are those of a layer on one device: which copy serves a token changes
+    nothing but the order of sums. The router is yours: take `indices` and `gates` from its top-k.
+
+    Args:
+      tokens: floats `[tokens, hidden]` of this rank; equally many on all ranks.
+      indices: integers `[tokens, top_k]`, logical expert ids, −1 for none; see `rebalance`.
+      gates: floats `[tokens, top_k]`, weights of the choices.
+      experts: of `tokens`' dtype. `[n_local, …]`, the rank's own experts in the order of its
+        slots: copies are fetched here. Or `[slots_per_rank, …]`: what `replicate_weights` gave,
+        where you fetched them earlier.
+      r2o: static topology, see `lplb_jax.topologies`.
+      placement: where the experts are, see `place_experts`.
+      axis_name: the expert-parallel mesh axis (or a tuple of axes).
+      balance: "lplb": `rebalance`. "eplb": every source splits an expert's tokens evenly over its
+        copies. "none": the copies are neither fetched nor used.
+      capacity_factor: room for rows on every rank, over the mean, at least 1; see `capacity_for`.
+      activation: of the experts, see `expert_ffn`.
+      solver: see `rebalance`.
+      transport: "ragged", "padded" or "auto", see `dispatch`.
+      gemm: "mosaic", "xla" or "auto", see `expert_ffn`.
+      comm: how `rebalance` shares its loads; None for its default.
+
+    Returns:
+      `(out, traffic)`: `[tokens, hidden]`, the weighted sums of what the experts gave; and what
+      went where. Where `traffic.overflow` is not 0, some choices are missing from the sums.
+
+    Raises:
+      TypeError, ValueError: at trace time; the message names the argument.
+
+    Example: one expert per rank, each with a copy on the other; every expert doubles or triples.
+
+    >>> spec, ring = jax.sharding.PartitionSpec, topologies.ring(2)
+    >>> mesh = jax.sharding.Mesh(jax.devices()[:2], "ep")
+    >>> placement = place_experts(None, ring, n_logical=2, ep_size=2, redundants_per_rank=1)
+    >>> def layer(tokens, indices, gates, experts):
+    ...     return moe.moe_layer(
+    ...         tokens, indices, gates, experts, ring, placement=placement, axis_name="ep",
+    ...         activation=jnp.ones_like,
+    ...     )
+    >>> layer = jax.shard_map(
+    ...     layer, mesh=mesh, in_specs=spec("ep"), out_specs=(spec("ep"), spec())
+    ... )
+    >>> experts = moe.Experts(jnp.ones((2, 1, 2)), jnp.array([2.0, 3.0]).reshape(2, 1, 1))
+    >>> tokens, indices = jnp.array([[1.0], [2.0], [3.0], [4.0]]), jnp.array([[0], [0], [0], [1]])
+    >>> out, traffic = layer(tokens, indices, jnp.ones((4, 1)), experts)
+    >>> out.ravel().tolist()
+    [2.0, 4.0, 6.0, 12.0]
+    >>> traffic.slot_loads.tolist(), int(traffic.overflow)  # of three, one to the copy on rank 1
+    ([2, 0, 1, 1], 0)
+    """
+    indices = check_indices(indices)
+    if not isinstance(placement, Placement):
+        raise TypeError(
+            f"placement: expected a lplb_jax.Placement, got {type(placement).__name__}; make one "
+            f"with place_experts"
+        )
+    if balance not in BALANCES:
+        raise ValueError(f"balance: expected one of {', '.join(BALANCES)}, got {balance!r}")
+    problem = check_problem(None, r2o, placement, axis_name)
+    if indices.ndim != 2 or gates.shape != indices.shape:
+        raise ValueError(
+            f"gates: expected the shape of indices, [tokens, top_k], got {list(gates.shape)} for "
+            f"indices {list(indices.shape)}"
+        )
+    check_experts(experts, tokens.shape[-1], tokens.dtype)
+    n_local = problem.n_logical // problem.ep_size
+    slots_per_rank = n_local + placement.redundants_per_rank
+    n_given = len(experts.down)
+    if n_given not in (n_local, slots_per_rank if balance != "none" else n_local):
+        raise ValueError(
+            f"experts: expected the {n_local} own experts of a rank"
+            + (f" or its {slots_per_rank} slots" if balance != "none" else "")
+            + f", got {n_given}"
+        )
+
+    if balance != "none" and n_given == n_local:
+        experts = replicate_weights(
+            experts, r2o, axis_name, redundants_per_rank=placement.redundants_per_rank
+        )
+    if balance == "lplb":
+        options = {} if comm is None else {"comm": comm}
+        assignment, split = rebalance(
+            indices,
+            None,
+            r2o,
+            placement=placement,
+            axis_name=axis_name,
+            solver=solver,
+            positions=True,
+            **options,
+        )
+        status, lower_bound = split.status, split.lower_bound
+    else:
+        quotas = metrics.even_quota if balance == "eplb" else metrics.home_quota
+        assignment = _assign_alone(indices, r2o, placement, quotas)
+        status = lower_bound = jnp.zeros(problem.ep_size // len(problem.r2o), jnp.int32)
+
+    capacity = capacity_for(indices.size, problem.ep_size, capacity_factor)
+    rows, plan = dispatch(
+        tokens, assignment, axis_name=axis_name, capacity=capacity, transport=transport
+    )
+    group_sizes = plan.group_sizes[: len(experts.down)]
+    rows = expert_ffn(rows, experts, group_sizes, activation=activation, gemm=gemm)
+    traffic = Traffic(plan.slot_loads, jnp.int32(capacity), plan.overflow, status, lower_bound)
+    return combine(rows, gates, plan), traffic
+
+
+def _assign_alone(
+    indices: jax.Array, r2o: Any, placement: Placement, quotas: Callable[..., jax.Array]
+) -> Assignment:
+    """Every source follows its own counts, without knowing those of others."""
+    own = count_loads(indices, placement.n_logical)
+    unknown = jnp.zeros(placement.ep_size // len(r2o), jnp.int32)
+    split = Split(quotas(own, placement), unknown, unknown, unknown)
+    return assign(indices, own, split, r2o, placement=placement, positions=True)

@@ -1,0 +1,149 @@
+"""Weights of replicas: fetched from the ranks that own them, and moved when a placement changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lplb_jax import topologies
+from lplb_jax._problem import check_axis
+from lplb_jax.placement import Placement
+
+
+def replicate_weights(
+    local_weights: Any,
+    r2o: Any,
+    axis_name: Any,
+    *,
+    redundants_per_rank: int | None = None,
+    in_place: bool = False,
+) -> Any:
+    """Fetches the weights of this rank's redundant slots: one `lax.ppermute` per column of `r2o`.
+
+    Call it inside `jax.shard_map`, once per step and as early as possible: the transfer needs no
+    tokens, so it can hide behind attention. Its derivative sends the gradients of the copies home
+    and adds them to the owner's.
+
+    Args:
+      local_weights: a pytree of arrays `[n_local, …]`, the rank's own experts in the order of its
+        slots. With `in_place`: `[n_local + redundants_per_rank, …]`, own experts first, then room
+        for the copies, which is overwritten and has no gradient.
+      r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`.
+      axis_name: the expert-parallel mesh axis (or a tuple of axes).
+      redundants_per_rank: redundant slots of each rank, a multiple of the columns; None for one
+        per column.
+      in_place: the arrays have room for the copies. No copy of the own weights is made where XLA
+        may reuse their buffer: donate them to `jax.jit` and return what comes out of here.
+
+    Returns:
+      The same pytree of `[n_local + redundants_per_rank, …]`: the weights of all slots.
+
+    Raises:
+      TypeError, ValueError: at trace time; the message names the argument.
+
+    >>> spec = jax.sharding.PartitionSpec("ep")
+    >>> mesh = jax.sharding.Mesh(jax.devices()[:2], "ep")
+    >>> def fetch(weights):
+    ...     return replicate_weights(weights, topologies.ring(2), "ep")
+    >>> slots = jax.shard_map(fetch, mesh=mesh, in_specs=spec, out_specs=spec)
+    >>> slots(jnp.array([10, 11, 20, 21])).tolist()  # two experts on each rank, and one copy
+    [10, 11, 20, 20, 21, 10]
+    """
+    r2o = topologies.validate(r2o)
+    group_size, n_columns = r2o.shape
+    axis_size = check_axis(axis_name)
+    if axis_size % group_size:
+        raise ValueError(
+            f"axis_name: expected an axis whose size is a multiple of the group size {group_size} "
+            f"of r2o, got {axis_name!r} of size {axis_size}"
+        )
+    n_copies = n_columns if redundants_per_rank is None else redundants_per_rank
+    if not isinstance(n_copies, int | np.integer) or n_copies < 1 or n_copies % n_columns:
+        raise ValueError(
+            f"redundants_per_rank: expected a multiple of the {n_columns} columns of r2o, got "
+            f"{redundants_per_rank!r}"
+        )
+    pairs = [
+        [(first + int(r2o[v, d]), first + v) for v in range(group_size)]
+        for first in range(0, axis_size, group_size)
+        for d in range(n_columns)
+    ]
+    # One list of pairs per column, over all groups.
+    columns = [sum(pairs[d::n_columns], []) for d in range(n_columns)]
+
+    def replicate(weights: jax.Array) -> jax.Array:
+        n_local = len(weights) - (n_copies if in_place else 0)
+        if n_copies > n_local:
+            raise ValueError(
+                f"redundants_per_rank: expected at most the experts of a rank, got {n_copies} with "
+                f"local_weights of shape {list(weights.shape)}{' in place' if in_place else ''}"
+            )
+        copies = [
+            lax.ppermute(weights[d:n_copies:n_columns], axis_name, columns[d])
+            for d in range(n_columns)
+        ]
+        # Redundant slot j·D + d is a copy of local expert j·D + d.
+        copies = jnp.stack(copies, axis=1).reshape(n_copies, *weights.shape[1:])
+        if in_place:
+            return lax.dynamic_update_slice_in_dim(weights, copies, n_local, axis=0)
+        return jnp.concatenate([weights, copies])
+
+    return jax.tree.map(replicate, local_weights)
+
+
+def move_experts(weights: Any, old: Placement, new: Placement) -> Any:
+    """Moves experts from where `old` has them to where `new` does, bit for bit.
+
+    Call it on global arrays, outside `jax.shard_map`, whenever a placement changes: on the experts'
+    weights and on whatever an optimiser keeps for them.
+
+    Args:
+      weights: a pytree of arrays `[n_logical, …]`: the own experts of rank 0, of rank 1, …
+      old: the placement the arrays are in.
+      new: the placement wanted, of the same sizes.
+
+    Returns:
+      The pytree in the order of `new`, sharded as before.
+
+    Raises:
+      ValueError: the placements differ in size, or an array's leading axis is not n_logical.
+
+    >>> place = functools.partial(
+    ...     place_experts, n_logical=4, ep_size=2, redundants_per_rank=1
+    ... )
+    >>> old, new = place(None, topologies.ring(2)), place([5, 1, 9, 1], topologies.ring(2))
+    >>> move_experts(jnp.array([0, 1, 2, 3]), old, new).tolist()
+    [2, 3, 0, 1]
+    """
+    if (old.n_logical, old.ep_size) != (new.n_logical, new.ep_size):
+        raise ValueError(
+            f"new: expected a placement of {old.n_logical} experts on {old.ep_size} ranks as old "
+            f"is, got {new.n_logical} on {new.ep_size}"
+        )
+    place = np.empty(old.n_logical, np.int32)
+    place[_own_experts(old)] = np.arange(old.n_logical)
+    source = place[_own_experts(new)]
+
+    def move(array: jax.Array) -> jax.Array:
+        if jnp.ndim(array) < 1 or len(array) != old.n_logical:
+            raise ValueError(
+                f"weights: expected arrays [n_logical, …] = [{old.n_logical}, …], got "
+                f"{list(jnp.shape(array))}"
+            )
+        return _take(array.sharding)(array, source)
+
+    return jax.tree.map(move, jax.tree.map(jnp.asarray, weights))
+
+
+def _own_experts(placement: Placement) -> np.ndarray:
+    """The experts of rank 0, of rank 1, …, without copies: int32 `[n_logical]`."""
+    by_rank = np.asarray(placement.phy2log).reshape(placement.ep_size, -1)
+    return by_rank[:, : placement.n_logical // placement.ep_size].ravel()
+
+
+def _take(sharding: jax.sharding.Sharding) -> Any:
+    return jax.jit(lambda array, source: array[source], out_shardings=sharding)

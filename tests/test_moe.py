@@ -1,0 +1,484 @@
+"""The expert-parallel layer against plain mathematics on one device, value and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Case, random_topology
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from lplb_jax import Assignment, metrics, moe, place_experts, topologies
+
+HIDDEN, WIDTH, TOP_K = 16, 12, 3
+CASES = {
+    "cube": lambda rng: Case(topologies.cube(), 4, combined=2),
+    "ring": lambda rng: Case(topologies.ring(8), 3, combined=3),
+    "torus": lambda rng: Case(topologies.torus(2, 4), 2),
+    "complete": lambda rng: Case(topologies.complete(8), 7),
+    "two groups of four": lambda rng: Case(topologies.ring(4), 4, n_groups=2, combined=2),
+    "four groups of two": lambda rng: Case(topologies.ring(2), 2, n_groups=4),
+    "random with self-copies": lambda rng: Case(random_topology(rng, 8, 3), 4),
+}
+
+
+def balanced(rng, case, n_tokens):
+    """Every expert equally often."""
+    ids = np.resize(rng.permutation(case.n_logical), n_tokens * TOP_K)
+    return ids.reshape(n_tokens, TOP_K)
+
+
+def skewed(rng, case, n_tokens):
+    """A few experts have most of the tokens; one choice in ten names none."""
+    weight = rng.lognormal(0, 1.5, case.n_logical)
+    ids = rng.choice(case.n_logical, (n_tokens, TOP_K), p=weight / weight.sum())
+    return np.where(rng.random(ids.shape) < 0.1, -1, ids)
+
+
+def one_expert(rng, case, n_tokens):
+    """Nearly all ranks get nothing."""
+    return np.full((n_tokens, TOP_K), rng.integers(case.n_logical))
+
+
+def half_silent(rng, case, n_tokens):
+    """Every second rank has no tokens to send: its choices all name no expert."""
+    ids = skewed(rng, case, n_tokens).reshape(case.ep_size, -1)
+    ids[::2] = -1
+    return ids.reshape(n_tokens, TOP_K)
+
+
+def nothing(rng, case, n_tokens):
+    """No choice names an expert."""
+    return np.full((n_tokens, TOP_K), -1)
+
+
+ROUTINGS = [balanced, skewed, one_expert, half_silent, nothing]
+
+
+def problem(rng, case, routing, n_tokens=64, dtype=np.float32, sizes=(HIDDEN, WIDTH)):
+    """tokens, gates, weights in the order of experts (not of slots), and indices; a placement."""
+    hidden, width = sizes
+    ids = routing(rng, case, n_tokens).astype(np.int32)
+    floats = (
+        rng.normal(0, 1, (n_tokens, hidden)),
+        rng.random(ids.shape),
+        moe.Experts(
+            rng.normal(0, hidden**-0.5, (case.n_logical, hidden, 2 * width)),
+            rng.normal(0, width**-0.5, (case.n_logical, width, hidden)),
+        ),
+    )
+    floats = jax.tree.map(lambda array: array.astype(dtype), floats)
+    return floats, ids, case.placement(rng)
+
+
+def plainly(tokens, gates, experts, ids):
+    """Every token through every expert, and of that what was chosen. No slots, no ranks."""
+
+    def expert(gate_up, down):
+        gate, up = jnp.split(tokens @ gate_up, 2, axis=1)
+        return (gate / (1 + jnp.exp(-gate)) * up) @ down
+
+    of_expert = jax.vmap(expert)(*experts)
+    chosen = jax.nn.one_hot(ids, len(experts.down), dtype=gates.dtype)
+    return jnp.einsum("tk,tke,eth->th", gates, chosen, of_expert)
+
+
+def in_slots(experts, placement):
+    """From the order of experts to that of the ranks' own slots."""
+    own = placement.phy2log.reshape(placement.ep_size, -1)
+    order = own[:, : placement.n_logical // placement.ep_size].ravel()
+    return jax.tree.map(lambda array: array[order], experts)
+
+
+def layer_over(mesh, case, *, check_vma=True, **options):
+    """The layer on all ranks; experts come and go in the order of the ranks' own slots."""
+
+    def rank(tokens, gates, experts, ids, placement):
+        return moe.moe_layer(
+            tokens, ids, gates, experts, case.r2o, placement=placement, axis_name="ep", **options
+        )
+
+    return jax.shard_map(
+        rank,
+        mesh=mesh,
+        in_specs=(P("ep"), P("ep"), P("ep"), P("ep"), P()),
+        out_specs=(P("ep"), P()),
+        check_vma=check_vma,
+    )
+
+
+def with_slopes(function):
+    """jit of (floats, upstream, …) -> function's output, its gradients for floats, and the rest."""
+
+    def loss(floats, upstream, *others):
+        out, aux = function(*floats, *others)
+        return (out.astype(np.float32) * upstream).sum(), (out, aux)
+
+    def run(*arguments):
+        (_, (out, aux)), slopes = jax.value_and_grad(loss, has_aux=True)(*arguments)
+        return out, slopes, aux
+
+    return jax.jit(run)
+
+
+PLAIN = with_slopes(lambda *arguments: (plainly(*arguments), None))
+NAMES = ["output", "tokens", "gates", "gate_up", "down"]
+
+
+def assert_equals_plain_mathematics(run, floats, ids, placement, rng, tolerance):
+    """`run` of with_slopes(layer_over()); returns the Traffic."""
+    upstream = rng.normal(0, 1, floats[0].shape).astype(np.float32)
+    tokens, gates, experts = floats
+    ours, (*slopes, of_experts), traffic = run(
+        (tokens, gates, in_slots(experts, placement)), upstream, ids, placement
+    )
+    exact = jax.tree.map(lambda array: array.astype(np.float32), floats)
+    with jax.default_device(jax.devices("cpu")[0]):
+        plain, (*expected, expected_of_experts), _ = PLAIN(exact, upstream, ids)
+    expected = [plain, *expected, *in_slots(expected_of_experts, placement)]
+    for name, got, want in zip(NAMES, [ours, *slopes, *of_experts], expected, strict=True):
+        got, want = np.asarray(got, np.float32), np.asarray(want)
+        scale = max(np.abs(want).max(), 1e-6)
+        np.testing.assert_allclose(got / scale, want / scale, atol=tolerance, err_msg=name)
+    return jax.tree.map(np.asarray, traffic)
+
+
+@pytest.fixture
+def mesh(cpu_devices):
+    return Mesh(cpu_devices, "ep")
+
+
+PORTABLE = {"transport": "padded", "gemm": "xla"}
+ROOM = {"capacity_factor": 8.0}  # so much that nothing can overflow
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_device(rng, mesh, name):
+    """All routings through one compiled program, each with a placement of its own."""
+    case = CASES[name](rng)
+    run = with_slopes(layer_over(mesh, case, **PORTABLE, **ROOM))
+    for routing in ROUTINGS:
+        floats, ids, placement = problem(rng, case, routing)
+        traffic = assert_equals_plain_mathematics(run, floats, ids, placement, rng, 1e-5)
+        loads = np.bincount(ids[ids >= 0], minlength=case.n_logical)
+        of_experts = np.zeros(case.n_logical, np.int64)
+        np.add.at(of_experts, placement.phy2log, traffic.slot_loads)
+        np.testing.assert_array_equal(of_experts, loads)
+        assert traffic.overflow == 0
+        assert not traffic.status.any()
+        received = np.asarray(metrics.rank_loads(traffic.slot_loads, case.ep_size))
+        busiest = received.reshape(case.n_groups, -1).max(axis=1)
+        np.testing.assert_array_equal(busiest, traffic.lower_bound)
+    assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("balance", ["none", "eplb", "lplb"])
+def test_every_balance_is_the_same_mathematics(rng, mesh, balance, check_vma):
+    case = CASES["cube"](rng)
+    floats, ids, placement = problem(rng, case, skewed)
+    options = {"balance": balance, "check_vma": check_vma}
+    run = with_slopes(layer_over(mesh, case, **options, **PORTABLE, **ROOM))
+    traffic = assert_equals_plain_mathematics(run, floats, ids, placement, rng, 1e-5)
+    loads = np.bincount(ids[ids >= 0], minlength=case.n_logical).astype(np.int32)
+    if balance == "none":
+        np.testing.assert_array_equal(traffic.slot_loads, metrics.home_quota(loads, placement))
+    elif balance == "eplb":
+        # Of an odd number of its tokens, every source sends one more home.
+        even = np.asarray(metrics.even_quota(loads, placement))
+        assert np.abs(traffic.slot_loads - even).max() <= case.ep_size
+
+
+def test_capacity_at_the_lower_bound_is_enough(rng, mesh):
+    case = CASES["cube"](rng)
+    floats, ids, placement = problem(rng, case, skewed)
+    experts = in_slots(floats[2], placement)
+    roomy = jax.jit(layer_over(mesh, case, **PORTABLE, **ROOM))
+    bound = int(roomy(*floats[:2], experts, ids, placement)[1].lower_bound[0])
+    mean = len(ids) // 8 * TOP_K
+    exactly = {"capacity_factor": max(bound / mean, 1), **PORTABLE}
+    run = with_slopes(layer_over(mesh, case, **exactly))
+    traffic = assert_equals_plain_mathematics(run, floats, ids, placement, rng, 1e-5)
+    assert traffic.capacity == max(bound, mean)
+    assert traffic.overflow == 0
+
+
+@pytest.mark.parametrize("routing", [skewed, one_expert])
+def test_overflow_is_counted_and_left_out(rng, mesh, routing):
+    """The rows that stay are served as ever; of those dropped, nothing comes back."""
+    case = CASES["ring"](rng)
+    floats, ids, placement = problem(rng, case, routing)
+    experts = in_slots(floats[2], placement)
+    layer = layer_over(mesh, case, balance="none", capacity_factor=1.0, **PORTABLE)
+    run = jax.jit(lambda *arguments: layer(*arguments, placement))
+    capacity = 64 // 8 * TOP_K
+    out, traffic = run(floats[0], floats[1], experts, ids)
+    received = np.asarray(metrics.rank_loads(traffic.slot_loads, 8))
+    assert received.max() > capacity, "the routing is too even for this test"
+    assert traffic.overflow == np.maximum(received - capacity, 0).sum()
+
+    # Which choices were dropped: those whose gate does not change the output.
+    def served(gates):
+        return run(floats[0], gates, experts, ids)[0].sum(axis=1)
+
+    slope = jax.grad(lambda gates: served(gates).sum())(floats[1])
+    kept = (np.asarray(slope) != 0) & (ids >= 0)
+    assert (ids >= 0).sum() - kept.sum() == traffic.overflow
+    with jax.default_device(mesh.devices[0]):
+        expected = plainly(floats[0], np.where(kept, floats[1], 0), floats[2], ids)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_weights_fetched_earlier(rng, mesh):
+    """replicate_weights outside the layer, with and without room of its own, gives the same."""
+    case = CASES["cube"](rng)
+    (tokens, gates, experts), ids, placement = problem(rng, case, skewed)
+    experts = in_slots(experts, placement)
+    n_copies = placement.redundants_per_rank
+
+    def roomy(array):
+        by_rank = array.reshape(8, case.n_local, *array.shape[1:])
+        room = np.full((8, n_copies, *array.shape[1:]), np.nan, array.dtype)
+        return np.concatenate([by_rank, room], axis=1).reshape(-1, *array.shape[1:])
+
+    def run(tokens, gates, experts, ids, *, early, in_place=False):
+        if early:
+            experts = moe.replicate_weights(
+                experts, case.r2o, "ep", redundants_per_rank=n_copies, in_place=in_place
+            )
+        return moe.moe_layer(
+            tokens, ids, gates, experts, case.r2o, placement=placement, axis_name="ep",
+            **PORTABLE, **ROOM,
+        )  # fmt: skip
+
+    def slopes(experts, **options):
+        function = jax.shard_map(
+            functools.partial(run, **options),
+            mesh=mesh,
+            in_specs=P("ep"),
+            out_specs=(P("ep"), P()),
+        )
+        out, slopes, _ = with_slopes(function)((tokens, gates, experts), tokens, ids)
+        return out, slopes
+
+    inside = slopes(experts, early=False)
+    jax.tree.map(np.testing.assert_array_equal, slopes(experts, early=True), inside)
+    out, (*others, of_experts) = slopes(jax.tree.map(roomy, experts), early=True, in_place=True)
+    room = jax.tree.map(
+        lambda array: array.reshape(8, -1, *array.shape[1:])[:, case.n_local :], of_experts
+    )
+    of_experts = jax.tree.map(
+        lambda array: array.reshape(8, -1, *array.shape[1:])[:, : case.n_local].reshape(
+            -1, *array.shape[1:]
+        ),
+        of_experts,
+    )
+    jax.tree.map(np.testing.assert_array_equal, (out, (*others, of_experts)), inside)
+    assert all(not array.any() for array in jax.tree.leaves(room))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_replicas_are_what_the_placement_says(rng, mesh, name):
+    """Bit for bit the weights of every slot's expert, and their gradients come home, summed."""
+    case = CASES[name](rng)
+    placement = case.placement(rng)
+    of_experts = rng.normal(0, 1, (case.n_logical, 5)).astype(np.float32)
+    fetch = jax.shard_map(
+        lambda weights: moe.replicate_weights(
+            weights, case.r2o, "ep", redundants_per_rank=placement.redundants_per_rank
+        ),
+        mesh=mesh,
+        in_specs=P("ep"),
+        out_specs=P("ep"),
+    )
+    slots, pull = jax.vjp(fetch, in_slots(of_experts, placement))
+    np.testing.assert_array_equal(slots, of_experts[placement.phy2log])
+
+    slopes = rng.integers(-9, 10, slots.shape).astype(np.float32)  # sums are exact
+    expected = np.zeros_like(of_experts)
+    np.add.at(expected, placement.phy2log, slopes)
+    np.testing.assert_array_equal(pull(jnp.asarray(slopes))[0], in_slots(expected, placement))
+
+
+def test_a_sub_axis_of_a_mesh(rng, cpu_devices):
+    """data 2 × ep 4: two batches with the same experts."""
+    mesh = Mesh(cpu_devices.reshape(2, 4), ("data", "ep"))
+    case = Case(topologies.ring(4), 3, combined=2)
+    (tokens, gates, experts), ids, placement = problem(rng, case, skewed)
+
+    def rank(tokens, gates, experts, ids):
+        return moe.moe_layer(
+            tokens, ids, gates, experts, case.r2o, placement=placement, axis_name="ep",
+            **PORTABLE, **ROOM,
+        )[0], None  # fmt: skip
+
+    both = P(("data", "ep"))
+    run = jax.shard_map(
+        rank, mesh=mesh, in_specs=(both, both, P("ep"), both), out_specs=(both, P())
+    )
+    out, (*slopes, of_experts), _ = with_slopes(run)(
+        (tokens, gates, in_slots(experts, placement)), tokens, ids
+    )
+    with jax.default_device(jax.devices("cpu")[0]):
+        plain, (*expected, expected_of_experts), _ = PLAIN((tokens, gates, experts), tokens, ids)
+    expected = [plain, *expected, *in_slots(expected_of_experts, placement)]
+    for name, got, want in zip(NAMES, [out, *slopes, *of_experts], expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4, err_msg=name)
+
+
+def test_placements_change_without_a_new_trace(rng, mesh):
+    """And the experts move with them: the same output, from the same compiled program."""
+    case = CASES["two groups of four"](rng)
+    (tokens, gates, experts), ids, old = problem(rng, case, skewed)
+    traces = []
+
+    def layer(tokens, gates, experts, ids, placement):
+        traces.append(1)
+        return moe.moe_layer(
+            tokens, ids, gates, experts, case.r2o, placement=placement, axis_name="ep",
+            **PORTABLE, **ROOM,
+        )[0]  # fmt: skip
+
+    run = jax.shard_map(layer, mesh=mesh, in_specs=(P("ep"),) * 4 + (P(),), out_specs=P("ep"))
+    run = jax.jit(run)
+    sharding = jax.sharding.NamedSharding(mesh, P("ep"))
+    weights = jax.device_put(in_slots(experts, old), sharding)
+    first = run(tokens, gates, weights, ids, old)
+    for _ in range(3):
+        new = case.placement(rng)
+        weights = moe.move_experts(weights, old, new)
+        jax.tree.map(np.testing.assert_array_equal, weights, in_slots(experts, new))
+        np.testing.assert_allclose(run(tokens, gates, weights, ids, new), first, atol=1e-5)
+        old = new
+    assert len(traces) == 1
+
+
+def test_moved_arrays_stay_sharded(rng, mesh):
+    case = CASES["cube"](rng)
+    sharding = jax.sharding.NamedSharding(mesh, P("ep"))
+    array = jax.device_put(rng.normal(0, 1, (case.n_logical, 3)), sharding)
+    moved = moe.move_experts(array, case.placement(rng), case.placement(rng))
+    assert moved.sharding.is_equivalent_to(sharding, 2)
+
+
+BAD = [
+    ({"balance": "most"}, ValueError, "^balance: .*got 'most'"),
+    ({"capacity_factor": 0.9}, ValueError, "^capacity_factor: .*got 0.9"),
+    ({"capacity_factor": float("nan")}, ValueError, "^capacity_factor: .*got nan"),
+    ({"transport": "carrier"}, ValueError, "^transport: .*got 'carrier'"),
+    ({"gemm": "cublas"}, ValueError, "^gemm: .*got 'cublas'"),
+    ({"gemm": "mosaic"}, ValueError, "^gemm: .*got float32, hidden = 16, width = 12"),
+    ({"placement": None}, TypeError, "^placement: .*got NoneType"),
+    ({"axis_name": "model"}, ValueError, "^axis_name: .*'model'"),
+    ({"solver": "magic"}, ValueError, "^solver: .*got 'magic'"),
+    ({"indices": jnp.zeros((8, 3), jnp.float32)}, TypeError, "^indices: .*got float32"),
+    ({"indices": jnp.zeros(8, jnp.int32)}, ValueError, r"^gates: .*got \[8, 3\] for indices \[8\]"),
+    ({"gates": jnp.zeros((8, 2))}, ValueError, r"^gates: .*got \[8, 2\]"),
+    ({"tokens": jnp.zeros((8, 16), jnp.bfloat16)}, TypeError, "^experts: .*bfloat16.*got float32"),
+    ({"tokens": jnp.zeros((8, 17))}, ValueError, r"^experts: .*hidden = 17.*got \[4, 16, 24\]"),
+    ({"tokens": jnp.zeros((9, 16))}, ValueError, r"^assignment: .*with 9 tokens"),
+    ({"experts": (1, 2)}, TypeError, "^experts: .*got tuple"),
+    (
+        {"experts": moe.Experts(jnp.zeros((5, 16, 24)), jnp.zeros((5, 12, 16)))},
+        ValueError,
+        "^experts: expected the 4 own experts of a rank or its 8 slots, got 5",
+    ),
+    (
+        {
+            "experts": moe.Experts(jnp.zeros((8, 16, 24)), jnp.zeros((8, 12, 16))),
+            "balance": "none",
+        },
+        ValueError,
+        "^experts: expected the 4 own experts of a rank, got 8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "words"), BAD)
+def test_bad_input(rng, mesh, changed, error, words):
+    """At trace time; the message names the argument, what was expected and what came."""
+    case = CASES["cube"](rng)
+
+    def rank(x):
+        good = {
+            "tokens": jnp.zeros((8, 16)),
+            "indices": jnp.zeros((8, 3), jnp.int32),
+            "gates": jnp.zeros((8, 3)),
+            "experts": moe.Experts(jnp.zeros((4, 16, 24)), jnp.zeros((4, 12, 16))),
+            "r2o": case.r2o,
+            "placement": case.placement(),
+            "axis_name": "ep",
+        }
+        return moe.moe_layer(**{**good, **changed})[0]
+
+    run = jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    with pytest.raises(error, match=words) as raised:
+        jax.eval_shape(run, jnp.zeros(8))
+    assert "expected" in str(raised.value)
+    assert "got" in str(raised.value)
+
+
+def test_bad_input_of_the_parts(rng, mesh):
+    case = CASES["cube"](rng)
+    placement = case.placement()
+    ids = jnp.zeros((8, 3), jnp.int32)
+    tokens = jnp.zeros((8, 16))
+
+    def refused(error, words, function, *arguments, **options):
+        run = jax.shard_map(
+            lambda _: function(*arguments, **options), mesh=mesh, in_specs=P("ep"), out_specs=P()
+        )
+        with pytest.raises(error, match=words) as raised:
+            jax.eval_shape(run, jnp.zeros(8))
+        assert "expected" in str(raised.value)
+        assert "got" in str(raised.value)
+
+    replicate = functools.partial(moe.replicate_weights, jnp.zeros((4, 2)), case.r2o, "ep")
+    refused(
+        ValueError, "^redundants_per_rank: .*2 columns.*got 3", replicate, redundants_per_rank=3
+    )
+    refused(ValueError, "^redundants_per_rank: .*got 6 with", replicate, redundants_per_rank=6)
+    refused(
+        ValueError, "^redundants_per_rank: .*in place", replicate,
+        redundants_per_rank=4, in_place=True,
+    )  # fmt: skip
+    refused(
+        ValueError, "^axis_name: .*multiple of the group size 16.*size 8",
+        moe.replicate_weights, jnp.zeros((4, 2)), topologies.hypercube(), "ep",
+    )  # fmt: skip
+    refused(ValueError, "^r2o: ", moe.replicate_weights, jnp.zeros((4, 2)), [[0], [0]], "ep")
+    plain = {"axis_name": "ep", "capacity": 24}
+    refused(
+        TypeError,
+        "^assignment: .*got ArrayImpl.*positions=True",
+        moe.dispatch,
+        tokens,
+        ids,
+        **plain,
+    )
+    good = Assignment(ids, ids, jnp.zeros(64, jnp.int32))
+    refused(ValueError, "^tokens: .*int32", moe.dispatch, ids, good, **plain)
+    refused(
+        ValueError,
+        r"^assignment: .*\[63\]",
+        moe.dispatch,
+        tokens,
+        good._replace(counts=jnp.zeros(63, jnp.int32)),
+        **plain,
+    )
+    experts = moe.Experts(jnp.zeros((4, 16, 24)), jnp.zeros((4, 12, 16)))
+    refused(
+        ValueError,
+        r"^group_sizes: .*\[4\].*\[3\]",
+        moe.expert_ffn,
+        tokens,
+        experts,
+        jnp.zeros(3, jnp.int32),
+    )
+    with pytest.raises(ValueError, match=r"^weights: .*\[32, …\], got \[31\]"):
+        moe.move_experts(jnp.zeros(31), placement, placement)
+    other = place_experts(None, topologies.ring(4), n_logical=32, ep_size=4, redundants_per_rank=1)
+    with pytest.raises(ValueError, match=r"^new: .*32 experts on 8 ranks.*got 32 on 4"):
+        moe.move_experts(jnp.zeros(32), placement, other)
