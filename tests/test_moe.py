@@ -435,50 +435,78 @@ def test_bad_input_of_the_parts(rng, mesh):
         assert "expected" in str(raised.value)
         assert "got" in str(raised.value)
 
-    replicate = functools.partial(moe.replicate_weights, jnp.zeros((4, 2)), case.r2o, "ep")
-    refused(
-        ValueError, "^redundants_per_rank: .*2 columns.*got 3", replicate, redundants_per_rank=3
-    )
-    refused(ValueError, "^redundants_per_rank: .*got 6 with", replicate, redundants_per_rank=6)
-    refused(
-        ValueError, "^redundants_per_rank: .*in place", replicate,
-        redundants_per_rank=4, in_place=True,
-    )  # fmt: skip
-    refused(
-        ValueError, "^axis_name: .*multiple of the group size 16.*size 8",
-        moe.replicate_weights, jnp.zeros((4, 2)), topologies.hypercube(), "ep",
-    )  # fmt: skip
-    refused(ValueError, "^r2o: ", moe.replicate_weights, jnp.zeros((4, 2)), [[0], [0]], "ep")
-    plain = {"axis_name": "ep", "capacity": 24}
-    refused(
-        TypeError,
-        "^assignment: .*got ArrayImpl.*positions=True",
-        moe.dispatch,
-        tokens,
-        ids,
-        **plain,
-    )
+    weights = jnp.zeros((4, 2))
+    replicate = functools.partial(moe.replicate_weights, weights, case.r2o, "ep")
+    copies = "^redundants_per_rank: expected"
+    refused(ValueError, f"{copies}.*2 columns.*got 3", replicate, redundants_per_rank=3)
+    refused(ValueError, f"{copies}.*got 6 with", replicate, redundants_per_rank=6)
+    too_many = {"redundants_per_rank": 4, "in_place": True}
+    refused(ValueError, f"{copies}.*in place", replicate, **too_many)
+    sixteen = topologies.hypercube()
+    words = "^axis_name: .*multiple of the group size 16.*size 8"
+    refused(ValueError, words, moe.replicate_weights, weights, sixteen, "ep")
+    refused(ValueError, "^r2o: ", moe.replicate_weights, weights, np.array([[0], [0]]), "ep")
+
+    dispatch = functools.partial(moe.dispatch, axis_name="ep", capacity=24)
+    words = "^assignment: .*got ArrayImpl.*positions=True"
+    refused(TypeError, words, dispatch, tokens, ids)
     good = Assignment(ids, ids, jnp.zeros(64, jnp.int32))
-    refused(ValueError, "^tokens: .*int32", moe.dispatch, ids, good, **plain)
-    refused(
-        ValueError,
-        r"^assignment: .*\[63\]",
-        moe.dispatch,
-        tokens,
-        good._replace(counts=jnp.zeros(63, jnp.int32)),
-        **plain,
-    )
+    refused(ValueError, "^tokens: .*int32", dispatch, ids, good)
+    odd = good._replace(counts=jnp.zeros(63, jnp.int32))
+    refused(ValueError, r"^assignment: .*\[63\]", dispatch, tokens, odd)
     experts = moe.Experts(jnp.zeros((4, 16, 24)), jnp.zeros((4, 12, 16)))
-    refused(
-        ValueError,
-        r"^group_sizes: .*\[4\].*\[3\]",
-        moe.expert_ffn,
-        tokens,
-        experts,
-        jnp.zeros(3, jnp.int32),
-    )
+    words = r"^group_sizes: .*\[4\].*\[3\]"
+    refused(ValueError, words, moe.expert_ffn, tokens, experts, jnp.zeros(3, jnp.int32))
     with pytest.raises(ValueError, match=r"^weights: .*\[32, …\], got \[31\]"):
         moe.move_experts(jnp.zeros(31), placement, placement)
     other = place_experts(None, topologies.ring(4), n_logical=32, ep_size=4, redundants_per_rank=1)
     with pytest.raises(ValueError, match=r"^new: .*32 experts on 8 ranks.*got 32 on 4"):
         moe.move_experts(jnp.zeros(32), placement, other)
+
+
+@pytest.fixture
+def gpu_mesh():
+    devices = jax.devices("gpu")
+    if len(devices) < 2:
+        pytest.skip("needs two GPUs")
+    return Mesh(np.array(devices), "ep")
+
+
+def case_of(n_ranks):
+    """Few experts, and on some ranks some that nobody chooses."""
+    return Case(topologies.ring(n_ranks), 5, combined=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "gemm", "tolerance"),
+    [(np.float32, "xla", 1e-4), (jnp.bfloat16, "mosaic", 3e-2), (jnp.bfloat16, "auto", 3e-2)],
+)
+def test_gpus_equal_one_device(rng, gpu_mesh, dtype, gemm, tolerance):
+    case = case_of(gpu_mesh.size)
+    # In full precision: the plain mathematics are.
+    with jax.default_matmul_precision("highest"):
+        run = with_slopes(layer_over(gpu_mesh, case, transport="ragged", gemm=gemm, **ROOM))
+        for routing in ROUTINGS:
+            n_tokens = 300 * gpu_mesh.size
+            floats, ids, placement = problem(rng, case, routing, n_tokens, dtype, (256, 128))
+            assert_equals_plain_mathematics(run, floats, ids, placement, rng, tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hide", [False, True])
+@pytest.mark.parametrize("balance", ["none", "eplb", "lplb"])
+def test_transports_give_the_same_bits(rng, gpu_mesh, balance, hide):
+    """Values and gradients, also where XLA reorders collectives to hide them."""
+    case = case_of(gpu_mesh.size)
+    options = {"xla_gpu_enable_latency_hiding_scheduler": hide}
+    results = []
+    (tokens, gates, experts), ids, placement = problem(
+        rng, case, skewed, 1000 * gpu_mesh.size, jnp.bfloat16, (256, 128)
+    )
+    floats = tokens, gates, in_slots(experts, placement)
+    for transport in ["ragged", "padded"]:
+        layer = layer_over(gpu_mesh, case, transport=transport, balance=balance, **ROOM)
+        run = jax.jit(with_slopes(layer), compiler_options=options)
+        results.append(run(floats, tokens.astype(np.float32), ids, placement))
+    jax.tree.map(np.testing.assert_array_equal, *results)

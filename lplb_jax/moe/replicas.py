@@ -67,13 +67,15 @@ def replicate_weights(
             f"redundants_per_rank: expected a multiple of the {n_columns} columns of r2o, got "
             f"{redundants_per_rank!r}"
         )
+    # Who sends to whom, for each column.
     pairs = [
-        [(first + int(r2o[v, d]), first + v) for v in range(group_size)]
-        for first in range(0, axis_size, group_size)
+        [
+            (first + int(r2o[v, d]), first + v)
+            for first in range(0, axis_size, group_size)
+            for v in range(group_size)
+        ]
         for d in range(n_columns)
     ]
-    # One list of pairs per column, over all groups.
-    columns = [sum(pairs[d::n_columns], []) for d in range(n_columns)]
 
     def replicate(weights: jax.Array) -> jax.Array:
         n_local = len(weights) - (n_copies if in_place else 0)
@@ -83,7 +85,7 @@ def replicate_weights(
                 f"local_weights of shape {list(weights.shape)}{' in place' if in_place else ''}"
             )
         copies = [
-            lax.ppermute(weights[d:n_copies:n_columns], axis_name, columns[d])
+            lax.ppermute(weights[d:n_copies:n_columns], axis_name, pairs[d])
             for d in range(n_columns)
         ]
         # Redundant slot j·D + d is a copy of local expert j·D + d.

@@ -1,0 +1,313 @@
+"""What balance is worth in an expert-parallel layer: step time and memory on all GPUs there are.
+
+    python benchmarks/moe_layer.py [--hidden 2048 --width 1024 --experts 64] [--json FILE]
+
+Routing is that of the packaged traces. The experts are arranged so that the busiest rank has 1.1,
+1.3 and 1.6 times the mean load; then, side by side in one run, a step (forward and backward) is
+timed without copies ("none"), with an even split over copies ("eplb") and with `rebalance`
+("lplb"). Each has the smallest buffer that does not overflow, and each result is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lplb_jax import metrics, moe, place_experts, rebalance, solve, topologies
+from lplb_jax.data import load_traces
+
+TOP_K = 8
+IMBALANCES = (1.1, 1.3, 1.6)
+# XLA starts transfers early and ends them late, so that they hide behind computation.
+HIDE = {"xla_gpu_enable_latency_hiding_scheduler": True}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=16384, help="per rank")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=1024, help="of an expert")
+    parser.add_argument("--experts", type=int, default=64, help="a divisor of 256")
+    parser.add_argument("--redundants", type=int, default=8, help="slots per rank")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+
+    devices = jax.devices()
+    mesh = Mesh(np.array(devices), "ep")
+    r2o = topologies.cube() if len(devices) == 8 else topologies.complete(len(devices))
+    print(f"{len(devices)} × {devices[0].device_kind}, jax {jax.__version__}, {vars(options)}")
+    cases = [Case(mesh, r2o, options, imbalance) for imbalance in IMBALANCES]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for done in [pool.submit(case.compile, name) for case in cases for name in case.names]:
+            done.result()
+    results = [case.measure(options.repeats) for case in cases]
+    of_rebalance = rebalance_time(mesh, r2o, cases[0])
+    forward = forward_time(cases[0], options.repeats)
+    print(f"rebalance {of_rebalance:.3f} ms, {of_rebalance / forward:.1%} of a forward pass")
+    if options.json:
+        record = {
+            "device": devices[0].device_kind,
+            "ranks": len(devices),
+            "jax": jax.__version__,
+            "options": vars(options),
+            "results": results,
+            "rebalance_ms": of_rebalance,
+            "forward_ms": forward,
+        }
+        with open(options.json, "w") as file:
+            json.dump(record, file, indent=1)
+
+
+def routing(n_tokens: int, n_experts: int) -> np.ndarray:
+    """int32 `[n_tokens, 8]`: the trace's choices, repeated where it is shorter.
+
+    Of its 256 experts, those with similar loads become one, so that the loads keep their skew.
+    """
+    indices = load_traces().indices[0].astype(np.int32)
+    by_load = np.argsort(-np.bincount(indices.ravel(), minlength=256), kind="stable")
+    merged = np.empty(256, np.int32)
+    merged[by_load] = np.arange(256) // (256 // n_experts)
+    return np.resize(merged[indices], (n_tokens, TOP_K))
+
+
+def arranged(loads: np.ndarray, n_ranks: int, imbalance: float) -> np.ndarray:
+    """Order of the experts by rank, heaviest first, with rank 0 at `imbalance` times the mean."""
+    n_local = len(loads) // n_ranks
+    target = imbalance * loads.sum() / n_ranks
+    even = place_experts(
+        loads, topologies.ring(n_ranks), n_logical=len(loads), ep_size=n_ranks,
+        redundants_per_rank=1,
+    )  # fmt: skip
+    order = even.phy2log.reshape(n_ranks, -1)[:, :n_local].copy()
+    for turn in range(1000):
+        missing = target - loads[order[0]].sum()
+        rank = 1 + turn % (n_ranks - 1)
+        change = loads[order[rank]][None] - loads[order[0]][:, None]
+        # In small steps, so that all other ranks lose alike.
+        step = missing if n_ranks == 2 else missing / (n_ranks - 1)
+        i, j = np.unravel_index(np.argmin(np.abs(change - step)), change.shape)
+        if abs(missing - change[i, j]) >= abs(missing):
+            break
+        order[0, i], order[rank, j] = order[rank, j], order[0, i]
+    for row in order:
+        row[:] = row[np.argsort(-loads[row], kind="stable")]
+    return order.ravel()
+
+
+class Case:
+    """One arrangement of the experts: its three steps, compiled and timed."""
+
+    names = ("none", "eplb", "lplb")
+
+    def __init__(self, mesh: Mesh, r2o: np.ndarray, options: Any, imbalance: float) -> None:
+        n_ranks, n_experts = mesh.size, options.experts
+        ids = routing(n_ranks * options.tokens, n_experts)
+        order = arranged(np.bincount(ids.ravel(), minlength=n_experts), n_ranks, imbalance)
+        number = np.empty(n_experts, np.int32)
+        number[order] = np.arange(n_experts)
+        ids = number[ids]  # numbered so that the given order is the arrangement
+        self.mesh, self.r2o, self.n_copies = mesh, r2o, options.redundants
+        self.placement = place_experts(
+            None, r2o, n_logical=n_experts, ep_size=n_ranks, redundants_per_rank=options.redundants
+        )
+        loads = np.bincount(ids.ravel(), minlength=n_experts).astype(np.int32)
+        quotas = {
+            "none": metrics.home_quota(loads, self.placement),
+            "eplb": metrics.even_quota(loads, self.placement),
+            "lplb": solve(loads, r2o, placement=self.placement).quota,
+        }
+        mean = ids.size / n_ranks
+        self.imbalance = {
+            name: float(metrics.rank_loads(quota, n_ranks).max()) / mean
+            for name, quota in quotas.items()
+        }
+        rng = np.random.default_rng(0)
+        n_rows = n_ranks * options.tokens
+        shared = NamedSharding(mesh, P("ep"))
+        self.ids = jax.device_put(ids, shared)
+        self.gates = jax.device_put(rng.random((n_rows, TOP_K)).astype(np.float32), shared)
+        self.sizes = n_experts // n_ranks, options.hidden, options.width
+        self.tokens = self._normal(0, (n_rows, options.hidden), 1)
+        self.upstream = self._normal(1, (n_rows, options.hidden), 1)
+        self.steps: dict[str, Any] = {}
+
+    def _normal(self, seed: int, shape: tuple[int, ...], scale: float) -> jax.Array:
+        make = jax.jit(
+            lambda key: (scale * jax.random.normal(key, shape)).astype(jnp.bfloat16),
+            out_shardings=NamedSharding(self.mesh, P("ep")),
+        )
+        return make(jax.random.key(seed))
+
+    def experts(self, name: str) -> moe.Experts:
+        """The same weights for all; with copies, followed by room for them."""
+        n_local, hidden, width = self.sizes
+        n_slots = self.mesh.size * (n_local + (self.n_copies if name != "none" else 0))
+        own = moe.Experts(
+            self._normal(2, (self.mesh.size * n_local, hidden, 2 * width), hidden**-0.5),
+            self._normal(3, (self.mesh.size * n_local, width, hidden), width**-0.5),
+        )
+        if name == "none":
+            return own
+        room = jax.jit(
+            jax.shard_map(
+                lambda a: jnp.pad(a, [(0, self.n_copies), (0, 0), (0, 0)]),
+                mesh=self.mesh, in_specs=P("ep"), out_specs=P("ep"),
+            )
+        )  # fmt: skip
+        experts = jax.tree.map(room, own)
+        assert len(experts.down) == n_slots
+        return experts
+
+    def layer(self, name: str, tokens: jax.Array, gates: jax.Array, experts: Any, ids: Any) -> Any:
+        """One rank's forward pass: output, and what is left of it."""
+        if name != "none":
+            experts = moe.replicate_weights(
+                experts, self.r2o, "ep", redundants_per_rank=self.n_copies, in_place=True
+            )
+        # A little more than the largest load: sources split their tokens each on its own.
+        slack = 1.002 if name == "eplb" else 1 + 1e-6
+        out, traffic = moe.moe_layer(
+            tokens, ids, gates, experts, self.r2o, placement=self.placement, axis_name="ep",
+            balance=name, capacity_factor=max(1.0, slack * self.imbalance[name]),
+        )  # fmt: skip
+        return out, (experts, traffic)
+
+    def compile(self, name: str) -> None:
+        """Compiles forward and backward; the experts' buffers come back with fresh copies."""
+
+        def step(tokens: Any, gates: Any, experts: Any, ids: Any, upstream: Any) -> Any:
+            def loss(tokens: Any, gates: Any, experts: Any) -> Any:
+                out, rest = self.layer(name, tokens, gates, experts, ids)
+                return (out * upstream).astype(jnp.float32).sum(), (out, rest)
+
+            slopes, (out, (experts, traffic)) = jax.grad(loss, (0, 1, 2), has_aux=True)(
+                tokens, gates, experts
+            )
+            return slopes, out, experts, traffic
+
+        run = jax.shard_map(
+            step, mesh=self.mesh, in_specs=P("ep"), out_specs=(P("ep"), P("ep"), P("ep"), P())
+        )
+        shapes = jax.eval_shape(lambda: self.experts(name))
+        shapes = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(
+                s.shape, s.dtype, sharding=NamedSharding(self.mesh, P("ep"))
+            ),
+            shapes,
+        )
+        lowered = jax.jit(run, donate_argnums=2, compiler_options=HIDE).lower(
+            self.tokens, self.gates, shapes, self.ids, self.upstream
+        )
+        self.steps[name] = lowered.compile()
+
+    def run(self, name: str, experts: moe.Experts) -> Any:
+        return self.steps[name](self.tokens, self.gates, experts, self.ids, self.upstream)
+
+    def measure(self, repeats: int, calls: int = 4) -> dict[str, Any]:
+        """Medians of interleaved repeats of a few steps in a row."""
+        experts = {name: self.experts(name) for name in self.names}
+        outputs = {}
+        for name in self.names:
+            slopes, out, experts[name], traffic = self.run(name, experts[name])
+            assert int(traffic.overflow) == 0, name
+            assert not np.any(traffic.status), name
+            outputs[name] = (out, slopes[0], slopes[1])
+        for name in ("eplb", "lplb"):
+            for got, want in zip(outputs[name], outputs["none"], strict=True):
+                assert close(got, want), name
+        del outputs, slopes, out, got, want
+        times: dict[str, list[float]] = {name: [] for name in self.names}
+        for _ in range(repeats):
+            for name in self.names:
+                start = time.perf_counter()
+                for _ in range(calls):
+                    _, _, experts[name], traffic = self.run(name, experts[name])
+                jax.block_until_ready((experts[name], traffic))
+                times[name].append((time.perf_counter() - start) / calls * 1e3)
+        none = float(np.median(times["none"]))
+        result = {}
+        for name in self.names:
+            memory = self.steps[name].memory_analysis()
+            ms = float(np.median(times[name]))
+            gain, possible = none / ms, self.imbalance["none"]
+            result[name] = {
+                "imbalance": self.imbalance[name],
+                "ms": ms,
+                "gain": gain,
+                "share": (gain - 1) / (possible - 1),
+                "gib": (
+                    memory.argument_size_in_bytes
+                    + memory.output_size_in_bytes
+                    + memory.temp_size_in_bytes
+                    - memory.alias_size_in_bytes
+                )
+                / 2**30,
+            }
+            print(
+                f"{name}: imbalance {self.imbalance[name]:.3f}, {ms:.2f} ms, gain {gain:.3f} "
+                f"({result[name]['share']:.0%} of the possible), {result[name]['gib']:.2f} GiB",
+                flush=True,
+            )
+        return result
+
+
+@jax.jit
+def close(got: jax.Array, want: jax.Array) -> jax.Array:
+    """Equal up to bfloat16's rounding of sums in another order."""
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    return jnp.sqrt(((got - want) ** 2).sum() / (want**2).sum()) < 1e-2
+
+
+def rebalance_time(mesh: Mesh, r2o: np.ndarray, case: Case, n_layers: int = 50) -> float:
+    """ms of one `rebalance`, the exchange of loads included: of many layers in one program."""
+
+    def rank(ids: jax.Array) -> jax.Array:
+        def layer(shift: jax.Array, _: Any) -> Any:
+            assigned, split = rebalance(
+                (ids + shift) % case.placement.n_logical, None, r2o, placement=case.placement,
+                axis_name="ep", positions=True,
+            )  # fmt: skip
+            return split.max_load[0] % 2 + shift, assigned.position[0, 0]
+
+        return jax.lax.scan(layer, jnp.int32(0), None, length=n_layers)[1]
+
+    run = jax.jit(jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
+    return median_ms(functools.partial(run, case.ids), 10) / n_layers
+
+
+def forward_time(case: Case, repeats: int) -> float:
+    """ms of the layer's forward pass with "lplb", copies in place."""
+    run = jax.jit(
+        jax.shard_map(
+            lambda *arguments: case.layer("lplb", *arguments)[0],
+            mesh=case.mesh, in_specs=P("ep"), out_specs=P("ep"),
+        ),
+        compiler_options=HIDE,
+    )  # fmt: skip
+    arguments = case.tokens, case.gates, case.experts("lplb"), case.ids
+    return median_ms(lambda: [run(*arguments) for _ in range(4)], repeats) / 4
+
+
+def median_ms(function: Any, repeats: int) -> float:
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append((time.perf_counter() - start) * 1e3)
+    return float(np.median(times))
+
+
+if __name__ == "__main__":
+    main()
