@@ -78,6 +78,14 @@ def check_axis(axis_name: Any) -> int:
         ) from None
 
 
+def varying_over(array: jax.Array, axes: Any) -> jax.Array:
+    """`array` typed as one that may differ along these mapped axes (a name, or several)."""
+    varying = jax.typeof(array).manual_axis_type.varying
+    axes = (axes,) if isinstance(axes, str) else axes
+    missing = tuple(axis for axis in axes if axis not in varying)
+    return lax.pcast(array, missing, to="varying") if missing else array
+
+
 def check_indices(indices: Any) -> jax.Array:
     """`indices` as an array of an accepted integer type."""
     dtype = getattr(indices, "dtype", None)

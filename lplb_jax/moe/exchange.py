@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lplb_jax._problem import check_axis
+from lplb_jax._problem import check_axis, varying_over
 from lplb_jax.assignment import Assignment
 from lplb_jax.loads import sync_loads
 
@@ -82,17 +82,17 @@ def capacity_for(n_rows: int, ep_size: int, factor: float) -> int:
         above the largest bound over the mean never overflows.
 
     Returns:
-      At most what all ranks send together.
+      A multiple of 8, as kernels want it; at most what all ranks send together, rounded up.
 
     Raises:
       ValueError: the factor is below 1.
 
     >>> moe.capacity_for(1000, 8, 1.25)
-    1250
+    1256
     """
     if not factor >= 1:
         raise ValueError(f"capacity_factor: expected a number of at least 1, got {factor!r}")
-    return min(math.ceil(n_rows * factor), n_rows * ep_size)
+    return -(-min(math.ceil(n_rows * factor), n_rows * ep_size) // 8) * 8
 
 
 def dispatch(
@@ -153,7 +153,7 @@ def dispatch(
     )
     gathered = sync_loads(counts, axis_name).reshape(n_ranks, n_ranks, n_slots)
     plan = Plan(row_of, choice_of, gathered, int(capacity), axis_name, transport)
-    return _exchange(_spread(_varying(tokens, axis_name), plan), plan, "out"), plan
+    return _exchange(_spread(varying_over(tokens, axis_name), plan), plan, "out"), plan
 
 
 def combine(rows: jax.Array, gates: jax.Array, plan: Plan) -> jax.Array:
@@ -183,7 +183,7 @@ def combine(rows: jax.Array, gates: jax.Array, plan: Plan) -> jax.Array:
         raise ValueError(
             f"gates: expected [tokens, top_k] = {list(plan.row_of.shape)}, got {list(gates.shape)}"
         )
-    return _weighted_sum(_exchange(rows, plan, "back"), _varying(gates, plan.axis_name), plan)
+    return _weighted_sum(_exchange(rows, plan, "back"), varying_over(gates, plan.axis_name), plan)
 
 
 def _check_assignment(tokens: jax.Array, assignment: Assignment, n_ranks: int) -> int:
@@ -209,14 +209,6 @@ def _check_assignment(tokens: jax.Array, assignment: Assignment, n_ranks: int) -
             f"{list(counts.shape)}"
         )
     return len(counts) // n_ranks
-
-
-def _varying(array: jax.Array, axis_name: Any) -> jax.Array:
-    """`array` with a value of its own on every rank, as the rows are that come from it."""
-    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    varying = jax.typeof(array).manual_axis_type.varying
-    missing = tuple(axis for axis in axes if axis not in varying)
-    return lax.pcast(array, missing, to="varying") if missing else array
 
 
 @jax.custom_vjp
@@ -337,7 +329,7 @@ def _ragged(
     offsets, sizes = cut(here.sizes)
     return lax.ragged_all_to_all(
         rows,
-        jnp.zeros((n_out, *rows.shape[1:]), rows.dtype),
+        varying_over(jnp.zeros((n_out, *rows.shape[1:]), rows.dtype), axis_name),
         (here.starts[..., None] + offsets).reshape(-1),
         sizes,
         (starts_there[..., None] + offsets).reshape(-1),
