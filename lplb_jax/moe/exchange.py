@@ -316,24 +316,26 @@ def _ragged(
     n_out: int,
     axis_name: Any,
 ) -> jax.Array:
-    # XLA moves a slice by one block of threads: it takes some 300 of them to fill the link.
-    n_pieces = -(-320 // here.sizes.size)
-    piece = jnp.arange(n_pieces + 1, dtype=jnp.int32)
+    # XLA moves a piece by one block of threads. It takes some 300 to fill the links, and equal
+    # ones: whole slices would make all others wait for that of the busiest expert.
+    n_ranks, n_slots = here.sizes.shape
+    n_spare = -(-512 // n_ranks)
 
-    def cut(sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        bounds = (
-            sizes[..., None] // n_pieces * piece + sizes[..., None] % n_pieces * piece // n_pieces
-        )
-        return bounds[..., :-1], jnp.diff(bounds, axis=-1).reshape(-1)
+    def cut(sizes: jax.Array) -> tuple[jax.Array, ...]:
+        per_piece = jnp.maximum(-(-sizes.sum(axis=1) // n_spare), 1)
+        return _cut(sizes, per_piece, n_slots + n_spare)
 
-    offsets, sizes = cut(here.sizes)
+    slot, offsets, lengths = cut(here.sizes)
+    # Not a constant: XLA would share it with other zeros, and have kernels read those from memory.
+    zero = lax.optimization_barrier(jnp.zeros((), rows.dtype))
+    empty = jnp.broadcast_to(zero, (n_out, *rows.shape[1:]))
     return lax.ragged_all_to_all(
         rows,
-        varying_over(jnp.zeros((n_out, *rows.shape[1:]), rows.dtype), axis_name),
-        (here.starts[..., None] + offsets).reshape(-1),
-        sizes,
-        (starts_there[..., None] + offsets).reshape(-1),
-        cut(there.sizes)[1],
+        varying_over(empty, axis_name),
+        (_of_slot(here.starts, slot) + offsets).reshape(-1),
+        lengths.reshape(-1),
+        (_of_slot(starts_there, slot) + offsets).reshape(-1),
+        cut(there.sizes)[2].reshape(-1),
         axis_name=axis_name,
     )
 
@@ -350,12 +352,26 @@ def _padded(
 
 def _places(slices: _Slices, most: int, nowhere: int) -> jax.Array:
     """The row of every place in the blocks of a padded exchange: int32 `[ep_size, most]`."""
-    ends = jnp.cumsum(slices.sizes, axis=1)
-    place = jnp.arange(most, dtype=jnp.int32)
+    one = jnp.ones(len(slices.sizes), jnp.int32)
+    slot, offsets, lengths = _cut(slices.sizes, one, most)
+    return jnp.where(lengths > 0, _of_slot(slices.starts, slot) + offsets, nowhere)
 
-    def of_peer(starts: jax.Array, sizes: jax.Array, ends: jax.Array) -> jax.Array:
-        slot = jnp.searchsorted(ends, place, side="right")
-        row = starts[slot] + place - (ends - sizes)[slot]
-        return jnp.where(place < ends[-1], row, nowhere)
 
-    return jax.vmap(of_peer)(slices.starts, slices.sizes, ends)
+def _cut(sizes: jax.Array, per_piece: jax.Array, n_pieces: int) -> tuple[jax.Array, ...]:
+    """Cuts the slices of every peer into pieces of at most `per_piece` rows.
+
+    Returns int32 `[ep_size, n_pieces]`: the slot of every piece, where in its slice it starts, and
+    its rows; 0 for those that are not needed.
+    """
+    pieces = -(-sizes // per_piece[:, None])
+    ends = jnp.cumsum(pieces, axis=1)
+    piece = jnp.arange(n_pieces, dtype=jnp.int32)
+    slot = (piece[:, None] >= ends[:, None]).sum(axis=2, dtype=jnp.int32)
+    slot = jnp.minimum(slot, sizes.shape[1] - 1)
+    offsets = (piece - _of_slot(ends - pieces, slot)) * per_piece[:, None]
+    lengths = jnp.clip(_of_slot(sizes, slot) - offsets, 0, per_piece[:, None])
+    return slot, offsets, lengths
+
+
+def _of_slot(array: jax.Array, slot: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(array, slot, axis=1)

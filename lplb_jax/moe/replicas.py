@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,6 +79,11 @@ def replicate_weights(
         for d in range(n_columns)
     ]
 
+    def fetch(own: jax.Array) -> jax.Array:
+        copies = [lax.ppermute(own[d::n_columns], axis_name, pairs[d]) for d in range(n_columns)]
+        # Redundant slot j·D + d is a copy of local expert j·D + d.
+        return jnp.stack(copies, axis=1).reshape(own.shape)
+
     def replicate(weights: jax.Array) -> jax.Array:
         n_local = len(weights) - (n_copies if in_place else 0)
         if n_copies > n_local:
@@ -84,17 +91,40 @@ def replicate_weights(
                 f"redundants_per_rank: expected at most the experts of a rank, got {n_copies} with "
                 f"local_weights of shape {list(weights.shape)}{' in place' if in_place else ''}"
             )
-        copies = [
-            lax.ppermute(weights[d:n_copies:n_columns], axis_name, pairs[d])
-            for d in range(n_columns)
-        ]
-        # Redundant slot j·D + d is a copy of local expert j·D + d.
-        copies = jnp.stack(copies, axis=1).reshape(n_copies, *weights.shape[1:])
         if in_place:
-            return lax.dynamic_update_slice_in_dim(weights, copies, n_local, axis=0)
-        return jnp.concatenate([weights, copies])
+            return _filled(fetch, n_copies, weights)
+        return jnp.concatenate([weights, fetch(weights[:n_copies])])
 
     return jax.tree.map(replicate, local_weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _filled(
+    fetch: Callable[[jax.Array], jax.Array], n_copies: int, weights: jax.Array
+) -> jax.Array:
+    """`weights` with the fetched copies of its first slots in its last."""
+    copies = fetch(weights[:n_copies])
+    return lax.dynamic_update_slice_in_dim(weights, copies, len(weights) - n_copies, axis=0)
+
+
+def _filled_forward(
+    fetch: Callable[[jax.Array], jax.Array], n_copies: int, weights: jax.Array
+) -> tuple[jax.Array, None]:
+    return _filled(fetch, n_copies, weights), None
+
+
+def _filled_backward(
+    fetch: Callable[[jax.Array], jax.Array], n_copies: int, _: None, slope: jax.Array
+) -> tuple[jax.Array]:
+    # Autodiff would rewrite all of it; so, XLA may update in place the slots that change.
+    own, of_copies = slope[:n_copies], slope[-n_copies:]
+    (home,) = jax.linear_transpose(fetch, own)(of_copies)
+    slope = lax.dynamic_update_slice_in_dim(slope, own + home, 0, axis=0)
+    none = jnp.zeros_like(of_copies)
+    return (lax.dynamic_update_slice_in_dim(slope, none, len(slope) - n_copies, axis=0),)
+
+
+_filled.defvjp(_filled_forward, _filled_backward)
 
 
 def move_experts(weights: Any, old: Placement, new: Placement) -> Any:
