@@ -27,9 +27,12 @@ from lplb_jax import metrics, moe, place_experts, rebalance, solve, topologies
 from lplb_jax.data import load_traces
 
 TOP_K = 8
-IMBALANCES = (1.1, 1.3, 1.6)
-# XLA starts transfers early and ends them late, so that they hide behind computation.
-HIDE = {"xla_gpu_enable_latency_hiding_scheduler": True}
+# XLA starts transfers early and ends them late, so that they hide behind computation and, several
+# at a time, behind one another.
+HIDE = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+}
 
 
 def main() -> None:
@@ -38,7 +41,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--width", type=int, default=1024, help="of an expert")
     parser.add_argument("--experts", type=int, default=64, help="a divisor of 256")
-    parser.add_argument("--redundants", type=int, default=8, help="slots per rank")
+    parser.add_argument("--redundants", type=int, help="slots per rank; default: about four")
+    parser.add_argument("--imbalances", type=float, nargs="+", default=[1.1, 1.3, 1.6])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json")
     options = parser.parse_args()
@@ -46,11 +50,15 @@ def main() -> None:
     devices = jax.devices()
     mesh = Mesh(np.array(devices), "ep")
     r2o = topologies.cube() if len(devices) == 8 else topologies.complete(len(devices))
+    if options.redundants is None:
+        options.redundants = r2o.shape[1] * max(4 // r2o.shape[1], 1)
     print(f"{len(devices)} × {devices[0].device_kind}, jax {jax.__version__}, {vars(options)}")
-    cases = [Case(mesh, r2o, options, imbalance) for imbalance in IMBALANCES]
+    cases = [Case(mesh, r2o, options, imbalance) for imbalance in options.imbalances]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for done in [pool.submit(case.compile, name) for case in cases for name in case.names]:
-            done.result()
+        wanted = {case.key(name): (case, name) for case in cases for name in case.names}
+        programs = {key: pool.submit(case.compile, name) for key, (case, name) in wanted.items()}
+    for case in cases:
+        case.steps = {name: programs[case.key(name)].result() for name in case.names}
     results = [case.measure(options.repeats) for case in cases]
     of_rebalance = rebalance_time(mesh, r2o, cases[0])
     forward = forward_time(cases[0], options.repeats)
@@ -175,15 +183,19 @@ class Case:
             experts = moe.replicate_weights(
                 experts, self.r2o, "ep", redundants_per_rank=self.n_copies, in_place=True
             )
-        # A little more than the largest load: sources split their tokens each on its own.
-        slack = 1.002 if name == "eplb" else 1 + 1e-6
         out, traffic = moe.moe_layer(
             tokens, ids, gates, experts, self.r2o, placement=self.placement, axis_name="ep",
-            balance=name, capacity_factor=max(1.0, slack * self.imbalance[name]),
+            balance=name, capacity_factor=self.key(name)[1],
         )  # fmt: skip
         return out, (experts, traffic)
 
-    def compile(self, name: str) -> None:
+    def key(self, name: str) -> tuple[str, float]:
+        """What a step is compiled for: its kind, and room for the largest load over the mean."""
+        # A little more for eplb, where every source splits its tokens on its own.
+        slack = 1.002 if name == "eplb" else 1 + 1e-6
+        return name, max(1.0, slack * self.imbalance[name])
+
+    def compile(self, name: str) -> Any:
         """Compiles forward and backward; the experts' buffers come back with fresh copies."""
 
         def step(tokens: Any, gates: Any, experts: Any, ids: Any, upstream: Any) -> Any:
@@ -210,7 +222,7 @@ class Case:
         lowered = jax.jit(run, donate_argnums=2, compiler_options=HIDE).lower(
             self.tokens, self.gates, shapes, self.ids, self.upstream
         )
-        self.steps[name] = lowered.compile()
+        return lowered.compile()
 
     def run(self, name: str, experts: moe.Experts) -> Any:
         return self.steps[name](self.tokens, self.gates, experts, self.ids, self.upstream)

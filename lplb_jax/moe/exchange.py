@@ -35,9 +35,8 @@ class Plan:
 
     Attributes:
       row_of: int32 `[tokens, top_k]`, the place of every choice in what this rank sends, or
-        tokens · top_k where it goes nowhere.
-      choice_of: int32 `[tokens · top_k]`, its inverse: the choice in every place, numbered
-        token by token.
+        tokens · top_k where it goes nowhere or finds no room.
+      choice_of: int32 `[tokens · top_k]`, the choice in every place, numbered token by token.
       counts: int32 `[ep_size, ep_size, slots_per_rank]`: rows from a source for a rank's slot.
       capacity: rows that a rank has room for (static).
       axis_name: the expert-parallel mesh axis (static).
@@ -65,11 +64,7 @@ class Plan:
     @property
     def group_sizes(self) -> jax.Array:
         """Rows that this rank received for each of its slots: int32 `[slots_per_rank]`."""
-        return self._sent()[:, lax.axis_index(self.axis_name)].sum(axis=0)
-
-    def _sent(self) -> jax.Array:
-        """The counts without the rows that find no room: those that come last."""
-        return jnp.clip(self.capacity - _received_starts(self.counts), 0, self.counts)
+        return _sent(self.counts, self.capacity)[:, lax.axis_index(self.axis_name)].sum(axis=0)
 
 
 def capacity_for(n_rows: int, ep_size: int, factor: float) -> int:
@@ -118,7 +113,8 @@ def dispatch(
 
     Returns:
       `(rows, plan)`: `[capacity, hidden]`, the rows of this rank's slots, `plan.group_sizes` for
-      each one after the other, then zeros; and what `combine` needs to send them back.
+      each one after the other, and after them anything, also NaN; and what `combine` needs to send
+      them back.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
@@ -137,6 +133,16 @@ def dispatch(
     >>> run(jnp.array([[1.0], [2.0], [3.0], [4.0]]), jnp.array([[1], [0], [0], [0]])).tolist()
     [[10.0], [20.0], [30.0], [40.0]]
     """
+    plan = make_plan(
+        tokens, assignment, axis_name=axis_name, capacity=capacity, transport=transport
+    )
+    return exchange(spread(tokens, plan), plan, "out"), plan
+
+
+def make_plan(
+    tokens: jax.Array, assignment: Assignment, *, axis_name: Any, capacity: int, transport: str
+) -> Plan:
+    """The first part of `dispatch`, of checked arguments; `spread` and `exchange` are the rest."""
     n_ranks = check_axis(axis_name)
     n_slots = _check_assignment(tokens, assignment, n_ranks)
     if transport not in TRANSPORTS:
@@ -145,15 +151,16 @@ def dispatch(
         transport = "ragged" if jax.default_backend() == "gpu" else "padded"
     physical, position, counts = assignment
     n_rows = physical.size
-    starts = jnp.cumsum(counts) - counts
-    row_of = jnp.where(physical >= 0, starts[physical] + position, n_rows)
+    row = (jnp.cumsum(counts) - counts)[physical] + position
     choice_of = jnp.zeros(n_rows, jnp.int32)
-    choice_of = choice_of.at[row_of.reshape(-1)].set(
+    choice_of = choice_of.at[jnp.where(physical >= 0, row, n_rows).reshape(-1)].set(
         jnp.arange(n_rows, dtype=jnp.int32), mode="drop", unique_indices=True
     )
     gathered = sync_loads(counts, axis_name).reshape(n_ranks, n_ranks, n_slots)
-    plan = Plan(row_of, choice_of, gathered, int(capacity), axis_name, transport)
-    return _exchange(_spread(varying_over(tokens, axis_name), plan), plan, "out"), plan
+    sent = _sent(gathered, capacity)[lax.axis_index(axis_name)].reshape(-1)
+    arrives = (physical >= 0) & (position < sent[physical])
+    row_of = jnp.where(arrives, row, n_rows)
+    return Plan(row_of, choice_of, gathered, int(capacity), axis_name, transport)
 
 
 def combine(rows: jax.Array, gates: jax.Array, plan: Plan) -> jax.Array:
@@ -183,7 +190,7 @@ def combine(rows: jax.Array, gates: jax.Array, plan: Plan) -> jax.Array:
         raise ValueError(
             f"gates: expected [tokens, top_k] = {list(plan.row_of.shape)}, got {list(gates.shape)}"
         )
-    return _weighted_sum(_exchange(rows, plan, "back"), varying_over(gates, plan.axis_name), plan)
+    return _weighted_sum(exchange(rows, plan, "back"), varying_over(gates, plan.axis_name), plan)
 
 
 def _check_assignment(tokens: jax.Array, assignment: Assignment, n_ranks: int) -> int:
@@ -211,9 +218,13 @@ def _check_assignment(tokens: jax.Array, assignment: Assignment, n_ranks: int) -
     return len(counts) // n_ranks
 
 
+def spread(tokens: jax.Array, plan: Plan) -> jax.Array:
+    """Every choice's token, in the order they are sent: `[tokens · top_k, hidden]`."""
+    return _spread(varying_over(tokens, plan.axis_name), plan)
+
+
 @jax.custom_vjp
 def _spread(tokens: jax.Array, plan: Plan) -> jax.Array:
-    """Every choice's token, in the order they are sent: `[tokens · top_k, hidden]`."""
     return tokens[plan.choice_of // plan.row_of.shape[1]]
 
 
@@ -265,11 +276,11 @@ class _Slices(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _exchange(rows: jax.Array, plan: Plan, way: str) -> jax.Array:
+def exchange(rows: jax.Array, plan: Plan, way: str) -> jax.Array:
     """Rows of sources to ranks ("out": `[capacity, …]`) or of ranks to sources ("back")."""
     me = lax.axis_index(plan.axis_name)
     sent_starts, received_starts = _sent_starts(plan.counts), _received_starts(plan.counts)
-    sent = plan._sent()
+    sent = _sent(plan.counts, plan.capacity)
     source = _Slices(sent_starts[me], sent[me])
     receiver = _Slices(received_starts[:, me], sent[:, me])
     if way == "out":
@@ -285,14 +296,19 @@ def _exchange(rows: jax.Array, plan: Plan, way: str) -> jax.Array:
 
 
 def _exchange_forward(rows: jax.Array, plan: Plan, way: str) -> tuple[jax.Array, Plan]:
-    return _exchange(rows, plan, way), plan
+    return exchange(rows, plan, way), plan
 
 
 def _exchange_backward(way: str, plan: Plan, slope: jax.Array) -> tuple[jax.Array, None]:
-    return _exchange(slope, plan, "back" if way == "out" else "out"), None
+    return exchange(slope, plan, "back" if way == "out" else "out"), None
 
 
-_exchange.defvjp(_exchange_forward, _exchange_backward)
+exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+def _sent(counts: jax.Array, capacity: int) -> jax.Array:
+    """The counts without the rows that find no room: those that come last."""
+    return jnp.clip(capacity - _received_starts(counts), 0, counts)
 
 
 def _sent_starts(counts: jax.Array) -> jax.Array:
@@ -326,9 +342,7 @@ def _ragged(
         return _cut(sizes, per_piece, n_slots + n_spare)
 
     slot, offsets, lengths = cut(here.sizes)
-    # Not a constant: XLA would share it with other zeros, and have kernels read those from memory.
-    zero = lax.optimization_barrier(jnp.zeros((), rows.dtype))
-    empty = jnp.broadcast_to(zero, (n_out, *rows.shape[1:]))
+    empty = lax.empty((n_out, *rows.shape[1:]), rows.dtype)
     return lax.ragged_all_to_all(
         rows,
         varying_over(empty, axis_name),

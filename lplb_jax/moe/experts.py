@@ -13,6 +13,7 @@ from jax import lax
 from lplb_jax._problem import varying_over
 
 GEMMS = ("auto", "xla", "mosaic")
+_BLOCK_K = 64  # rows or columns that a kernel multiplies at a time
 
 
 class Experts(NamedTuple):
@@ -38,7 +39,7 @@ def expert_ffn(
     """Applies every slot's expert to its rows: `(activation(x @ gate) · (x @ up)) @ down`.
 
     Args:
-      rows: floats `[n_rows, hidden]`, slot by slot. Rows past the last group must be finite.
+      rows: floats `[n_rows, hidden]`, slot by slot. Past the last group there may be anything.
       experts: weights of the slots, of `rows`' dtype.
       group_sizes: int32 `[slots]`, consecutive rows of every slot; their sum is at most n_rows.
       activation: elementwise.
@@ -66,7 +67,7 @@ def expert_ffn(
     # From what the product gave, again in the backward pass: cheaper than to keep its parts.
     @jax.checkpoint
     def gated(gate_up: jax.Array) -> jax.Array:
-        gate, up = jnp.split(jnp.where(inside[:, None], gate_up, 0), 2, axis=-1)
+        gate, up = (jnp.where(inside[:, None], half, 0) for half in jnp.split(gate_up, 2, axis=-1))
         return activation(gate) * up
 
     return dot(gated(dot(rows, experts.gate_up, group_sizes)), experts.down, group_sizes)
@@ -134,7 +135,13 @@ def _on_hopper() -> bool:
 
 def _grouped_dot(gemm: str) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """rows `[m, k]`, weights `[g, k, n]`, group_sizes `[g]` -> `[m, n]`, with derivatives."""
-    return lax.ragged_dot if gemm == "xla" else _mosaic_dot
+    return _xla_dot if gemm == "xla" else _mosaic_dot
+
+
+def _xla_dot(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    inside = (jnp.arange(len(rows)) < group_sizes.sum())[:, None]
+    out = lax.ragged_dot(jnp.where(inside, rows, 0), weights, group_sizes)
+    return jnp.where(inside, out, 0)  # for the gradient that comes in here
 
 
 @jax.custom_vjp
@@ -145,16 +152,28 @@ def _mosaic_dot(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> 
 def _mosaic_dot_forward(
     rows: jax.Array, weights: jax.Array, group_sizes: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    rows = _ended(rows, group_sizes)
     return _mosaic(rows, weights, group_sizes), (rows, weights, group_sizes)
 
 
 def _mosaic_dot_backward(saved: tuple[jax.Array, ...], slope: jax.Array) -> tuple[Any, ...]:
     rows, weights, group_sizes = saved
-    return (
-        _mosaic(slope, weights, group_sizes, transpose_rhs=True),
-        _mosaic_transposed(rows, slope, group_sizes),
-        None,
-    )
+    slope = _ended(slope, group_sizes)
+    of_rows = _mosaic(slope, weights, group_sizes, transpose_rhs=True)
+    # In this order: what the rows' gradients go through next is a transfer, and the product for
+    # the weights, which nothing waits for, can hide it.
+    of_rows, rows, slope = lax.optimization_barrier((of_rows, rows, slope))
+    return of_rows, _mosaic_transposed(rows, slope, group_sizes), None
+
+
+def _ended(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Zeros after the last group, as far as its last block reaches into what may be NaN."""
+    n_block = min(_BLOCK_K, len(rows))
+    end = group_sizes.sum()
+    start = jnp.minimum(end, len(rows) - n_block)
+    block = lax.dynamic_slice_in_dim(rows, start, n_block)
+    block = jnp.where((start + jnp.arange(n_block) < end)[:, None], block, 0)
+    return lax.dynamic_update_slice_in_dim(rows, block, start, axis=0)
 
 
 _mosaic_dot.defvjp(_mosaic_dot_forward, _mosaic_dot_backward)
@@ -174,7 +193,7 @@ def _mosaic(
         group_sizes=group_sizes,
         block_m=192,
         block_n=128,
-        block_k=64,
+        block_k=_BLOCK_K,
         max_concurrent_steps=4,
         grid_block_n=_neighbours(n),
         transpose_rhs=transpose_rhs,
@@ -193,7 +212,7 @@ def _mosaic_transposed(rows: jax.Array, slope: jax.Array, group_sizes: jax.Array
         group_sizes=group_sizes,
         block_m=128,
         block_n=128,
-        block_k=64,
+        block_k=_BLOCK_K,
         max_concurrent_steps=4,
         grid_block_n=_neighbours(slope.shape[1]),
     )
