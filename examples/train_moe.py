@@ -131,7 +131,9 @@ class Training:
         self.tokens_per_step = options.batch * options.context
         self.placements = self._placed(None)
         self.optimizer = optax.adamw(
-            optax.warmup_cosine_decay_schedule(0, options.learning_rate, 20, options.steps)
+            optax.warmup_cosine_decay_schedule(
+                0, options.learning_rate, min(20, options.steps // 5), options.steps
+            )
         )
         weights = model.init(jax.random.key(options.seed), self.config)
         self.weights = self._spread(weights)

@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             topology=options.topology,
             redundants_per_rank=options.redundants,
             aux_loss=options.aux_loss,
+            traces=options.traces,
             repeats=options.repeats,
             picture=options.picture,
         )
@@ -61,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=AUX_LOSSES,
         default=AUX_LOSSES[0],
         help="weight of the balancing loss the model was trained with (default: %(default)s)",
+    )
+    command.add_argument(
+        "--traces",
+        metavar="PATH",
+        help="routing of your own instead, see lplb_jax.data.read_traces",
     )
     command.add_argument(
         "--topology",

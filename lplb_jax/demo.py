@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lplb_jax import Placement, Split, Status, metrics, place_experts, rebalance, topologies
-from lplb_jax.data import load_traces
+from lplb_jax.data import load_traces, read_traces
 
 EP_SIZE = 8
 
@@ -49,6 +49,7 @@ def demonstrate(
     topology: str = "cube",
     redundants_per_rank: int | None = None,
     aux_loss: str = "1e-3",
+    traces: str | None = None,
     repeats: int = 30,
     picture: str | None = "lplb_jax_demo.png",
 ) -> int:
@@ -57,8 +58,9 @@ def demonstrate(
     Args:
       topology: "cube", "ring", "torus" (2 × 4) or "complete".
       redundants_per_rank: redundant slots, a multiple of the topology's columns; None for two per
-        column.
-      aux_loss: which of the traces, see `lplb_jax.data.load_traces`.
+        column, or one where a rank has too few experts for that.
+      aux_loss: which of the packaged traces, see `lplb_jax.data.load_traces`.
+      traces: a file of traces to take instead, see `lplb_jax.data.read_traces`.
       repeats: timed calls per layer.
       picture: file to write, or None.
 
@@ -66,6 +68,7 @@ def demonstrate(
       0, or 1 where a result misses its bound or is otherwise wrong; the output says which.
 
     Raises:
+      OSError: a file cannot be read or written.
       ValueError: arguments that do not fit one another.
       RuntimeError: JAX was started before with fewer than 8 devices.
 
@@ -74,35 +77,40 @@ def demonstrate(
     0
     """
     r2o = _topology(topology)
+    indices, history = load_traces(aux_loss) if traces is None else read_traces(traces)
+    n_layers, n_tokens, top_k = indices.shape
+    n_logical = history.shape[1]
+    if n_tokens % EP_SIZE:
+        raise ValueError(f"traces: expected a multiple of {EP_SIZE} tokens, got {n_tokens}")
     if redundants_per_rank is None:
-        redundants_per_rank = 2 * r2o.shape[1]
-    traces = load_traces(aux_loss)
-    n_layers, n_tokens, top_k = traces.indices.shape
-    n_logical = traces.history.shape[1]
+        n_columns = r2o.shape[1]
+        redundants_per_rank = n_columns * (2 if 2 * n_columns <= n_logical // EP_SIZE else 1)
     placements = [
         place_experts(
-            history,
+            loads,
             r2o,
             n_logical=n_logical,
             ep_size=EP_SIZE,
             redundants_per_rank=redundants_per_rank,
         )
-        for history in traces.history
+        for loads in history
     ]
 
     devices = find_devices(EP_SIZE)
     mesh = Mesh(np.array(devices), ("ep",))
     print(f"{EP_SIZE} ranks on {_describe(devices)}, jax {jax.__version__}")
-    print(f"{n_tokens:,} tokens, top-{top_k} of {n_logical} experts, balancing loss {aux_loss}")
+    source = f"balancing loss {aux_loss}" if traces is None else traces
+    print(f"{n_tokens:,} tokens, top-{top_k} of {n_logical} experts, {source}")
     print(f"{topology} topology, {redundants_per_rank} redundant slots per rank", end="")
-    print("; experts placed from step 300, routed at step 1200\n", flush=True)
+    when = "step 300, routed at step 1200" if traces is None else "loads before these"
+    print(f"; experts placed from {when}\n", flush=True)
 
     _progress("compiling one step for all layers")
-    step = _compile(mesh, r2o, traces.indices[0], placements[0])
+    step = _compile(mesh, r2o, indices[0], placements[0])
     layers = []
-    for i, (indices, placement) in enumerate(zip(traces.indices, placements, strict=True)):
+    for i, (chosen, placement) in enumerate(zip(indices, placements, strict=True)):
         _progress(f"layer {i + 1} of {n_layers}: {repeats} timed calls")
-        layers.append(_run_layer(step, mesh, indices, placement, r2o, repeats))
+        layers.append(_run_layer(step, mesh, chosen, placement, r2o, repeats))
     _progress("")
 
     print(table(layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,11 +12,12 @@ AUX_LOSSES = ("1e-3", "1e-2")
 
 
 class Traces(NamedTuple):
-    """What a router chose, and how loaded its experts were 900 training steps earlier.
+    """What a router chose, and how loaded its experts were before.
 
     Attributes:
-      indices: uint8 `[layers, tokens, top_k]`, logical expert ids at step 1200.
-      history: int32 `[layers, n_logical]`, tokens per expert at step 300.
+      indices: unsigned integers `[layers, tokens, top_k]`, logical expert ids. Of the packaged
+        traces: uint8, at step 1200 of training.
+      history: int32 `[layers, n_logical]`, tokens per expert; of the packaged traces: at step 300.
     """
 
     indices: np.ndarray
@@ -46,3 +48,48 @@ def load_traces(aux_loss: str = "1e-3") -> Traces:
         raise ValueError(f"aux_loss: expected one of {', '.join(AUX_LOSSES)}, got {aux_loss!r}")
     with np.load(Path(__file__).with_name("routing_traces.npz")) as file:
         return Traces(file[f"aux{aux_loss}_step1200"], file[f"aux{aux_loss}_step300_loads"])
+
+
+def read_traces(path: str | Path) -> Traces:
+    """Reads traces of your own, such as `examples/train_moe.py --traces` writes.
+
+    Args:
+      path: an .npz file with `indices`, uint8 or uint16 `[layers, tokens, top_k]`, and `history`,
+        int32 `[layers, n_logical]`, as in `Traces`.
+
+    Returns:
+      `Traces` of NumPy arrays.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it holds something else.
+
+    >>> import io
+    >>> from lplb_jax.data import read_traces
+    >>> file = io.BytesIO()
+    >>> np.savez(file, indices=np.zeros((1, 8, 2), np.uint8), history=np.ones((1, 4), np.int32))
+    >>> _ = file.seek(0)
+    >>> read_traces(file).indices.shape
+    (1, 8, 2)
+    """
+    try:
+        with np.load(path) as file:
+            indices, history = file["indices"], file["history"]
+    except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"path: expected an .npz file with indices and history, got {path} ({error})"
+        ) from None
+    fits = (
+        indices.dtype in (np.uint8, np.uint16)
+        and history.dtype == np.int32
+        and indices.ndim == 3
+        and history.ndim == 2
+        and len(indices) == len(history)
+    )
+    if not fits:
+        raise ValueError(
+            f"path: expected indices uint8 or uint16 [layers, tokens, top_k] and history int32 "
+            f"[layers, n_logical], got {indices.dtype} {list(indices.shape)} and {history.dtype} "
+            f"{list(history.shape)}"
+        )
+    return Traces(indices, history)

@@ -177,5 +177,6 @@ def _own_experts(placement: Placement) -> np.ndarray:
     return by_rank[:, : placement.n_logical // placement.ep_size].ravel()
 
 
+@functools.cache
 def _take(sharding: jax.sharding.Sharding) -> Any:
     return jax.jit(lambda array, source: array[source], out_shardings=sharding)

@@ -1,0 +1,102 @@
+"""The training example: balance changes where tokens go, and nothing of what is learnt."""
+
+import json
+import pathlib
+import shlex
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("optax")
+pytest.importorskip("tqdm")
+
+from lplb_jax import demo
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
+import model
+import train_moe
+
+SMALL = shlex.split(
+    "--ranks 8 --layers 2 --hidden 32 --heads 2 --experts 16 --top-k 2 --width 16 --context 32 "
+    "--batch 16 --capacity-factor 8 --refresh 10 --learning-rate 3e-3"
+)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch, rng):
+    monkeypatch.chdir(tmp_path)
+    words = rng.choice(["expert ", "rank ", "token ", "slot ", "load\n"], 2000)
+    (tmp_path / "text").write_text("".join(words))
+
+
+def trained(*arguments):
+    return train_moe.main([*SMALL, "--picture", "", *arguments, "text"])
+
+
+def test_balance_does_not_change_what_is_learnt(rng):
+    """50 steps, with the experts placed anew every ten."""
+    seed = ["--steps", "50", "--seed", str(rng.integers(1000))]
+    none, lplb = (trained("--balance", balance, *seed) for balance in ("none", "lplb"))
+    curves = [[record["bits_per_byte"] for record in run] for run in (none, lplb)]
+    np.testing.assert_allclose(*curves, rtol=1e-4)  # as a rule 2e-7; more where a top-k is tied
+    assert curves[0][-1] < curves[0][0] - 1, "nothing was learnt"
+    assert not any(record["overflow"] for record in none + lplb)
+    for record in none:
+        assert record["imbalance_after"] == record["imbalance_before"]
+    for record in lplb:
+        assert record["imbalance_after"] <= record["imbalance_before"]
+    assert lplb[-1]["imbalance_after"] < lplb[-1]["imbalance_before"]
+
+
+def test_experts_move_exactly(rng):
+    """Every expert's weights and optimiser state, bit for bit; all else stays as it is."""
+    options = train_moe.parse([*SMALL, "--steps", "5", "text"])
+    training = train_moe.Training(options, train_moe.make_mesh(8))
+    batches = train_moe.sample(train_moe.read(options.text), 16, 32, 0)
+    for _ in range(3):
+        training.step(next(batches))
+    training.loads = rng.integers(0, 1000, training.loads.shape)  # so that all experts move
+
+    def by_expert():
+        """Leaves in the order of expert ids, and the others."""
+        found = []
+        for path, leaf in jax.tree_util.tree_leaves_with_path((training.weights, training.state)):
+            leaf = np.asarray(leaf)
+            if model.is_expert(path):
+                layer = path[path.index(jax.tree_util.DictKey("blocks")) + 1].idx
+                own = training.placements[layer].phy2log.reshape(8, -1)[:, :2].ravel()
+                leaf = leaf[np.argsort(own)]
+            found.append(leaf)
+        return found
+
+    before, old = by_expert(), training.placements
+    training.place()
+    assert not np.array_equal(old[0].phy2log, training.placements[0].phy2log)
+    for was, now in zip(before, by_expert(), strict=True):
+        np.testing.assert_array_equal(was, now)
+    moved = jax.tree.leaves(
+        jax.tree_util.tree_map_with_path(
+            lambda path, leaf: model.is_expert(path), (training.weights, training.state)
+        )
+    )
+    assert sum(moved) == 2 * 2 * 3  # layers, matrices; weights and both moments of Adam
+
+
+def test_log_picture_and_traces(capsys):
+    records = train_moe.main(
+        [*SMALL, "--steps", "12", "--picture", "out.png", "--traces", "traces.npz", "text"]
+    )
+    lines = pathlib.Path("train_moe.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == records
+    assert pathlib.Path("out.png").read_bytes().startswith(b"\x89PNG")
+    assert "0 rows found no room" in capsys.readouterr().out
+    assert demo.demonstrate(traces="traces.npz", repeats=1, picture=None) == 0
+    assert "16 experts, traces.npz" in capsys.readouterr().out
+
+
+def test_default_text_is_the_standard_library():
+    text = train_moe.read([])
+    assert text.dtype == np.uint8
+    assert len(text) > 1_000_000
