@@ -78,12 +78,18 @@ def check_axis(axis_name: Any) -> int:
         ) from None
 
 
-def varying_over(array: jax.Array, axes: Any) -> jax.Array:
-    """`array` typed as one that may differ along these mapped axes (a name, or several)."""
+def varying_over(array: jax.Array, axis_name: Any) -> jax.Array:
+    """`array` typed as one that may differ along this mapped axis (or a tuple of axes)."""
+    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     varying = jax.typeof(array).manual_axis_type.varying
-    axes = (axes,) if isinstance(axes, str) else axes
     missing = tuple(axis for axis in axes if axis not in varying)
     return lax.pcast(array, missing, to="varying") if missing else array
+
+
+def varying_as(tree: Any, array: jax.Array) -> Any:
+    """`tree` typed as leaves that may differ along all axes that `array` does."""
+    axes = tuple(sorted(jax.typeof(array).manual_axis_type.varying))
+    return jax.tree.map(lambda leaf: varying_over(leaf, axes), tree)
 
 
 def check_indices(indices: Any) -> jax.Array:

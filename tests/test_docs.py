@@ -20,12 +20,16 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 MODULES = [
     "lplb_jax",
     *(
-        f"lplb_jax.{module.name}"
-        for module in pkgutil.iter_modules(lplb_jax.__path__)
-        if not module.name.startswith("_")
+        module.name
+        for module in pkgutil.walk_packages(lplb_jax.__path__, "lplb_jax.")
+        if "._" not in module.name
     ),
 ]
-PUBLIC_MODULES = {"metrics": lplb_jax.metrics, "topologies": lplb_jax.topologies}
+PUBLIC_MODULES = {
+    "metrics": lplb_jax.metrics,
+    "moe": lplb_jax.moe,
+    "topologies": lplb_jax.topologies,
+}
 
 
 def public_functions():
@@ -36,7 +40,7 @@ def public_functions():
             yield name, value
     for prefix, module in PUBLIC_MODULES.items():
         for name, value in vars(module).items():
-            here = inspect.isfunction(value) and value.__module__ == module.__name__
+            here = inspect.isfunction(value) and value.__module__.startswith(module.__name__)
             if here and not name.startswith("_"):
                 yield f"{prefix}.{name}", value
 
@@ -80,7 +84,16 @@ def test_sections_of_a_functions_docstring(name):
         assert "Raises:" in documented
 
 
-@pytest.mark.parametrize("result", [lplb_jax.Split, lplb_jax.Placement])
+RESULTS = [
+    lplb_jax.Split,
+    lplb_jax.Placement,
+    lplb_jax.moe.Experts,
+    lplb_jax.moe.Plan,
+    lplb_jax.moe.Traffic,
+]
+
+
+@pytest.mark.parametrize("result", RESULTS)
 def test_fields_are_documented(result):
     documented = inspect.getdoc(result)
     fields = getattr(result, "_fields", None) or result.__dataclass_fields__

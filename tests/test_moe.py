@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lplb_jax import Assignment, metrics, moe, place_experts, topologies
+from lplb_jax.moe import exchange
+from lplb_jax.moe import experts as experts_module
 
 HIDDEN, WIDTH, TOP_K = 16, 12, 3
 CASES = {
@@ -229,6 +231,75 @@ def test_overflow_is_counted_and_left_out(rng, mesh, routing):
     with jax.default_device(mesh.devices[0]):
         expected = plainly(floats[0], np.where(kept, floats[1], 0), floats[2], ids)
     np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_rows_that_nobody_sent_do_not_matter(rng, mesh, monkeypatch):
+    """The ragged transport leaves them as they were in memory: also NaN, in both directions."""
+    padded = exchange._padded
+
+    def spoiled(rows, here, there, *arguments):
+        written = padded(jnp.ones_like(rows), here, there, *arguments) > 0
+        return jnp.where(written, padded(rows, here, there, *arguments), jnp.nan)
+
+    monkeypatch.setattr(exchange, "_padded", spoiled)
+    case = CASES["ring"](rng)
+    for room in ({"capacity_factor": 1.0}, ROOM):
+        run = with_slopes(layer_over(mesh, case, **PORTABLE, **room))
+        for routing in (skewed, half_silent, nothing):
+            floats, ids, placement = problem(rng, case, routing)
+            if room == ROOM:
+                assert_equals_plain_mathematics(run, floats, ids, placement, rng, 1e-5)
+            experts = in_slots(floats[2], placement)
+            results = run((*floats[:2], experts), floats[0], ids, placement)
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
+
+
+def test_blocks_of_kernels_that_reach_past_the_last_group(rng, monkeypatch):
+    """As the kernels do: whole blocks are read, and what is of other groups multiplied by zero."""
+    block = 64
+
+    def rows_times(rows, weights, sizes, transpose_rhs=False):
+        weights = weights.swapaxes(1, 2) if transpose_rhs else weights
+        group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+        out = jnp.einsum("mk,mkn->mn", rows, weights[jnp.minimum(group, len(sizes) - 1)])
+        return jnp.where((group < len(sizes))[:, None], out, jnp.nan)
+
+    def transposed(rows, slope, sizes):
+        ends, row = jnp.cumsum(sizes), jnp.arange(len(rows))
+        starts = ends - sizes
+        read = (row >= starts[:, None] // block * block) & (
+            row < -(-ends[:, None] // block) * block
+        )
+        mine = (row >= starts[:, None]) & (row < ends[:, None])
+        of_group = jnp.where(read[..., None], rows * mine[..., None], 0)
+        of_slope = jnp.where(read[..., None], slope, 0)
+        return jnp.where(
+            (sizes > 0)[:, None, None], jnp.einsum("gmk,gmn->gkn", of_group, of_slope), 0
+        )
+
+    monkeypatch.setattr(experts_module, "_mosaic", rows_times)
+    monkeypatch.setattr(experts_module, "_mosaic_transposed", transposed)
+    rows = rng.normal(0, 1, (200, 8)).astype(np.float32)
+    weights = rng.normal(0, 1, (4, 8, 6)).astype(np.float32)
+    for sizes in ([50, 0, 30, 7], [0, 0, 0, 0], [100, 50, 40, 10], [1, 0, 0, 127], [0, 190, 3, 0]):
+        sizes = jnp.array(sizes, jnp.int32)
+        inside = (np.arange(200) < sizes.sum())[:, None]
+        upstream = rng.normal(0, 1, (200, 6)).astype(np.float32)
+
+        def pulled(dot, rows, upstream, sizes=sizes):
+            out, pull = jax.vjp(lambda rows, weights: dot(rows, weights, sizes), rows, weights)
+            return out, *pull(upstream)
+
+        got = pulled(
+            experts_module._mosaic_dot,
+            jnp.where(inside, rows, jnp.nan),
+            jnp.where(inside, upstream, jnp.nan),
+        )
+        want = pulled(jax.lax.ragged_dot, jnp.asarray(rows), jnp.where(inside, upstream, 0))
+        for name, ours, theirs in zip(["output", "rows", "weights"], got, want, strict=True):
+            if name != "weights":
+                ours, theirs = ours[inside[:, 0]], theirs[inside[:, 0]]
+            np.testing.assert_allclose(ours, theirs, atol=1e-4, err_msg=name)
 
 
 def test_weights_fetched_earlier(rng, mesh):

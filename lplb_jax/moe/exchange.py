@@ -178,8 +178,19 @@ def combine(rows: jax.Array, gates: jax.Array, plan: Plan) -> jax.Array:
     Raises:
       ValueError: at trace time; the message names the argument.
 
-    >>> combine  # see the example of dispatch  # doctest: +ELLIPSIS
-    <function combine at ...>
+    >>> spec, alone = jax.sharding.PartitionSpec("ep"), np.array([[0]])  # one rank
+    >>> mesh = jax.sharding.Mesh(jax.devices()[:1], "ep")
+    >>> placement = place_experts(None, alone, n_logical=2, ep_size=1, redundants_per_rank=1)
+    >>> def there_and_back(tokens, ids, gates):
+    ...     assigned, _ = rebalance(
+    ...         ids, None, alone, placement=placement, axis_name="ep", positions=True
+    ...     )
+    ...     rows, plan = moe.dispatch(tokens, assigned, axis_name="ep", capacity=8)
+    ...     return moe.combine(rows, gates, plan)
+    >>> run = jax.shard_map(there_and_back, mesh=mesh, in_specs=spec, out_specs=spec)
+    >>> tokens, ids = jnp.array([[1.0], [2.0]]), jnp.array([[0, 1], [1, -1]])
+    >>> run(tokens, ids, jnp.array([[0.25, 0.5], [1.0, 9.0]])).tolist()
+    [[0.75], [2.0]]
     """
     if rows.ndim != 2 or len(rows) != plan.capacity:
         raise ValueError(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lplb_jax._problem import varying_over
+from lplb_jax._problem import varying_as
 
 GEMMS = ("auto", "xla", "mosaic")
 _BLOCK_K = 64  # rows or columns that a kernel multiplies at a time
@@ -61,6 +61,7 @@ def expert_ffn(
     """
     _check(rows, experts, group_sizes)
     dot = _grouped_dot(_choose_gemm(gemm, rows, experts))
+    experts = varying_as(experts, rows)
     # A kernel leaves rows of no group as they were in memory; anything may be there, also NaN.
     inside = jnp.arange(len(rows)) < group_sizes.sum()
 
@@ -199,7 +200,7 @@ def _mosaic(
         transpose_rhs=transpose_rhs,
     )
     # The kernels do not say that their results differ from rank to rank.
-    return varying_over(out, jax.typeof(rows).manual_axis_type.varying)
+    return varying_as(out, rows)
 
 
 def _mosaic_transposed(rows: jax.Array, slope: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -216,7 +217,7 @@ def _mosaic_transposed(rows: jax.Array, slope: jax.Array, group_sizes: jax.Array
         max_concurrent_steps=4,
         grid_block_n=_neighbours(slope.shape[1]),
     )
-    return varying_over(out, jax.typeof(rows).manual_axis_type.varying)
+    return varying_as(out, rows)
 
 
 @functools.cache

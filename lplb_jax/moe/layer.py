@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lplb_jax import metrics
-from lplb_jax._problem import check_indices, check_problem
+from lplb_jax._problem import check_indices, check_problem, varying_as
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
 from lplb_jax.loads import count_loads
@@ -161,7 +161,8 @@ def moe_layer(
     plan = make_plan(
         tokens, assignment, axis_name=axis_name, capacity=capacity, transport=transport
     )
-    sent, experts = _in_order(spread(tokens, plan), experts)
+    sent = spread(tokens, plan)
+    sent, experts = _in_order(sent, varying_as(experts, sent))
     rows = exchange(sent, plan, "out")
     group_sizes = plan.group_sizes[: len(experts.down)]
     rows = expert_ffn(rows, experts, group_sizes, activation=activation, gemm=gemm)
