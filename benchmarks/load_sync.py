@@ -3,8 +3,8 @@
     python benchmarks/load_sync.py [--json FILE]                       # one process, all GPUs
     python benchmarks/load_sync.py --transport nvshmem [--json FILE]   # one process per GPU
 
-Wall time per call, of programs long enough that their dispatch does not count; medians, warm. All
-ways are measured in turn within each repeat.
+Wall time per call of a jitted program with many: several runs at a time, without waiting for one
+before the next is started, and the ways in turn; medians, warm.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from graph import Graph, pointer
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lplb_jax import Comm, init_comm, place_experts, rebalance, sync_loads, topologies
+from lplb_jax import Comm, _native, init_comm, place_experts, rebalance, sync_loads, topologies
 from lplb_jax.data import load_traces
 
 N_LOGICAL = 256
@@ -41,58 +42,102 @@ def everywhere(mesh: Mesh, array: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def per_rank(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    def rank(operand: jax.Array) -> Any:
-        return jax.tree.map(lambda result: result[None], function(operand[0]))
+Program = Callable[[], Any]
 
-    return jax.jit(
-        jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"), check_vma=False)
+
+def steady(rank: Callable[..., jax.Array], mesh: Mesh, operands: Any, result: tuple) -> Program:
+    """A program whose result is written over that of the run before, as a training step's state.
+
+    `rank(operands)` is what one rank does; XLA launches its recorded kernels again as they are,
+    since no address changes.
+    """
+
+    def body(operands: Any, state: jax.Array) -> jax.Array:
+        return rank(jax.tree.map(lambda x: x[0], operands))[None] + 0 * state
+
+    sharded = jax.shard_map(
+        body, mesh=mesh, in_specs=(P("ep"), P("ep")), out_specs=P("ep"), check_vma=False
     )
+    program = jax.jit(sharded, donate_argnums=1)
+    state = everywhere(mesh, np.zeros((mesh.devices.size, *result), np.int32))
+
+    def run() -> jax.Array:
+        nonlocal state
+        state = program(operands, state)
+        return state
+
+    return run
 
 
-def medians(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each program."""
-    for run in programs.values():
-        for _ in range(3):
-            jax.block_until_ready(run())
+def medians(programs: dict[str, Program], runs: int = 10, repeats: int = 20) -> dict[str, float]:
+    """Median seconds of each program, of several runs at a time, the programs in turn."""
     times: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(repeats):
+    for repeat in range(repeats + 2):  # The first two warm up.
         for name, run in programs.items():
-            start = time.perf_counter()
             jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            for _ in range(runs):
+                state = run()
+            jax.block_until_ready(state)
+            if repeat >= 2:
+                times[name].append((time.perf_counter() - start) / runs)
     return {name: float(np.median(all_times)) for name, all_times in times.items()}
 
 
-def sync_programs(mesh: Mesh, comm: Comm) -> dict[str, Callable[[], Any]]:
-    """A chain of N_CALLS, each of which needs the result of the one before.
+def after(operand: jax.Array, earlier: jax.Array) -> jax.Array:
+    """`operand`, but not before `earlier` is there, as in a model; XLA would merge what it can."""
+    return lax.optimization_barrier((operand, earlier))[0]
 
-    psum's result is its next operand; a matrix is summed over the ranks for that, except in the
-    chains that take its first row.
-    """
+
+def sync_programs(mesh: Mesh, comm: Comm) -> dict[str, Program]:
+    """N_CALLS of each way, each of what the one before gave: the sum, or one row, in turn."""
     size = mesh.devices.size
     counts = np.random.default_rng().integers(0, 1000, (size, N_LOGICAL)).astype(np.int32)
     counts = everywhere(mesh, counts)
 
-    def chain(step: Callable[[jax.Array], jax.Array]) -> Callable[[], Any]:
+    def chain(step: Callable[[jax.Array, int], jax.Array]) -> Program:
         def rank(x: jax.Array) -> jax.Array:
-            for _ in range(N_CALLS):
-                x = step(x)
+            for i in range(N_CALLS):
+                x = step(x, i % size)
             return x
 
-        run = per_rank(rank, mesh)
-        return lambda: run(counts)
+        return steady(rank, mesh, counts, (N_LOGICAL,))
 
     return {
-        "lax.psum": chain(lambda x: lax.psum(x, "ep")),
-        "lax.all_gather + sum": chain(lambda x: lax.all_gather(x, "ep").sum(0)),
-        "sync_loads + sum": chain(lambda x: sync_loads(x, "ep", comm=comm).sum(0)),
-        "lax.all_gather + row": chain(lambda x: lax.all_gather(x, "ep")[0]),
-        "sync_loads + row": chain(lambda x: sync_loads(x, "ep", comm=comm)[0]),
+        "lax.psum": chain(lambda x, _: lax.psum(x, "ep")),
+        "lax.all_gather, a row": chain(lambda x, i: lax.all_gather(x, "ep")[i]),
+        "sync_loads, a row": chain(lambda x, i: sync_loads(x, "ep", comm=comm)[i]),
     }
 
 
-def layers_programs(mesh: Mesh, comm: Comm) -> dict[str, Callable[[], Any]]:
+def kernel_time(mesh: Mesh, comm: Comm) -> float:
+    """Seconds of one sync_loads without XLA: CUDA graphs of N_CALLS on all GPUs of a process."""
+    native = _native.cuda()
+    runs = []
+    for rank, device in enumerate(mesh.devices.flat):
+        arrays = np.int32(rank), np.arange(N_LOGICAL, dtype=np.int32)
+        matrix = np.zeros((mesh.devices.size, N_LOGICAL), np.int32)
+        arrays = [jax.device_put(array, device) for array in (*arrays, matrix)]
+        claimed, counts, out = [pointer(array) for array in arrays]
+        ordinal = device.local_hardware_id
+
+        def launch(stream: int, of=(claimed, counts, N_LOGICAL, out), ordinal=ordinal) -> None:
+            native.launch_sync(comm.identifier, ordinal, *of, stream)
+
+        native.comm_use_device(ordinal)
+        runs.append((ordinal, arrays, Graph(launch, N_CALLS)))
+    times = []
+    for _ in range(20):
+        for ordinal, _, graph in runs:
+            native.comm_use_device(ordinal)
+            graph.start()
+        times.append(max(graph.seconds() for _, _, graph in runs) / N_CALLS)
+    for _, arrays, _ in runs:
+        np.testing.assert_array_equal(arrays[2], [np.arange(N_LOGICAL)] * mesh.devices.size)
+    return float(np.median(times[2:]))
+
+
+def layers_programs(mesh: Mesh, comm: Comm) -> dict[str, Program]:
     """N_LAYERS rebalances of real routing, and the same without other ranks or through XLA."""
     size = mesh.devices.size
     r2o = topologies.cube() if size == 8 else topologies.ring(size)
@@ -100,22 +145,21 @@ def layers_programs(mesh: Mesh, comm: Comm) -> dict[str, Callable[[], Any]]:
         None, r2o, n_logical=N_LOGICAL, ep_size=size, redundants_per_rank=r2o.shape[1]
     )
     trace = np.asarray(load_traces().indices).reshape(-1)
-    layers = np.stack(
-        [np.resize(np.roll(trace, 8 * 999 * i), size * N_INDICES) for i in range(N_LAYERS)]
-    )
-    layers = layers.reshape(N_LAYERS, size, N_INDICES).swapaxes(0, 1).astype(np.int32)
-    layers = everywhere(mesh, layers)
+    layers = [
+        everywhere(mesh, np.resize(np.roll(trace, 7992 * i), (size, N_INDICES)).astype(np.int32))
+        for i in range(N_LAYERS)
+    ]
 
-    def program(**options: Any) -> Callable[[], Any]:
-        def rank(layers: jax.Array) -> jax.Array:
-            splits = [
-                rebalance(ids, None, r2o, placement=placement, positions=True, **options)[1]
-                for ids in layers
-            ]
-            return jnp.stack([split.max_load for split in splits])
+    def program(**options: Any) -> Program:
+        def rank(layers: list[jax.Array]) -> jax.Array:
+            max_loads = []
+            for ids in layers:
+                ids = after(ids, max_loads[-1]) if max_loads else ids
+                options_of_all = {"placement": placement, "positions": True, **options}
+                max_loads.append(rebalance(ids, None, r2o, **options_of_all)[1].max_load)
+            return jnp.concatenate(max_loads)
 
-        run = per_rank(rank, mesh)
-        return lambda: run(layers)
+        return steady(rank, mesh, layers, (N_LAYERS * size // len(r2o),))
 
     return {
         "rebalance, no other ranks": program(),
@@ -129,14 +173,14 @@ def measure(transport: str) -> dict[str, Any]:
     device = jax.devices()[0]
     with init_comm(mesh, max_experts=N_LOGICAL, transport=transport) as comm:
         programs = sync_programs(mesh, comm)
-        expected, got = (
-            np.asarray(programs[name]().addressable_shards[0].data)
-            for name in ("lax.psum", "sync_loads + sum")
-        )
-        np.testing.assert_array_equal(got, expected)
-        syncs = {name: t / N_CALLS for name, t in medians(programs, repeats=30).items()}
+        expected, *got = (np.asarray(run().addressable_shards[0].data) for run in programs.values())
+        for sums in got:
+            np.testing.assert_array_equal(sums, expected)
+        syncs = {name: t / N_CALLS for name, t in medians(programs).items()}
         programs = layers_programs(mesh, comm)
-        layers = {name: t / N_LAYERS for name, t in medians(programs, repeats=30).items()}
+        layers = {name: t / N_LAYERS for name, t in medians(programs).items()}
+        if comm.transport == "p2p":
+            syncs["sync_loads, kernel in a graph"] = kernel_time(mesh, comm)
         assert comm.failure() is None
         return {
             "device": f"{mesh.devices.size} × {device.device_kind}",
@@ -150,7 +194,7 @@ def report(figures: dict[str, Any]) -> None:
     print(f"{figures['device']}, jax {figures['jax']}, transport {figures['transport']}")
     print(f"{N_LOGICAL} experts; {N_CALLS} syncs, or {N_LAYERS} layers of {N_INDICES:,}, a program")
     for name, microseconds in figures["microseconds"].items():
-        print(f"{name:<28}{microseconds:>9.2f} µs")
+        print(f"{name:<32}{microseconds:>9.2f} µs")
 
 
 def start_processes(arguments: argparse.Namespace) -> int:

@@ -52,6 +52,14 @@ cudaError_t LaunchSync(const Peers& peers, const int32_t* rank, const int32_t* c
   return cudaGetLastError();
 }
 
+cudaError_t LaunchSyncPut(const void* kernel, const Peers& peers, const PutPeers& put,
+                          const int32_t* rank, const int32_t* counts, int32_t n, int32_t* matrix,
+                          cudaStream_t stream) {
+  const void* arguments[] = {&peers, &put, &rank, &counts, &n, &matrix};
+  return cudaLaunchKernel(kernel, dim3(1), dim3(kSyncThreads / 2), const_cast<void**>(arguments), 0,
+                          stream);
+}
+
 cudaError_t PreloadSync() {
   cudaFuncAttributes attributes;
   return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(SyncKernel));

@@ -59,11 +59,14 @@ __device__ __forceinline__ SyncCall BeginSync(const Peers& peers, uint32_t epoch
   return call;
 }
 
+__device__ __forceinline__ uint64_t WordOf(const SyncCall& call, int32_t count) {
+  return static_cast<uint64_t>(call.epoch) << 32 | static_cast<uint32_t>(count);
+}
+
 // Sends count i to the rank with this inbox.
 __device__ __forceinline__ void Send(const Peers& peers, const SyncCall& call, uint64_t* inbox,
                                      int32_t i, int32_t count) {
-  const uint64_t word = static_cast<uint64_t>(call.epoch) << 32 | static_cast<uint32_t>(count);
-  StoreWord(inbox + call.RowOf(peers, peers.rank) + i, word);
+  StoreWord(inbox + call.RowOf(peers, peers.rank) + i, WordOf(call, count));
 }
 
 // Calls `use(source, count)` for count i of ranks first … first + n − 1, once they have come;

@@ -46,10 +46,24 @@ struct Peers {
 
 inline int64_t InboxBytes(int32_t size, int32_t stride) { return 2 * int64_t{8} * size * stride; }
 
+// What the put kernel needs besides, where peers cannot be mapped; all on the symmetric heap but
+// pes.
+struct PutPeers {
+  uint64_t* inbox;     // this rank's own: the same object in every process
+  uint64_t* staging;   // [2, stride], words on their way
+  uint64_t* signals;   // [size], of every rank the last epoch that has come completely
+  const int32_t* pes;  // [size], in device memory
+};
+
 // matrix [size, n]: every rank's counts [n], n ≤ stride. `rank` [] is checked against peers.rank;
 // after a failure the matrix is −1.
 cudaError_t LaunchSync(const Peers& peers, const int32_t* rank, const int32_t* counts, int32_t n,
                        int32_t* matrix, cudaStream_t stream);
+
+// The same with `kernel` of nvshmem/sync_put.cu; peers.inboxes is null where a peer is not mapped.
+cudaError_t LaunchSyncPut(const void* kernel, const Peers& peers, const PutPeers& put,
+                          const int32_t* rank, const int32_t* counts, int32_t n, int32_t* matrix,
+                          cudaStream_t stream);
 
 // Loads the kernels: doing so while another one waits for its peers can block the driver.
 cudaError_t PreloadSync();

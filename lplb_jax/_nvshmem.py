@@ -8,6 +8,7 @@ import importlib.util
 import os
 import pathlib
 
+import lplb_jax
 from lplb_jax import _native
 from lplb_jax._rendezvous import Rendezvous
 
@@ -78,6 +79,20 @@ def missing() -> str | None:
     return None
 
 
+def missing_put() -> str | None:
+    """Why put with signal cannot be used, or None where it can."""
+    if _put_file().exists():
+        return None
+    return (
+        "lplb_jax was installed without NVSHMEM's device library; reinstall it with: "
+        "LPLB_NVSHMEM=on pip install ."
+    )
+
+
+def _put_file() -> pathlib.Path:
+    return pathlib.Path(lplb_jax.__file__).with_name("sync_put.fatbin")
+
+
 class Job:
     """The processes that share NVSHMEM's symmetric heap; `pe` is this one's number."""
 
@@ -95,6 +110,15 @@ class Job:
         _native.cuda().comm_clear(self._ordinal, address, n_bytes)
         return address
 
+    @functools.cached_property
+    def put_library(self) -> int:
+        """The kernel that puts with a signal, ready to use."""
+        library = _native.cuda().comm_load_library(self._ordinal, str(_put_file()))
+        error = _library().nvshmemx_culibrary_init(ctypes.c_void_p(library))
+        if error:
+            raise RuntimeError(f"init_comm: NVSHMEM cannot use {_put_file()} (error {error})")
+        return library
+
     def free(self, address: int) -> None:
         """All processes must call it."""
         _library().nvshmem_free(address)
@@ -102,6 +126,11 @@ class Job:
     def pointer(self, address: int, pe: int) -> int:
         """Where this GPU reaches the memory of another; 0 where it cannot."""
         return _library().nvshmem_ptr(address, pe) or 0
+
+
+@functools.cache
+def _job(ordinal: int) -> Job:
+    return Job(ordinal)
 
 
 def join(ordinal: int, rendezvous: Rendezvous) -> Job:
@@ -117,7 +146,7 @@ def join(ordinal: int, rendezvous: Rendezvous) -> Job:
                 f"NVSHMEM was initialised for {library.nvshmem_n_pes()} processes, and the mesh "
                 f"has {n_processes}"
             )
-        return Job(ordinal)
+        return _job(ordinal)
     if states != {0}:
         raise RuntimeError("NVSHMEM is initialised in some processes, or only half")
     # Multicast over NVLink is not needed and can block the GPUs of a host; NCCL neither. The
@@ -150,4 +179,4 @@ def join(ordinal: int, rendezvous: Rendezvous) -> Job:
         raise RuntimeError(
             f"NVSHMEM could not be initialised (error {failed}); NVSHMEM_DEBUG=INFO says more"
         )
-    return Job(ordinal)
+    return _job(ordinal)

@@ -93,8 +93,8 @@ def rebalance(
             raise ValueError("comm: expected None where loads are given: there is nothing to share")
         check_comm(comm, axis_name, problem.n_logical)
 
-    through_xla = axis_name is not None and (comm is None or comm.transport == "xla")
-    if loads is None and method == "exact" and not through_xla:
+    at_once = comm.fuses if comm is not None else axis_name is None
+    if loads is None and method == "exact" and at_once:
         assigned, split = _rebalance_at_once(indices, problem, axis_name, comm, positions)
         return (assigned if positions else assigned.physical_indices), split
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import warnings
@@ -16,7 +17,7 @@ from lplb_jax import _native, _nvshmem
 from lplb_jax._problem import check_count
 from lplb_jax._rendezvous import Rendezvous
 
-TRANSPORTS = ("auto", "xla", "p2p", "nvshmem")
+TRANSPORTS = ("auto", "xla", "p2p", "nvshmem", "nvshmem_put")
 
 # All processes make their communicators in the same order, so these agree.
 _ids = itertools.count(1)
@@ -26,7 +27,7 @@ class Comm:
     """What `init_comm` makes; pass it as `comm=`. A context manager that closes it at the end.
 
     Attributes:
-      transport: "xla", "p2p" or "nvshmem".
+      transport: "xla", "p2p", "nvshmem" or "nvshmem_put".
       axis: the mesh axis, or a tuple of axes.
       size: ranks of a group, the size of that axis.
       max_experts: the largest n_logical it can be used with.
@@ -68,6 +69,11 @@ class Comm:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def fuses(self) -> bool:
+        """Whether the kernels of `rebalance` exchange counts themselves."""
+        return self.transport in ("p2p", "nvshmem")
+
     def failure(self) -> str | None:
         """What has gone wrong on this process's devices so far, or None.
 
@@ -81,12 +87,12 @@ class Comm:
     def close(self) -> None:
         """Waits for the devices and frees the buffers; programs that use it then raise.
 
-        With "nvshmem" all processes must call it, unless it has failed.
+        With NVSHMEM all processes must call it, unless it has failed: then its memory is kept.
         """
         if not self.closed:
             failed = self.failure() is not None
             self.closed = True
-            if not failed or self.transport != "nvshmem":
+            if not failed or self.transport == "p2p":
                 self._release()
 
 
@@ -107,6 +113,8 @@ def init_comm(
     |---|---|
     | "p2p" | one process with several GPUs that can write to each other's memory |
     | "nvshmem" | one process per GPU, see `jax.distributed`; needs nvidia-nvshmem-cu13 |
+    | "nvshmem_put" | the same through NVSHMEM's put with signal, in a kernel of its own; "nvshmem"
+      becomes it where a GPU cannot map another one's memory, as on another host |
     | "xla" | everything else: `lax.all_gather` |
     | "auto" | on GPUs the first that works, else "xla" with a warning that names the reason |
 
@@ -167,11 +175,11 @@ def init_comm(
     )
     reason = rendezvous.first_reason(probe(groups) if on_gpus else "the mesh has no GPUs")
     if reason is None:
-        stride = max_experts + 1
-        release = connect(groups, identifier, stride, float(timeout_s), rendezvous)
-        if callable(release):
-            return comm(chosen, release)
-        reason = release
+        inboxes = _Inboxes(identifier, groups.shape[1], max_experts + 1, float(timeout_s))
+        try:
+            return comm(*connect(groups, inboxes, rendezvous, chosen))
+        except _CannotConnect as error:
+            reason = str(error)
     if transport != "auto":
         raise RuntimeError(f"transport: {transport!r} cannot be had: {reason}")
     warnings.warn(
@@ -246,27 +254,49 @@ def _probe_p2p(groups: np.ndarray) -> str | None:
     return None
 
 
-def _connect_p2p(
-    groups: np.ndarray, identifier: int, stride: int, timeout_s: float, _: Rendezvous
-) -> Callable[[], None]:
+class _CannotConnect(Exception):
+    """Raised by all processes alike."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inboxes:
+    """What every rank's inbox is attached with; see cuda/sync.h."""
+
+    identifier: int
+    size: int
+    stride: int
+    timeout_s: float
+
+    @property
+    def n_bytes(self) -> int:
+        return _native.cuda().comm_inbox_bytes(self.size, self.stride)
+
+    def attach(self, ordinal: int, rank: int, inboxes: list[int]) -> None:
+        options = (self.stride, self.timeout_s)
+        _native.cuda().comm_attach(self.identifier, ordinal, rank, inboxes, *options)
+
+
+Connection = tuple[str, Callable[[], None]]  # transport, and what frees it
+
+
+def _connect_p2p(groups: np.ndarray, made: _Inboxes, _: Rendezvous, __: str) -> Connection:
     native = _native.cuda()
-    n_bytes = native.comm_inbox_bytes(groups.shape[1], stride)
     owned = []
     for group in groups:
         ordinals = [device.local_hardware_id for device in group]
         for a, b in itertools.permutations(ordinals, 2):
             native.comm_enable_peer(a, b)
-        inboxes = [native.comm_allocate(ordinal, n_bytes) for ordinal in ordinals]
+        inboxes = [native.comm_allocate(ordinal, made.n_bytes) for ordinal in ordinals]
         for rank, ordinal in enumerate(ordinals):
-            native.comm_attach(identifier, ordinal, rank, inboxes, stride, timeout_s)
+            made.attach(ordinal, rank, inboxes)
         owned += zip(ordinals, inboxes, strict=True)
 
     def release() -> None:
-        native.comm_detach(identifier)
+        native.comm_detach(made.identifier)
         for ordinal, inbox in owned:
             native.comm_free(ordinal, inbox)
 
-    return release
+    return "p2p", release
 
 
 def _probe_nvshmem(groups: np.ndarray) -> str | None:
@@ -280,9 +310,8 @@ def _probe_nvshmem(groups: np.ndarray) -> str | None:
 
 
 def _connect_nvshmem(
-    groups: np.ndarray, identifier: int, stride: int, timeout_s: float, rendezvous: Rendezvous
-) -> Callable[[], None] | str:
-    """A function that frees everything, or why there is no connection (the same everywhere)."""
+    groups: np.ndarray, made: _Inboxes, rendezvous: Rendezvous, transport: str
+) -> Connection:
     native = _native.cuda()
     (mine,) = [device for device in groups.flat if device.process_index == jax.process_index()]
     ordinal = mine.local_hardware_id
@@ -291,26 +320,36 @@ def _connect_nvshmem(
         job = _nvshmem.join(ordinal, rendezvous)
     except RuntimeError as error:
         reason = str(error)
-    reason = rendezvous.first_reason(reason)
-    if reason is not None:
-        return reason
-    inbox = job.allocate(native.comm_inbox_bytes(groups.shape[1], stride))
-    processes = [int(pe) for pe in rendezvous.exchange("pe", str(job.pe))]
-    pes = dict(zip(rendezvous.processes, processes, strict=True))
+    _go_on(rendezvous, reason)
+    word = 8
+    staging = made.n_bytes
+    signals = staging + 2 * made.stride * word
+    inbox = job.allocate(signals + made.size * word)
+    numbers = map(int, rendezvous.exchange("pe", str(job.pe)))
+    pe_of_process = dict(zip(rendezvous.processes, numbers, strict=True))
     (group,) = [group for group in groups if mine in group]
-    inboxes = [job.pointer(inbox, pes[device.process_index]) for device in group]
-    unreachable = [device for device, inbox in zip(group, inboxes, strict=True) if inbox == 0]
-    reason = rendezvous.first_reason(
-        f"GPU {mine.id} cannot map the memory of GPU {unreachable[0].id}" if unreachable else None
-    )
-    if reason is not None:
-        job.free(inbox)
-        return reason
-    native.comm_attach(identifier, ordinal, list(group).index(mine), inboxes, stride, timeout_s)
+    pes = [pe_of_process[device.process_index] for device in group]
+    inboxes = [inbox if pe == job.pe else job.pointer(inbox, pe) for pe in pes]
+    if transport == "nvshmem" and any(map(int, rendezvous.exchange("far", str(int(0 in inboxes))))):
+        transport = "nvshmem_put"
+    elif transport == "nvshmem_put":
+        inboxes = [inbox if pe == job.pe else 0 for pe in pes]
+    _go_on(rendezvous, _nvshmem.missing_put() if transport == "nvshmem_put" else None)
+    made.attach(ordinal, list(group).index(mine), inboxes)
+    if transport == "nvshmem_put":
+        symmetric = (inbox, inbox + staging, inbox + signals)
+        native.comm_attach_put(made.identifier, ordinal, job.put_library, pes, *symmetric)
     rendezvous.exchange("attached", "")  # Nobody writes to an inbox that is not cleared.
 
     def release() -> None:
-        native.comm_detach(identifier)
+        native.comm_detach(made.identifier)
         job.free(inbox)
 
-    return release
+    return transport, release
+
+
+def _go_on(rendezvous: Rendezvous, reason: str | None) -> None:
+    """Raises in all processes where one has a reason not to go on."""
+    first = rendezvous.first_reason(reason)
+    if first is not None:
+        raise _CannotConnect(first)

@@ -254,14 +254,15 @@ def main() -> None:
         assert "counts of rank 1" in comm.failure()
         comm.close()
         os._exit(0)  # Without the process that is gone nothing can end in order.
-    with init_comm(mesh, "ep", max_experts=512, transport="auto") as comm:
-        assert comm.transport == "nvshmem", comm
+    with init_comm(mesh, "ep", max_experts=512, transport=scenario) as comm:
+        assert comm.transport == {"auto": "nvshmem"}.get(scenario, scenario), comm
         for check in CHECKS:
             start = time.perf_counter()
             check(mesh, comm, rng)
             print(f"{check.__name__}: {time.perf_counter() - start:.1f} s", flush=True)
-    if len(mesh.devices) > 2:
-        check_sub_axis(mesh.devices, "nvshmem", rng)
+        transport = comm.transport
+    if mesh.devices.size > 2:
+        check_sub_axis(mesh.devices, transport, rng)
     print("all passed", flush=True)
 
 

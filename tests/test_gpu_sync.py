@@ -241,8 +241,9 @@ needs_nvshmem = pytest.mark.skipif(
 
 @several
 @needs_nvshmem
-def test_nvshmem(request):
-    for output in run_processes(request, "all"):
+@pytest.mark.parametrize("transport", ["auto", "nvshmem_put"])
+def test_nvshmem(request, transport):
+    for output in run_processes(request, transport):
         assert "all passed" in output
 
 

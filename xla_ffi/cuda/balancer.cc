@@ -49,17 +49,18 @@ ffi::Error SyncedRebalanceImpl(int64_t ep_size, int64_t positions, ffi::AnyBuffe
                                     position, slot_counts, quota, max_load, lower_bound, status,
                                     workspace, cuda::Quotas::kSynced);
   if (arguments.has_error()) return arguments.error();
-  const auto peers = FindPeers(comm, device);
-  if (peers.has_error()) return peers.error();
-  if (arguments->batch != 1 || rank.element_count() != 1 || peers->size != ep_size ||
-      arguments->problem.n_logical + 1 > peers->stride) {
-    return Invalid("comm: it is of " + std::to_string(peers->size) + " ranks and at most " +
-                   std::to_string(peers->stride - 1) +
+  const auto found = FindRank(comm, device);
+  if (found.has_error()) return found.error();
+  const cuda::Peers& peers = found->peers;
+  if (arguments->batch != 1 || rank.element_count() != 1 || peers.size != ep_size ||
+      arguments->problem.n_logical + 1 > peers.stride || found->put_kernel != nullptr) {
+    return Invalid("comm: it is of " + std::to_string(peers.size) + " ranks and at most " +
+                   std::to_string(peers.stride - 1) +
                    " experts, got ep_size = " + std::to_string(ep_size) +
                    " and n_logical = " + std::to_string(arguments->problem.n_logical));
   }
   arguments->given.rank = rank.typed_data();
-  arguments->peers = *peers;
+  arguments->peers = peers;
   return FromCuda(cuda::LaunchSyncedRebalance(*arguments, stream), "rebalance");
 }
 

@@ -10,8 +10,23 @@
 
 namespace lplb {
 
-// The peers of a device in communicator `id`.
-ffi::ErrorOr<cuda::Peers> FindPeers(int64_t id, int32_t device);
+// A device's part in a communicator.
+struct CommRank {
+  cuda::Peers peers;
+  cuda::PutPeers put;
+  const void* put_kernel;  // null where all peers are mapped
+};
+
+ffi::ErrorOr<CommRank> FindRank(int64_t id, int32_t device);
+
+// sync_loads as this rank.
+inline cudaError_t LaunchSync(const CommRank& of, const int32_t* rank, const int32_t* counts,
+                              int32_t n, int32_t* matrix, cudaStream_t stream) {
+  if (of.put_kernel == nullptr) {
+    return cuda::LaunchSync(of.peers, rank, counts, n, matrix, stream);
+  }
+  return cuda::LaunchSyncPut(of.put_kernel, of.peers, of.put, rank, counts, n, matrix, stream);
+}
 
 // The functions with which lplb_jax/comm.py makes and closes communicators.
 void DefineComm(nanobind::module_& module);

@@ -27,16 +27,17 @@ ffi::Error CountImpl(int64_t n_logical, ffi::AnyBuffer indices, IntResult counts
 
 ffi::Error SyncImpl(int64_t comm, IntBuffer counts, IntBuffer rank, IntResult matrix,
                     int32_t device, cudaStream_t stream) {
-  const auto peers = FindPeers(comm, device);
-  if (peers.has_error()) return peers.error();
+  const auto found = FindRank(comm, device);
+  if (found.has_error()) return found.error();
+  const cuda::Peers& peers = found->peers;
   const int64_t n = counts.element_count();
-  if (n > peers->stride || rank.element_count() != 1 ||
-      matrix->element_count() != static_cast<size_t>(n * peers->size)) {
-    return Invalid("counts: expected at most " + std::to_string(peers->stride) +
-                   " and a matrix [ep_size, n] for " + std::to_string(peers->size) + " ranks");
+  if (n > peers.stride || rank.element_count() != 1 ||
+      matrix->element_count() != static_cast<size_t>(n * peers.size)) {
+    return Invalid("counts: expected at most " + std::to_string(peers.stride) +
+                   " and a matrix [ep_size, n] for " + std::to_string(peers.size) + " ranks");
   }
-  return FromCuda(cuda::LaunchSync(*peers, rank.typed_data(), counts.typed_data(),
-                                   static_cast<int32_t>(n), matrix->typed_data(), stream),
+  return FromCuda(LaunchSync(*found, rank.typed_data(), counts.typed_data(),
+                             static_cast<int32_t>(n), matrix->typed_data(), stream),
                   "sync_loads");
 }
 

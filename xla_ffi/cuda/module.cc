@@ -70,11 +70,11 @@ void LaunchIpm(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources,
 }
 
 // sync_loads as the rank that `device` is in communicator `comm`.
-void LaunchSync(int64_t comm, int32_t device, Pointer rank, Pointer counts, int32_t n,
-                Pointer matrix, Pointer stream) {
-  const auto peers = FindPeers(comm, device);
-  if (peers.has_error()) throw std::runtime_error(peers.error().message());
-  ThrowIf(cuda::LaunchSync(*peers, As(rank), As(counts), n, As(matrix), As<CUstream_st>(stream)));
+void LaunchSyncOf(int64_t comm, int32_t device, Pointer rank, Pointer counts, int32_t n,
+                  Pointer matrix, Pointer stream) {
+  const auto found = FindRank(comm, device);
+  if (found.has_error()) throw std::runtime_error(found.error().message());
+  ThrowIf(LaunchSync(*found, As(rank), As(counts), n, As(matrix), As<CUstream_st>(stream)));
 }
 
 // What a launch costs by itself.
@@ -99,7 +99,7 @@ NB_MODULE(_cuda, m) {
   lplb::DefineComm(m);
   m.def("launch_solve", lplb::LaunchSolve);
   m.def("launch_ipm", lplb::LaunchIpm);
-  m.def("launch_sync", lplb::LaunchSync);
+  m.def("launch_sync", lplb::LaunchSyncOf);
   m.def("launch_empty", lplb::LaunchEmpty);
   m.def("launch_rebalance", lplb::LaunchRebalance);
 }
