@@ -4,7 +4,7 @@
 #                         the CUDA toolchain from PyPI and needs nothing of the system's
 #   LPLB_NVSHMEM=on       with NVSHMEM's put, for GPUs that cannot map each other's memory
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format gpu-test wheel clean
+.PHONY: help demo train test lint format gpu-test wheel clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -27,6 +27,9 @@ help:  ## this list
 
 demo: $(INSTALLED)  ## build, install into .venv, and run the demonstration
 	$(BIN)/lplb-jax demo
+
+train: $(INSTALLED)  ## train a small mixture-of-experts model, some minutes
+	$(BIN)/python examples/train_moe.py
 
 test: lint $(INSTALLED)  ## lint, and every test that needs no GPU
 	$(BIN)/pytest -n auto

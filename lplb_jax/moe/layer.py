@@ -12,6 +12,7 @@ from lplb_jax import metrics
 from lplb_jax._problem import check_indices, check_problem, varying_as
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
+from lplb_jax.comm import Comm
 from lplb_jax.loads import count_loads
 from lplb_jax.moe.exchange import capacity_for, combine, exchange, make_plan, spread
 from lplb_jax.moe.experts import Experts, check_experts, expert_ffn
@@ -56,7 +57,7 @@ def moe_layer(
     solver: str = "auto",
     transport: str = "auto",
     gemm: str = "auto",
-    comm: Any = None,
+    comm: Comm | None = None,
 ) -> tuple[jax.Array, Traffic]:
     """A mixture-of-experts layer over the ranks of `axis_name`. Call it inside `jax.shard_map`.
 
@@ -80,7 +81,7 @@ def moe_layer(
       solver: see `rebalance`.
       transport: "ragged", "padded" or "auto", see `dispatch`.
       gemm: "mosaic", "xla" or "auto", see `expert_ffn`.
-      comm: how `rebalance` shares its loads; None for its default.
+      comm: how `rebalance` shares its loads, see `init_comm`; None for `lax.all_gather`.
 
     Returns:
       `(out, traffic)`: `[tokens, hidden]`, the weighted sums of what the experts gave; and what
@@ -140,16 +141,15 @@ def moe_layer(
             experts, r2o, axis_name, redundants_per_rank=placement.redundants_per_rank
         )
     if balance == "lplb":
-        options = {} if comm is None else {"comm": comm}
         assignment, split = rebalance(
             indices,
             None,
             r2o,
             placement=placement,
             axis_name=axis_name,
+            comm=comm,
             solver=solver,
             positions=True,
-            **options,
         )
         status, lower_bound = split.status, split.lower_bound
     else:
