@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Runs the program; returns the records of its log."""
     options = parse(arguments)
     mesh = make_mesh(options.ranks)
+    if options.batch % mesh.size:
+        raise SystemExit(f"--batch: expected a multiple of {mesh.size} ranks, got {options.batch}")
     training = Training(options, mesh)
     batches = sample(read(options.text), options.batch, options.context, options.seed)
     records = []

@@ -399,6 +399,34 @@ def test_a_sub_axis_of_a_mesh(rng, cpu_devices):
         np.testing.assert_allclose(got, want, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_the_ragged_transport_has_the_same_types(rng, cpu_devices, check_vma):
+    """CPUs cannot run it, but trace it: with experts that vary over fewer axes than tokens."""
+    mesh = Mesh(cpu_devices.reshape(2, 4), ("data", "ep"))
+    case = Case(topologies.ring(4), 3, combined=2)
+    floats, ids, placement = problem(rng, case, skewed)
+    floats = *floats[:2], in_slots(floats[2], placement)
+    both = P(("data", "ep"))
+
+    def types(transport):
+        def rank(tokens, gates, experts, ids):
+            return moe.moe_layer(
+                tokens, ids, gates, experts, case.r2o, placement=placement, axis_name="ep",
+                transport=transport, gemm="xla",
+            )[0], None  # fmt: skip
+
+        run = jax.shard_map(
+            rank,
+            mesh=mesh,
+            in_specs=(both, both, P("ep"), both),
+            out_specs=(both, P()),
+            check_vma=check_vma,
+        )
+        return jax.eval_shape(with_slopes(run), floats, floats[0], ids)
+
+    assert types("ragged") == types("padded")
+
+
 def test_placements_change_without_a_new_trace(rng, mesh):
     """And the experts move with them: the same output, from the same compiled program."""
     case = CASES["two groups of four"](rng)
@@ -523,6 +551,7 @@ def test_bad_input_of_the_parts(rng, mesh):
     refused(TypeError, words, dispatch, tokens, ids)
     good = Assignment(ids, ids, jnp.zeros(64, jnp.int32))
     refused(ValueError, "^tokens: .*int32", dispatch, ids, good)
+    refused(ValueError, "^capacity: .*got 0", functools.partial(dispatch, capacity=0), tokens, good)
     odd = good._replace(counts=jnp.zeros(63, jnp.int32))
     refused(ValueError, r"^assignment: .*\[63\]", dispatch, tokens, odd)
     experts = moe.Experts(jnp.zeros((4, 16, 24)), jnp.zeros((4, 12, 16)))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lplb_jax._problem import check_axis, varying_over
+from lplb_jax._problem import check_axis, check_count, varying_as, varying_over
 from lplb_jax.assignment import Assignment
 from lplb_jax.loads import sync_loads
 
@@ -106,7 +106,7 @@ def dispatch(
         `positions=True`.
       axis_name: the expert-parallel mesh axis (or a tuple of axes).
       capacity: rows that every rank has room for, see `capacity_for`. What is above it is dropped,
-        last slots first, and counted in `Plan.overflow`.
+        last slots first, and counted in `Plan.overflow`. Kernels want a multiple of 8.
       transport: "ragged": `lax.ragged_all_to_all`, exactly the rows there are; for GPUs. "padded":
         `lax.all_to_all` of as many rows for every pair as a source could send; for all backends.
         "auto": "ragged" where the default backend is a GPU.
@@ -145,6 +145,7 @@ def make_plan(
     """The first part of `dispatch`, of checked arguments; `spread` and `exchange` are the rest."""
     n_ranks = check_axis(axis_name)
     n_slots = _check_assignment(tokens, assignment, n_ranks)
+    capacity = check_count("capacity", capacity)
     if transport not in TRANSPORTS:
         raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
     if transport == "auto":
@@ -160,7 +161,7 @@ def make_plan(
     sent = _sent(gathered, capacity)[lax.axis_index(axis_name)].reshape(-1)
     arrives = (physical >= 0) & (position < sent[physical])
     row_of = jnp.where(arrives, row, n_rows)
-    return Plan(row_of, choice_of, gathered, int(capacity), axis_name, transport)
+    return Plan(row_of, choice_of, gathered, capacity, axis_name, transport)
 
 
 def combine(rows: jax.Array, gates: jax.Array, plan: Plan) -> jax.Array:
@@ -356,7 +357,7 @@ def _ragged(
     empty = lax.empty((n_out, *rows.shape[1:]), rows.dtype)
     return lax.ragged_all_to_all(
         rows,
-        varying_over(empty, axis_name),
+        varying_as(empty, rows),
         (_of_slot(here.starts, slot) + offsets).reshape(-1),
         lengths.reshape(-1),
         (_of_slot(starts_there, slot) + offsets).reshape(-1),
