@@ -29,6 +29,7 @@ class Table {
   static constexpr int kThreads = kUsed < 32 ? 32 : kUsed;
   // With many warps one of them eliminates the block for all: they share the schedulers.
   static constexpr bool kOneWarpEliminates = kThreads > 128;
+  static constexpr bool kWholeBlock = false;  // Whether it has barriers of the block.
   using TeamOf = Team<kThreads>;
 
   struct Memory {

@@ -13,15 +13,21 @@ namespace lplb::cuda {
 struct Graph {
   int32_t n_ranks;
   int32_t n_columns;
+  Divisor by_columns;
   const int32_t* src;
   const int32_t* dst;
 };
 
-// kEdges: the most edges of one thread.
-template <int kRanks, int kParts, int kEdges>
+// Places for edges, so that the threads of a row can take them in fours.
+LPLB_HOST_DEVICE int64_t PaddedEdges(int64_t n_edges) { return (n_edges + 15) / 16 * 16; }
+
+// kEdges: the most edges of one thread. Factor: what solves with the matrix, Table in factor.cuh or
+// what has the same interface.
+template <int kRanks, int kParts, int kEdges, template <int, int> typename Factor = Table>
 class Interior {
  public:
-  using TableOf = Table<kRanks, kParts>;
+  using TableOf = Factor<kRanks, kParts>;
+  static constexpr int kMostRanks = kRanks;
   static constexpr int kThreads = TableOf::kThreads;
   using TeamOf = Team<kThreads>;
 
@@ -44,7 +50,8 @@ class Interior {
     float bound;
   };
 
-  // Of one edge each: capacity, flow or plan, H, and the values of y at its ends with the capacity.
+  // Of one edge each: capacity, flow or plan, H, and the values of y at its ends with the capacity,
+  // which is 0 in the places that pad them.
   // Of one rank each: whether it is in the best cut.
   struct GroupArrays {
     float* cap;
@@ -119,11 +126,14 @@ class Interior {
         stuck -= edges_.cap[threadIdx.x * graph_.n_columns + d];
       }
     }
-    float value[3] = {fmaxf(stuck * inverse_w_, 0), base_, w_};
+    // The weights' mean is 1.
+    const float mean = Sum(memory_.base) / static_cast<float>(graph_.n_ranks);
+    float value[1] = {fmaxf(stuck * inverse_w_, 0)};
     team_.template Reduce<1>(value);
-    const float scale = fmaxf(value[0], Quotient(value[1], value[2]));
+    const float scale = fmaxf(value[0], mean);
     const float unit = scale > 0 ? 1 / scale : 0;
     base_ *= unit;
+    TeamOf::Sync();  // All have read it.
     if (is_rank_) memory_.base[threadIdx.x] = base_;
     n_live_ = 0;
 #pragma unroll
@@ -140,7 +150,7 @@ class Interior {
         x_[i] = xb_[i] = cap / 2;
         n_live_ += 1;
       }
-      u_[i] = e / graph_.n_columns;
+      u_[i] = graph_.by_columns.Quotient(e);
       v_[i] = graph_.dst[e];
       edges_.flow[e] = live_[i] ? x_[i] : 0;
     });
@@ -185,30 +195,34 @@ class Interior {
     // Of the sets {ranks whose y is at least y_r} the one that proves most. The threads of row r
     // share its work.
     const float least = memory_.y[table_.row()];
+    // Fewer rows than a warp has lanes are there several times, and share the work.
+    constexpr int kTimes = kThreads / TableOf::kUsed;
+    constexpr int kShare = TableOf::kColumns / kTimes;
+    constexpr int kStride = kParts * kTimes;
+    const int copy = threadIdx.x / TableOf::kUsed;
     float stuck = 0;
     float weight = 0;
 #pragma unroll
-    for (int i = 0; i < TableOf::kColumns; ++i) {
-      const int rank = table_.first_column() + i;
-      if (memory_.y[rank] >= least) {
-        stuck += memory_.base[rank];
-        weight += memory_.w[rank];
-      }
+    for (int i = 0; i < kShare; ++i) {
+      const int rank = table_.first_column() + copy * kShare + i;
+      const bool inside = memory_.y[rank] >= least;
+      stuck += inside ? memory_.base[rank] : 0;
+      weight += inside ? memory_.w[rank] : 0;
     }
-    // Fewer rows than a warp has lanes are there several times, and share the edges.
-    constexpr int kTimes = kThreads / TableOf::kUsed;
-    float leaves = 0;
-#pragma unroll 4
-    for (int e = threadIdx.x % kParts + kParts * (threadIdx.x / TableOf::kUsed); e < n_edges_;
-         e += kParts * kTimes) {
-      const float4 ends = edges_.ends[e];
-      if (ends.x >= least && ends.y < least) leaves += ends.z;
+#pragma unroll 1
+    for (int e = threadIdx.x % kParts + kParts * copy; e < n_edges_; e += 4 * kStride) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float4 ends = edges_.ends[e + i * kStride];
+        stuck -= ends.x >= least && ends.y < least ? ends.z : 0;
+      }
     }
 #pragma unroll
     for (int lanes = TableOf::kUsed; lanes < kThreads; lanes *= 2) {
-      leaves += __shfl_xor_sync(kAllLanes, leaves, lanes);
+      stuck += __shfl_xor_sync(kAllLanes, stuck, lanes);
+      weight += __shfl_xor_sync(kAllLanes, weight, lanes);
     }
-    stuck = TableOf::OverRow(stuck - leaves);
+    stuck = TableOf::OverRow(stuck);
     weight = TableOf::OverRow(weight);
     const bool counts = table_.row() < graph_.n_ranks;
     const uint2 best = team_.Best(counts ? fmaxf(Quotient(stuck, weight), 0) : 0, table_.row());
@@ -222,6 +236,28 @@ class Interior {
     const bool better = first || most[0] < largest;
     if (better) largest = most[0];
     return better;
+  }
+
+  // Sum over the ranks, as Dot.
+  static __device__ __forceinline__ float Sum(const float* a) {
+    float sum[4] = {0, 0, 0, 0};
+    if constexpr (kRanks <= 32) {
+#pragma unroll
+      for (int i = 0; i < kRanks / 4; ++i) {
+        const float4 b = reinterpret_cast<const float4*>(a)[i];
+        sum[0] += b.x;
+        sum[1] += b.y;
+        sum[2] += b.z;
+        sum[3] += b.w;
+      }
+      return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    } else {
+      float own[1] = {0};
+#pragma unroll
+      for (int i = 0; i < kRanks; i += 32) own[0] += a[i + (threadIdx.x & 31)];
+      TeamOf::template SumUp<0>(own);
+      return own[0];
+    }
   }
 
   // aᵀb over the ranks, in every thread by itself: few ranks are added faster than exchanged.
@@ -391,7 +427,7 @@ class Interior {
 #pragma unroll
     for (int i = 0; i < TableOf::kColumns; ++i) table_[i] = 0;
     if (table_.row() >= graph_.n_ranks) return;
-#pragma unroll 1
+#pragma unroll 2
     for (int d = 0; d < graph_.n_columns; ++d) {
       const int at = table_.row() * graph_.n_columns + d;
       const int from = graph_.src[at];

@@ -10,11 +10,11 @@ namespace {
 constexpr int32_t kMaxThreads = 544;
 
 template <int kWords, int kColumns>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     SolveKernel(Problem p, Sources sources, SolveOperands first_in, SolveResults first_out) {
   extern __shared__ int2 total[];  // [n_logical], then the groups'
   const Groups groups = {static_cast<int32_t>(blockIdx.y), 1};
-  const int64_t element = blockIdx.x;
+  const int32_t element = blockIdx.x;
   const SolveOperands in = BatchElement(p, sources, first_in, element);
   const SolveResults out = BatchElement(p, first_out, element);
   const GroupMemory memory(p, 1, reinterpret_cast<int32_t*>(total + p.n_logical));
@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (helper >= 0) {
     int32_t invalid = 0;
     if (sources.row > p.n_logical) {
+#pragma unroll 1
       for (int32_t s = helper; s < sources.n_sources; s += 32) {
         invalid |= in.loads[s * sources.row + p.n_logical];
       }
