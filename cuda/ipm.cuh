@@ -351,13 +351,13 @@ __device__ __forceinline__ void FinishTokens(const Problem& p, const IpmOptions&
   __syncthreads();
 }
 
-// Threads of a block at most: those that solve, and two warps or more for what needs no plan, up to
-// the size where they would cost the others registers.
+// Threads of a block at most: those that solve, and others for what needs no plan as far as they
+// leave the former enough registers.
 template <typename Solver>
 constexpr int32_t MostThreads() {
-  return Solver::kThreads >= 512 || Solver::TableOf::kWholeBlock
-             ? Solver::kThreads
-             : std::max(Solver::kThreads + 64, 320);
+  constexpr int32_t kSolving = Solver::kThreads;
+  if (kSolving >= 512 || Solver::TableOf::kWholeBlock) return kSolving;
+  return kSolving == 32 ? 320 : kSolving <= 128 ? 256 : kSolving + 64;
 }
 
 // Solves one group with one block.
