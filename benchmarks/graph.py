@@ -18,31 +18,48 @@ def check(result: tuple) -> Any:
     return values[0] if values else None
 
 
+class Graph:
+    """`launches` launches in a row, captured on the current device; `launch(stream)` makes one."""
+
+    def __init__(self, launch: Callable[[int], None], launches: int):
+        self._stream = check(runtime.cudaStreamCreate())
+        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        check(runtime.cudaStreamBeginCapture(self._stream, mode))
+        for _ in range(launches):
+            launch(int(self._stream))
+        self._graph = check(runtime.cudaStreamEndCapture(self._stream))
+        self._executable = check(runtime.cudaGraphInstantiate(self._graph, 0))
+        self._events = [check(runtime.cudaEventCreate()) for _ in range(2)]
+
+    def start(self) -> None:
+        check(runtime.cudaEventRecord(self._events[0], self._stream))
+        check(runtime.cudaGraphLaunch(self._executable, self._stream))
+        check(runtime.cudaEventRecord(self._events[1], self._stream))
+
+    def seconds(self) -> float:
+        """How long the last start took, once it is done."""
+        check(runtime.cudaEventSynchronize(self._events[1]))
+        return check(runtime.cudaEventElapsedTime(*self._events)) * 1e-3
+
+    def close(self) -> None:
+        for event in self._events:
+            check(runtime.cudaEventDestroy(event))
+        check(runtime.cudaGraphExecDestroy(self._executable))
+        check(runtime.cudaGraphDestroy(self._graph))
+        check(runtime.cudaStreamDestroy(self._stream))
+
+
 def microseconds(launch: Callable[[int], None], *, launches: int = 20, replays: int = 20) -> float:
     """Median time of one launch, in µs: `launches` in a row per graph, `replays` of the graph.
 
-    `launch(stream)` launches once on a raw stream. Inputs stay in the L2 cache between launches.
+    Inputs stay in the L2 cache between launches.
     """
-    stream = check(runtime.cudaStreamCreate())
-    mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-    check(runtime.cudaStreamBeginCapture(stream, mode))
-    for _ in range(launches):
-        launch(int(stream))
-    graph = check(runtime.cudaStreamEndCapture(stream))
-    executable = check(runtime.cudaGraphInstantiate(graph, 0))
-    events = [check(runtime.cudaEventCreate()) for _ in range(2)]
+    graph = Graph(launch, launches)
     times = []
     for _ in range(replays + 2):  # The first two warm up.
-        check(runtime.cudaEventRecord(events[0], stream))
-        check(runtime.cudaGraphLaunch(executable, stream))
-        check(runtime.cudaEventRecord(events[1], stream))
-        check(runtime.cudaEventSynchronize(events[1]))
-        times.append(check(runtime.cudaEventElapsedTime(*events)) * 1e3 / launches)
-    for event in events:
-        check(runtime.cudaEventDestroy(event))
-    check(runtime.cudaGraphExecDestroy(executable))
-    check(runtime.cudaGraphDestroy(graph))
-    check(runtime.cudaStreamDestroy(stream))
+        graph.start()
+        times.append(graph.seconds() * 1e6 / launches)
+    graph.close()
     return float(np.median(times[2:]))
 
 

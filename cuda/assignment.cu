@@ -58,17 +58,17 @@ cudaError_t AllowSharedMemory(const void* kernel, int32_t bytes, bool large_clus
   return error;
 }
 
-bool FitsRoute(const RouteArguments& arguments, bool solves) {
+bool FitsRoute(const RouteArguments& arguments, Quotas quotas) {
   const Problem& p = arguments.problem;
   const int32_t n_warps = ThreadsFor(p) / 32;
   return p.n_logical <= kMaxExperts && p.n_physical < 0xffff &&
-         RouteMemory::Bytes(p, n_warps, MaxClusterFor(p), solves) <= kMaxSharedBytes &&
+         RouteMemory::Bytes(p, n_warps, MaxClusterFor(p), quotas) <= kMaxSharedBytes &&
          arguments.n_tiles >= 1 && arguments.workspace_words >= (n_warps + 1) * (p.n_logical + 1);
 }
 
 cudaError_t LaunchAssign(const RouteArguments& arguments, cudaStream_t stream) {
   if (arguments.batch == 0) return cudaSuccess;
-  return LaunchRoute<0, 0, false>(arguments, stream);
+  return LaunchRoute<0, 0, Quotas::kGiven>(arguments, stream);
 }
 
 }  // namespace lplb::cuda

@@ -23,6 +23,7 @@ enum Status : int32_t {
   kLoadOverflow = 4,
   kBadPlacement = 8,
   kNotConverged = 16,
+  kSyncFailed = 32,
 };
 
 // Division by a number known on the host: exact where dividend · divisor < 2³².

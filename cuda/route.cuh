@@ -14,6 +14,7 @@
 
 #include "cuda/route.h"
 #include "cuda/solver.cuh"
+#include "cuda/sync.cuh"
 
 namespace lplb::cuda {
 
@@ -56,7 +57,9 @@ struct RouteMemory {
   Cell* cells;          // [n_warps, row], row = n_logical + kPad
   PackedRoute* routes;  // [n_logical]
   int32_t* earlier;     // [n_logical], tokens in earlier blocks
-  int32_t* total;       // [n_logical + 1], all blocks' tokens; last, whether an id was invalid
+  int32_t* total;       // [n_logical + 1], all tokens; last, whether an id was invalid
+  int32_t* own;         // [n_logical + 1], this rank's; the same as total where there is no other
+  int32_t* before;      // [n_logical], where there are others: tokens that come before this rank's
   int32_t* incoming;    // [n_blocks, n_logical + 1], every block's histogram
   int32_t* quota;       // [n_physical]
   int32_t* groups;      // GroupMemory
@@ -65,14 +68,16 @@ struct RouteMemory {
   static constexpr int32_t kPad = 4;
 
   LPLB_HOST_DEVICE static int32_t Bytes(const Problem& p, int32_t n_warps, int32_t n_blocks,
-                                        bool solves) {
+                                        Quotas quotas) {
     const int32_t words = 2 * n_warps * (p.n_logical + kPad) + 3 * p.n_logical +
                           (n_blocks + 1) * (p.n_logical + 1) + p.n_physical +
-                          (solves ? GroupMemory::Words(p, p.n_groups) : 0);
+                          (quotas != Quotas::kGiven ? GroupMemory::Words(p, p.n_groups) : 0) +
+                          (quotas == Quotas::kSynced ? 2 * p.n_logical + 1 : 0);
     return 4 * words;
   }
 
-  __device__ RouteMemory(const Problem& p, int32_t n_warps, int32_t n_blocks, void* memory) {
+  __device__ RouteMemory(const Problem& p, int32_t n_warps, int32_t n_blocks, Quotas quotas,
+                         void* memory) {
     cells = static_cast<Cell*>(memory);
     routes = reinterpret_cast<PackedRoute*>(cells + n_warps * (p.n_logical + kPad));
     earlier = reinterpret_cast<int32_t*>(routes + p.n_logical);
@@ -80,6 +85,11 @@ struct RouteMemory {
     incoming = total + p.n_logical + 1;
     quota = incoming + n_blocks * (p.n_logical + 1);
     groups = quota + p.n_physical;
+    own = total;
+    if (quotas == Quotas::kSynced) {
+      own = groups + GroupMemory::Words(p, p.n_groups);
+      before = own + p.n_logical + 1;
+    }
   }
 
   __device__ Cell* CellsOf(const Problem& p, int32_t warp) const {
@@ -156,13 +166,13 @@ struct Prefetched {
   Route slots;     // of this thread's expert
 };
 
-template <bool kSolves>
+template <Quotas kQuotas>
 __device__ __forceinline__ Prefetched Prefetch(const RouteArguments& a, const SolveOperands& in,
                                                const int32_t* log2phy) {
   const Problem& p = a.problem;
   const int32_t i = threadIdx.x;
   Prefetched fetched = {{-1, 0, -1}, 0, {0, -1, -1}};
-  if constexpr (kSolves) {
+  if constexpr (kQuotas != Quotas::kGiven) {
     fetched.ahead = AheadOf(p, in, {0, p.n_groups});
     if (i < p.group_size * p.n_columns) fetched.source = in.r2o[i];
   }
@@ -182,7 +192,7 @@ __device__ __forceinline__ void StoreSlots(const Problem& p, int32_t expert, int
 }
 
 // Puts what was fetched, and what of it is more than one per thread, into shared memory.
-template <bool kSolves>
+template <Quotas kQuotas>
 __device__ __forceinline__ void StorePrefetched(const RouteArguments& a, const SolveOperands& in,
                                                 const int32_t* log2phy, Prefetched& fetched,
                                                 const RouteMemory& memory) {
@@ -193,7 +203,7 @@ __device__ __forceinline__ void StorePrefetched(const RouteArguments& a, const S
   for (int32_t e = i + blockDim.x; e < p.n_logical; e += blockDim.x) {
     StoreSlots(p, e, log2phy[e * p.max_replicas], log2phy[e * p.max_replicas + 1], memory);
   }
-  if constexpr (kSolves) {
+  if constexpr (kQuotas != Quotas::kGiven) {
     const GroupMemory groups(p, p.n_groups, memory.groups);
     const int32_t edges = p.group_size * p.n_columns;
     if (i < edges) StoreEdge(p, groups, i, fetched.source);
@@ -203,16 +213,47 @@ __device__ __forceinline__ void StorePrefetched(const RouteArguments& a, const S
   }
 }
 
+// Waits for all ranks' counts, of which `total` becomes the sum (−1 where it passes int32) and
+// `before` what comes before this rank's tokens. After a failure nothing is routed. The routes'
+// slots are known; a barrier must follow.
+__device__ __forceinline__ void ReceiveTotals(const RouteArguments& a, const SyncCall& call,
+                                              bool leader, const RouteMemory& memory) {
+  const Problem& p = a.problem;
+  bool failed = false;
+#pragma unroll 1
+  for (int32_t e = threadIdx.x; e <= p.n_logical; e += blockDim.x) {
+    const PackedRoute route = memory.routes[min(e, p.n_logical - 1)];
+    const int32_t home = p.by_slots.Quotient(route.home);
+    const int32_t replica = p.by_slots.Quotient(route.replica);
+    int64_t total = 0;
+    int64_t before = 0;
+    failed |=
+        !Receive(a.peers, call, e, 0, a.peers.size, leader, [&](int32_t source, int32_t count) {
+          total += count;
+          before += ComesBefore(source, a.peers.rank, home, replica) ? count : 0;
+        });
+    memory.total[e] = total <= kInt32Max ? static_cast<int32_t>(total) : -1;
+    if (e < p.n_logical) memory.before[e] = static_cast<int32_t>(min(before, int64_t{kInt32Max}));
+  }
+  if (!__syncthreads_or(failed)) return;
+  const GroupMemory groups(p, p.n_groups, memory.groups);
+  for (int32_t e = threadIdx.x; e <= p.n_logical; e += blockDim.x) {
+    memory.total[e] = 0;
+    memory.own[e] = 0;
+  }
+  for (int32_t g = threadIdx.x; g < p.n_groups; g += blockDim.x) groups.status[g] = kSyncFailed;
+}
+
 // From the experts' totals to their routes: solves, or takes the quotas that are given. All threads
 // of the block call it behind a barrier; another must follow.
-template <int kWords, int kColumns, bool kSolves>
+template <int kWords, int kColumns, Quotas kQuotas>
 __device__ __forceinline__ void MakeRoutes(const RouteArguments& a, const SolveOperands& in,
                                            int64_t element, const Ahead& ahead, bool leader,
                                            const RouteMemory& memory) {
   const Problem& p = a.problem;
   const AssignOperands given = BatchElement(p, a.sources, a.given, element);
   int32_t rank = 0;
-  if constexpr (kSolves) {
+  if constexpr (kQuotas != Quotas::kGiven) {
     const Groups groups = {0, p.n_groups};
     const SolveResults out = BatchElement(p, a.solve_out, element);
     const GroupMemory group_memory(p, p.n_groups, memory.groups);
@@ -231,9 +272,16 @@ __device__ __forceinline__ void MakeRoutes(const RouteArguments& a, const SolveO
 #pragma unroll 1
   for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
     PackedRoute& packed = memory.routes[e];
+    if constexpr (kQuotas == Quotas::kSynced) {
+      if (GroupMemory(p, p.n_groups, memory.groups).status[0] & kSyncFailed) {
+        packed = {0, kNoSlot, kNoSlot};
+      }
+    }
     if (packed.home == kNoSlot || packed.replica == kNoSlot) continue;
-    if constexpr (kSolves) {
+    if constexpr (kQuotas == Quotas::kSolved) {
       packed.keep = memory.quota[packed.home];  // There is one source.
+    } else if constexpr (kQuotas == Quotas::kSynced) {
+      packed.keep = max(memory.quota[packed.home] - memory.before[e], 0);
     } else {
       const Route route = {0, packed.home, packed.replica};
       packed.keep = KeepOf(p, a.sources, given.counts, given.quota, rank, a.proportional, e, route);
@@ -242,7 +290,7 @@ __device__ __forceinline__ void MakeRoutes(const RouteArguments& a, const SolveO
 }
 
 // What the whole batch gets once, each of its `n_blocks` blocks a part of it.
-template <bool kSolves>
+template <Quotas kQuotas>
 __device__ __forceinline__ void WriteSummary(const RouteArguments& a, int64_t element,
                                              int32_t block, int32_t n_blocks,
                                              const RouteMemory& memory) {
@@ -251,7 +299,7 @@ __device__ __forceinline__ void WriteSummary(const RouteArguments& a, int64_t el
   const int32_t stride = n_blocks * blockDim.x;
   // A slot has one expert, unless the placement contradicts itself: then the first block adds up.
   bool one_each = false;
-  if constexpr (kSolves) {
+  if constexpr (kQuotas != Quotas::kGiven) {
     const SolveResults out = BatchElement(p, a.solve_out, element);
     const GroupMemory groups(p, p.n_groups, memory.groups);
     const int32_t invalid = memory.total[p.n_logical] != 0 ? kInvalidIndex : 0;
@@ -259,7 +307,7 @@ __device__ __forceinline__ void WriteSummary(const RouteArguments& a, int64_t el
     for (int32_t i = first; i < p.n_physical; i += stride) out.quota[i] = memory.quota[i];
     int32_t status = 0;
     for (int32_t g = threadIdx.x; g < p.n_groups; g += blockDim.x) status |= groups.status[g];
-    one_each = !__syncthreads_or(status & kBadPlacement);
+    one_each = !__syncthreads_or(status & (kBadPlacement | kSyncFailed));
   }
   if (a.tokens.slot_counts == nullptr || (!one_each && block != 0)) return;
   int32_t* out = a.tokens.slot_counts + element * p.n_physical;
@@ -270,8 +318,8 @@ __device__ __forceinline__ void WriteSummary(const RouteArguments& a, int64_t el
   for (int32_t e = one_each ? first : threadIdx.x; e < p.n_logical;
        e += one_each ? stride : blockDim.x) {
     const PackedRoute route = memory.routes[e];
-    const int32_t stays = min(route.keep, memory.total[e]);
-    const int32_t leaves = memory.total[e] - stays;
+    const int32_t stays = min(route.keep, memory.own[e]);
+    const int32_t leaves = memory.own[e] - stays;
     if (one_each) {
       out[route.home] = stays;
       if (route.replica != kNoSlot) out[route.replica] = leaves;
@@ -313,7 +361,7 @@ __device__ __forceinline__ TokenBuffers TokensOf(const RouteArguments& a, int64_
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // One cluster per batch element; its blocks hold a.rounds tokens per thread.
-template <int kWords, int kColumns, bool kSolves>
+template <int kWords, int kColumns, Quotas kQuotas>
 __global__ void __launch_bounds__(kRouteThreads) ClusterKernel(const RouteArguments a) {
   extern __shared__ int4 shared[];
   const auto cluster = cooperative_groups::this_cluster();
@@ -324,14 +372,20 @@ __global__ void __launch_bounds__(kRouteThreads) ClusterKernel(const RouteArgume
   const int32_t n_warps = blockDim.x / 32;
   const int32_t warp = threadIdx.x / 32;
   const int32_t row = p.n_logical + 1;
-  const RouteMemory memory(p, n_warps, n_blocks, shared);
+  const RouteMemory memory(p, n_warps, n_blocks, kQuotas, shared);
   const TokenBuffers tokens = TokensOf(a, element);
   const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
   cluster.barrier_arrive();  // Nobody writes to a block that has not started.
   const int32_t* log2phy =
-      kSolves ? in.log2phy : BatchElement(p, a.sources, a.given, element).log2phy;
+      kQuotas != Quotas::kGiven ? in.log2phy : BatchElement(p, a.sources, a.given, element).log2phy;
 
-  Prefetched fetched = Prefetch<kSolves>(a, in, log2phy);
+  Prefetched fetched = Prefetch<kQuotas>(a, in, log2phy);
+  SyncCall call;
+  uint64_t* inbox;  // of the first rank that this block sends to
+  if constexpr (kQuotas == Quotas::kSynced) {
+    inbox = a.peers.inboxes[min(block, a.peers.size - 1)];
+    call = BeginSync(a.peers, a.peers.state->epoch + 1, *a.given.rank, block == 0);
+  }
   ClearCells(p, memory);
   const int64_t first =
       (static_cast<int64_t>(block) * n_warps + warp) * 32 * a.rounds + (threadIdx.x & 31);
@@ -378,7 +432,7 @@ __global__ void __launch_bounds__(kRouteThreads) ClusterKernel(const RouteArgume
     cluster.map_shared_rank(mine, threadIdx.x)[p.n_logical] = invalid;
   }
   cluster.barrier_arrive();
-  StorePrefetched<kSolves>(a, in, log2phy, fetched, memory);
+  StorePrefetched<kQuotas>(a, in, log2phy, fetched, memory);
   cluster.barrier_wait();
 #pragma unroll 1
   for (int32_t e = threadIdx.x; e <= p.n_logical; e += blockDim.x) {
@@ -390,11 +444,20 @@ __global__ void __launch_bounds__(kRouteThreads) ClusterKernel(const RouteArgume
       total += count;
       earlier += b < block ? count : 0;
     }
-    memory.total[e] = total;
+    memory.own[e] = total;
     if (e < p.n_logical) memory.earlier[e] = earlier;
+    if constexpr (kQuotas == Quotas::kSynced) {
+      for (int32_t peer = block; peer < a.peers.size; peer += n_blocks) {
+        Send(a.peers, call, peer == block ? inbox : a.peers.inboxes[peer], e, total);
+      }
+    }
+  }
+  if constexpr (kQuotas == Quotas::kSynced) {
+    ReceiveTotals(a, call, block == 0, memory);
+    if (block == 0 && threadIdx.x == 0) a.peers.state->epoch = call.epoch;  // All have read it.
   }
   __syncthreads();
-  MakeRoutes<kWords, kColumns, kSolves>(a, in, element, fetched.ahead, block == 0, memory);
+  MakeRoutes<kWords, kColumns, kQuotas>(a, in, element, fetched.ahead, block == 0, memory);
   __syncthreads();
 #pragma unroll
   for (int j = 0; j < kMaxRounds; ++j) {
@@ -405,10 +468,10 @@ __global__ void __launch_bounds__(kRouteThreads) ClusterKernel(const RouteArgume
         expert < 0 ? 0 : memory.earlier[expert] + cells[expert].count + (code[j] >> 16);
     WriteToken(tokens, i, expert, ordinal, memory.routes);
   }
-  WriteSummary<kSolves>(a, element, block, n_blocks, memory);
+  WriteSummary<kQuotas>(a, element, block, n_blocks, memory);
 }
 #else
-template <int kWords, int kColumns, bool kSolves>
+template <int kWords, int kColumns, Quotas kQuotas>
 __global__ void ClusterKernel(const RouteArguments) {}
 #endif
 
@@ -431,7 +494,9 @@ __device__ __forceinline__ int32_t* TileOf(const RouteArguments& a, int64_t elem
   return a.workspace + (element * a.n_tiles + tile) * a.workspace_words;
 }
 
-static __global__ void __launch_bounds__(kRouteThreads) TileCountKernel(const RouteArguments a) {
+// With kSynced, the last block to finish sends the rank's totals to its peers.
+template <Quotas kQuotas>
+__global__ void __launch_bounds__(kRouteThreads) TileCountKernel(const RouteArguments a) {
   extern __shared__ uint32_t counts[];  // [n_warps, n_logical + 1]
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();  // TileRouteKernel may start; it waits for our end.
@@ -477,9 +542,31 @@ static __global__ void __launch_bounds__(kRouteThreads) TileCountKernel(const Ro
       out[row + w * p.n_logical + e] = static_cast<int32_t>(counts[w * row + e]);
     }
   }
+  if constexpr (kQuotas == Quotas::kSynced) {
+    SyncState& state = *a.peers.state;
+    __threadfence();
+    __syncthreads();
+    const bool last = threadIdx.x == 0 && atomicAdd(&state.ticket, 1) + 1 == gridDim.y;
+    if (!__syncthreads_or(last)) return;
+    __threadfence();
+    const SyncCall call = {state.epoch + 1, false};
+    for (int32_t e = threadIdx.x; e < row; e += blockDim.x) {
+      int32_t total = 0;
+#pragma unroll 8
+      for (int32_t t = 0; t < a.n_tiles; ++t) total += __ldcg(&TileOf(a, element, t)[e]);
+      for (int32_t peer = 0; peer < a.peers.size; ++peer) {
+        Send(a.peers, call, a.peers.inboxes[peer], e, total);
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      state.epoch = call.epoch;
+      state.ticket = 0;
+    }
+  }
 }
 
-template <int kWords, int kColumns, bool kSolves>
+template <int kWords, int kColumns, Quotas kQuotas>
 __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteArguments a) {
   extern __shared__ int4 shared[];
   const Problem& p = a.problem;
@@ -487,18 +574,18 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
   const int32_t tile = blockIdx.y;
   const int32_t n_warps = blockDim.x / 32;
   const int32_t row = p.n_logical + 1;
-  const RouteMemory memory(p, n_warps, 0, shared);
+  const RouteMemory memory(p, n_warps, 0, kQuotas, shared);
   const TokenBuffers tokens = TokensOf(a, element);
   const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
   const int32_t* log2phy =
-      kSolves ? in.log2phy : BatchElement(p, a.sources, a.given, element).log2phy;
+      kQuotas != Quotas::kGiven ? in.log2phy : BatchElement(p, a.sources, a.given, element).log2phy;
 
-  Prefetched fetched = Prefetch<kSolves>(a, in, log2phy);
+  Prefetched fetched = Prefetch<kQuotas>(a, in, log2phy);
   for (int32_t e = threadIdx.x; e <= p.n_logical; e += blockDim.x) {
-    memory.total[e] = 0;
+    memory.own[e] = 0;
     if (e < p.n_logical) memory.earlier[e] = 0;
   }
-  StorePrefetched<kSolves>(a, in, log2phy, fetched, memory);
+  StorePrefetched<kQuotas>(a, in, log2phy, fetched, memory);
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();  // From here on the tiles' counts are there.
 #endif
@@ -517,10 +604,16 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
       total += count;
       earlier += t < tile ? count : 0;
     }
-    atomicAdd(&memory.total[e], total);
+    atomicAdd(&memory.own[e], total);
     if (e < p.n_logical) atomicAdd(&memory.earlier[e], earlier);
   }
   __syncthreads();
+  if constexpr (kQuotas == Quotas::kSynced) {
+    const SyncCall call =
+        BeginSync(a.peers, __ldcg(&a.peers.state->epoch), *a.given.rank, tile == 0);
+    ReceiveTotals(a, call, tile == 0, memory);
+    __syncthreads();
+  }
   // From here on a cell counts from the batch's first token.
   const int32_t* warps_before = TileOf(a, element, tile) + row;
   for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
@@ -531,7 +624,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
           0, static_cast<uint32_t>(earlier + warps_before[w * p.n_logical + e])};
     }
   }
-  MakeRoutes<kWords, kColumns, kSolves>(a, in, element, fetched.ahead, tile == 0, memory);
+  MakeRoutes<kWords, kColumns, kQuotas>(a, in, element, fetched.ahead, tile == 0, memory);
   __syncthreads();
 
   Cell* cells = memory.CellsOf(p, threadIdx.x / 32);
@@ -557,7 +650,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
       }
     }
   });
-  WriteSummary<kSolves>(a, element, tile, a.n_tiles, memory);
+  WriteSummary<kQuotas>(a, element, tile, a.n_tiles, memory);
 }
 
 // How the kernels are launched.
@@ -572,14 +665,14 @@ bool HasClusters();
 cudaError_t AllowSharedMemory(const void* kernel, int32_t bytes, bool large_cluster);
 
 // Launches the kernels for a.batch elements.
-template <int kWords, int kColumns, bool kSolves>
+template <int kWords, int kColumns, Quotas kQuotas>
 cudaError_t LaunchRoute(RouteArguments a, cudaStream_t stream) {
   const RouteShape shape = ChooseShape(a);
   const int32_t n_warps = shape.threads / 32;
-  const int32_t bytes = RouteMemory::Bytes(a.problem, n_warps, shape.cluster, kSolves);
+  const int32_t bytes = RouteMemory::Bytes(a.problem, n_warps, shape.cluster, kQuotas);
   cudaError_t error;
   if (shape.cluster > 0) {
-    const auto kernel = ClusterKernel<kWords, kColumns, kSolves>;
+    const auto kernel = ClusterKernel<kWords, kColumns, kQuotas>;
     error = AllowSharedMemory(reinterpret_cast<const void*>(kernel), bytes, shape.cluster > 8);
     if (error != cudaSuccess) return error;
     a.rounds = shape.rounds;
@@ -595,16 +688,17 @@ cudaError_t LaunchRoute(RouteArguments a, cudaStream_t stream) {
     config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, kernel, a);
   }
-  const auto kernel = TileRouteKernel<kWords, kColumns, kSolves>;
+  const auto kernel = TileRouteKernel<kWords, kColumns, kQuotas>;
+  const auto count_kernel = TileCountKernel<kQuotas>;
   const int32_t count_bytes = 4 * n_warps * (a.problem.n_logical + 1);
   error = AllowSharedMemory(reinterpret_cast<const void*>(kernel), bytes, false);
   if (error != cudaSuccess) return error;
-  error = AllowSharedMemory(reinterpret_cast<const void*>(TileCountKernel), count_bytes, false);
+  error = AllowSharedMemory(reinterpret_cast<const void*>(count_kernel), count_bytes, false);
   if (error != cudaSuccess) return error;
   const int64_t warps = static_cast<int64_t>(a.n_tiles) * n_warps;
   a.tokens_per_warp = ((a.tokens.n_tokens + warps - 1) / warps + 31) / 32 * 32;
   const dim3 grid(static_cast<unsigned>(a.batch), a.n_tiles);
-  TileCountKernel<<<grid, shape.threads, count_bytes, stream>>>(a);
+  count_kernel<<<grid, shape.threads, count_bytes, stream>>>(a);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   // Where the chip can, the second kernel starts beside the first and waits for it on the device.

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/problem.h"
+#include "cuda/sync.h"
 
 namespace lplb::cuda {
 
@@ -35,9 +36,10 @@ struct RouteArguments {
   Problem problem;
   Sources sources;
   TokenBuffers tokens;
-  AssignOperands given;    // of assign
+  AssignOperands given;    // of assign; with peers, its rank
   SolveOperands solve_in;  // of rebalance; loads unused
   SolveResults solve_out;  // of rebalance
+  Peers peers;             // size 0 where no other rank is involved
   int32_t* workspace;      // [batch, n_tiles, workspace_words]
   int64_t batch;
   int64_t workspace_words;
@@ -47,14 +49,27 @@ struct RouteArguments {
   bool proportional;
 };
 
+// Where the quotas come from.
+enum class Quotas {
+  kGiven,
+  kSolved,  // for the tokens of this batch
+  kSynced,  // for the tokens of all ranks
+};
+
 // Whether the shared memory of a block and the workspace suffice.
-bool FitsRoute(const RouteArguments& arguments, bool solves);
+bool FitsRoute(const RouteArguments& arguments, Quotas quotas);
 
 // Gives every token its slot from given quotas.
 cudaError_t LaunchAssign(const RouteArguments& arguments, cudaStream_t stream);
 
 // Counts, solves and assigns.
 cudaError_t LaunchRebalance(const RouteArguments& arguments, cudaStream_t stream);
+
+// Counts, shares the counts with arguments.peers, solves and assigns. A batch of one.
+cudaError_t LaunchSyncedRebalance(const RouteArguments& arguments, cudaStream_t stream);
+
+// Loads its kernels, see PreloadSync.
+cudaError_t PreloadSyncedRebalance();
 
 }  // namespace lplb::cuda
 

@@ -63,7 +63,8 @@ __device__ __forceinline__ int2 SumSources(const int32_t* loads, const Sources& 
   return {static_cast<int32_t>(min(total, static_cast<int64_t>(kInt32Max))), status};
 }
 
-// Totals of all experts in shared memory: from SumSources, or as counted by this kernel.
+// Totals of all experts in shared memory: from SumSources, or as counted by this kernel, −1 where
+// they passed int32.
 struct SummedTotals {
   const int2* total;
 
@@ -73,7 +74,10 @@ struct SummedTotals {
 struct CountedTotals {
   const int32_t* total;
 
-  __device__ __forceinline__ int2 operator[](int32_t expert) const { return {total[expert], 0}; }
+  __device__ __forceinline__ int2 operator[](int32_t expert) const {
+    const int32_t count = total[expert];
+    return count >= 0 ? int2{count, 0} : int2{kInt32Max, kLoadOverflow};
+  }
 };
 
 // A rank's experts and slots are taken by a tile of threads: a power of two that fits, at most a

@@ -3,6 +3,7 @@
 from lplb_jax import metrics, reference, topologies
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
+from lplb_jax.comm import Comm, init_comm
 from lplb_jax.loads import count_loads, sync_loads
 from lplb_jax.placement import Placement, place_experts
 from lplb_jax.solver import Split, solve
@@ -12,11 +13,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Assignment",
+    "Comm",
     "Placement",
     "Split",
     "Status",
     "assign",
     "count_loads",
+    "init_comm",
     "metrics",
     "place_experts",
     "rebalance",

@@ -54,6 +54,11 @@ def _register() -> frozenset[str]:
 AVAILABLE = _register()
 
 
+def cuda() -> ModuleType | None:
+    """The CUDA extension, or None where it was not built."""
+    return _load(_EXTENSIONS["CUDA"]) if "CUDA" in AVAILABLE else None
+
+
 @functools.cache
 def _missing_on(backend: str) -> str | None:
     """Why there is no native code for the default backend, or None where there is."""
@@ -77,6 +82,7 @@ def call(
     reference: Callable[..., Any],
     *operands: Any,
     workspace: tuple[int, ...] | None = None,
+    vmap_method: str | None = "broadcast_all",
     **attributes: int,
 ) -> Any:
     """Runs `target` natively, or `reference` where the backend has no native code.
@@ -97,9 +103,9 @@ def call(
             return result
         return *result, jnp.broadcast_to(result[0].sum(dtype=jnp.int32), workspace)
 
-    result = jax.ffi.ffi_call(
-        target, jax.eval_shape(results, *operands), vmap_method="broadcast_all"
-    )(*operands, **{name: np.int64(value) for name, value in attributes.items()})
+    result = jax.ffi.ffi_call(target, jax.eval_shape(results, *operands), vmap_method=vmap_method)(
+        *operands, **{name: np.int64(value) for name, value in attributes.items()}
+    )
     return result if workspace is None else result[:-1]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lplb_jax import _native, reference
 from lplb_jax._problem import (
@@ -17,7 +19,8 @@ from lplb_jax._problem import (
     choose_solver,
 )
 from lplb_jax.assignment import Assignment, assign_tokens, check_sources, shaped, workspace_shape
-from lplb_jax.loads import count, sync_loads
+from lplb_jax.comm import Comm, alone, check_comm
+from lplb_jax.loads import count, gather
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split, split_loads
 from lplb_jax.status import Status
@@ -30,6 +33,7 @@ def rebalance(
     *,
     placement: Placement | None = None,
     axis_name: Any = None,
+    comm: Comm | None = None,
     solver: str = "auto",
     rank_weights: Any = None,
     positions: bool = False,
@@ -51,6 +55,8 @@ def rebalance(
         redundant slot per column (not where `loads` is None: it tells the number of experts).
       axis_name: the expert-parallel mesh axis (or a tuple of axes) inside `jax.shard_map`; None
         where there is no other rank.
+      comm: from `init_comm`: the counts are shared within the kernels that count and solve, in one
+        launch or two. None: by `lax.all_gather`. See `sync_loads`.
       solver: "exact", "ipm" or "auto", see `solve`.
       rank_weights: float `[group_size]`, how fast every rank of a group is, see `solve`.
       positions: return an `Assignment` in the place of the physical indices: with every token's
@@ -82,14 +88,19 @@ def rebalance(
     problem = check_problem(loads, r2o, placement, axis_name)
     weights = check_weights(rank_weights, len(problem.r2o))
     check_sources(indices, loads, problem, axis_name)
+    if comm is not None:
+        if loads is not None:
+            raise ValueError("comm: expected None where loads are given: there is nothing to share")
+        check_comm(comm, axis_name, problem.n_logical)
 
-    if loads is None and axis_name is None and method == "exact":
-        assigned, split = _rebalance_alone(indices, problem, positions)
+    at_once = comm.fuses if comm is not None else axis_name is None
+    if loads is None and method == "exact" and at_once:
+        assigned, split = _rebalance_at_once(indices, problem, axis_name, comm, positions)
         return (assigned if positions else assigned.physical_indices), split
 
     own = count(indices, problem.n_logical)
     if loads is None:
-        sources = own if axis_name is None else sync_loads(own, axis_name)
+        sources = own if axis_name is None else gather(own, axis_name, comm)
         split = split_loads(sources, problem, method, weights)
         loads = None if axis_name is None else sources
     else:
@@ -100,18 +111,30 @@ def rebalance(
     return (assigned if positions else assigned.physical_indices), split
 
 
-def _rebalance_alone(
-    indices: jax.Array, problem: Problem, positions: bool
+def _rebalance_at_once(
+    indices: jax.Array, problem: Problem, axis_name: Any, comm: Comm | None, positions: bool
 ) -> tuple[Assignment, Split]:
-    """All steps in one native call, where `indices` are all tokens there are."""
+    """All steps in one native call: of the tokens there are, or with those of comm's ranks."""
     placement = problem.placement
     operands = (indices.reshape(-1), placement.phy2log, placement.log2phy, problem.r2o)
-    physical, position, counts, *split = _native.call(
-        "lplb_rebalance",
-        reference.rebalance,
-        *operands,
-        workspace=workspace_shape(indices.size, problem.n_logical),
-        ep_size=problem.ep_size,
-        positions=int(positions),
-    )
+    common = {
+        "workspace": workspace_shape(indices.size, problem.n_logical),
+        "ep_size": problem.ep_size,
+        "positions": int(positions),
+    }
+    if comm is None:
+        results = _native.call("lplb_rebalance", reference.rebalance, *operands, **common)
+    else:
+        first, *others = operands
+        results = _native.call(
+            "lplb_synced_rebalance",
+            functools.partial(reference.synced_rebalance, axis_name=axis_name),
+            alone(first),
+            *others,
+            lax.axis_index(axis_name),
+            vmap_method=None,
+            comm=comm.identifier,
+            **common,
+        )
+    physical, position, counts, *split = results
     return shaped(indices, physical, position, counts, positions=positions), Split(*split)

@@ -22,3 +22,6 @@ class Status(enum.IntFlag):
     NOT_CONVERGED = 16
     """The interior point stopped with max_load more than 1e-4 above what it could prove, or the
     rank weights were not all positive and finite and counted as equal. The split is legal."""
+    SYNC_FAILED = 32
+    """Another rank's counts did not come in time (see `init_comm`): every token got −1 and every
+    quota 0. Set in all groups; the communicator's next use raises."""

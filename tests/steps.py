@@ -13,7 +13,7 @@ import numpy as np
 from lplb_jax import reference, solve
 from lplb_jax._problem import Problem
 from lplb_jax.assignment import assign_tokens
-from lplb_jax.balancer import _rebalance_alone as rebalance_alone
+from lplb_jax.balancer import _rebalance_at_once as rebalance_at_once
 from lplb_jax.loads import count
 from lplb_jax.solver import split_loads
 
@@ -86,7 +86,7 @@ def native_rebalance(indices, r2o, placement, *, positions=True):
     """indices `[batch, tokens]`: all tokens there are."""
 
     def one(indices, r2o, placement):
-        return rebalance_alone(indices, Problem(r2o, placement), positions)
+        return rebalance_at_once(indices, Problem(r2o, placement), None, None, positions)
 
     return jax.vmap(one)(indices, r2o, placement)
 

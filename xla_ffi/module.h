@@ -21,14 +21,22 @@ struct Handlers {
   Handler* rebalance;
 };
 
-inline void DefineModule(nanobind::module_& module, const Handlers& all) {
+inline nanobind::capsule CapsuleOf(Handler* handler) {
+  return nanobind::capsule(reinterpret_cast<void*>(handler));
+}
+
+// `add(handlers)` puts in those that only one platform has.
+inline void DefineModule(
+    nanobind::module_& module, const Handlers& all,
+    void (*add)(nanobind::dict&) = [](nanobind::dict&) {}) {
   module.def("handlers", [=] {
     nanobind::dict handlers;
-    handlers["lplb_count"] = nanobind::capsule(reinterpret_cast<void*>(all.count));
-    handlers["lplb_solve"] = nanobind::capsule(reinterpret_cast<void*>(all.solve));
-    handlers["lplb_ipm"] = nanobind::capsule(reinterpret_cast<void*>(all.ipm));
-    handlers["lplb_assign"] = nanobind::capsule(reinterpret_cast<void*>(all.assign));
-    handlers["lplb_rebalance"] = nanobind::capsule(reinterpret_cast<void*>(all.rebalance));
+    handlers["lplb_count"] = CapsuleOf(all.count);
+    handlers["lplb_solve"] = CapsuleOf(all.solve);
+    handlers["lplb_ipm"] = CapsuleOf(all.ipm);
+    handlers["lplb_assign"] = CapsuleOf(all.assign);
+    handlers["lplb_rebalance"] = CapsuleOf(all.rebalance);
+    add(handlers);
     return handlers;
   });
   module.def("jaxlib_version", [] { return std::string(LPLB_JAXLIB_VERSION); });

@@ -1,9 +1,11 @@
-"""rebalance where no other rank is involved: the steps one after the other."""
+"""rebalance: the steps one after the other, without other ranks and with them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Int32, Integer
 
 from lplb_jax.reference.assignment import assign
@@ -24,6 +26,35 @@ def rebalance(
     counts = count(indices, n_logical=log2phy.shape[0])[None]
     split = solve(counts, phy2log, log2phy, r2o, ep_size=ep_size)
     rank = jnp.int32(0)
+    routed = assign(
+        indices,
+        counts,
+        split[0],
+        log2phy,
+        rank,
+        ep_size=ep_size,
+        proportional=0,
+        positions=positions,
+    )
+    return *routed, *split
+
+
+def synced_rebalance(
+    indices: Integer[Array, " tokens"],
+    phy2log: Int32[Array, " n_physical"],
+    log2phy: Int32[Array, "n_logical max_replicas"],
+    r2o: Int32[Array, "group_size n_columns"],
+    rank: Int32[Array, ""],
+    *,
+    axis_name: Any,
+    comm: int,
+    ep_size: int,
+    positions: int,
+) -> tuple[Int32[Array, "..."], ...]:
+    """The same inside shard_map, where the other ranks of `axis_name` have tokens too."""
+    del comm  # How the counts get there makes no difference.
+    counts = lax.all_gather(count(indices, n_logical=log2phy.shape[0]), axis_name, to="invarying")
+    split = solve(counts, phy2log, log2phy, r2o, ep_size=ep_size)
     routed = assign(
         indices,
         counts,

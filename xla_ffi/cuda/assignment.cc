@@ -19,7 +19,7 @@ ffi::Error AssignImpl(int64_t ep_size, int64_t proportional, int64_t positions,
   arguments->sources = call->sources;
   arguments->given = call->in;
   arguments->proportional = proportional != 0;
-  if (auto error = CheckRoute(*arguments, /*solves=*/false); error.failure()) return error;
+  if (auto error = CheckRoute(*arguments, cuda::Quotas::kGiven); error.failure()) return error;
   return FromCuda(cuda::LaunchAssign(*arguments, stream), "assign");
 }
 

@@ -8,6 +8,7 @@
 #include "cuda/ipm.h"
 #include "cuda/route.h"
 #include "cuda/solver.h"
+#include "xla_ffi/cuda/comm.h"
 #include "xla_ffi/cuda/handlers.h"
 
 // Besides the handlers, the launchers on raw device pointers and a raw stream, for benchmarks that
@@ -68,6 +69,14 @@ void LaunchIpm(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources,
       {As(out[0]), As(out[1]), As(out[2]), As(out[3])}, As<CUstream_st>(stream)));
 }
 
+// sync_loads as the rank that `device` is in communicator `comm`.
+void LaunchSyncOf(int64_t comm, int32_t device, Pointer rank, Pointer counts, int32_t n,
+                  Pointer matrix, Pointer stream) {
+  const auto found = FindRank(comm, device);
+  if (found.has_error()) throw std::runtime_error(found.error().message());
+  ThrowIf(LaunchSync(*found, As(rank), As(counts), n, As(matrix), As<CUstream_st>(stream)));
+}
+
 // What a launch costs by itself.
 void LaunchEmpty(Pointer stream) { ThrowIf(cuda::LaunchEmpty(As<CUstream_st>(stream))); }
 
@@ -76,9 +85,21 @@ void LaunchEmpty(Pointer stream) { ThrowIf(cuda::LaunchEmpty(As<CUstream_st>(str
 
 NB_MODULE(_cuda, m) {
   lplb::DefineModule(
-      m, {lplb::CountCuda, lplb::SolveCuda, lplb::IpmCuda, lplb::AssignCuda, lplb::RebalanceCuda});
+      m, {lplb::CountCuda, lplb::SolveCuda, lplb::IpmCuda, lplb::AssignCuda, lplb::RebalanceCuda},
+      [](nanobind::dict& handlers) {
+        const auto with_comm = [](lplb::Handler* execute) {
+          nanobind::dict stages;
+          stages["initialize"] = lplb::CapsuleOf(lplb::CommInitialize);
+          stages["execute"] = lplb::CapsuleOf(execute);
+          return stages;
+        };
+        handlers["lplb_sync"] = with_comm(lplb::SyncCuda);
+        handlers["lplb_synced_rebalance"] = with_comm(lplb::SyncedRebalanceCuda);
+      });
+  lplb::DefineComm(m);
   m.def("launch_solve", lplb::LaunchSolve);
   m.def("launch_ipm", lplb::LaunchIpm);
+  m.def("launch_sync", lplb::LaunchSyncOf);
   m.def("launch_empty", lplb::LaunchEmpty);
   m.def("launch_rebalance", lplb::LaunchRebalance);
 }

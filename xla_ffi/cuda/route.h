@@ -44,8 +44,8 @@ ffi::ErrorOr<cuda::RouteArguments> RouteArgumentsOf(const Call& call, ffi::AnyBu
   return arguments;
 }
 
-inline ffi::Error CheckRoute(const cuda::RouteArguments& arguments, bool solves) {
-  if (cuda::FitsRoute(arguments, solves)) return ffi::Error::Success();
+inline ffi::Error CheckRoute(const cuda::RouteArguments& arguments, cuda::Quotas quotas) {
+  if (cuda::FitsRoute(arguments, quotas)) return ffi::Error::Success();
   const Problem& p = arguments.problem;
   return Invalid("the CUDA kernels take at most " + std::to_string(cuda::kMaxExperts) +
                  " experts whose tables fit a block's shared memory, got n_logical = " +

@@ -1,0 +1,114 @@
+// Sharing counts between ranks, as device functions that the kernels compose.
+#ifndef LPLB_CUDA_SYNC_CUH_
+#define LPLB_CUDA_SYNC_CUH_
+
+#include "cuda/sync.h"
+
+namespace lplb::cuda {
+
+constexpr int kSourcesAtOnce = 8;  // Words that a thread has on their way.
+
+__device__ __forceinline__ void StoreWord(uint64_t* word, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ uint64_t LoadWord(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ int64_t Nanoseconds() {
+  int64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+// One call, as the threads of a rank see it.
+struct SyncCall {
+  uint32_t epoch;
+  bool failed;  // before, or since the program takes this rank for another one
+
+  // The offset in an inbox of what `source` sends.
+  __device__ __forceinline__ int64_t RowOf(const Peers& peers, int32_t source) const {
+    return (static_cast<int64_t>(epoch & 1) * peers.size + source) * peers.stride;
+  }
+};
+
+// Keeps the first failure; only one thread of all blocks gets to report.
+__device__ __forceinline__ void Report(const Peers& peers, SyncFailure failure, uint32_t epoch,
+                                       int32_t peer) {
+  if (atomicExch(&peers.state->failed, 1) != 0) return;
+  volatile SyncReport* report = peers.report;
+  report->rank = peers.rank;
+  report->peer = peer;
+  report->epoch = epoch;
+  __threadfence_system();
+  report->failure = static_cast<int32_t>(failure);
+}
+
+// The call number `epoch`. Whoever raises state->epoch to it does so once all threads are past
+// here.
+__device__ __forceinline__ SyncCall BeginSync(const Peers& peers, uint32_t epoch, int32_t rank,
+                                              bool leader) {
+  const volatile SyncState* state = peers.state;
+  const SyncCall call = {epoch, state->failed != 0 || rank != peers.rank};
+  if (leader && threadIdx.x == 0 && rank != peers.rank) {
+    Report(peers, SyncFailure::kWrongRank, epoch, rank);
+  }
+  return call;
+}
+
+__device__ __forceinline__ uint64_t WordOf(const SyncCall& call, int32_t count) {
+  return static_cast<uint64_t>(call.epoch) << 32 | static_cast<uint32_t>(count);
+}
+
+// Sends count i to the rank with this inbox.
+__device__ __forceinline__ void Send(const Peers& peers, const SyncCall& call, uint64_t* inbox,
+                                     int32_t i, int32_t count) {
+  StoreWord(inbox + call.RowOf(peers, peers.rank) + i, WordOf(call, count));
+}
+
+// Calls `use(source, count)` for count i of ranks first … first + n − 1, once they have come;
+// returns false where one did not come in time. The leader block is the first to give up, a second
+// before the others: so none can fail where the leader did not.
+template <typename Use>
+__device__ __forceinline__ bool Receive(const Peers& peers, const SyncCall& call, int32_t i,
+                                        int32_t first, int32_t n, bool leader, const Use& use) {
+  if (call.failed) return false;
+  int64_t deadline = 0;
+#pragma unroll 1
+  for (int32_t end = first + n; first < end; first += kSourcesAtOnce) {
+    const uint64_t* words = peers.inbox + call.RowOf(peers, first) + i;
+    uint64_t word[kSourcesAtOnce];
+    for (uint32_t round = 0;; ++round) {
+      int32_t missing = -1;
+#pragma unroll
+      for (int j = 0; j < kSourcesAtOnce; ++j) {
+        if (first + j < end) word[j] = LoadWord(words + static_cast<int64_t>(j) * peers.stride);
+      }
+#pragma unroll
+      for (int j = 0; j < kSourcesAtOnce; ++j) {
+        if (first + j < end && static_cast<uint32_t>(word[j] >> 32) != call.epoch) {
+          missing = first + j;
+        }
+      }
+      if (missing < 0) break;
+      if (round % 64 != 0) continue;  // Reading the clock takes longer than looking again.
+      const int64_t now = Nanoseconds();
+      if (deadline == 0) deadline = now + peers.timeout_ns + (leader ? 0 : 1000000000);
+      if (now < deadline) continue;
+      if (leader) Report(peers, SyncFailure::kTimeout, call.epoch, missing);
+      return false;
+    }
+#pragma unroll
+    for (int j = 0; j < kSourcesAtOnce; ++j) {
+      if (first + j < end) use(first + j, static_cast<int32_t>(word[j]));
+    }
+  }
+  return true;
+}
+
+}  // namespace lplb::cuda
+
+#endif  // LPLB_CUDA_SYNC_CUH_

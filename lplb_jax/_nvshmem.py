@@ -1,0 +1,182 @@
+"""NVSHMEM's host library, found at run time: joining its job, and symmetric memory."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import pathlib
+
+import lplb_jax
+from lplb_jax import _native
+from lplb_jax._rendezvous import Rendezvous
+
+_SONAME = "libnvshmem_host.so.3"
+_INIT_WITH_UNIQUE_ID = 1 << 3
+_READY = 2  # nvshmemx_init_status: from here on the library can be used
+
+
+class _UniqueId(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_int), ("internal", ctypes.c_char * 124)]
+
+
+class _UniqueIdArgs(ctypes.Structure):
+    _fields_ = [
+        ("version", ctypes.c_int),
+        ("id", ctypes.POINTER(_UniqueId)),
+        ("my_rank", ctypes.c_int),
+        ("n_ranks", ctypes.c_int),
+    ]
+
+
+class _InitArgs(ctypes.Structure):
+    _fields_ = [
+        ("version", ctypes.c_int),
+        ("unique_id", _UniqueIdArgs),
+        ("content", ctypes.c_char * 96),
+    ]
+
+
+class _InitAttributes(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_int), ("mpi_comm", ctypes.c_void_p), ("args", _InitArgs)]
+
+
+def _version(structure: type[ctypes.Structure]) -> int:
+    return (1 << 16) + ctypes.sizeof(structure)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The library that is already loaded, else the one of the wheel: two would not know each other.
+
+    JAX's CUDA plugin may have loaded it.
+    """
+    candidates = [(_SONAME, os.RTLD_NOLOAD | os.RTLD_NOW | os.RTLD_GLOBAL)]
+    spec = importlib.util.find_spec("nvidia")
+    for path in (spec.submodule_search_locations or []) if spec else []:
+        file = pathlib.Path(path) / "nvshmem" / "lib" / _SONAME
+        if file.exists():
+            candidates.append((str(file), os.RTLD_NOW | os.RTLD_GLOBAL))
+    for name, mode in candidates:
+        try:
+            library = ctypes.CDLL(name, mode=mode)
+        except OSError:
+            continue
+        library.nvshmem_malloc.restype = ctypes.c_void_p
+        library.nvshmem_malloc.argtypes = [ctypes.c_size_t]
+        library.nvshmem_free.argtypes = [ctypes.c_void_p]
+        library.nvshmem_ptr.restype = ctypes.c_void_p
+        library.nvshmem_ptr.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        return library
+    return None
+
+
+def missing() -> str | None:
+    """Why there is no NVSHMEM here, or None where there is."""
+    if _library() is None:
+        return f"{_SONAME} was not found; install it with: pip install nvidia-nvshmem-cu13"
+    return None
+
+
+def missing_put() -> str | None:
+    """Why put with signal cannot be used, or None where it can."""
+    if _put_file().exists():
+        return None
+    return (
+        "lplb_jax was installed without NVSHMEM's device library; reinstall it with: "
+        "LPLB_NVSHMEM=on pip install ."
+    )
+
+
+def _put_file() -> pathlib.Path:
+    return pathlib.Path(lplb_jax.__file__).with_name("sync_put.fatbin")
+
+
+class Job:
+    """The processes that share NVSHMEM's symmetric heap; `pe` is this one's number."""
+
+    def __init__(self, ordinal: int):
+        self._ordinal = ordinal
+        self.pe = _library().nvshmem_my_pe()
+
+    def allocate(self, n_bytes: int) -> int:
+        """Zeroed memory on the heap of every process, which all must ask for."""
+        address = _library().nvshmem_malloc(n_bytes)
+        if not address:
+            raise MemoryError(
+                f"init_comm: NVSHMEM has no {n_bytes} bytes left; raise NVSHMEM_SYMMETRIC_SIZE"
+            )
+        _native.cuda().comm_clear(self._ordinal, address, n_bytes)
+        return address
+
+    @functools.cached_property
+    def put_library(self) -> int:
+        """The kernel that puts with a signal, ready to use."""
+        library = _native.cuda().comm_load_library(self._ordinal, str(_put_file()))
+        error = _library().nvshmemx_culibrary_init(ctypes.c_void_p(library))
+        if error:
+            raise RuntimeError(f"init_comm: NVSHMEM cannot use {_put_file()} (error {error})")
+        return library
+
+    def free(self, address: int) -> None:
+        """All processes must call it."""
+        _library().nvshmem_free(address)
+
+    def pointer(self, address: int, pe: int) -> int:
+        """Where this GPU reaches the memory of another; 0 where it cannot."""
+        return _library().nvshmem_ptr(address, pe) or 0
+
+
+@functools.cache
+def _job(ordinal: int) -> Job:
+    return Job(ordinal)
+
+
+def join(ordinal: int, rendezvous: Rendezvous) -> Job:
+    """Initialises NVSHMEM on GPU `ordinal` for the processes of `rendezvous`, or reuses it."""
+    library = _library()
+    _native.cuda().comm_use_device(ordinal)  # NVSHMEM takes the GPU of the current context.
+    status = library.nvshmemx_init_status()
+    n_processes = len(rendezvous.processes)
+    states = {int(state) for state in rendezvous.exchange("status", str(status))}
+    if min(states) >= _READY:
+        if library.nvshmem_n_pes() != n_processes:
+            raise RuntimeError(
+                f"NVSHMEM was initialised for {library.nvshmem_n_pes()} processes, and the mesh "
+                f"has {n_processes}"
+            )
+        return _job(ordinal)
+    if states != {0}:
+        raise RuntimeError("NVSHMEM is initialised in some processes, or only half")
+    # Multicast over NVLink is not needed and can block the GPUs of a host; NCCL neither. The
+    # granule of its heap, 512 MiB where nothing is said, is far more than the inboxes need.
+    os.environ["NVSHMEM_DISABLE_NVLS"] = "1"
+    os.environ.setdefault("NVSHMEM_DISABLE_NCCL", "1")
+    os.environ.setdefault("NVSHMEM_CUMEM_GRANULARITY", str(2 << 20))
+    if len(set(rendezvous.exchange("host", os.uname().nodename))) == 1:
+        os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
+    unique_id = _UniqueId(version=_version(_UniqueId))
+    rank = rendezvous.rank
+    got = rank == 0 and library.nvshmemx_get_uniqueid(ctypes.byref(unique_id)) == 0
+    sent = rendezvous.exchange("unique id", bytes(unique_id).hex() if got else "")[0]
+    if not sent:
+        raise RuntimeError("NVSHMEM gave no unique id")
+    unique_id = _UniqueId.from_buffer_copy(bytes.fromhex(sent))
+    attributes = _InitAttributes(
+        version=_version(_InitAttributes),
+        args=_InitArgs(
+            version=_version(_InitArgs),
+            unique_id=_UniqueIdArgs(version=_version(_UniqueIdArgs)),
+        ),
+    )
+    library.nvshmemx_set_attr_uniqueid_args(
+        rank, n_processes, ctypes.byref(unique_id), ctypes.byref(attributes)
+    )
+    failed = library.nvshmemx_hostlib_init_attr(_INIT_WITH_UNIQUE_ID, ctypes.byref(attributes))
+    # Where it finds no GPU it returns 0, and any further call would end the process.
+    if failed or library.nvshmemx_init_status() < _READY:
+        raise RuntimeError(
+            f"NVSHMEM could not be initialised (error {failed}); NVSHMEM_DEBUG=INFO says more"
+        )
+    return _job(ordinal)

@@ -1,0 +1,63 @@
+"""Agreement between the processes of a mesh, through JAX's distributed key-value store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+
+class Rendezvous:
+    """Where the processes of a mesh meet; all of them call the same methods in the same order."""
+
+    def __init__(self, prefix: str, processes: Sequence[int], timeout_s: float):
+        self.processes = list(processes)
+        self._prefix = prefix
+        self._timeout_ms = max(int(timeout_s * 1000), 1)
+        self._round = 0
+
+    @property
+    def rank(self) -> int:
+        """This process's place among `processes`."""
+        return self.processes.index(jax.process_index())
+
+    def exchange(self, name: str, value: str) -> list[str]:
+        """Every process's value, in the order of `processes`."""
+        self._round += 1
+        here = jax.process_index()
+        if self.processes == [here]:
+            return [value]
+        key = f"{self._prefix}/{self._round}-{name}"
+        client = _client()
+        client.key_value_set(f"{key}/{here}", value)
+        values = []
+        for process in self.processes:
+            try:
+                values.append(client.blocking_key_value_get(f"{key}/{process}", self._timeout_ms))
+            except Exception as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+                raise TimeoutError(
+                    f"init_comm: process {process} did not come to {name!r} within "
+                    f"{self._timeout_ms / 1000:g} s; all processes of the mesh must call init_comm "
+                    f"in the same order and with the same arguments"
+                ) from None
+        return values
+
+    def first_reason(self, reason: str | None) -> str | None:
+        """The first process's reason why it cannot go on; None where all can."""
+        for process, said in zip(
+            self.processes, self.exchange("reason", reason or ""), strict=True
+        ):
+            if said:
+                return said if len(self.processes) == 1 else f"{said} (process {process})"
+        return None
+
+
+def _client():
+    from jax._src import distributed  # JAX has no public way to its key-value store.
+
+    client = distributed.global_state.client
+    if client is None:
+        raise RuntimeError("init_comm: call jax.distributed.initialize() first")
+    return client

@@ -1,0 +1,355 @@
+"""Communicators: how the ranks of an expert-parallel axis share their counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lplb_jax import _native, _nvshmem
+from lplb_jax._problem import check_count
+from lplb_jax._rendezvous import Rendezvous
+
+TRANSPORTS = ("auto", "xla", "p2p", "nvshmem", "nvshmem_put")
+
+# All processes make their communicators in the same order, so these agree.
+_ids = itertools.count(1)
+
+
+class Comm:
+    """What `init_comm` makes; pass it as `comm=`. A context manager that closes it at the end.
+
+    Attributes:
+      transport: "xla", "p2p", "nvshmem" or "nvshmem_put".
+      axis: the mesh axis, or a tuple of axes.
+      size: ranks of a group, the size of that axis.
+      max_experts: the largest n_logical it can be used with.
+      timeout_s: how long a rank waits for the others before the call fails.
+      identifier: the same in all processes.
+      closed: whether `close` was called.
+    """
+
+    def __init__(
+        self,
+        transport: str,
+        axis: str | tuple[str, ...],
+        size: int,
+        *,
+        max_experts: int,
+        timeout_s: float,
+        identifier: int,
+        release: Callable[[], None] = lambda: None,
+    ):
+        self.transport = transport
+        self.axis = axis
+        self.size = size
+        self.max_experts = max_experts
+        self.timeout_s = timeout_s
+        self.identifier = identifier
+        self._release = release
+        self.closed = False
+
+    def __repr__(self) -> str:
+        closed = ", closed" if self.closed else ""
+        return (
+            f"Comm(transport={self.transport!r}, axis={self.axis!r}, size={self.size}, "
+            f"max_experts={self.max_experts}{closed})"
+        )
+
+    def __enter__(self) -> Comm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the kernels of `rebalance` exchange counts themselves."""
+        return self.transport in ("p2p", "nvshmem")
+
+    def failure(self) -> str | None:
+        """What has gone wrong on this process's devices so far, or None.
+
+        After a failure every later program that uses the communicator raises the same message
+        (`DEADLINE_EXCEEDED`); this asks without running one.
+        """
+        if self.closed or self.transport == "xla":
+            return None
+        return _native.cuda().comm_failure(self.identifier) or None
+
+    def close(self) -> None:
+        """Waits for the devices and frees the buffers; programs that use it then raise.
+
+        With NVSHMEM all processes must call it, unless it has failed: then its memory is kept.
+        """
+        if not self.closed:
+            failed = self.failure() is not None
+            self.closed = True
+            if not failed or self.transport == "p2p":
+                self._release()
+
+
+def init_comm(
+    mesh: Mesh,
+    axis: str | tuple[str, ...] = "ep",
+    *,
+    max_experts: int,
+    transport: str = "auto",
+    timeout_s: float = 30.0,
+) -> Comm:
+    """Prepares the ranks of a mesh axis to share their counts within the kernels of `rebalance`.
+
+    Runs at once, not under `jax.jit`; every process of the mesh must call it, in the same order
+    where there are several communicators. Each row of the mesh along `axis` is its own group.
+
+    | transport | for |
+    |---|---|
+    | "p2p" | one process with several GPUs that can write to each other's memory |
+    | "nvshmem" | one process per GPU, see `jax.distributed`; needs nvidia-nvshmem-cu13 |
+    | "nvshmem_put" | the same through NVSHMEM's put with signal, in a kernel of its own; "nvshmem"
+      becomes it where a GPU cannot map another one's memory, as on another host |
+    | "xla" | everything else: `lax.all_gather` |
+    | "auto" | on GPUs the first that works, else "xla" with a warning that names the reason |
+
+    Args:
+      mesh: the `jax.sharding.Mesh` that the programs will run on.
+      axis: the expert-parallel axis, or a tuple of axes (the last one fastest).
+      max_experts: the largest number of logical experts it will be used with. Every rank gets a
+        buffer of 16 bytes · ranks · (max_experts + 1).
+      transport: one of the above. Where it cannot be had, "auto" takes "xla" and others raise; all
+        processes take the same decision.
+      timeout_s: seconds after which a rank gives up waiting for the others, here and in a kernel.
+        A kernel that gives up sets `Status.SYNC_FAILED`, and the next use of the communicator
+        raises `DEADLINE_EXCEEDED` with the ranks that waited and that were missing.
+
+    Returns:
+      A `Comm`.
+
+    Raises:
+      TypeError, ValueError: an argument is not as described.
+      RuntimeError: `transport` cannot be had; the message says why and what to do.
+      TimeoutError: another process did not come.
+
+    The protocol is that of a one-shot all-gather by remote writes of (epoch, count) words, as in
+    NCCL's LL protocol; `cuda/sync.h` says why two slots suffice.
+
+    >>> mesh = jax.sharding.Mesh(jax.devices()[:1], "ep")
+    >>> with init_comm(mesh, "ep", max_experts=256, transport="xla") as comm:
+    ...     comm.transport, comm.size
+    ('xla', 1)
+    """
+    groups = _groups(mesh, axis)
+    max_experts = check_count("max_experts", max_experts)
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
+        raise ValueError(f"timeout_s: expected a positive number of seconds, got {timeout_s!r}")
+    identifier = next(_ids)
+
+    def comm(chosen: str, release: Callable[[], None] = lambda: None) -> Comm:
+        return Comm(
+            chosen,
+            axis,
+            groups.shape[1],
+            max_experts=max_experts,
+            timeout_s=float(timeout_s),
+            identifier=identifier,
+            release=release,
+        )
+
+    on_gpus = _on_gpus(groups)
+    if transport == "xla" or (transport == "auto" and not on_gpus):
+        return comm("xla")
+    processes = sorted({device.process_index for device in groups.flat})
+    chosen = transport if transport != "auto" else "p2p" if len(processes) == 1 else "nvshmem"
+    rendezvous = Rendezvous(f"lplb_jax/comm/{identifier}", processes, timeout_s)
+    probe, connect = (
+        (_probe_p2p, _connect_p2p) if chosen == "p2p" else (_probe_nvshmem, _connect_nvshmem)
+    )
+    reason = rendezvous.first_reason(probe(groups) if on_gpus else "the mesh has no GPUs")
+    if reason is None:
+        inboxes = _Inboxes(identifier, groups.shape[1], max_experts + 1, float(timeout_s))
+        try:
+            return comm(*connect(groups, inboxes, rendezvous, chosen))
+        except _CannotConnect as error:
+            reason = str(error)
+    if transport != "auto":
+        raise RuntimeError(f"transport: {transport!r} cannot be had: {reason}")
+    warnings.warn(
+        f"loads are shared by lax.all_gather, which is slower, since {reason}", stacklevel=2
+    )
+    return comm("xla")
+
+
+def check_comm(comm: Any, axis_name: Any, n_logical: int) -> None:
+    """Raises at trace time where a communicator does not fit a call."""
+    if comm is None:
+        return
+    if not isinstance(comm, Comm):
+        raise TypeError(f"comm: expected a Comm from init_comm, got {type(comm).__name__}")
+    if comm.closed:
+        raise ValueError("comm: it is closed; make a new one with init_comm")
+    if _names(axis_name) != _names(comm.axis):
+        raise ValueError(f"axis_name: expected {comm.axis!r}, the axis of comm, got {axis_name!r}")
+    if n_logical > comm.max_experts:
+        raise ValueError(
+            f"comm: it was made for max_experts = {comm.max_experts}, got {n_logical} experts; "
+            f"raise max_experts in init_comm"
+        )
+
+
+@jax.custom_batching.custom_vmap
+def alone(operand: jax.Array) -> jax.Array:
+    """`operand` of a collective, which there is one of at a time."""
+    return operand
+
+
+@alone.def_vmap
+def _(axis_size: int, *_: Any) -> Any:
+    raise ValueError(
+        f"comm: a call that waits for other ranks cannot be mapped by vmap (here over {axis_size} "
+        f"elements); use jax.lax.map or scan, or put vmap around the steps that do not wait"
+    )
+
+
+def _names(axis: Any) -> tuple[Any, ...]:
+    return tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+
+
+def _groups(mesh: Any, axis: Any) -> np.ndarray:
+    """The mesh's devices `[n_groups, size]`; along a row, ranks as lax.axis_index counts them."""
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
+    names = _names(axis)
+    if not names or len(set(names)) < len(names) or not set(names) <= set(mesh.axis_names):
+        raise ValueError(f"axis: expected axes of the mesh, {mesh.axis_names}, got {axis!r}")
+    places = [mesh.axis_names.index(name) for name in names]
+    devices = np.moveaxis(mesh.devices, places, range(-len(places), 0))
+    return devices.reshape(-1, math.prod(mesh.devices.shape[place] for place in places))
+
+
+def _on_gpus(groups: np.ndarray) -> bool:
+    return {device.platform for device in groups.flat} == {"gpu"}
+
+
+def _probe_p2p(groups: np.ndarray) -> str | None:
+    """Why peer memory cannot be used, or None."""
+    native = _native.cuda()
+    if native is None:
+        return "lplb_jax was installed without its CUDA module (install with LPLB_CUDA=pypi)"
+    here = jax.process_index()
+    if any(device.process_index != here for device in groups.flat):
+        return "the mesh spans several processes, whose memory peers cannot map: use 'nvshmem'"
+    for group in groups:
+        for a, b in itertools.permutations([device.local_hardware_id for device in group], 2):
+            if not native.comm_can_access(a, b):
+                return f"GPU {a} has no peer access to GPU {b}"
+    return None
+
+
+class _CannotConnect(Exception):
+    """Raised by all processes alike."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inboxes:
+    """What every rank's inbox is attached with; see cuda/sync.h."""
+
+    identifier: int
+    size: int
+    stride: int
+    timeout_s: float
+
+    @property
+    def n_bytes(self) -> int:
+        return _native.cuda().comm_inbox_bytes(self.size, self.stride)
+
+    def attach(self, ordinal: int, rank: int, inboxes: list[int]) -> None:
+        options = (self.stride, self.timeout_s)
+        _native.cuda().comm_attach(self.identifier, ordinal, rank, inboxes, *options)
+
+
+Connection = tuple[str, Callable[[], None]]  # transport, and what frees it
+
+
+def _connect_p2p(groups: np.ndarray, made: _Inboxes, _: Rendezvous, __: str) -> Connection:
+    native = _native.cuda()
+    owned = []
+    for group in groups:
+        ordinals = [device.local_hardware_id for device in group]
+        for a, b in itertools.permutations(ordinals, 2):
+            native.comm_enable_peer(a, b)
+        inboxes = [native.comm_allocate(ordinal, made.n_bytes) for ordinal in ordinals]
+        for rank, ordinal in enumerate(ordinals):
+            made.attach(ordinal, rank, inboxes)
+        owned += zip(ordinals, inboxes, strict=True)
+
+    def release() -> None:
+        native.comm_detach(made.identifier)
+        for ordinal, inbox in owned:
+            native.comm_free(ordinal, inbox)
+
+    return "p2p", release
+
+
+def _probe_nvshmem(groups: np.ndarray) -> str | None:
+    """Why NVSHMEM cannot be used, or None."""
+    if _native.cuda() is None:
+        return "lplb_jax was installed without its CUDA module (install with LPLB_CUDA=pypi)"
+    here = [device for device in groups.flat if device.process_index == jax.process_index()]
+    if len(here) != 1:
+        return f"NVSHMEM takes one GPU per process, and this one has {len(here)} of the mesh"
+    return _nvshmem.missing()
+
+
+def _connect_nvshmem(
+    groups: np.ndarray, made: _Inboxes, rendezvous: Rendezvous, transport: str
+) -> Connection:
+    native = _native.cuda()
+    (mine,) = [device for device in groups.flat if device.process_index == jax.process_index()]
+    ordinal = mine.local_hardware_id
+    job, reason = None, None
+    try:
+        job = _nvshmem.join(ordinal, rendezvous)
+    except RuntimeError as error:
+        reason = str(error)
+    _go_on(rendezvous, reason)
+    word = 8
+    staging = made.n_bytes
+    signals = staging + 2 * made.stride * word
+    inbox = job.allocate(signals + made.size * word)
+    numbers = map(int, rendezvous.exchange("pe", str(job.pe)))
+    pe_of_process = dict(zip(rendezvous.processes, numbers, strict=True))
+    (group,) = [group for group in groups if mine in group]
+    pes = [pe_of_process[device.process_index] for device in group]
+    inboxes = [inbox if pe == job.pe else job.pointer(inbox, pe) for pe in pes]
+    if transport == "nvshmem" and any(map(int, rendezvous.exchange("far", str(int(0 in inboxes))))):
+        transport = "nvshmem_put"
+    elif transport == "nvshmem_put":
+        inboxes = [inbox if pe == job.pe else 0 for pe in pes]
+    _go_on(rendezvous, _nvshmem.missing_put() if transport == "nvshmem_put" else None)
+    made.attach(ordinal, list(group).index(mine), inboxes)
+    if transport == "nvshmem_put":
+        symmetric = (inbox, inbox + staging, inbox + signals)
+        native.comm_attach_put(made.identifier, ordinal, job.put_library, pes, *symmetric)
+    rendezvous.exchange("attached", "")  # Nobody writes to an inbox that is not cleared.
+
+    def release() -> None:
+        native.comm_detach(made.identifier)
+        job.free(inbox)
+
+    return transport, release
+
+
+def _go_on(rendezvous: Rendezvous, reason: str | None) -> None:
+    """Raises in all processes where one has a reason not to go on."""
+    first = rendezvous.first_reason(reason)
+    if first is not None:
+        raise _CannotConnect(first)

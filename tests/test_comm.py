@@ -1,0 +1,259 @@
+"""Communicators without a GPU: their arguments, agreement, and what they lower to."""
+
+import os
+import socket
+import subprocess
+import sys
+import warnings
+
+import comm_process
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Case, tokens
+from jax import export
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from steps import assert_same
+
+import lplb_jax.comm
+from lplb_jax import Comm, _nvshmem, count_loads, init_comm, rebalance, sync_loads, topologies
+
+RANKS = P("ep")
+CASE = Case(topologies.cube(), 8)
+
+
+@pytest.fixture
+def mesh(cpu_devices):
+    return Mesh(cpu_devices, "ep")
+
+
+def fake(axis="ep", size=8):
+    """As if there were peer memory; enough to trace a program."""
+    return Comm("p2p", axis, size, max_experts=64, timeout_s=1.0, identifier=77)
+
+
+def sharded(function, mesh, out_specs=RANKS, axes="ep"):
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P(axes), out_specs=out_specs))
+
+
+@pytest.mark.parametrize("solver", ["exact", "ipm"])
+def test_xla_equals_no_comm(rng, mesh, solver):
+    placement = CASE.placement(rng)
+    ids = tokens(rng, CASE, 60)
+
+    def run(comm):
+        def step(ids):
+            options = {"placement": placement, "axis_name": "ep", "positions": True}
+            return rebalance(ids, None, CASE.r2o, comm=comm, solver=solver, **options)
+
+        return sharded(step, mesh, (P("ep"), P()))(ids)
+
+    with init_comm(mesh, max_experts=64) as comm:
+        assert (comm.transport, comm.size, comm.axis) == ("xla", 8, "ep")
+        assert_same(run(comm), run(None))
+        assert comm.failure() is None
+
+
+@pytest.mark.parametrize("axis", ["data", "ep", ("data", "ep"), ("ep", "data")])
+def test_groups_are_the_ranks_that_lax_counts(rng, cpu_devices, axis):
+    """Of every device, its place in its group is its axis_index."""
+    mesh = Mesh(rng.permutation(cpu_devices).reshape(2, 4), ("data", "ep"))
+    groups = lplb_jax.comm._groups(mesh, axis)
+
+    def index(x):
+        return x + jax.lax.axis_index(axis)
+
+    ranks = sharded(index, mesh, P(("data", "ep")), ("data", "ep"))(jnp.zeros(8, jnp.int32))
+    of_device = {shard.device: int(shard.data[0]) for shard in ranks.addressable_shards}
+    expected = [[of_device[device] for device in group] for group in groups]
+    np.testing.assert_array_equal(
+        expected, np.broadcast_to(np.arange(groups.shape[1]), groups.shape)
+    )
+    assert set(groups.flat) == set(cpu_devices)
+
+
+def test_auto_without_gpus_is_xla_and_says_nothing(mesh):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert init_comm(mesh, max_experts=8).transport == "xla"
+
+
+@pytest.mark.parametrize("transport", ["p2p", "nvshmem"])
+def test_an_explicit_transport_raises(mesh, transport):
+    with pytest.raises(RuntimeError, match=f"transport: '{transport}' cannot be had: .*no GPUs"):
+        init_comm(mesh, max_experts=8, transport=transport)
+
+
+def test_auto_falls_back_with_one_warning(mesh, monkeypatch):
+    monkeypatch.setattr(lplb_jax.comm, "_on_gpus", lambda groups: True)
+    monkeypatch.setattr(lplb_jax.comm, "_probe_p2p", lambda groups: "GPU 1 has no peer access")
+    with pytest.warns(UserWarning, match="lax.all_gather.*GPU 1 has no peer access") as caught:
+        comm = init_comm(mesh, max_experts=8)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert comm.transport == "xla"
+    with pytest.raises(RuntimeError, match="'p2p' cannot be had: GPU 1 has no peer access"):
+        init_comm(mesh, max_experts=8, transport="p2p")
+
+
+def test_without_nvshmem_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(_nvshmem, "_library", lambda: None)
+    assert "pip install nvidia-nvshmem-cu13" in _nvshmem.missing()
+
+
+BAD = {
+    "mesh": (lambda mesh: {"mesh": [1, 2]}, TypeError, "mesh: .*Mesh, got list"),
+    "axis": (lambda mesh: {"axis": "tp"}, ValueError, r"axis: .*\('ep',\), got 'tp'"),
+    "no axis": (lambda mesh: {"axis": ()}, ValueError, "axis: "),
+    "axis twice": (lambda mesh: {"axis": ("ep", "ep")}, ValueError, "axis: "),
+    "experts": (lambda mesh: {"max_experts": 0}, ValueError, "max_experts: .*got 0"),
+    "transport": (lambda mesh: {"transport": "ib"}, ValueError, "transport: .*p2p.*got 'ib'"),
+    "timeout": (lambda mesh: {"timeout_s": 0}, ValueError, "timeout_s: .*positive.*got 0"),
+    "no timeout": (lambda mesh: {"timeout_s": float("inf")}, ValueError, "timeout_s: .*inf"),
+    "no number": (lambda mesh: {"timeout_s": "1"}, ValueError, "timeout_s: .*'1'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_of_init(mesh, name):
+    arguments, error, words = BAD[name]
+    with pytest.raises(error, match=words):
+        init_comm(**{"mesh": mesh, "max_experts": 8, **arguments(mesh)})
+
+
+def closed():
+    comm = fake()
+    comm._release = lambda: None
+    comm.failure = lambda: None
+    comm.close()
+    return comm
+
+
+BAD_CALLS = {
+    "closed": (closed, {}, ValueError, "comm: it is closed"),
+    "another axis": (lambda: fake("tp"), {}, ValueError, "axis_name: expected 'tp'.*got 'ep'"),
+    "no axis": (fake, {"axis_name": None}, ValueError, "axis_name: expected 'ep'.*got None"),
+    "no comm": (lambda: "p2p", {}, TypeError, "comm: expected a Comm from init_comm, got str"),
+    "loads": (fake, {"loads": np.ones((8, 64), np.int32)}, ValueError, "comm: expected None"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls(mesh, name):
+    comm, options, error, words = BAD_CALLS[name]
+    options = {"loads": None, "axis_name": "ep", "placement": CASE.placement(), **options}
+
+    def step(ids):
+        loads = options.pop("loads")
+        return rebalance(ids, loads, CASE.r2o, comm=comm(), **options)[0]
+
+    with pytest.raises(error, match=words):
+        sharded(step, mesh)(jnp.zeros(8, jnp.int32))
+
+
+def test_too_many_experts(mesh):
+    with pytest.raises(ValueError, match="max_experts = 64, got 65 experts"):
+        sharded(lambda x: sync_loads(x, "ep", comm=fake()), mesh)(jnp.zeros(8 * 65, jnp.int32))
+
+
+@pytest.mark.parametrize("bad", [jnp.zeros(8), jnp.zeros((8, 2), jnp.int32)])
+def test_counts_of_another_type_or_shape(mesh, bad):
+    with pytest.raises(TypeError, match=r"counts: expected int32 \[n\]"):
+        sharded(lambda x: sync_loads(x, "ep", comm=fake()), mesh)(bad)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_vmap_raises(mesh, jitted):
+    def one(ids):
+        return sync_loads(count_loads(ids, 8), "ep", comm=fake())
+
+    one = jax.jit(one) if jitted else one
+    with pytest.raises(ValueError, match=r"cannot be mapped by vmap .*over 3 elements"):
+        sharded(lambda ids: jax.vmap(one)(ids.reshape(3, -1)), mesh)(jnp.zeros(24, jnp.int32))
+
+
+def exported(function, mesh, out_specs=RANKS):
+    """The program for CUDA, made on the CPU's devices."""
+    safe = [export.DisabledSafetyCheck.custom_call(f"lplb_{name}") for name in TARGETS]
+    made = export.export(
+        sharded(function, mesh, out_specs), platforms=["cuda"], disabled_checks=safe
+    )
+    return made(jnp.zeros(8 * 30, jnp.int32)).mlir_module()
+
+
+TARGETS = ["sync", "synced_rebalance", "count", "solve", "assign", "ipm", "rebalance"]
+
+
+def test_rebalance_lowers_to_one_call(mesh):
+    """Count, sync, solve and assign at once; the Split is known to be the same everywhere."""
+    placement = CASE.placement()
+
+    def step(ids):
+        return rebalance(ids, None, CASE.r2o, placement=placement, axis_name="ep", comm=fake())
+
+    text = exported(step, mesh, (P("ep"), P()))
+    assert text.count("custom_call @lplb_") == 1
+    assert "custom_call @lplb_synced_rebalance" in text
+    assert "comm = 77" in text
+    assert "all_gather" not in text
+    with pytest.raises(ValueError, match="out_specs"):
+        exported(step, mesh, (P(), P()))
+
+
+def test_ipm_and_the_pieces_lower_to_sync(mesh):
+    placement = CASE.placement()
+
+    def step(ids):
+        options = {"placement": placement, "axis_name": "ep", "comm": fake(), "solver": "ipm"}
+        physical, split = rebalance(ids, None, CASE.r2o, **options)
+        return physical, (split, sync_loads(count_loads(ids, 64), "ep", comm=fake()))
+
+    text = exported(step, mesh, (P("ep"), P()))
+    assert text.count("custom_call @lplb_sync(") == 2
+    assert "all_gather" not in text
+
+
+def test_scan_checkpoint_and_grad_can_hold_it(mesh):
+    placement = CASE.placement()
+
+    def step(ids):
+        @jax.checkpoint
+        def layer(x, _):
+            options = {"placement": placement, "axis_name": "ep", "comm": fake()}
+            physical, _ = rebalance(ids + x[0].astype(jnp.int32), None, CASE.r2o, **options)
+            return x * physical.sum(), None
+
+        return jax.grad(lambda x: jax.lax.scan(layer, x, None, length=3)[0].sum())(
+            jax.lax.pcast(jnp.ones(2), "ep", to="varying")
+        )
+
+    text = exported(step, mesh)
+    assert text.count("custom_call @lplb_synced_rebalance") == 2  # Forward, and replayed.
+
+
+@pytest.mark.parametrize(("scenario", "n"), [("agreement", 4), ("init", 2), ("late", 3)])
+def test_processes(scenario, n):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-P", comm_process.__file__, address, str(n), str(i), scenario],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(n)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+        assert "done" in output

@@ -1,0 +1,250 @@
+#include "xla_ffi/cuda/comm.h"
+
+#include <cuda_runtime_api.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/route.h"
+#include "xla_ffi/cuda/handlers.h"
+
+namespace lplb {
+namespace {
+
+void ThrowIf(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+}
+
+// Makes a device current, and the former one again at the end.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) {
+    ThrowIf(cudaGetDevice(&former_), "cudaGetDevice");
+    ThrowIf(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+  }
+  ~DeviceScope() { cudaSetDevice(former_); }
+  DeviceScope(const DeviceScope&) = delete;
+
+ private:
+  int former_ = 0;
+};
+
+// By communicator and device. A program may run while another communicator is made.
+std::mutex mutex;
+std::map<std::pair<int64_t, int32_t>, CommRank> all_ranks;
+
+std::string MessageOf(const cuda::SyncReport& report, int64_t timeout_ns) {
+  const auto number = [](int64_t value) { return std::to_string(value); };
+  const std::string remedy =
+      "; results since then mean nothing. Close this communicator and make a new one";
+  switch (static_cast<cuda::SyncFailure>(report.failure)) {
+    case cuda::SyncFailure::kNone:
+      return "";
+    case cuda::SyncFailure::kTimeout:
+      return "lplb_jax: rank " + number(report.rank) + " waited " + number(timeout_ns / 1000000) +
+             " ms in vain for the counts of rank " + number(report.peer) + " (call " +
+             number(report.epoch) + " of the communicator)" + remedy;
+    case cuda::SyncFailure::kWrongRank:
+      return "lplb_jax: comm: the program takes rank " + number(report.rank) + " for rank " +
+             number(report.peer) + ": use the mesh that the communicator was made with" + remedy;
+  }
+  return "lplb_jax: comm: unknown failure";
+}
+
+// The first failure that a rank of this process has reported.
+std::string FailureOf(int64_t id) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const auto& [key, found] : all_ranks) {
+    const volatile cuda::SyncReport* report = found.peers.report;
+    if (key.first != id || report->failure == 0) continue;
+    return MessageOf({report->failure, report->rank, report->peer, report->epoch},
+                     found.peers.timeout_ns);
+  }
+  return "";
+}
+
+ffi::Error CheckComm(int64_t id) {
+  const std::string failure = FailureOf(id);
+  if (failure.empty()) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, failure);
+}
+
+void Clear(int device, uintptr_t memory, int64_t bytes) {
+  const DeviceScope scope(device);
+  ThrowIf(cudaMemset(reinterpret_cast<void*>(memory), 0, bytes), "cudaMemset");
+  ThrowIf(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+}
+
+uintptr_t Allocate(int device, int64_t bytes) {
+  const DeviceScope scope(device);
+  void* memory = nullptr;
+  ThrowIf(cudaMalloc(&memory, bytes), "cudaMalloc");
+  const auto address = reinterpret_cast<uintptr_t>(memory);
+  Clear(device, address, bytes);
+  return address;
+}
+
+void Free(int device, uintptr_t memory) {
+  const DeviceScope scope(device);
+  ThrowIf(cudaFree(reinterpret_cast<void*>(memory)), "cudaFree");
+}
+
+bool CanAccess(int device, int peer) {
+  int can = 0;
+  ThrowIf(cudaDeviceCanAccessPeer(&can, device, peer), "cudaDeviceCanAccessPeer");
+  return can != 0;
+}
+
+void EnablePeer(int device, int peer) {
+  const DeviceScope scope(device);
+  const cudaError_t error = cudaDeviceEnablePeerAccess(peer, 0);
+  if (error == cudaErrorPeerAccessAlreadyEnabled) {
+    cudaGetLastError();  // It is not an error that the next launch should find.
+    return;
+  }
+  ThrowIf(error, "cudaDeviceEnablePeerAccess");
+}
+
+// What Attach allocates on a device: the state, then the inboxes and the PEs of all ranks.
+constexpr int64_t kStateBytes = 64;
+static_assert(sizeof(cuda::SyncState) <= kStateBytes);
+
+template <typename T>
+T* CopyToDevice(const std::vector<T>& from, uintptr_t to) {
+  ThrowIf(cudaMemcpy(reinterpret_cast<void*>(to), from.data(), from.size() * sizeof(T),
+                     cudaMemcpyHostToDevice),
+          "cudaMemcpy");
+  return reinterpret_cast<T*>(to);
+}
+
+// Makes a device rank `rank` of communicator `id`; inboxes[r] is where rank r receives.
+void Attach(int64_t id, int device, int32_t rank, const std::vector<uintptr_t>& inboxes,
+            int32_t stride, double timeout_s) {
+  const DeviceScope scope(device);
+  ThrowIf(cuda::PreloadSync(), "loading the kernels");
+  ThrowIf(cuda::PreloadSyncedRebalance(), "loading the kernels");
+  CommRank made = {};
+  cuda::Peers& peers = made.peers;
+  const int64_t table_bytes = inboxes.size() * (sizeof(uintptr_t) + sizeof(int32_t));
+  const uintptr_t memory = Allocate(device, kStateBytes + table_bytes);
+  peers.state = reinterpret_cast<cuda::SyncState*>(memory);
+  peers.inbox = reinterpret_cast<const uint64_t*>(inboxes.at(rank));
+  peers.inboxes = reinterpret_cast<uint64_t* const*>(CopyToDevice(inboxes, memory + kStateBytes));
+  void* report = nullptr;
+  ThrowIf(cudaHostAlloc(&report, sizeof(cuda::SyncReport), cudaHostAllocPortable), "cudaHostAlloc");
+  peers.report = static_cast<cuda::SyncReport*>(report);
+  *peers.report = {};
+  peers.timeout_ns = static_cast<int64_t>(timeout_s * 1e9);
+  peers.rank = rank;
+  peers.size = static_cast<int32_t>(inboxes.size());
+  peers.stride = stride;
+  const std::lock_guard<std::mutex> lock(mutex);
+  all_ranks[{id, device}] = made;
+}
+
+// Loads a file of kernels, to which NVSHMEM then gives its state.
+uintptr_t LoadLibrary(int device, const std::string& path) {
+#if CUDART_VERSION >= 12080
+  const DeviceScope scope(device);
+  cudaLibrary_t library;
+  ThrowIf(cudaLibraryLoadFromFile(&library, path.c_str(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+          path);
+  return reinterpret_cast<uintptr_t>(library);
+#else
+  throw std::runtime_error(path + ": lplb_jax was built with a CUDA older than 12.8");
+#endif
+}
+
+// Lets an attached rank reach the peers whose inbox is 0 by the put kernel of `library`.
+void AttachPut(int64_t id, int device, uintptr_t library, const std::vector<int32_t>& pes,
+               uintptr_t inbox, uintptr_t staging, uintptr_t signals) {
+#if CUDART_VERSION >= 12080
+  const DeviceScope scope(device);
+  cudaKernel_t kernel;
+  ThrowIf(cudaLibraryGetKernel(&kernel, reinterpret_cast<cudaLibrary_t>(library), "lplb_sync_put"),
+          "lplb_sync_put");
+  cudaFuncAttributes attributes;
+  ThrowIf(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)),
+          "lplb_sync_put");
+  const std::lock_guard<std::mutex> lock(mutex);
+  CommRank& made = all_ranks.at({id, device});
+  const uintptr_t table = reinterpret_cast<uintptr_t>(made.peers.inboxes + made.peers.size);
+  made.put = {reinterpret_cast<uint64_t*>(inbox), reinterpret_cast<uint64_t*>(staging),
+              reinterpret_cast<uint64_t*>(signals), CopyToDevice(pes, table)};
+  made.put_kernel = reinterpret_cast<const void*>(kernel);
+#else
+  throw std::runtime_error("lplb_jax was built with a CUDA older than 12.8");
+#endif
+}
+
+// Forgets communicator `id` and frees what Attach allocated, once the devices are done with it.
+void Detach(int64_t id) {
+  std::vector<std::pair<int32_t, CommRank>> found;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (auto it = all_ranks.begin(); it != all_ranks.end();) {
+      if (it->first.first == id) {
+        found.emplace_back(it->first.second, it->second);
+        it = all_ranks.erase(it);
+      } else {
+        ++it;
+      }
+    }
+  }
+  for (const auto& [device, rank] : found) {
+    const DeviceScope scope(device);
+    ThrowIf(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    ThrowIf(cudaFree(rank.peers.state), "cudaFree");
+    ThrowIf(cudaFreeHost(rank.peers.report), "cudaFreeHost");
+  }
+}
+
+}  // namespace
+
+ffi::ErrorOr<CommRank> FindRank(int64_t id, int32_t device) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = all_ranks.find({id, device});
+  if (found != all_ranks.end()) return found->second;
+  return ffi::Unexpected(ffi::Error(
+      ffi::ErrorCode::kFailedPrecondition,
+      "lplb_jax: comm: it was closed, or device " + std::to_string(device) +
+          " is not of its mesh; run the program with the mesh that init_comm was given"));
+}
+
+// Runs before every execution, also of a program that was captured into a command buffer.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    CommInitialize,
+    [](ffi::Dictionary attributes, ffi::RemainingArgs, ffi::RemainingRets) {
+      const auto id = attributes.get<int64_t>("comm");
+      return id.has_error() ? id.error() : CheckComm(*id);
+    },
+    ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
+        .Attrs<ffi::Dictionary>()
+        .RemainingArgs()
+        .RemainingRets());
+
+void DefineComm(nanobind::module_& m) {
+  m.def("comm_allocate", Allocate);
+  m.def("comm_clear", Clear);
+  m.def("comm_free", Free);
+  m.def("comm_can_access", CanAccess);
+  m.def("comm_enable_peer", EnablePeer);
+  m.def("comm_inbox_bytes", cuda::InboxBytes);
+  m.def("comm_attach", Attach);
+  m.def("comm_attach_put", AttachPut);
+  m.def("comm_load_library", LoadLibrary);
+  m.def("comm_detach", Detach);
+  m.def("comm_failure", FailureOf);
+  // Makes a device's context the current one of this thread.
+  m.def("comm_use_device", [](int device) {
+    ThrowIf(cudaSetDevice(device), "cudaSetDevice");
+    ThrowIf(cudaFree(nullptr), "cudaFree");
+  });
+}
+
+}  // namespace lplb

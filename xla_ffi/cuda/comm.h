@@ -1,0 +1,36 @@
+// Communicators: what a process keeps of each on its devices, for the handlers that exchange
+// counts.
+#ifndef LPLB_XLA_FFI_CUDA_COMM_H_
+#define LPLB_XLA_FFI_CUDA_COMM_H_
+
+#include <nanobind/nanobind.h>
+
+#include "cuda/sync.h"
+#include "xla_ffi/checks.h"
+
+namespace lplb {
+
+// A device's part in a communicator.
+struct CommRank {
+  cuda::Peers peers;
+  cuda::PutPeers put;
+  const void* put_kernel;  // null where all peers are mapped
+};
+
+ffi::ErrorOr<CommRank> FindRank(int64_t id, int32_t device);
+
+// sync_loads as this rank.
+inline cudaError_t LaunchSync(const CommRank& of, const int32_t* rank, const int32_t* counts,
+                              int32_t n, int32_t* matrix, cudaStream_t stream) {
+  if (of.put_kernel == nullptr) {
+    return cuda::LaunchSync(of.peers, rank, counts, n, matrix, stream);
+  }
+  return cuda::LaunchSyncPut(of.put_kernel, of.peers, of.put, rank, counts, n, matrix, stream);
+}
+
+// The functions with which lplb_jax/comm.py makes and closes communicators.
+void DefineComm(nanobind::module_& module);
+
+}  // namespace lplb
+
+#endif  // LPLB_XLA_FFI_CUDA_COMM_H_
