@@ -16,8 +16,8 @@ SM = 900
 POTRF, POTRS, POSV = 2, 3, 11
 SUGGESTED_BLOCK_DIM = 5  # cuSolverDx
 
-# Threads of a block, by ranks; as in cuda/mathdx/cholesky.cuh.
-THREADS = {8: 32, 16: 32, 32: 32, 64: 64, 128: 256}
+# Threads of a block, by ranks; as in cuda/mathdx/ipm_cusolverdx.cu.
+THREADS = {8: 32, 16: 64, 32: 128, 64: 128, 128: 256}
 
 
 class MathDx:

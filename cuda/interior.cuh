@@ -51,8 +51,8 @@ class Interior {
   };
 
   // Of one edge each: the capacity and, once that is read, the best plan; flow; H; the values of y
-  // at its ends with the capacity, which is 0 in the places that pad them. Of one rank each: whether
-  // it is in the best cut.
+  // at its ends with the capacity, which is 0 in the places that pad them. Of one rank each:
+  // whether it is in the best cut.
   struct GroupArrays {
     float* cap;
     float* flow;
@@ -455,7 +455,7 @@ class Interior {
   float r_;  // What dy needs of k.
 
   // This thread's edges.
-  int uv_[kEdges];      // Its ends, u in the high half.
+  int uv_[kEdges];     // Its ends, u in the high half.
   float cap_[kEdges];  // 0 where it counts as none.
   float x_[kEdges], xb_[kEdges], zl_[kEdges], zu_[kEdges];
   // This thread's rank, and t, which all threads know.

@@ -1,8 +1,7 @@
-#include "cuda/ipm.h"
-
 #include <algorithm>
 
 #include "cuda/ipm.cuh"
+#include "cuda/ipm.h"
 #include "cuda/solver.h"
 
 namespace lplb::cuda {
@@ -13,6 +12,9 @@ __global__ void EmptyKernel() {}
 constexpr int64_t kMostSharedBytes = 160 << 10;  // Every supported chip has a little more.
 
 IpmChoice Choose(const Problem& p, const IpmOptions& options) {
+#ifdef LPLB_MATHDX
+  if (options.cusolverdx) return IpmWithCuSolverDx(p, options);
+#endif
   if (p.group_size <= 8) return IpmOf8(p, options);
   if (p.group_size <= 16) return IpmOf16(p, options);
   if (p.group_size <= 32) return IpmOf32(p, options);
@@ -22,9 +24,17 @@ IpmChoice Choose(const Problem& p, const IpmOptions& options) {
 
 }  // namespace
 
-bool IpmFitsOneBlock(const Problem& problem) {
+bool HasCuSolverDx() {
+#ifdef LPLB_MATHDX
+  return true;
+#else
+  return false;
+#endif
+}
+
+bool IpmFitsOneBlock(const Problem& problem, const IpmOptions& options) {
   if (problem.group_size > kMaxGroupSize) return false;
-  const IpmChoice choice = Choose(problem, {});
+  const IpmChoice choice = Choose(problem, options);
   return choice.kernel != nullptr &&
          IpmMemory::Bytes(problem) + choice.bytes + 1024 <= kMostSharedBytes;
 }

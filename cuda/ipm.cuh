@@ -23,8 +23,7 @@ struct IpmMemory {
 
   static __host__ __device__ int64_t Bytes(const Problem& p) {
     const int64_t edges = static_cast<int64_t>(p.group_size) * p.n_columns;
-    return 16 * PaddedEdges(edges) +
-           4 * (3 * edges + 3 * p.group_size + GroupMemory::Words(p, 1));
+    return 16 * PaddedEdges(edges) + 4 * (3 * edges + 3 * p.group_size + GroupMemory::Words(p, 1));
   }
 
   __device__ IpmMemory(const Problem& p, char* memory)
@@ -513,8 +512,8 @@ __global__ void __launch_bounds__(MostThreads<Solver>(), 1)
         options.float_loads_out()
             ? __float_as_int(fminf(shared.proven, __int_as_float(shared.max_load)))
             : shared.target;
-    out.status[groups.first] = *group.status | (overflow ? kLoadOverflow : 0) |
-                               (converged ? 0 : kNotConverged);
+    out.status[groups.first] =
+        *group.status | (overflow ? kLoadOverflow : 0) | (converged ? 0 : kNotConverged);
   }
 }
 
@@ -551,6 +550,7 @@ IpmChoice IpmOf16(const Problem& p, const IpmOptions& options);
 IpmChoice IpmOf32(const Problem& p, const IpmOptions& options);
 IpmChoice IpmOf64(const Problem& p, const IpmOptions& options);
 IpmChoice IpmOf128(const Problem& p, const IpmOptions& options);
+IpmChoice IpmWithCuSolverDx(const Problem& p, const IpmOptions& options);
 
 }  // namespace lplb::cuda
 

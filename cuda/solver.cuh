@@ -338,16 +338,20 @@ __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
   for (int w = 0; w < kWords; ++w) {
     const int32_t rank = 32 * w + lane;
     const bool live = rank < p.group_size;
-    graph.load[w] = live ? memory.base[group * p.group_size + rank] : 0;
-    uint32_t tokens[kColumns] = {};  // As in CapacityOf.
+    const int32_t place = live ? rank : 0;
+    const int32_t load = memory.base[group * p.group_size + place];
+    const int32_t* own = memory.own + (group * p.group_size + place) * p.n_local;
+    graph.load[w] = live ? load : 0;
 #pragma unroll
     for (int d = 0; d < kColumns; ++d) {
-      graph.src[d][w] = live ? memory.src[rank * kColumns + d] : rank;
-      graph.dst[d][w] = live ? memory.dst[rank * kColumns + d] : rank;
+      const int32_t src = memory.src[place * kColumns + d];
+      const int32_t dst = memory.dst[place * kColumns + d];
+      graph.src[d][w] = live ? src : rank;
+      graph.dst[d][w] = live ? dst : rank;
     }
-    const int32_t* own = memory.own + (group * p.group_size + rank) * p.n_local;
+    uint32_t tokens[kColumns] = {};  // As in CapacityOf.
 #pragma unroll 1
-    for (int32_t k = live ? 0 : p.n_redundant; k < p.n_redundant; k += kColumns) {
+    for (int32_t k = 0; k < p.n_redundant; k += kColumns) {
 #pragma unroll
       for (int d = 0; d < kColumns; ++d) {
         tokens[d] =
@@ -413,15 +417,9 @@ __device__ inline Proof SolveInBlock(const Problem& p, int32_t group, const Grou
   Proof proof = {kInt32Max, 0};
   overflow = __syncthreads_or(overflow);
   if (!overflow) {
-    const BlockGraph graph = {p.group_size,
-                              p.n_columns,
-                              memory.src,
-                              memory.dst,
-                              memory.cap,
-                              moved,
-                              load,
-                              memory.level,
-                              reinterpret_cast<uint32_t*>(memory.sums)};
+    const BlockGraph graph = {p.group_size, p.n_columns,  memory.src,
+                              memory.dst,   memory.cap,   moved,
+                              load,         memory.level, reinterpret_cast<uint32_t*>(memory.sums)};
     proof.lower_bound = proof.max_load = BlockWaves(graph, BlockFirstTarget(graph));
   } else if (threadIdx.x == 0) {
     atomicOr(&memory.status[group], kLoadOverflow);

@@ -106,8 +106,8 @@ __device__ __forceinline__ int32_t WarpFirstTarget(const Divisor& n_ranks,
 }
 
 // Groups of at most 32 · kWords ranks, in the registers of one warp; all its lanes call it. Sets
-// moved, the tokens moved along every edge, balances load, and returns the target, raised to what is
-// proven, which then no load is above.
+// moved, the tokens moved along every edge, balances load, and returns the target, raised to what
+// is proven, which then no load is above.
 template <int kWords, int kColumns>
 __device__ __forceinline__ int32_t WarpWaves(int32_t n_ranks, int32_t target,
                                              WarpGraph<kWords, kColumns>& graph) {
@@ -269,8 +269,7 @@ __device__ inline int32_t BlockCeilMean(bool chosen, int32_t value, uint32_t* su
     atomicAdd(&sums[2], 1u);
   }
   __syncthreads();
-  const int32_t mean =
-      CeilDivide(sums[0], sums[1], SmallDivisor(static_cast<int32_t>(sums[2])));
+  const int32_t mean = CeilDivide(sums[0], sums[1], SmallDivisor(static_cast<int32_t>(sums[2])));
   __syncthreads();  // The sums may be used again.
   return mean;
 }

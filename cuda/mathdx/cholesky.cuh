@@ -12,17 +12,15 @@ namespace lplb::cuda {
 template <int kRanks>
 struct CuSolverDx;
 
-#define LPLB_CUSOLVERDX(n)                                           \
-  extern "C" __device__ void lplb_potrf_##n(float*, int*);           \
-  extern "C" __device__ void lplb_potrs_##n(float*, float*);         \
-  template <>                                                        \
-  struct CuSolverDx<n> {                                             \
-    static __device__ __forceinline__ void Factor(float* a, int* info) { \
-      lplb_potrf_##n(a, info);                                       \
-    }                                                                \
-    static __device__ __forceinline__ void Solve(float* a, float* b) { \
-      lplb_potrs_##n(a, b);                                          \
-    }                                                                \
+#define LPLB_CUSOLVERDX(n)                                                                     \
+  extern "C" __device__ void lplb_potrf_##n(float*, int*);                                     \
+  extern "C" __device__ void lplb_potrs_##n(float*, float*);                                   \
+  template <>                                                                                  \
+  struct CuSolverDx<n> {                                                                       \
+    static __device__ __forceinline__ void Factor(float* a, int* info) {                       \
+      lplb_potrf_##n(a, info);                                                                 \
+    }                                                                                          \
+    static __device__ __forceinline__ void Solve(float* a, float* b) { lplb_potrs_##n(a, b); } \
   };
 LPLB_CUSOLVERDX(8)
 LPLB_CUSOLVERDX(16)
