@@ -190,8 +190,9 @@ def main() -> None:
 
     properties = graph.check(graph.runtime.cudaGetDeviceProperties(0))
     machine = f"{properties.name.decode().rstrip(chr(0))}, jax {jax.__version__}"
-    results = {"machine": machine}
-    print(machine)
+    empty = graph.microseconds(_cuda.launch_empty)
+    results = {"machine": machine, "empty kernel": round(empty, 3)}
+    print(f"{machine}; an empty kernel: {empty:.2f} µs")
     names = ["exact", "ipm", "ipm, repaired"]
     if _cuda.has_cusolverdx():
         names.append("ipm, cuSolverDx")
@@ -235,13 +236,10 @@ def main() -> None:
                 cells.append(f"{taken:.2f}, {ratios[0]:.2f}, {ratios[1]:.2f}")
             result[name] = {key: np.round(value, 3).tolist() for key, value in row.items()}
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-    empty = graph.microseconds(_cuda.launch_empty)
-    results["empty kernel"] = round(empty, 3)
-    print(f"\nan empty kernel: {empty:.2f} µs")
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(results, file, indent=2)
-            file.write("\n")
+        if arguments.json:
+            with open(arguments.json, "w") as file:
+                json.dump(results, file, indent=2)
+                file.write("\n")
     if wrong:
         sys.exit(f"{wrong} results are not as they should be")
 

@@ -42,8 +42,8 @@ class MathDx:
             "cusolverdx",
             name,
             # Size, type, precision, SM, execution, block, API, function, arrangement, fill mode.
-            [[n, n, 1], [REAL], [FLOAT32], [SM], [BLOCK], [threads, 1, 1], [SHARED_MEMORY]]
-            + [[function], [ROW_MAJOR, ROW_MAJOR], [LOWER]],
+            {0: [n, n, 1], 1: [REAL], 2: [FLOAT32], 3: [SM], 4: [BLOCK], 5: [threads, 1, 1]}
+            | {6: [SHARED_MEMORY], 7: [function], 8: [ROW_MAJOR, ROW_MAJOR], 9: [LOWER]},
         )
 
     def product(self, m: int, n: int, k: int, threads: int, name: str) -> "Function":
@@ -61,12 +61,13 @@ class MathDx:
 class Function:
     """A device function: `extern "C" __device__ void name(...)`."""
 
-    def __init__(self, library: ctypes.CDLL, prefix: str, name: str, operators):
+    def __init__(
+        self, library: ctypes.CDLL, prefix: str, name: str, operators: dict[int, list[int]]
+    ):
         self._library, self._prefix = library, prefix
         self._handle = ctypes.c_longlong()
         self._call("CreateDescriptor", ctypes.byref(self._handle))
-        pairs = operators.items() if isinstance(operators, dict) else enumerate(operators)
-        for kind, values in pairs:
+        for kind, values in operators.items():
             array = (ctypes.c_longlong * len(values))(*values)
             if len(values) == 1:
                 self._call("SetOperatorInt64", self._handle, kind, array[0])

@@ -79,13 +79,13 @@ __device__ __forceinline__ int32_t WarpCeilMean(const int32_t (&value)[kWords], 
 }
 
 // A lane's part of a group: word w of lane l is rank 32 w + l. Idle places have load and capacities
-// 0 and themselves as src and dst.
+// 0 and themselves as src and dst. Nothing has moved until WarpWaves is called.
 template <int kWords, int kColumns>
 struct WarpGraph {
   int32_t src[kColumns][kWords];
   int32_t dst[kColumns][kWords];
   int32_t cap[kColumns][kWords];
-  int32_t moved[kColumns][kWords];
+  int32_t moved[kColumns][kWords] = {};
   int32_t load[kWords];
 };
 
@@ -105,9 +105,9 @@ __device__ __forceinline__ int32_t WarpFirstTarget(const Divisor& n_ranks,
   return max(WarpCeilMean(graph.load, n_ranks), __reduce_max_sync(kFullWarp, stuck));
 }
 
-// Groups of at most 32 · kWords ranks, in the registers of one warp; all its lanes call it. Sets
-// moved, the tokens moved along every edge, balances load, and returns the target, raised to what
-// is proven, which then no load is above.
+// Groups of at most 32 · kWords ranks, in the registers of one warp; all its lanes call it. Adds to
+// moved, which must be 0, balances load, and returns the target, raised to what is proven, which
+// then no load is above.
 template <int kWords, int kColumns>
 __device__ __forceinline__ int32_t WarpWaves(int32_t n_ranks, int32_t target,
                                              WarpGraph<kWords, kColumns>& graph) {
@@ -120,7 +120,7 @@ __device__ __forceinline__ int32_t WarpWaves(int32_t n_ranks, int32_t target,
     const int32_t left = n_ranks - 32 * w;
     idle[w] = left >= 32 ? 0 : left <= 0 ? kFullWarp : kFullWarp << left;
 #pragma unroll
-    for (int d = 0; d < kColumns; ++d) moved[d][w] = entered[d][w] = 0;
+    for (int d = 0; d < kColumns; ++d) entered[d][w] = 0;
   }
 
   while (true) {

@@ -2,8 +2,8 @@
 
 One step's linear algebra, that is the matrix into place, one factor and three solves; µs, and the
 largest error of the solution relative to float64, by threads of the block. Beside it cuBLASDx: the
-products that the eliminated blocks of eight ranks would take, n / 8 times n × n × 8, and one product
-n × n × n.
+products that the eliminated blocks of eight ranks would take, n / 8 times n × n × 8, and one
+product n × n × n.
 """
 
 import sys

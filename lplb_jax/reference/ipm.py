@@ -94,8 +94,8 @@ def ipm(
     """Quotas, largest loads, lower bounds and status of all groups; `loads` as for `solve`.
 
     Quotas are of the loads' type. The largest loads and lower bounds are int32 where loads are
-    int32 and `weighted` is 0, else float32 and divided by the weights. `repair`: whether waves finish
-    what is rounded. `cusolverdx` changes nothing here: it is another way to compute `factor`.
+    int32 and `weighted` is 0, else float32 and divided by the weights. `repair`: whether waves
+    finish what is rounded. `cusolverdx` changes nothing here: another way to compute `factor`.
     """
     n_logical = log2phy.shape[0]
     group_size = r2o.shape[0]
