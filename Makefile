@@ -2,6 +2,7 @@
 #   PYTHON=python3.12     which Python (default: python3)
 #   LPLB_CUDA=off         the CUDA module: auto (where nvcc is found), on, off, or pypi, which takes
 #                         the CUDA toolchain from PyPI and needs nothing of the system's
+#   LPLB_NVSHMEM=on       with NVSHMEM's put, for GPUs that cannot map each other's memory
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format gpu-test wheel clean
 .DELETE_ON_ERROR:

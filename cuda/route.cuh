@@ -215,14 +215,14 @@ __device__ __forceinline__ void StorePrefetched(const RouteArguments& a, const S
 
 // Waits for all ranks' counts, of which `total` becomes the sum (−1 where it passes int32) and
 // `before` what comes before this rank's tokens. After a failure nothing is routed. The routes'
-// slots are known; a barrier must follow.
+// slots were stored by the threads that read them here; a barrier must follow.
 __device__ __forceinline__ void ReceiveTotals(const RouteArguments& a, const SyncCall& call,
                                               bool leader, const RouteMemory& memory) {
   const Problem& p = a.problem;
   bool failed = false;
 #pragma unroll 1
   for (int32_t e = threadIdx.x; e <= p.n_logical; e += blockDim.x) {
-    const PackedRoute route = memory.routes[min(e, p.n_logical - 1)];
+    const PackedRoute route = e < p.n_logical ? memory.routes[e] : PackedRoute{0, 0, 0};
     const int32_t home = p.by_slots.Quotient(route.home);
     const int32_t replica = p.by_slots.Quotient(route.replica);
     int64_t total = 0;

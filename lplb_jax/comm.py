@@ -334,7 +334,11 @@ def _connect_nvshmem(
         transport = "nvshmem_put"
     elif transport == "nvshmem_put":
         inboxes = [inbox if pe == job.pe else 0 for pe in pes]
-    _go_on(rendezvous, _nvshmem.missing_put() if transport == "nvshmem_put" else None)
+    try:
+        _go_on(rendezvous, _nvshmem.missing_put() if transport == "nvshmem_put" else None)
+    except _CannotConnect:
+        job.free(inbox)
+        raise
     made.attach(ordinal, list(group).index(mine), inboxes)
     if transport == "nvshmem_put":
         symmetric = (inbox, inbox + staging, inbox + signals)

@@ -1,6 +1,7 @@
 """Communicators without a GPU: their arguments, agreement, and what they lower to."""
 
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -233,15 +234,15 @@ def test_scan_checkpoint_and_grad_can_hold_it(mesh):
     assert text.count("custom_call @lplb_synced_rebalance") == 2  # Forward, and replayed.
 
 
-@pytest.mark.parametrize(("scenario", "n"), [("agreement", 4), ("init", 2), ("late", 3)])
-def test_processes(scenario, n):
+def run_processes(n, file, *arguments):
+    """Outputs of `n` processes without GPUs."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-P", comm_process.__file__, address, str(n), str(i), scenario],
+            [sys.executable, "-P", file, address, str(n), str(i), *arguments],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -256,4 +257,16 @@ def test_processes(scenario, n):
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
+    return outputs
+
+
+@pytest.mark.parametrize(("scenario", "n"), [("agreement", 4), ("init", 2), ("late", 3)])
+def test_processes(scenario, n):
+    for output in run_processes(n, comm_process.__file__, scenario):
         assert "done" in output
+
+
+def test_the_example_of_several_processes():
+    example = pathlib.Path(__file__).parent.parent / "examples" / "processes.py"
+    outputs = run_processes(2, str(example))
+    assert "2 ranks, counts by xla: busiest 4096, bound 4096" in outputs[0]

@@ -41,9 +41,9 @@ void LaunchSolve(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources,
 
 // in: indices (int32), phy2log, log2phy, r2o; out: physical, position, slot counts, quota,
 // max_load, lower_bound, status, workspace [n_tiles, words].
-void LaunchRebalance(std::array<int32_t, 6> problem, int64_t batch, int64_t n_tokens,
-                     std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
-                     std::array<Pointer, 8> out, Pointer stream) {
+cuda::RouteArguments ArgumentsOf(std::array<int32_t, 6> problem, int64_t batch, int64_t n_tokens,
+                                 std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
+                                 std::array<Pointer, 8> out) {
   cuda::RouteArguments arguments = {};
   arguments.problem = ProblemOf(problem);
   arguments.sources = {1, arguments.problem.n_logical + 1};
@@ -55,7 +55,31 @@ void LaunchRebalance(std::array<int32_t, 6> problem, int64_t batch, int64_t n_to
   arguments.batch = batch;
   arguments.n_tiles = static_cast<int32_t>(tiles[0]);
   arguments.workspace_words = tiles[1];
-  ThrowIf(cuda::LaunchRebalance(arguments, As<CUstream_st>(stream)));
+  return arguments;
+}
+
+void LaunchRebalance(std::array<int32_t, 6> problem, int64_t batch, int64_t n_tokens,
+                     std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
+                     std::array<Pointer, 8> out, Pointer stream) {
+  ThrowIf(cuda::LaunchRebalance(ArgumentsOf(problem, batch, n_tokens, tiles, in, out),
+                                As<CUstream_st>(stream)));
+}
+
+CommRank RankOf(int64_t comm, int32_t device) {
+  const auto found = FindRank(comm, device);
+  if (found.has_error()) throw std::runtime_error(found.error().message());
+  return *found;
+}
+
+// As the rank that `device` is in communicator `comm`.
+void LaunchSyncedRebalance(int64_t comm, int32_t device, Pointer rank,
+                           std::array<int32_t, 6> problem, int64_t n_tokens,
+                           std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
+                           std::array<Pointer, 8> out, Pointer stream) {
+  cuda::RouteArguments arguments = ArgumentsOf(problem, 1, n_tokens, tiles, in, out);
+  arguments.given.rank = As(rank);
+  arguments.peers = RankOf(comm, device).peers;
+  ThrowIf(cuda::LaunchSyncedRebalance(arguments, As<CUstream_st>(stream)));
 }
 
 // Likewise for the interior point; `in` has the weights last, `options` are floats, weighted,
@@ -73,9 +97,8 @@ void LaunchIpm(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources,
 // sync_loads as the rank that `device` is in communicator `comm`.
 void LaunchSyncOf(int64_t comm, int32_t device, Pointer rank, Pointer counts, int32_t n,
                   Pointer matrix, Pointer stream) {
-  const auto found = FindRank(comm, device);
-  if (found.has_error()) throw std::runtime_error(found.error().message());
-  ThrowIf(LaunchSync(*found, As(rank), As(counts), n, As(matrix), As<CUstream_st>(stream)));
+  ThrowIf(LaunchSync(RankOf(comm, device), As(rank), As(counts), n, As(matrix),
+                     As<CUstream_st>(stream)));
 }
 
 // What a launch costs by itself.
@@ -104,4 +127,5 @@ NB_MODULE(_cuda, m) {
   m.def("launch_sync", lplb::LaunchSyncOf);
   m.def("launch_empty", lplb::LaunchEmpty);
   m.def("launch_rebalance", lplb::LaunchRebalance);
+  m.def("launch_synced_rebalance", lplb::LaunchSyncedRebalance);
 }
