@@ -1,8 +1,9 @@
 # Sets CMAKE_CUDA_COMPILER as the option LPLB_CUDA asks, or leaves it unset: no CUDA module.
 
 # CMake cannot use the toolkit's wheels as they are: they have no lib64 and no unversioned
-# libcudart.so. So lay links over them; bin's files one by one, since nvcc looks for the rest of
-# the toolkit beside the directory its own path leads to.
+# libcudart.so, and the linker of devices looks for nvvm/lib64. So lay links over them; bin's files
+# one by one, since nvcc looks for the rest of the toolkit beside the directory its own path leads
+# to.
 function(link_pypi_toolkit toolkit)
   execute_process(
     COMMAND ${Python_EXECUTABLE} -c "import nvidia.cu13; print(nvidia.cu13.__path__[0], end='')"
@@ -12,8 +13,9 @@ function(link_pypi_toolkit toolkit)
       "or install what tool.scikit-build.overrides in pyproject.toml lists.")
   endif()
   file(REMOVE_RECURSE ${toolkit})
-  file(MAKE_DIRECTORY ${toolkit}/bin ${toolkit}/lib64)
-  foreach(directory include nvvm)
+  file(MAKE_DIRECTORY ${toolkit}/bin ${toolkit}/lib64 ${toolkit}/nvvm)
+  file(CREATE_LINK ../lib64 ${toolkit}/nvvm/lib64 SYMBOLIC)
+  foreach(directory include nvvm/bin nvvm/libdevice)
     file(CREATE_LINK ${wheels}/${directory} ${toolkit}/${directory} SYMBOLIC)
   endforeach()
   file(GLOB programs RELATIVE ${wheels} ${wheels}/bin/*)

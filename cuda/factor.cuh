@@ -29,6 +29,7 @@ class Table {
   static constexpr int kThreads = kUsed < 32 ? 32 : kUsed;
   // With many warps one of them eliminates the block for all: they share the schedulers.
   static constexpr bool kOneWarpEliminates = kThreads > 128;
+  static constexpr bool kWholeBlock = false;  // Whether it has barriers of the block.
   using TeamOf = Team<kThreads>;
 
   struct Memory {
@@ -154,8 +155,6 @@ class Table {
         }
       }
       TeamOf::Sync();
-#pragma unroll
-      for (int k = 0; k < kBlock; ++k) Load(memory_.block[turn][k], W[k]);
     } else {
       EliminateDiagonal(turn, first, W);
     }
@@ -168,30 +167,51 @@ class Table {
 #pragma unroll
       for (int k = 0; k < kBlock; ++k) h[k] = k == own ? 1 : 0;
     }
+    // Row k of W: registers for all would be too many where one warp eliminates.
+    const auto row = [&](int k, float (&w)[kBlock]) {
+      if constexpr (kOneWarpEliminates) {
+        Load(memory_.block[turn][k], w);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kBlock; ++j) w[j] = W[k][j];
+      }
+    };
 #pragma unroll
     for (int k = 0; k < kBlock; ++k) v[k] = 0;
     if (inside) {
+      if constexpr (kOneWarpEliminates) {
+        row(own, v);
 #pragma unroll
-      for (int k = 0; k < kBlock; ++k) {
-        if (k == own) {
-          inverse_pivot_ = W[k][k];
+        for (int k = 0; k < kBlock; ++k) {
+          if (k == own) inverse_pivot_ = v[k];
+          v[k] = k < own ? v[k] : k == own;
+        }
+      } else {
 #pragma unroll
-          for (int j = 0; j < k; ++j) v[j] = W[k][j];
-          v[k] = 1;
+        for (int k = 0; k < kBlock; ++k) {
+          if (k == own) {
+            inverse_pivot_ = W[k][k];
+#pragma unroll
+            for (int j = 0; j < k; ++j) v[j] = W[k][j];
+            v[k] = 1;
+          }
         }
       }
     }
 #pragma unroll
-    for (int k = kBlock - 1; k > 0; --k) {
+    for (int k = kBlock - 1; k >= 0; --k) {
+      float w[kBlock];
+      row(k, w);
 #pragma unroll
-      for (int j = 0; j < k; ++j) h[k] += W[k][j] * h[j];
+      for (int j = 0; j < k; ++j) h[k] += w[j] * h[j];
+      g[k] = h[k] * w[k];
     }
 #pragma unroll
-    for (int k = 0; k < kBlock; ++k) g[k] = h[k] * W[k][k];
+    for (int k = 1; k < kBlock; ++k) {
+      float w[kBlock];
+      row(k, w);
 #pragma unroll
-    for (int j = 0; j < kBlock; ++j) {
-#pragma unroll
-      for (int k = j + 1; k < kBlock; ++k) g[j] += g[k] * W[k][j];
+      for (int j = 0; j < k; ++j) g[j] += g[k] * w[j];
     }
 
     float own_excess[kBlock];

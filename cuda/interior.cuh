@@ -13,15 +13,21 @@ namespace lplb::cuda {
 struct Graph {
   int32_t n_ranks;
   int32_t n_columns;
+  Divisor by_columns;
   const int32_t* src;
   const int32_t* dst;
 };
 
-// kEdges: the most edges of one thread.
-template <int kRanks, int kParts, int kEdges>
+// Places for edges, so that the threads of a row can take them in fours.
+LPLB_HOST_DEVICE int64_t PaddedEdges(int64_t n_edges) { return (n_edges + 15) / 16 * 16; }
+
+// kEdges: the most edges of one thread. Factor: what solves with the matrix, Table in factor.cuh or
+// what has the same interface.
+template <int kRanks, int kParts, int kEdges, template <int, int> typename Factor = Table>
 class Interior {
  public:
-  using TableOf = Table<kRanks, kParts>;
+  using TableOf = Factor<kRanks, kParts>;
+  static constexpr int kMostRanks = kRanks;
   static constexpr int kThreads = TableOf::kThreads;
   using TeamOf = Team<kThreads>;
 
@@ -44,8 +50,9 @@ class Interior {
     float bound;
   };
 
-  // Of one edge each: capacity, flow or plan, H, and the values of y at its ends with the capacity.
-  // Of one rank each: whether it is in the best cut.
+  // Of one edge each: the capacity and, once that is read, the best plan; flow; H; the values of y
+  // at its ends with the capacity, which is 0 in the places that pad them. Of one rank each:
+  // whether it is in the best cut.
   struct GroupArrays {
     float* cap;
     float* flow;
@@ -73,13 +80,12 @@ class Interior {
     bool in_cut = true;
     for (int n = 0;; ++n) {
       const bool better = Judge(n == 0, largest, bound, in_cut);
-#pragma unroll
-      for (int i = 0; i < kEdges; ++i) best_[i] = better ? Plan(i) : best_[i];
+      if (better) ForEdges([&](int i, int e) { edges_.cap[e] = Plan(i); });
       if (!(largest - bound > kStopGap * largest) || n == kMaxSteps) break;
       Step();
     }
     TeamOf::Sync();
-    ForEdges([&](int i, int e) { edges_.flow[e] = live_[i] ? best_[i] * scale : 0; });
+    ForEdges([&](int, int e) { edges_.flow[e] = edges_.cap[e] * scale; });
     if (is_rank_) edges_.cut[threadIdx.x] = in_cut;
     TeamOf::Sync();
     return {largest * scale, bound * scale};
@@ -106,6 +112,10 @@ class Interior {
     return sum;
   }
 
+  __device__ __forceinline__ bool Live(int i) const { return cap_[i] > 0; }
+  __device__ __forceinline__ int U(int i) const { return uv_[i] >> 16; }
+  __device__ __forceinline__ int V(int i) const { return uv_[i] & 0xffff; }
+
   __device__ __forceinline__ float Plan(int i) const { return fminf(fmaxf(x_[i], 0), cap_[i]); }
 
   // Divides all loads by their scale, and leaves out the edges that can move next to nothing.
@@ -119,30 +129,31 @@ class Interior {
         stuck -= edges_.cap[threadIdx.x * graph_.n_columns + d];
       }
     }
-    float value[3] = {fmaxf(stuck * inverse_w_, 0), base_, w_};
+    // The weights' mean is 1.
+    const float mean = Sum(memory_.base) / static_cast<float>(graph_.n_ranks);
+    float value[1] = {fmaxf(stuck * inverse_w_, 0)};
     team_.template Reduce<1>(value);
-    const float scale = fmaxf(value[0], Quotient(value[1], value[2]));
+    const float scale = fmaxf(value[0], mean);
     const float unit = scale > 0 ? 1 / scale : 0;
     base_ *= unit;
+    TeamOf::Sync();  // All have read it.
     if (is_rank_) memory_.base[threadIdx.x] = base_;
     n_live_ = 0;
 #pragma unroll
     for (int i = 0; i < kEdges; ++i) {
-      live_[i] = false;
-      cap_[i] = best_[i] = 0;
+      cap_[i] = 0;
       x_[i] = xb_[i] = zl_[i] = zu_[i] = 1;
+      uv_[i] = 0;
     }
     ForEdges([&](int i, int e) {
       const float cap = edges_.cap[e] * unit;
-      live_[i] = cap > kLeastEdge;
-      if (live_[i]) {
+      if (cap > kLeastEdge) {
         cap_[i] = cap;
         x_[i] = xb_[i] = cap / 2;
         n_live_ += 1;
       }
-      u_[i] = e / graph_.n_columns;
-      v_[i] = graph_.dst[e];
-      edges_.flow[e] = live_[i] ? x_[i] : 0;
+      uv_[i] = graph_.by_columns.Quotient(e) << 16 | graph_.dst[e];
+      edges_.flow[e] = cap_[i] / 2;
     });
     TeamOf::Sync();
     return scale;
@@ -162,9 +173,9 @@ class Interior {
     if (is_rank_) memory_.y[threadIdx.x] = y_;
     TeamOf::Sync();
     ForEdges([&](int i, int) {
-      if (!live_[i]) return;
+      if (!Live(i)) return;
       const float m = Quotient(kStartProduct * mu, x_[i]);
-      const float h = (memory_.y[v_[i]] - memory_.y[u_[i]]) / 2;
+      const float h = (memory_.y[V(i)] - memory_.y[U(i)]) / 2;
       const float larger = __fsqrt_rn(m * m + h * h) + fabsf(h);
       const float smaller = Quotient(m * m, larger);
       zl_[i] = h > 0 ? larger : smaller;
@@ -176,8 +187,8 @@ class Interior {
   // edges' x. Out: load_ of the plan, and the edges' ends.
   __device__ __forceinline__ bool Judge(bool first, float& largest, float& bound, bool& in_cut) {
     ForEdges([&](int i, int e) {
-      edges_.flow[e] = live_[i] ? Plan(i) : 0;
-      edges_.ends[e] = make_float4(memory_.y[u_[i]], memory_.y[v_[i]], cap_[i], 0);
+      edges_.flow[e] = Plan(i);
+      edges_.ends[e] = make_float4(memory_.y[U(i)], memory_.y[V(i)], cap_[i], 0);
     });
     TeamOf::Sync();
     load_ = is_rank_ ? base_ + Gather(edges_.flow) : 0;
@@ -185,30 +196,34 @@ class Interior {
     // Of the sets {ranks whose y is at least y_r} the one that proves most. The threads of row r
     // share its work.
     const float least = memory_.y[table_.row()];
+    // Fewer rows than a warp has lanes are there several times, and share the work.
+    constexpr int kTimes = kThreads / TableOf::kUsed;
+    constexpr int kShare = TableOf::kColumns / kTimes;
+    constexpr int kStride = kParts * kTimes;
+    const int copy = threadIdx.x / TableOf::kUsed;
     float stuck = 0;
     float weight = 0;
 #pragma unroll
-    for (int i = 0; i < TableOf::kColumns; ++i) {
-      const int rank = table_.first_column() + i;
-      if (memory_.y[rank] >= least) {
-        stuck += memory_.base[rank];
-        weight += memory_.w[rank];
-      }
+    for (int i = 0; i < kShare; ++i) {
+      const int rank = table_.first_column() + copy * kShare + i;
+      const bool inside = memory_.y[rank] >= least;
+      stuck += inside ? memory_.base[rank] : 0;
+      weight += inside ? memory_.w[rank] : 0;
     }
-    // Fewer rows than a warp has lanes are there several times, and share the edges.
-    constexpr int kTimes = kThreads / TableOf::kUsed;
-    float leaves = 0;
-#pragma unroll 4
-    for (int e = threadIdx.x % kParts + kParts * (threadIdx.x / TableOf::kUsed); e < n_edges_;
-         e += kParts * kTimes) {
-      const float4 ends = edges_.ends[e];
-      if (ends.x >= least && ends.y < least) leaves += ends.z;
+#pragma unroll 1
+    for (int e = threadIdx.x % kParts + kParts * copy; e < n_edges_; e += 4 * kStride) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float4 ends = edges_.ends[e + i * kStride];
+        stuck -= ends.x >= least && ends.y < least ? ends.z : 0;
+      }
     }
 #pragma unroll
     for (int lanes = TableOf::kUsed; lanes < kThreads; lanes *= 2) {
-      leaves += __shfl_xor_sync(kAllLanes, leaves, lanes);
+      stuck += __shfl_xor_sync(kAllLanes, stuck, lanes);
+      weight += __shfl_xor_sync(kAllLanes, weight, lanes);
     }
-    stuck = TableOf::OverRow(stuck - leaves);
+    stuck = TableOf::OverRow(stuck);
     weight = TableOf::OverRow(weight);
     const bool counts = table_.row() < graph_.n_ranks;
     const uint2 best = team_.Best(counts ? fmaxf(Quotient(stuck, weight), 0) : 0, table_.row());
@@ -222,6 +237,28 @@ class Interior {
     const bool better = first || most[0] < largest;
     if (better) largest = most[0];
     return better;
+  }
+
+  // Sum over the ranks, as Dot.
+  static __device__ __forceinline__ float Sum(const float* a) {
+    float sum[4] = {0, 0, 0, 0};
+    if constexpr (kRanks <= 32) {
+#pragma unroll
+      for (int i = 0; i < kRanks / 4; ++i) {
+        const float4 b = reinterpret_cast<const float4*>(a)[i];
+        sum[0] += b.x;
+        sum[1] += b.y;
+        sum[2] += b.z;
+        sum[3] += b.w;
+      }
+      return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    } else {
+      float own[1] = {0};
+#pragma unroll
+      for (int i = 0; i < kRanks; i += 32) own[0] += a[i + (threadIdx.x & 31)];
+      TeamOf::template SumUp<0>(own);
+      return own[0];
+    }
   }
 
   // aᵀb over the ranks, in every thread by itself: few ranks are added faster than exchanged.
@@ -260,8 +297,8 @@ class Interior {
 
   // dy_v − dy_u of an edge.
   __device__ __forceinline__ float Difference(int i) const {
-    const int u = u_[i];
-    const int v = v_[i];
+    const int u = U(i);
+    const int v = V(i);
     return memory_.p[v] - memory_.p[u] - r_ * (memory_.k[v] - memory_.k[u]);
   }
 
@@ -273,7 +310,7 @@ class Interior {
       const float4 ends = edges_.ends[e];
       ix[i] = Quotient(1, x_[i]);
       ixb[i] = Quotient(1, xb_[i]);
-      H[i] = live_[i] ? Quotient(1, zl_[i] * ix[i] + zu_[i] * ixb[i]) : 0;
+      H[i] = Live(i) ? Quotient(1, zl_[i] * ix[i] + zu_[i] * ixb[i]) : 0;
       g[i] = ends.x - ends.y;
       edges_.H[e] = H[i];
       edges_.flow[e] = H[i] * g[i];
@@ -295,7 +332,7 @@ class Interior {
     float el[kEdges], eu[kEdges];
     float value[5] = {0, 0, 0, 0, 0};  // Reciprocals of the limits; products of v·v, d·v, d·d.
     ForEdges([&](int i, int) {
-      if (!live_[i]) return;
+      if (!Live(i)) return;
       const float dx = H[i] * (g[i] - Difference(i));
       const float a = dx * ix[i];
       const float b = dx * ixb[i];
@@ -332,7 +369,7 @@ class Interior {
 
     // Corrector: the same matrix, with the predictor's second-order terms.
     ForEdges([&](int i, int e) {
-      if (!live_[i]) {
+      if (!Live(i)) {
         edges_.flow[e] = 0;
         return;
       }
@@ -348,7 +385,7 @@ class Interior {
     const float dt = Saddle(rt, inverse_wk);
     float limit[2] = {0, 0};
     ForEdges([&](int i, int) {
-      if (!live_[i]) return;
+      if (!Live(i)) return;
       const float dx = H[i] * (g[i] - Difference(i));
       const float a = dx * ix[i];
       const float b = dx * ixb[i];
@@ -367,7 +404,7 @@ class Interior {
     ap = limit[0] > kBackOff ? Quotient(kBackOff, limit[0]) : 1;
     ad = limit[1] > kBackOff ? Quotient(kBackOff, limit[1]) : 1;
     ForEdges([&](int i, int) {
-      if (!live_[i]) return;
+      if (!Live(i)) return;
       const float dx = g[i];
       const float dzl = el[i] - zl_[i] * (1 + dx * ix[i]);
       const float dzu = eu[i] - zu_[i] * (1 - dx * ixb[i]);
@@ -391,7 +428,7 @@ class Interior {
 #pragma unroll
     for (int i = 0; i < TableOf::kColumns; ++i) table_[i] = 0;
     if (table_.row() >= graph_.n_ranks) return;
-#pragma unroll 1
+#pragma unroll 2
     for (int d = 0; d < graph_.n_columns; ++d) {
       const int at = table_.row() * graph_.n_columns + d;
       const int from = graph_.src[at];
@@ -418,9 +455,9 @@ class Interior {
   float r_;  // What dy needs of k.
 
   // This thread's edges.
-  bool live_[kEdges];
-  int u_[kEdges], v_[kEdges];
-  float cap_[kEdges], x_[kEdges], xb_[kEdges], zl_[kEdges], zu_[kEdges], best_[kEdges];
+  int uv_[kEdges];     // Its ends, u in the high half.
+  float cap_[kEdges];  // 0 where it counts as none.
+  float x_[kEdges], xb_[kEdges], zl_[kEdges], zu_[kEdges];
   // This thread's rank, and t, which all threads know.
   float base_, w_, inverse_w_, load_, s_, y_, t_;
 };

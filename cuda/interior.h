@@ -30,6 +30,7 @@ struct IpmOptions {
   bool floats;
   bool weighted;
   bool repair;
+  bool cusolverdx;  // Factors with cuSolverDx instead of by elimination.
 
   LPLB_HOST_DEVICE bool float_loads_out() const { return floats || weighted; }
 };

@@ -11,10 +11,14 @@
 
 namespace lplb::cuda {
 
-// Whether one block can hold a group of the problem.
-bool IpmFitsOneBlock(const Problem& problem);
+// Whether this was built with cuSolverDx.
+bool HasCuSolverDx();
 
-// Solves every group of every batch element, one block each. `problem` must fit.
+// Whether one block can hold a group of the problem.
+bool IpmFitsOneBlock(const Problem& problem, const IpmOptions& options);
+
+// Solves every group of every batch element, one block each. `problem` must fit, and cuSolverDx be
+// there where it is asked for.
 cudaError_t LaunchIpm(const Problem& problem, const Sources& sources, const IpmOptions& options,
                       int64_t batch, const IpmOperands& in, const SolveResults& out,
                       cudaStream_t stream);

@@ -38,7 +38,8 @@ struct Divisor {
 
   LPLB_HOST_DEVICE int32_t Quotient(int32_t dividend) const {
     if (divisor <= 1) return dividend;
-    return static_cast<int32_t>((static_cast<uint64_t>(dividend) * inverse) >> 32);
+    return static_cast<int32_t>(
+        (static_cast<uint64_t>(static_cast<uint32_t>(dividend)) * inverse) >> 32);
   }
   LPLB_HOST_DEVICE int32_t Remainder(int32_t dividend) const {
     return dividend - Quotient(dividend) * divisor;
@@ -62,7 +63,6 @@ struct Problem {
   int32_t n_redundant;     // copies on a rank, and replicated experts of a rank
   int32_t tile_log2;       // log₂ of the threads that share a rank's experts: a power of two ≤ 32
   int32_t safe_load;       // n_local loads up to this sum below 2³¹
-  double inverse_group;    // 1 / group_size
   Divisor by_columns;
   Divisor by_fixed;  // n_local − n_redundant
   Divisor by_group;
@@ -85,7 +85,6 @@ struct Problem {
         n_redundant(slots_per_rank - n_local),
         tile_log2(0),
         safe_load(kInt32Max / (n_local > 0 ? n_local : 1)),
-        inverse_group(group_size_ > 0 ? 1.0 / group_size_ : 0),
         by_columns(n_columns_),
         by_fixed(n_local - n_redundant),
         by_group(group_size_),
@@ -125,12 +124,12 @@ struct Sources {
   int32_t row;
 };
 
-// The buffers of element `b` of a batch.
+// The buffers of element `b` of a batch. Where b is an int32, the products are of 32 bits each.
 LPLB_HOST_DEVICE SolveOperands BatchElement(const Problem& p, const Sources& sources,
                                             const SolveOperands& first, int64_t b) {
-  return {first.loads + b * sources.n_sources * sources.row, first.phy2log + b * p.n_physical,
-          first.log2phy + b * p.n_logical * p.max_replicas,
-          first.r2o + b * p.group_size * p.n_columns};
+  return {first.loads + b * (sources.n_sources * sources.row), first.phy2log + b * p.n_physical,
+          first.log2phy + b * (p.n_logical * p.max_replicas),
+          first.r2o + b * (p.group_size * p.n_columns)};
 }
 
 LPLB_HOST_DEVICE SolveResults BatchElement(const Problem& p, const SolveResults& first, int64_t b) {
@@ -140,8 +139,8 @@ LPLB_HOST_DEVICE SolveResults BatchElement(const Problem& p, const SolveResults&
 
 LPLB_HOST_DEVICE AssignOperands BatchElement(const Problem& p, const Sources& sources,
                                              const AssignOperands& first, int64_t b) {
-  return {first.counts + b * sources.n_sources * sources.row, first.quota + b * p.n_physical,
-          first.log2phy + b * p.n_logical * p.max_replicas, first.rank + b};
+  return {first.counts + b * (sources.n_sources * sources.row), first.quota + b * p.n_physical,
+          first.log2phy + b * (p.n_logical * p.max_replicas), first.rank + b};
 }
 
 // The expert an id names; −1 where the token chose none; n_logical where the id is invalid.

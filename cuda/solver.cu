@@ -9,14 +9,21 @@ namespace {
 // Threads beyond this would take registers that the solver needs.
 constexpr int32_t kMaxThreads = 544;
 
+// blockIdx.x, read where it stands: what depends on it is then not computed before the solve, which
+// all threads wait for.
+__device__ __forceinline__ int32_t LateBlockIndex() {
+  int32_t index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+
 template <int kWords, int kColumns>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     SolveKernel(Problem p, Sources sources, SolveOperands first_in, SolveResults first_out) {
   extern __shared__ int2 total[];  // [n_logical], then the groups'
   const Groups groups = {static_cast<int32_t>(blockIdx.y), 1};
-  const int64_t element = blockIdx.x;
+  const int32_t element = blockIdx.x;
   const SolveOperands in = BatchElement(p, sources, first_in, element);
-  const SolveResults out = BatchElement(p, first_out, element);
   const GroupMemory memory(p, 1, reinterpret_cast<int32_t*>(total + p.n_logical));
 
   Ahead ahead = AheadOf(p, in, groups);
@@ -26,6 +33,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (helper >= 0) {
     int32_t invalid = 0;
     if (sources.row > p.n_logical) {
+#pragma unroll 1
       for (int32_t s = helper; s < sources.n_sources; s += 32) {
         invalid |= in.loads[s * sources.row + p.n_logical];
       }
@@ -42,14 +50,18 @@ __global__ void __launch_bounds__(kMaxThreads)
   __syncthreads();
   LoadRanks(p, in, groups, ahead, SummedTotals{total}, memory);
   __syncthreads();
-  int32_t* quota = out.quota + groups.first * p.group_size * p.slots_per_rank;
+  int32_t* quota =
+      BatchElement(p, first_out, element).quota + groups.first * p.group_size * p.slots_per_rank;
   SolveGroups<kWords, kColumns>(p, in, groups, ahead, memory, quota,
                                 [&](int32_t, const Proof& proof) {
+                                  const auto out = BatchElement(p, first_out, LateBlockIndex());
                                   out.max_load[groups.first] = proof.max_load;
                                   out.lower_bound[groups.first] = proof.lower_bound;
                                 });
   // SolveGroups ends with quotas; the status was complete at its barrier.
-  if (threadIdx.x == 0) out.status[groups.first] = *memory.status;
+  if (threadIdx.x == 0) {
+    BatchElement(p, first_out, element).status[groups.first] = *memory.status;
+  }
 }
 
 constexpr int64_t kDefaultSharedBytes = 48 << 10;

@@ -49,13 +49,16 @@ struct GroupMemory {
 // Tokens of an expert as the sum of all sources' counts, and status bits about them.
 __device__ __forceinline__ int2 SumSources(const int32_t* loads, const Sources& sources,
                                            int32_t expert) {
-  int64_t total = 0;
-  int32_t status = 0;
-  for (int32_t s = 0; s < sources.n_sources; ++s) {
-    const int32_t load = loads[s * sources.row + expert];
-    if (load < 0) status |= kNegativeLoad;
+  int32_t load = loads[expert];
+  int32_t lowest = load;
+  int64_t total = max(load, 0);
+#pragma unroll 4
+  for (int32_t s = 1; s < sources.n_sources; ++s) {
+    load = loads[s * sources.row + expert];
+    lowest = min(lowest, load);
     total += max(load, 0);
   }
+  int32_t status = lowest < 0 ? kNegativeLoad : 0;
   if (total > kInt32Max) status |= kLoadOverflow;
   return {static_cast<int32_t>(min(total, static_cast<int64_t>(kInt32Max))), status};
 }
@@ -159,29 +162,38 @@ __device__ __forceinline__ void LoadRanks(const Problem& p, const SolveOperands&
   const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
   // The tiles of a warp stay together for the shuffles: they leave by their first rank.
   const int32_t first_of_warp = (threadIdx.x & ~31) >> p.tile_log2;
+  int32_t rank = tile.index;
+  // Often there is no other than this.
+  int2 total = totals[KnownExpert(p, ahead.expert)];
+  if (ahead.slot < 0) total = {0, 0};
+  if (ahead.slot >= 0) memory.own[rank * p.n_local + tile.lane] = total.x;
 #pragma unroll 1
-  for (int32_t step = 0; first_of_warp + step < n_ranks; step += tile.n) {
-    const int32_t rank = tile.index + step;
-    int32_t status = 0;
-    uint32_t sum = 0;
-    bool safe = true;
+  for (int32_t left = n_ranks - first_of_warp; left > 0; left -= tile.n, rank += tile.n) {
+    const int32_t end = rank < n_ranks ? p.n_local : 0;
+    const int32_t* slots = in.phy2log + first_slot + rank * p.slots_per_rank;
+    int32_t k = tile.lane + tile.width;
+    if (rank != tile.index) {
+      total = {0, 0};
+      k = tile.lane;
+    }
+    uint32_t sum = total.x;
+    int32_t largest = total.x;
+    int32_t status = total.y;
 #pragma unroll 1
-    for (int32_t k = tile.lane; k < p.n_local && rank < n_ranks; k += tile.width) {
-      const bool is_first = step == 0 && k == tile.lane;
-      const int32_t expert =
-          is_first ? ahead.expert : in.phy2log[first_slot + rank * p.slots_per_rank + k];
-      const int2 total = totals[KnownExpert(p, expert)];
+    for (; k < end; k += tile.width) {
+      total = totals[KnownExpert(p, slots[k])];
       memory.own[rank * p.n_local + k] = total.x;
       sum += static_cast<uint32_t>(total.x);
-      safe &= total.x <= p.safe_load;
+      largest = max(largest, total.x);
       status |= total.y;
     }
     sum = TileSum(p, sum);
-    if (!__all_sync(kFullWarp, safe && status == 0)) {
+    if (!__all_sync(kFullWarp, largest <= p.safe_load && status == 0)) {
       // The sum may have wrapped: add the high bits alone. The low 16 bits of all add less than
       // 2³¹, so then sum, which is right modulo 2³², tells whether the whole passes 2³¹.
       uint32_t high = 0;
-      for (int32_t k = tile.lane; k < p.n_local && rank < n_ranks; k += tile.width) {
+#pragma unroll 1
+      for (k = tile.lane; k < end; k += tile.width) {
         high += static_cast<uint32_t>(memory.own[rank * p.n_local + k]) >> 16;
       }
       if (status & kLoadOverflow) high = 1u << 15;
@@ -326,15 +338,32 @@ __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
   for (int w = 0; w < kWords; ++w) {
     const int32_t rank = 32 * w + lane;
     const bool live = rank < p.group_size;
-    graph.load[w] = live ? memory.base[group * p.group_size + rank] : 0;
+    const int32_t place = live ? rank : 0;
+    const int32_t load = memory.base[group * p.group_size + place];
+    const int32_t* own = memory.own + (group * p.group_size + place) * p.n_local;
+    graph.load[w] = live ? load : 0;
 #pragma unroll
     for (int d = 0; d < kColumns; ++d) {
-      graph.src[d][w] = live ? memory.src[rank * kColumns + d] : rank;
-      graph.dst[d][w] = live ? memory.dst[rank * kColumns + d] : rank;
-      graph.cap[d][w] = live ? CapacityOf(p, memory, group, rank, d) : 0;
-      graph.moved[d][w] = 0;
+      const int32_t src = memory.src[place * kColumns + d];
+      const int32_t dst = memory.dst[place * kColumns + d];
+      graph.src[d][w] = live ? src : rank;
+      graph.dst[d][w] = live ? dst : rank;
+    }
+    uint32_t tokens[kColumns] = {};  // As in CapacityOf.
+#pragma unroll 1
+    for (int32_t k = 0; k < p.n_redundant; k += kColumns) {
+#pragma unroll
+      for (int d = 0; d < kColumns; ++d) {
+        tokens[d] =
+            min(tokens[d] + static_cast<uint32_t>(own[k + d]), static_cast<uint32_t>(kInt32Max));
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < kColumns; ++d) {
+      graph.cap[d][w] = graph.dst[d][w] == rank ? 0 : static_cast<int32_t>(tokens[d]);
     }
   }
+  const int32_t target = WarpFirstTarget(p.by_group, graph);
   // A plan's rank loads never pass this sum, so where it fits nothing in the waves overflows. What
   // has overflowed before, base −1, is above 2³¹ as it stands.
   bool overflow = false;
@@ -350,11 +379,7 @@ __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
   overflow = __any_sync(kFullWarp, overflow);
   Proof proof = {kInt32Max, 0};
   if (!overflow) {  // Else nothing moves and nothing is proven.
-    proof.lower_bound = WarpWaves(p.group_size, p.inverse_group, graph);
-    int32_t max_load = graph.load[0];
-#pragma unroll
-    for (int w = 1; w < kWords; ++w) max_load = max(max_load, graph.load[w]);
-    proof.max_load = __reduce_max_sync(kFullWarp, max_load);
+    proof.lower_bound = proof.max_load = WarpWaves(p.group_size, target, graph);
   }
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
@@ -392,11 +417,10 @@ __device__ inline Proof SolveInBlock(const Problem& p, int32_t group, const Grou
   Proof proof = {kInt32Max, 0};
   overflow = __syncthreads_or(overflow);
   if (!overflow) {
-    proof.lower_bound =
-        BlockWaves({p.group_size, p.n_columns, memory.src, memory.dst, memory.cap, moved, load,
-                    memory.level, reinterpret_cast<uint32_t*>(memory.sums)});
-    proof.max_load = 0;
-    for (int32_t r = 0; r < p.group_size; ++r) proof.max_load = max(proof.max_load, load[r]);
+    const BlockGraph graph = {p.group_size, p.n_columns,  memory.src,
+                              memory.dst,   memory.cap,   moved,
+                              load,         memory.level, reinterpret_cast<uint32_t*>(memory.sums)};
+    proof.lower_bound = proof.max_load = BlockWaves(graph, BlockFirstTarget(graph));
   } else if (threadIdx.x == 0) {
     atomicOr(&memory.status[group], kLoadOverflow);
   }

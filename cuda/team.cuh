@@ -54,6 +54,24 @@ struct Team {
     }
   }
 
+  // Whether any thread's value is true; a barrier, too.
+  static __device__ __forceinline__ bool Any(bool value) {
+    if constexpr (kWarps == 1) {
+      const bool any = __any_sync(kAllLanes, value);
+      __syncwarp();
+      return any;
+    } else {
+      int32_t any;
+      asm volatile(
+          "{\n .reg .pred p, q;\n setp.ne.s32 p, %1, 0;\n bar.red.or.pred q, 1, %2, p;\n"
+          " selp.s32 %0, 1, 0, q;\n}"
+          : "=r"(any)
+          : "r"(static_cast<int32_t>(value)), "n"(kThreads)
+          : "memory");
+      return any;
+    }
+  }
+
   // The largest value ≥ 0 over the team and the smallest tag that comes with it.
   __device__ __forceinline__ uint2 Best(float value, uint32_t tag) {
     const uint32_t bits = __float_as_uint(value);

@@ -7,19 +7,38 @@
 
 #include <cstdint>
 
+#include "cuda/problem.h"
+
 namespace lplb::cuda {
 
 constexpr uint32_t kFullWarp = 0xffffffffu;
 
-// ⌈sum / n⌉ of values ≥ 0 given as sums of their high and low 16 bits: the sum may pass 2³¹, the
-// quotient may not. `inverse` is 1 / n; an integer division would cost several times as much.
-__device__ __forceinline__ int32_t CeilDivide(uint32_t high, uint32_t low, int32_t n,
-                                              double inverse) {
-  const int64_t sum = (static_cast<int64_t>(high) << 16) + low;
-  const int32_t quotient = static_cast<int32_t>(static_cast<double>(sum) * inverse);
-  // The product is off by less than one, so the quotient is ⌊sum / n⌋, one less or one more.
-  const int64_t rest = sum - static_cast<int64_t>(quotient) * n;
-  return quotient + (rest > 0) + (rest > n) - (rest <= -n);
+// Division of dividends below 2²⁴ by a number that only the device knows.
+struct SmallDivisor {
+  int32_t divisor;
+  float inverse;
+
+  __device__ explicit SmallDivisor(int32_t d) : divisor(d) {
+    inverse = __frcp_rn(static_cast<float>(d));
+  }
+
+  __device__ __forceinline__ int32_t Quotient(int32_t dividend) const {
+    const int32_t quotient = static_cast<int32_t>(static_cast<float>(dividend) * inverse);
+    const int32_t rest = dividend - quotient * divisor;  // The quotient is off by one at most.
+    return quotient + (rest >= divisor) - (rest < 0);
+  }
+};
+
+// ⌈sum / n⌉ of at most 128 values ≥ 0 given as sums of their high and low 16 bits: the sum may pass
+// 2³¹, the quotient may not. Divided as by hand, since 64 bits would cost several times as much.
+template <typename Number>
+__device__ __forceinline__ int32_t CeilDivide(uint32_t high, uint32_t low, const Number& n) {
+  const int32_t leading = static_cast<int32_t>(high + (low >> 16));  // Below 2²³.
+  const int32_t first = n.Quotient(leading);
+  const int32_t rest =
+      (leading - first * n.divisor) << 16 | static_cast<int32_t>(low & 0xffff);  // Likewise.
+  const int32_t second = n.Quotient(rest);
+  return (first << 16) + second + (rest - second * n.divisor > 0);
 }
 
 // One bit or one value per rank of a group whose rank r is lane r % 32 of word r / 32.
@@ -47,9 +66,8 @@ __device__ __forceinline__ int32_t ValueOf(const int32_t (&value)[kWords], int32
 }
 
 // ⌈sum of the warp's values / n⌉.
-template <int kWords>
-__device__ __forceinline__ int32_t WarpCeilMean(const int32_t (&value)[kWords], int32_t n,
-                                                double inverse) {
+template <int kWords, typename Number>
+__device__ __forceinline__ int32_t WarpCeilMean(const int32_t (&value)[kWords], const Number& n) {
   uint32_t high = 0;
   uint32_t low = 0;
 #pragma unroll
@@ -57,44 +75,53 @@ __device__ __forceinline__ int32_t WarpCeilMean(const int32_t (&value)[kWords], 
     high += static_cast<uint32_t>(value[w]) >> 16;
     low += static_cast<uint32_t>(value[w]) & 0xffff;
   }
-  return CeilDivide(__reduce_add_sync(kFullWarp, high), __reduce_add_sync(kFullWarp, low), n,
-                    inverse);
+  return CeilDivide(__reduce_add_sync(kFullWarp, high), __reduce_add_sync(kFullWarp, low), n);
 }
 
 // A lane's part of a group: word w of lane l is rank 32 w + l. Idle places have load and capacities
-// 0 and themselves as src and dst.
+// 0 and themselves as src and dst. Nothing has moved until WarpWaves is called.
 template <int kWords, int kColumns>
 struct WarpGraph {
   int32_t src[kColumns][kWords];
   int32_t dst[kColumns][kWords];
   int32_t cap[kColumns][kWords];
-  int32_t moved[kColumns][kWords];
+  int32_t moved[kColumns][kWords] = {};
   int32_t load[kWords];
 };
 
-// Groups of at most 32 · kWords ranks, in the registers of one warp; all its lanes call it. Sets
-// moved, the tokens moved along every edge, balances load, and returns the target.
+// What is proven of loads that no plan has changed yet: the bounds of the set of all ranks and of
+// the sets of one.
 template <int kWords, int kColumns>
-__device__ __forceinline__ int32_t WarpWaves(int32_t n_ranks, double inverse,
+__device__ __forceinline__ int32_t WarpFirstTarget(const Divisor& n_ranks,
+                                                   const WarpGraph<kWords, kColumns>& graph) {
+  int32_t stuck = 0;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    int32_t cannot_leave = graph.load[w];
+#pragma unroll
+    for (int d = 0; d < kColumns; ++d) cannot_leave -= graph.cap[d][w];
+    stuck = max(stuck, cannot_leave);
+  }
+  return max(WarpCeilMean(graph.load, n_ranks), __reduce_max_sync(kFullWarp, stuck));
+}
+
+// Groups of at most 32 · kWords ranks, in the registers of one warp; all its lanes call it. Adds to
+// moved, which must be 0, balances load, and returns the target, raised to what is proven, which
+// then no load is above.
+template <int kWords, int kColumns>
+__device__ __forceinline__ int32_t WarpWaves(int32_t n_ranks, int32_t target,
                                              WarpGraph<kWords, kColumns>& graph) {
   const int32_t lane = threadIdx.x & 31;
   auto& [src, dst, cap, moved, load] = graph;
   int32_t entered[kColumns][kWords];  // What my redundant columns hold: moved of src.
   uint32_t idle[kWords];
-  int32_t stuck = 0;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
     const int32_t left = n_ranks - 32 * w;
     idle[w] = left >= 32 ? 0 : left <= 0 ? kFullWarp : kFullWarp << left;
-    int32_t cannot_leave = load[w];
 #pragma unroll
-    for (int d = 0; d < kColumns; ++d) {
-      moved[d][w] = entered[d][w] = 0;
-      cannot_leave -= cap[d][w];
-    }
-    stuck = max(stuck, cannot_leave);
+    for (int d = 0; d < kColumns; ++d) entered[d][w] = 0;
   }
-  int32_t target = max(WarpCeilMean(load, n_ranks, inverse), __reduce_max_sync(kFullWarp, stuck));
 
   while (true) {
     RankSet<kWords> above;
@@ -173,7 +200,7 @@ __device__ __forceinline__ int32_t WarpWaves(int32_t n_ranks, double inverse,
         excess[w] = (seen[w] >> lane) & 1 ? 0 : load[w] - target;
         n_unseen += __popc(~seen[w]);
       }
-      target += WarpCeilMean(excess, n_unseen, 1.0 / n_unseen);
+      target += WarpCeilMean(excess, SmallDivisor(n_unseen));
       continue;
     }
 
@@ -188,6 +215,7 @@ __device__ __forceinline__ int32_t WarpWaves(int32_t n_ranks, double inverse,
         can_return[d][w] = below[w].Has(src[d][w]) ? -1 : 0;
       }
     }
+#pragma unroll 1
     for (int32_t l = depth; l > 0; --l) {
       int32_t excess[kWords];
 #pragma unroll
@@ -241,15 +269,14 @@ __device__ inline int32_t BlockCeilMean(bool chosen, int32_t value, uint32_t* su
     atomicAdd(&sums[2], 1u);
   }
   __syncthreads();
-  const int32_t n = static_cast<int32_t>(sums[2]);
-  const int32_t mean = CeilDivide(sums[0], sums[1], n, 1.0 / n);
+  const int32_t mean = CeilDivide(sums[0], sums[1], SmallDivisor(static_cast<int32_t>(sums[2])));
   __syncthreads();  // The sums may be used again.
   return mean;
 }
 
-// Groups of any shape up to one rank per thread, in shared memory. All threads of the block call it
-// and agree on the target that it returns; moved must be 0.
-__device__ inline int32_t BlockWaves(const BlockGraph& graph) {
+// What is proven of loads that no plan has changed yet: the bounds of the set of all ranks and of
+// the sets of one. All threads of the block call it.
+__device__ inline int32_t BlockFirstTarget(const BlockGraph& graph) {
   const int32_t rank = threadIdx.x;
   const bool live = rank < graph.n_ranks;
   const int32_t first = rank * graph.n_columns;
@@ -257,16 +284,26 @@ __device__ inline int32_t BlockWaves(const BlockGraph& graph) {
 
   int32_t stuck = live ? graph.load[rank] : 0;
   for (int32_t d = 0; d < n_columns; ++d) stuck -= graph.cap[first + d];
-  int32_t target = BlockCeilMean(live, live ? graph.load[rank] : 0, graph.sums);
+  const int32_t mean = BlockCeilMean(live, live ? graph.load[rank] : 0, graph.sums);
   if (threadIdx.x == 0) graph.sums[0] = 0;
   __syncthreads();
-  if (stuck > target) atomicMax(&graph.sums[0], static_cast<uint32_t>(stuck));
+  if (stuck > mean) atomicMax(&graph.sums[0], static_cast<uint32_t>(stuck));
   __syncthreads();
-  target = max(target, static_cast<int32_t>(graph.sums[0]));
+  return max(mean, static_cast<int32_t>(graph.sums[0]));
+}
+
+// Groups of any shape up to one rank per thread, in shared memory, from any legal plan: load must
+// be what `moved` makes of it, and the target proven. All threads of the block call it and agree on
+// the target that it returns, which no load is above then. Ends with a barrier.
+__device__ inline int32_t BlockWaves(const BlockGraph& graph, int32_t target) {
+  const int32_t rank = threadIdx.x;
+  const bool live = rank < graph.n_ranks;
+  const int32_t first = rank * graph.n_columns;
+  const int32_t n_columns = live ? graph.n_columns : 0;
 
   while (true) {
     const int32_t load = live ? graph.load[rank] : 0;
-    const bool above = load > target;
+    const bool above = live && load > target;
     int32_t level = live && load < target ? 0 : -1;
     if (live) graph.level[rank] = level;
     if (!__syncthreads_or(above)) return target;

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lplb_jax import topologies
+from lplb_jax import _native, topologies
 from lplb_jax.placement import Placement, check_fits, given_order
 
 _INDEX_DTYPES = ("int32", "int64", "uint8", "uint16")
 SOLVERS = ("auto", "exact", "ipm")
+FACTORS = ("elimination", "cusolverdx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,31 @@ def choose_solver(solver: str, loads: jax.Array | None, rank_weights: Any) -> st
     if solver == "auto":
         return "ipm" if needs_ipm else "exact"
     return solver
+
+
+def check_factor(factor: str, method: str) -> bool:
+    """Whether the interior point shall use cuSolverDx; raises where it cannot."""
+    if factor not in FACTORS:
+        raise ValueError(f"factor: expected one of {', '.join(FACTORS)}, got {factor!r}")
+    if factor == "elimination":
+        return False
+    if method != "ipm":
+        raise ValueError(
+            f"factor: expected 'elimination' for solver={method!r}, which factors nothing, got "
+            f"{factor!r}; use solver='ipm'"
+        )
+    if jax.default_backend() != "gpu":
+        raise ValueError(
+            f"factor: expected 'elimination' on backend {jax.default_backend()!r}, got {factor!r}, "
+            f"which is for GPUs"
+        )
+    extension = _native.cuda()
+    if extension is None or not extension.has_cusolverdx():
+        raise ValueError(
+            f"factor: expected 'elimination', got {factor!r}: this lplb_jax was built without "
+            f"cuSolverDx; rebuild it with: LPLB_MATHDX=on LPLB_CUDA=pypi pip install ."
+        )
+    return True
 
 
 def check_weights(rank_weights: Any, group_size: int) -> jax.Array | None:

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from lplb_jax import _native, reference
-from lplb_jax._problem import Problem, check_loads, check_problem, check_weights, choose_solver
+from lplb_jax._problem import (
+    Problem,
+    check_factor,
+    check_loads,
+    check_problem,
+    check_weights,
+    choose_solver,
+)
 from lplb_jax.placement import Placement
 
 
@@ -40,6 +47,7 @@ def solve(
     solver: str = "auto",
     rank_weights: Any = None,
     repair: bool = True,
+    factor: str = "elimination",
 ) -> Split:
     """Splits every expert's tokens over its slots so that the busiest rank of each group has least.
 
@@ -58,6 +66,10 @@ def solve(
       repair: what the interior point does with int32 loads after rounding its plan to tokens. True:
         integer waves end at the true optimum, max_load == lower_bound; with weights, at most one
         token per rank above the share that the real-valued plan gives it. False: as rounded.
+      factor: how the interior point factors its matrix: "elimination", without subtraction, or
+        "cusolverdx", NVIDIA's Cholesky, on GPUs of compute capability 9.0 and where the library was
+        built with it. The latter is slower and does not always converge (see docs/solvers.md);
+        status tells.
 
     Returns:
       A `Split`. The exact solver's is equal bit for bit on every backend.
@@ -78,7 +90,8 @@ def solve(
     method = choose_solver(solver, loads, rank_weights)
     problem = check_problem(loads, r2o, placement, axis_name=None)
     weights = check_weights(rank_weights, len(problem.r2o))
-    return split_loads(loads, problem, method, weights, repair)
+    cusolverdx = check_factor(factor, method)
+    return split_loads(loads, problem, method, weights, repair, cusolverdx)
 
 
 def split_loads(
@@ -87,6 +100,7 @@ def split_loads(
     method: str = "exact",
     weights: jax.Array | None = None,
     repair: bool = True,
+    cusolverdx: bool = False,
 ) -> Split:
     """`solve` of checked arguments; rows may carry a last place for ids that name no expert."""
     placement = problem.placement
@@ -103,5 +117,6 @@ def split_loads(
             ep_size=problem.ep_size,
             weighted=int(weights is not None),
             repair=int(repair),
+            cusolverdx=int(cusolverdx),
         )
     return Split(*split)

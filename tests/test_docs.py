@@ -111,7 +111,10 @@ def test_signatures_are_the_contract():
         "count_loads": "(indices, n_logical)",
         "sync_loads": "(counts, axis_name, *, comm=None)",
         "init_comm": "(mesh, axis='ep', *, max_experts, transport='auto', timeout_s=30.0)",
-        "solve": ("(loads, r2o, *, placement=None, solver='auto', rank_weights=None, repair=True)"),
+        "solve": (
+            "(loads, r2o, *, placement=None, solver='auto', rank_weights=None, repair=True, "
+            "factor='elimination')"
+        ),
         "place_experts": ("(history, r2o, *, n_logical, ep_size, redundants_per_rank, n_nodes=1)"),
         "topologies.ring": "(n)",
         "topologies.cube": "()",

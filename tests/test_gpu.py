@@ -26,6 +26,7 @@ from steps import (
 )
 
 from lplb_jax import (
+    Status,
     _native,
     assign,
     count_loads,
@@ -34,6 +35,8 @@ from lplb_jax import (
     solve,
     topologies,
 )
+from lplb_jax._problem import Problem
+from lplb_jax.solver import split_loads
 
 pytestmark = pytest.mark.gpu
 
@@ -122,6 +125,93 @@ def test_solve_is_deterministic(rng):
     first = native_solve(*operands)
     for _ in range(20):
         assert_same(first, native_solve(*operands))
+
+
+def assert_near(left, right, relative, absolute):
+    """Equal, as infinities and zeros are, or near."""
+    left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
+    with np.errstate(invalid="ignore"):
+        near = np.abs(left - right) <= relative * np.abs(right) + absolute
+    assert ((left == right) | near).all()
+
+
+@pytest.mark.parametrize("garbage", [False, True])
+@pytest.mark.parametrize(
+    ("floats", "weighted", "repair"),
+    [
+        (floats, weighted, repair)
+        for floats in [False, True]
+        for weighted in [False, True]
+        for repair in [False, True]
+        if not (floats and repair)
+    ],
+)
+@pytest.mark.parametrize("name", ["5x4, three groups", "8x7", "16x2", "31x2", "64x4", "128x1"])
+def test_ipm(rng, name, floats, weighted, repair, garbage):
+    """The same status as on the CPU, and as good a plan and bound: to float32's tolerance."""
+    case = SHAPES[name](rng)
+    loads, stacked = batch(rng, case)
+    weights = np.exp(rng.normal(0, 0.5, (len(loads), len(case.r2o)))).astype(np.float32)
+    if garbage:
+        loads, stacked = jax.tree.map(lambda array: spoiled(rng, array), (loads, stacked))
+        weights[::3, 0] = [-1, np.nan, np.inf][: len(weights[::3])] if weighted else 1
+    if floats:
+        loads = loads * np.float32(0.37)
+        if garbage:
+            loads[rng.random(loads.shape) < 0.02] = np.nan
+            loads[rng.random(loads.shape) < 0.002] = np.inf
+
+    @jax.jit
+    @jax.vmap
+    def run(loads, placement, weights):
+        problem = Problem(case.r2o, placement)
+        return split_loads(loads[None], problem, "ipm", weights if weighted else None, repair)
+
+    split = run(loads, stacked, weights)
+    other = on_cpu(run)(loads, stacked, weights)
+    np.testing.assert_array_equal(split.status, other.status)
+    good = ((weights > 0) & (weights < np.inf)).all(axis=1, keepdims=True)
+    shares = np.where(good & weighted, weights, 1)
+    token = 0 if floats else 1 / (shares / shares.mean(axis=1, keepdims=True)).min()
+    if repair and not weighted:
+        assert_same(split.max_load, other.max_load)
+        assert_same(split.lower_bound, other.lower_bound)
+    else:
+        rounding = 1.01 if repair else case.r2o.shape[1] + 1.01
+        assert_near(split.max_load, other.max_load, 1.2e-4, rounding * token)
+        assert_near(split.lower_bound, other.lower_bound, 1.2e-4, 0 if floats or weighted else 1)
+    if not garbage:
+        served = np.zeros(loads.shape)
+        for total, phy2log, quota in zip(served, stacked.phy2log, split.quota, strict=True):
+            assert (np.asarray(quota) >= 0).all()
+            np.add.at(total, np.asarray(phy2log), np.asarray(quota))
+        np.testing.assert_allclose(served, loads, rtol=1e-6 if floats else 0)
+
+
+def test_ipm_with_cusolverdx(rng):
+    """Slower, and it may not converge, but it says so, and the split is legal and no lie."""
+    case = SHAPES["32x4"](rng)
+    loads, stacked = batch(rng, case)
+    loads = loads.astype(np.float32)
+    if not _native.cuda().has_cusolverdx():
+        with pytest.raises(ValueError, match=r"factor: .* built without cuSolverDx"):
+            solve(np.ones(16, np.float32), topologies.cube(), factor="cusolverdx")
+        pytest.skip("built without cuSolverDx")
+
+    def run(factor):
+        one = functools.partial(solve, r2o=case.r2o, factor=factor, solver="ipm")
+        return jax.jit(jax.vmap(lambda row, placement: one(row, placement=placement)))
+
+    split, best = (run(factor)(loads, stacked) for factor in ["cusolverdx", "elimination"])
+    assert (best.status == 0).all()
+    converged = split.max_load - split.lower_bound <= 1e-4 * split.max_load
+    np.testing.assert_array_equal(split.status, np.where(converged, 0, Status.NOT_CONVERGED))
+    assert (split.lower_bound <= best.max_load * (1 + 1e-6)).all()
+    assert (split.max_load >= best.lower_bound * (1 - 1e-6)).all()
+    served = np.zeros(loads.shape)
+    for total, phy2log, quota in zip(served, stacked.phy2log, split.quota, strict=True):
+        np.add.at(total, np.asarray(phy2log), np.asarray(quota))
+    np.testing.assert_allclose(served, loads, rtol=1e-6)
 
 
 def random_ids(rng, dtype, n_logical, rows, n_tokens):

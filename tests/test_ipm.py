@@ -123,7 +123,7 @@ def test_agrees_with_the_specification(rng, name, floats):
     loads, stacked = batch(rng, case)
     loads = loads[:, None].astype(np.float32 if floats else np.int32)
     operands = (loads, stacked.phy2log, stacked.log2phy)
-    static = {"ep_size": case.ep_size, "weighted": 1, "repair": 1}
+    static = {"ep_size": case.ep_size, "weighted": 1, "repair": 1, "cusolverdx": 0}
     weights = jnp.asarray(some_weights(rng, case))
 
     def native(*one):
@@ -171,6 +171,8 @@ def test_equal_weights_are_no_weights(rng):
         ({"rank_weights": np.ones(7)}, ValueError, r"rank_weights: expected shape .* \[8\]"),
         ({"rank_weights": np.arange(8)}, ValueError, "rank_weights: expected positive"),
         ({"rank_weights": np.full(8, np.nan)}, ValueError, "rank_weights: expected positive"),
+        ({"factor": "qr"}, ValueError, "factor: expected one of elimination, cusolverdx, got 'qr'"),
+        ({"factor": "cusolverdx"}, ValueError, "factor: expected 'elimination' for solver='exact'"),
     ],
 )
 def test_messages(options, error, message):

@@ -12,6 +12,7 @@ inline auto IpmBinding() {
       .Attr<int64_t>("ep_size")
       .Attr<int64_t>("weighted")
       .Attr<int64_t>("repair")
+      .Attr<int64_t>("cusolverdx")
       .Arg<ffi::AnyBuffer>()                    // loads [..., n_sources, row], int32 or float32
       .Arg<ffi::Buffer<ffi::DataType::S32>>()   // phy2log [..., n_physical]
       .Arg<ffi::Buffer<ffi::DataType::S32>>()   // log2phy [..., n_logical, max_replicas]
@@ -35,10 +36,10 @@ struct IpmCall {
 using AnyResult = ffi::Result<ffi::AnyBuffer>;
 
 inline ffi::ErrorOr<IpmCall> CheckIpm(int64_t ep_size, int64_t weighted, int64_t repair,
-                                      ffi::AnyBuffer loads, IntBuffer phy2log, IntBuffer log2phy,
-                                      IntBuffer r2o, ffi::Buffer<ffi::DataType::F32> weights,
-                                      AnyResult quota, AnyResult max_load, AnyResult lower_bound,
-                                      IntResult status) {
+                                      int64_t cusolverdx, ffi::AnyBuffer loads, IntBuffer phy2log,
+                                      IntBuffer log2phy, IntBuffer r2o,
+                                      ffi::Buffer<ffi::DataType::F32> weights, AnyResult quota,
+                                      AnyResult max_load, AnyResult lower_bound, IntResult status) {
   const auto placed = CheckPlaced(ep_size, {"loads", loads.dimensions(), 2}, phy2log, log2phy, r2o,
                                   Operand{"rank_weights", weights.dimensions(), 1});
   if (placed.has_error()) return ffi::Unexpected(placed.error());
@@ -48,7 +49,7 @@ inline ffi::ErrorOr<IpmCall> CheckIpm(int64_t ep_size, int64_t weighted, int64_t
     return ffi::Unexpected(Invalid("rank_weights: expected [group_size]"));
   }
   const bool floats = loads.element_type() == ffi::DataType::F32;
-  const IpmOptions options = {floats, weighted != 0, repair != 0};
+  const IpmOptions options = {floats, weighted != 0, repair != 0, cusolverdx != 0};
   const auto value = options.float_loads_out() ? ffi::DataType::F32 : ffi::DataType::S32;
   if ((!floats && loads.element_type() != ffi::DataType::S32) ||
       quota->element_type() != loads.element_type() || max_load->element_type() != value ||

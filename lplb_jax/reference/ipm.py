@@ -55,14 +55,16 @@ LEAST_DUAL = np.float32(1e-20)
 class Fractional(NamedTuple):
     """What the interior point found.
 
-    `moved` is a legal plan, `largest` its largest load / weight, `cut` the ranks of the best cut
-    and `bound` that cut's value in float32 (for an actual proof, see `cut_value`).
+    `moved` is a legal plan, `largest` its largest load / weight, `cut` the ranks of the best cut,
+    `bound` that cut's value in float32 (for an actual proof, see `cut_value`), and `steps` how many
+    it took.
     """
 
     moved: Float32[Array, "group_size n_columns"]
     largest: Float32[Array, ""]
     cut: Bool[Array, " group_size"]
     bound: Float32[Array, ""]
+    steps: Int32[Array, ""]
 
 
 class Iterate(NamedTuple):
@@ -87,11 +89,13 @@ def ipm(
     ep_size: int,
     weighted: int,
     repair: int,
+    cusolverdx: int = 0,
 ) -> tuple[Array, Array, Array, Int32[Array, " n_groups"]]:
     """Quotas, largest loads, lower bounds and status of all groups; `loads` as for `solve`.
 
     Quotas are of the loads' type. The largest loads and lower bounds are int32 where loads are
-    int32 and `weighted` is 0, else float32 and divided by the weights. `repair`: see `repaired`.
+    int32 and `weighted` is 0, else float32 and divided by the weights. `repair`: whether waves
+    finish what is rounded. `cusolverdx` changes nothing here: another way to compute `factor`.
     """
     n_logical = log2phy.shape[0]
     group_size = r2o.shape[0]
@@ -280,7 +284,7 @@ def interior_point(
         )
 
     def advance(state):
-        v, best, n = state
+        v, best = state
         v = step(v)
         plan, largest = plan_of(v.x)
         cut, bound = best_cut(base, cap, w, v.y, dst)
@@ -290,19 +294,22 @@ def interior_point(
             jnp.where(better, largest, best.largest),
             jnp.where(higher, cut, best.cut),
             jnp.where(higher, bound, best.bound),
+            best.steps + 1,
         )
-        return v, best, n + 1
+        return v, best
 
     def unfinished(state):
-        _, best, n = state
-        return (best.largest - best.bound > STOP_GAP * best.largest) & (n < MAX_STEPS)
+        _, best = state
+        return (best.largest - best.bound > STOP_GAP * best.largest) & (best.steps < MAX_STEPS)
 
     v = start()
-    best = Fractional(*plan_of(v.x), *best_cut(base, cap, w, v.y, dst))
     # From the data, not a fresh constant: under shard_map it must vary over the same axes.
-    n = live.sum(dtype=jnp.int32) * 0
-    _, best, _ = lax.while_loop(unfinished, advance, (v, best, n))
-    return Fractional(best.moved * scale, best.largest * scale, best.cut, best.bound * scale)
+    none = live.sum(dtype=jnp.int32) * 0
+    best = Fractional(*plan_of(v.x), *best_cut(base, cap, w, v.y, dst), none)
+    _, best = lax.while_loop(unfinished, advance, (v, best))
+    return best._replace(
+        moved=best.moved * scale, largest=best.largest * scale, bound=best.bound * scale
+    )
 
 
 class Factor(NamedTuple):

@@ -83,14 +83,15 @@ void LaunchSyncedRebalance(int64_t comm, int32_t device, Pointer rank,
 }
 
 // Likewise for the interior point; `in` has the weights last, `options` are floats, weighted,
-// repair.
+// repair, cusolverdx.
 void LaunchIpm(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources,
-               std::array<bool, 3> options, int64_t batch, std::array<Pointer, 5> in,
+               std::array<bool, 4> options, int64_t batch, std::array<Pointer, 5> in,
                std::array<Pointer, 4> out, Pointer stream) {
-  ThrowIf(cuda::LaunchIpm(
-      ProblemOf(problem), {sources[0], sources[1]}, {options[0], options[1], options[2]}, batch,
-      {{As(in[0]), As(in[1]), As(in[2]), As(in[3])}, As<const float>(in[4])},
-      {As(out[0]), As(out[1]), As(out[2]), As(out[3])}, As<CUstream_st>(stream)));
+  ThrowIf(cuda::LaunchIpm(ProblemOf(problem), {sources[0], sources[1]},
+                          {options[0], options[1], options[2], options[3]}, batch,
+                          {{As(in[0]), As(in[1]), As(in[2]), As(in[3])}, As<const float>(in[4])},
+                          {As(out[0]), As(out[1]), As(out[2]), As(out[3])},
+                          As<CUstream_st>(stream)));
 }
 
 // sync_loads as the rank that `device` is in communicator `comm`.
@@ -122,6 +123,7 @@ NB_MODULE(_cuda, m) {
   lplb::DefineComm(m);
   m.def("launch_solve", lplb::LaunchSolve);
   m.def("launch_ipm", lplb::LaunchIpm);
+  m.def("has_cusolverdx", lplb::cuda::HasCuSolverDx);
   m.def("launch_sync", lplb::LaunchSyncOf);
   m.def("launch_empty", lplb::LaunchEmpty);
   m.def("launch_rebalance", lplb::LaunchRebalance);

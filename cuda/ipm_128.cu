@@ -1,0 +1,9 @@
+#include "cuda/ipm.cuh"
+
+namespace lplb::cuda {
+
+IpmChoice IpmOf128(const Problem& p, const IpmOptions& options) {
+  return WithEdges<128, 4>(p, options);
+}
+
+}  // namespace lplb::cuda
