@@ -10,7 +10,7 @@ from cases import Case, random_topology
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from lplb_jax import Assignment, metrics, moe, place_experts, topologies
+from lplb_jax import Assignment, init_comm, metrics, moe, place_experts, topologies
 from lplb_jax.moe import exchange
 from lplb_jax.moe import experts as experts_module
 
@@ -191,6 +191,25 @@ def test_every_balance_is_the_same_mathematics(rng, mesh, balance, check_vma):
         # Of an odd number of its tokens, every source sends one more home.
         even = np.asarray(metrics.even_quota(loads, placement))
         assert np.abs(traffic.slot_loads - even).max() <= case.ep_size
+
+
+def with_and_without_comm(rng, mesh, case, **options):
+    """Output, gradients and traffic with loads shared by a communicator, and by lax.all_gather."""
+    (tokens, gates, experts), ids, placement = problem(rng, case, skewed)
+    floats = tokens, gates, in_slots(experts, placement)
+    with init_comm(mesh, max_experts=case.n_logical) as comm:
+        return comm.transport, *(
+            with_slopes(layer_over(mesh, case, comm=by, **ROOM, **options))(
+                floats, np.ones_like(tokens), ids, placement
+            )
+            for by in (comm, None)
+        )
+
+
+def test_loads_by_a_communicator(rng, mesh):
+    transport, ours, without = with_and_without_comm(rng, mesh, CASES["cube"](rng), **PORTABLE)
+    assert transport == "xla"
+    jax.tree.map(np.testing.assert_array_equal, ours, without)
 
 
 def test_capacity_at_the_lower_bound_is_enough(rng, mesh):
@@ -598,6 +617,13 @@ def test_gpus_equal_one_device(rng, gpu_mesh, dtype, gemm, tolerance):
             n_tokens = 300 * gpu_mesh.size
             floats, ids, placement = problem(rng, case, routing, n_tokens, dtype, (256, 128))
             assert_equals_plain_mathematics(run, floats, ids, placement, rng, tolerance)
+
+
+@pytest.mark.gpu
+def test_loads_by_the_gpus_themselves(rng, gpu_mesh):
+    transport, ours, without = with_and_without_comm(rng, gpu_mesh, case_of(gpu_mesh.size))
+    assert transport == "p2p"
+    jax.tree.map(np.testing.assert_array_equal, ours, without)
 
 
 @pytest.mark.gpu
