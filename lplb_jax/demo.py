@@ -16,7 +16,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lplb_jax import Placement, Split, Status, metrics, place_experts, rebalance, topologies
+from lplb_jax import (
+    Comm,
+    Placement,
+    Split,
+    Status,
+    init_comm,
+    metrics,
+    place_experts,
+    rebalance,
+    topologies,
+)
 from lplb_jax.data import load_traces, read_traces
 
 EP_SIZE = 8
@@ -105,19 +115,20 @@ def demonstrate(
     when = "step 300, routed at step 1200" if traces is None else "loads before these"
     print(f"; experts placed from {when}\n", flush=True)
 
-    _progress("compiling one step for all layers")
-    step = _compile(mesh, r2o, indices[0], placements[0])
     layers = []
-    for i, (chosen, placement) in enumerate(zip(indices, placements, strict=True)):
-        _progress(f"layer {i + 1} of {n_layers}: {repeats} timed calls")
-        layers.append(_run_layer(step, mesh, chosen, placement, r2o, repeats))
+    with init_comm(mesh, "ep", max_experts=n_logical) as comm:
+        _progress("compiling one step for all layers")
+        step = _compile(mesh, r2o, comm, indices[0], placements[0])
+        for i, (chosen, placement) in enumerate(zip(indices, placements, strict=True)):
+            _progress(f"layer {i + 1} of {n_layers}: {repeats} timed calls")
+            layers.append(_run_layer(step, mesh, chosen, placement, r2o, repeats))
     _progress("")
 
     print(table(layers))
     print(
         f"\ntime: median of {repeats} calls after a warm-up; one call is rebalance() on all "
-        f"{EP_SIZE} ranks\n(count, gather, solve, assign) as one jitted shard_map, until every "
-        f"result is ready."
+        f"{EP_SIZE} ranks\n(count, sync by {comm.transport}, solve, assign) as one jitted "
+        f"shard_map, until every result is ready."
     )
     faults = [f"layer {i}: {fault}" for i, layer in enumerate(layers) for fault in layer.faults]
     if faults:
@@ -300,14 +311,14 @@ def _progress(text: str) -> None:
 
 
 def _compile(
-    mesh: Mesh, r2o: np.ndarray, indices: np.ndarray, placement: Placement
+    mesh: Mesh, r2o: np.ndarray, comm: Comm, indices: np.ndarray, placement: Placement
 ) -> jax.stages.Compiled:
     """rebalance() as one program for all ranks. The placement is an argument: it may change."""
 
     @jax.jit
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("ep"), P()), out_specs=(P("ep"), P()))
     def step(indices: jax.Array, placement: Placement) -> tuple[jax.Array, Split]:
-        return rebalance(indices, None, r2o, placement=placement, axis_name="ep")
+        return rebalance(indices, None, r2o, placement=placement, axis_name="ep", comm=comm)
 
     # Compiled once, ahead: another layer could not recompile it even if it had to.
     return step.lower(*_put(mesh, indices, placement)).compile()
