@@ -98,7 +98,7 @@ class Table {
   static __device__ __forceinline__ float OverRow(float value) {
 #pragma unroll
     for (int step = 1; step < kParts; step *= 2) {
-      value += __shfl_xor_sync(kAllLanes, value, step);
+      value += __shfl_xor_sync(kFullWarp, value, step);
     }
     return value;
   }

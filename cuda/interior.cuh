@@ -220,8 +220,8 @@ class Interior {
     }
 #pragma unroll
     for (int lanes = TableOf::kUsed; lanes < kThreads; lanes *= 2) {
-      stuck += __shfl_xor_sync(kAllLanes, stuck, lanes);
-      weight += __shfl_xor_sync(kAllLanes, weight, lanes);
+      stuck += __shfl_xor_sync(kFullWarp, stuck, lanes);
+      weight += __shfl_xor_sync(kFullWarp, weight, lanes);
     }
     stuck = TableOf::OverRow(stuck);
     weight = TableOf::OverRow(weight);

@@ -96,7 +96,7 @@ __device__ __forceinline__ void LoadRealRanks(const Problem& p, const SolveOpera
     }
 #pragma unroll
     for (int32_t distance = 16; distance > 0; distance /= 2) {
-      const float other = __shfl_xor_sync(kAllLanes, sum, distance);
+      const float other = __shfl_xor_sync(kFullWarp, sum, distance);
       if (distance < tile.width) sum += other;
     }
     if (negative) atomicOr(memory.status, kNegativeLoad);
@@ -118,7 +118,7 @@ __device__ __forceinline__ void LoadWeights(const Problem& p, const IpmOptions& 
     good &= weight > 0 && weight <= 3e38f;
     sum += weight;
   }
-  good = __all_sync(kAllLanes, good);
+  good = __all_sync(kFullWarp, good);
   if (options.weighted && !good && lane == 0) atomicOr(memory.group.status, kNotConverged);
   const float mean = good ? WarpSum(sum) / static_cast<float>(p.group_size) : 1;
 #pragma unroll 1
@@ -186,8 +186,8 @@ __device__ __forceinline__ void WriteSplit(const Problem& p, const GroupMemory& 
 
 // Sum over the warp of values below 2⁴⁷ in size.
 __device__ __forceinline__ int64_t WarpSum(int64_t value) {
-  const int32_t high = __reduce_add_sync(kAllLanes, static_cast<int32_t>(value >> 16));
-  const uint32_t low = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(value) & 0xffff);
+  const int32_t high = __reduce_add_sync(kFullWarp, static_cast<int32_t>(value >> 16));
+  const uint32_t low = __reduce_add_sync(kFullWarp, static_cast<uint32_t>(value) & 0xffff);
   return (static_cast<int64_t>(high) << 16) + low;
 }
 
@@ -209,7 +209,7 @@ __device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GroupMemo
     for (int32_t d = 0; d < p.n_columns; ++d) stuck -= CapacityOf(p, memory, 0, r, d);
     alone = max(alone, stuck);
   }
-  return max(CeilDivide(WarpSum(total), p.by_group), __reduce_max_sync(kAllLanes, alone));
+  return max(CeilDivide(WarpSum(total), p.by_group), __reduce_max_sync(kFullWarp, alone));
 }
 
 // What cannot leave the best cut, exactly, in tokens or units; the cut's size and weight.
@@ -237,7 +237,7 @@ __device__ __forceinline__ CutValue ValueOfCut(const Problem& p, const IpmMemory
   }
   __syncwarp();
   value.stuck = WarpSum(value.stuck);
-  value.size = __reduce_add_sync(kAllLanes, value.size);
+  value.size = __reduce_add_sync(kFullWarp, value.size);
   value.weight = WarpSum(value.weight);
   return value;
 }
@@ -245,7 +245,7 @@ __device__ __forceinline__ CutValue ValueOfCut(const Problem& p, const IpmMemory
 // Raises *largest to the ranks' largest value ≥ 0, ints or bits of floats. All threads call it.
 __device__ __forceinline__ void NoteLargest(const Problem& p, int32_t value, int32_t* largest) {
   if ((threadIdx.x & ~31) >= p.group_size) return;
-  value = __reduce_max_sync(kAllLanes, threadIdx.x < p.group_size ? value : 0);
+  value = __reduce_max_sync(kFullWarp, threadIdx.x < p.group_size ? value : 0);
   if ((threadIdx.x & 31) == 0) atomicMax(largest, value);
 }
 

@@ -39,7 +39,7 @@ struct RouteArguments {
   AssignOperands given;    // of assign; with peers, its rank
   SolveOperands solve_in;  // of rebalance; loads unused
   SolveResults solve_out;  // of rebalance
-  Peers peers;             // size 0 where no other rank is involved
+  Peers peers;             // of a rebalance with other ranks
   int32_t* workspace;      // [batch, n_tiles, workspace_words]
   int64_t batch;
   int64_t workspace_words;

@@ -36,12 +36,7 @@ __global__ void __launch_bounds__(kSyncThreads)
       }
     }
   }
-  failed = __syncthreads_or(failed);
-  if (threadIdx.x == 0) peers.state->epoch = call.epoch;
-  if (!failed) return;
-  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(peers.size) * n; i += blockDim.x) {
-    matrix[i] = -1;
-  }
+  FinishSync(peers, call, failed, n, matrix);
 }
 
 }  // namespace

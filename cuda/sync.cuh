@@ -109,6 +109,17 @@ __device__ __forceinline__ bool Receive(const Peers& peers, const SyncCall& call
   return true;
 }
 
+// Ends a call of a block that received by itself: after a failure of any thread all counts are −1.
+__device__ __forceinline__ void FinishSync(const Peers& peers, const SyncCall& call, bool failed,
+                                           int32_t n, int32_t* matrix) {
+  failed = __syncthreads_or(failed);
+  if (threadIdx.x == 0) peers.state->epoch = call.epoch;
+  if (!failed) return;
+  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(peers.size) * n; i += blockDim.x) {
+    matrix[i] = -1;
+  }
+}
+
 }  // namespace lplb::cuda
 
 #endif  // LPLB_CUDA_SYNC_CUH_

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace lplb::cuda {
+#include "cuda/warp.cuh"
 
-constexpr uint32_t kAllLanes = 0xffffffffu;
+namespace lplb::cuda {
 
 // The first kThreads threads of the block, whole warps. One warp needs no barrier of the block.
 template <int kThreads>
@@ -57,7 +57,7 @@ struct Team {
   // Whether any thread's value is true; a barrier, too.
   static __device__ __forceinline__ bool Any(bool value) {
     if constexpr (kWarps == 1) {
-      const bool any = __any_sync(kAllLanes, value);
+      const bool any = __any_sync(kFullWarp, value);
       __syncwarp();
       return any;
     } else {
@@ -76,8 +76,8 @@ struct Team {
   __device__ __forceinline__ uint2 Best(float value, uint32_t tag) {
     const uint32_t bits = __float_as_uint(value);
     uint2 best;
-    best.x = __reduce_max_sync(kAllLanes, bits);
-    best.y = __reduce_min_sync(kAllLanes, bits == best.x ? tag : ~0u);
+    best.x = __reduce_max_sync(kFullWarp, bits);
+    best.y = __reduce_min_sync(kFullWarp, bits == best.x ? tag : ~0u);
     if constexpr (kWarps > 1) {
       if ((threadIdx.x & 31) == 0) memory_.keys[threadIdx.x / 32] = best;
       Sync();
@@ -93,7 +93,7 @@ struct Team {
 
   // Values ≥ 0 are ordered as their bits are.
   static __device__ __forceinline__ float WarpMax(float value) {
-    return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(value)));
+    return __uint_as_float(__reduce_max_sync(kFullWarp, __float_as_uint(value)));
   }
 
   // Sums over one warp of all values from the kFirst-th on.
@@ -102,7 +102,7 @@ struct Team {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
 #pragma unroll
-      for (int i = kFirst; i < kAll; ++i) value[i] += __shfl_xor_sync(kAllLanes, value[i], step);
+      for (int i = kFirst; i < kAll; ++i) value[i] += __shfl_xor_sync(kFullWarp, value[i], step);
     }
   }
 

@@ -8,10 +8,9 @@
 #include <cstdint>
 
 #include "cuda/problem.h"
+#include "cuda/warp.cuh"
 
 namespace lplb::cuda {
-
-constexpr uint32_t kFullWarp = 0xffffffffu;
 
 // Division of dividends below 2²⁴ by a number that only the device knows.
 struct SmallDivisor {

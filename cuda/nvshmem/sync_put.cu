@@ -53,12 +53,7 @@ extern "C" __global__ void lplb_sync_put(const Peers peers, const PutPeers put, 
                         matrix[static_cast<int64_t>(source) * n + i] = count;
                       });
   }
-  failed = __syncthreads_or(failed);
-  if (threadIdx.x == 0) peers.state->epoch = call.epoch;
-  if (!failed) return;
-  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(peers.size) * n; i += blockDim.x) {
-    matrix[i] = -1;
-  }
+  FinishSync(peers, call, failed, n, matrix);
 }
 
 }  // namespace lplb::cuda
