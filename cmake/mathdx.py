@@ -78,7 +78,7 @@ class Function:
     def ltoir(self) -> bytes:
         return self._fetch("GetLTOIR")
 
-    def library(self) -> bytes:
+    def universal_fatbin(self) -> bytes:
         """The fat binary of what all cuSolverDx functions call."""
         return self._fetch("GetUniversalFATBIN")
 
@@ -109,7 +109,7 @@ def main() -> None:
         for function, stem in ((POTRF, "potrf"), (POTRS, "potrs")):
             generated = mathdx.cholesky(function, n, threads, f"lplb_{stem}_{n}")
             (folder / f"{stem}_{n}.ltoir").write_bytes(generated.ltoir())
-    (folder / "cusolverdx.fatbin").write_bytes(generated.library())
+    (folder / "cusolverdx.fatbin").write_bytes(generated.universal_fatbin())
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def main() -> None:
                 if n == 8:
                     break
         print(f"{n} ranks: threads tried {all_threads}, suggested {suggested}", flush=True)
-    inputs.append((NVJITLINK_FATBIN, code.library(), "cusolverdx"))
+    inputs.append((NVJITLINK_FATBIN, code.universal_fatbin(), "cusolverdx"))
     with tempfile.TemporaryDirectory() as folder:
         ir = pathlib.Path(folder) / "factor.ltoir"
         subprocess.run(
