@@ -237,6 +237,7 @@ def main() -> None:
     coordinator, n_processes, process, seed, scenario = sys.argv[1:]
     process = int(process)
     jax.distributed.initialize(coordinator, int(n_processes), process, local_device_ids=[process])
+    print(f"--seed={seed}", flush=True)
     rng = np.random.default_rng(int(seed))
     mesh = Mesh(np.array(jax.devices()), "ep")
     if scenario == "killed":

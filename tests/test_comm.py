@@ -1,16 +1,13 @@
 """Communicators without a GPU: their arguments, agreement, and what they lower to."""
 
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 import warnings
 
 import comm_process
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from cases import Case, tokens
 from jax import export
@@ -22,6 +19,7 @@ import lplb_jax.comm
 from lplb_jax import Comm, _nvshmem, count_loads, init_comm, rebalance, sync_loads, topologies
 
 RANKS = P("ep")
+WITHOUT_GPUS = {"timeout": 120, "JAX_PLATFORMS": "cpu"}
 CASE = Case(topologies.cube(), 8)
 
 
@@ -234,39 +232,13 @@ def test_scan_checkpoint_and_grad_can_hold_it(mesh):
     assert text.count("custom_call @lplb_synced_rebalance") == 2  # Forward, and replayed.
 
 
-def run_processes(n, file, *arguments):
-    """Outputs of `n` processes without GPUs."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-P", file, address, str(n), str(i), *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(n)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    return outputs
-
-
 @pytest.mark.parametrize(("scenario", "n"), [("agreement", 4), ("init", 2), ("late", 3)])
 def test_processes(scenario, n):
-    for output in run_processes(n, comm_process.__file__, scenario):
+    for output in processes.run(n, comm_process.__file__, scenario, **WITHOUT_GPUS):
         assert "done" in output
 
 
 def test_the_example_of_several_processes():
     example = pathlib.Path(__file__).parent.parent / "examples" / "processes.py"
-    outputs = run_processes(2, str(example))
+    outputs = processes.run(2, str(example), **WITHOUT_GPUS)
     assert "2 ranks, counts by xla: busiest 4096, bound 4096" in outputs[0]

@@ -1,15 +1,12 @@
 """Load sync on NVIDIA GPUs: virtual ranks on one, and every transport on as many as there are."""
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 import sync_checks
 from jax.sharding import Mesh
@@ -201,37 +198,17 @@ def test_closed_between_compilation_and_run(mesh):
         jax.block_until_ready(step(counts))
 
 
-def run_processes(request, scenario, timeout=150):
-    """One process per GPU; returns their outputs, and checks their exit."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    path = [os.path.dirname(sync_checks.__file__), os.environ.get("PYTHONPATH")]
-    environment = {
-        **os.environ,
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
-    }
-    n = len(jax.devices())
+def run_processes(request, scenario):
+    """Outputs of one process per GPU; they begin with the seed."""
     seed = str(request.config.option.seed)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, sync_checks.__file__, address, str(n), str(i), seed, scenario],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(n)
-    ]
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, f"--seed={seed}\n{output}"
-    return outputs
+    return processes.run(
+        len(jax.devices()),
+        sync_checks.__file__,
+        seed,
+        scenario,
+        timeout=150,
+        XLA_PYTHON_CLIENT_PREALLOCATE="false",
+    )
 
 
 needs_nvshmem = pytest.mark.skipif(
