@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from cuda.bindings import runtime
 from graph import check, microseconds, pointer
+from wall import median_seconds
 
 from lplb_jax import _cuda, place_experts, rebalance, topologies
 from lplb_jax.assignment import workspace_shape
@@ -83,17 +84,6 @@ def copy_bandwidth(n_bytes: int = 1 << 30) -> float:
     return 2 * n_bytes / (microseconds(launch, launches=4) * 1e-6)
 
 
-def wall_time(function: Callable[..., Any], *arguments: Any, repeats: int = 50) -> float:
-    """Median wall time of a jitted call in µs, warm."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - start)
-    return float(np.median(times) * 1e6)
-
-
 def routing(n_tokens: int, layer: int = 0) -> np.ndarray:
     """`n_tokens` real indices, repeated where the trace is shorter."""
     trace = load_traces().indices
@@ -152,7 +142,9 @@ def argsort_times(n_tokens: int = 32768) -> tuple[float, float]:
 
         return jax.jit(lambda ids: jax.lax.scan(body, ids, None, length=20)[1])
 
-    return tuple(wall_time(chained(step), indices) / 20 for step in (sort, whole))
+    return tuple(
+        median_seconds(chained(step), indices, repeats=50) * 1e6 / 20 for step in (sort, whole)
+    )
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import functools
 import json
 import time
 from typing import Any
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from wall import median_seconds
 
 from lplb_jax import metrics, moe, place_experts, rebalance, solve, topologies
 from lplb_jax.data import load_traces
@@ -296,7 +296,7 @@ def rebalance_time(mesh: Mesh, r2o: np.ndarray, case: Case, n_layers: int = 50) 
         return jax.lax.scan(layer, jnp.int32(0), None, length=n_layers)[1]
 
     run = jax.jit(jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
-    return median_ms(functools.partial(run, case.ids), 10) / n_layers
+    return median_seconds(run, case.ids, repeats=10) * 1e3 / n_layers
 
 
 def forward_time(case: Case, repeats: int) -> float:
@@ -309,17 +309,8 @@ def forward_time(case: Case, repeats: int) -> float:
         compiler_options=HIDE,
     )  # fmt: skip
     arguments = case.tokens, case.gates, case.experts("lplb"), case.ids
-    return median_ms(lambda: [run(*arguments) for _ in range(4)], repeats) / 4
-
-
-def median_ms(function: Any, repeats: int) -> float:
-    jax.block_until_ready(function())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append((time.perf_counter() - start) * 1e3)
-    return float(np.median(times))
+    four = median_seconds(lambda: [run(*arguments) for _ in range(4)], repeats=repeats)
+    return four * 1e3 / 4
 
 
 if __name__ == "__main__":
