@@ -79,11 +79,15 @@ def check_axis(axis_name: Any) -> int:
         ) from None
 
 
+def axis_names(axis_name: Any) -> tuple[Any, ...]:
+    """One mapped axis or several, as a tuple."""
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+
+
 def varying_over(array: jax.Array, axis_name: Any) -> jax.Array:
     """`array` typed as one that may differ along this mapped axis (or a tuple of axes)."""
-    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     varying = jax.typeof(array).manual_axis_type.varying
-    missing = tuple(axis for axis in axes if axis not in varying)
+    missing = tuple(axis for axis in axis_names(axis_name) if axis not in varying)
     return lax.pcast(array, missing, to="varying") if missing else array
 
 

@@ -96,18 +96,17 @@ def rebalance(
     at_once = comm.fuses if comm is not None else axis_name is None
     if loads is None and method == "exact" and at_once:
         assigned, split = _rebalance_at_once(indices, problem, axis_name, comm, positions)
-        return (assigned if positions else assigned.physical_indices), split
-
-    own = count(indices, problem.n_logical)
-    if loads is None:
-        sources = own if axis_name is None else gather(own, axis_name, comm)
-        split = split_loads(sources, problem, method, weights)
-        loads = None if axis_name is None else sources
     else:
-        split = split_loads(loads, problem, method, weights)
-        invalid = jnp.where(own[-1] > 0, jnp.int32(Status.INVALID_INDEX), 0)
-        split = split._replace(status=split.status | invalid)
-    assigned = assign_tokens(indices, loads, split.quota, problem, axis_name, own, positions)
+        own = count(indices, problem.n_logical)
+        if loads is None:
+            sources = own if axis_name is None else gather(own, axis_name, comm)
+            split = split_loads(sources, problem, method, weights)
+            loads = None if axis_name is None else sources
+        else:
+            split = split_loads(loads, problem, method, weights)
+            invalid = jnp.where(own[-1] > 0, jnp.int32(Status.INVALID_INDEX), 0)
+            split = split._replace(status=split.status | invalid)
+        assigned = assign_tokens(indices, loads, split.quota, problem, axis_name, own, positions)
     return (assigned if positions else assigned.physical_indices), split
 
 

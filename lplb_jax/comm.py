@@ -14,10 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lplb_jax import _native, _nvshmem
-from lplb_jax._problem import check_count
+from lplb_jax._problem import axis_names, check_count
 from lplb_jax._rendezvous import Rendezvous
 
 TRANSPORTS = ("auto", "xla", "p2p", "nvshmem", "nvshmem_put")
+
+_NO_MODULE = "lplb_jax was installed without its CUDA module (install with LPLB_CUDA=pypi)"
 
 # All processes make their communicators in the same order, so these agree.
 _ids = itertools.count(1)
@@ -196,7 +198,7 @@ def check_comm(comm: Any, axis_name: Any, n_logical: int) -> None:
         raise TypeError(f"comm: expected a Comm from init_comm, got {type(comm).__name__}")
     if comm.closed:
         raise ValueError("comm: it is closed; make a new one with init_comm")
-    if _names(axis_name) != _names(comm.axis):
+    if axis_names(axis_name) != axis_names(comm.axis):
         raise ValueError(f"axis_name: expected {comm.axis!r}, the axis of comm, got {axis_name!r}")
     if n_logical > comm.max_experts:
         raise ValueError(
@@ -219,15 +221,11 @@ def _(axis_size: int, *_: Any) -> Any:
     )
 
 
-def _names(axis: Any) -> tuple[Any, ...]:
-    return tuple(axis) if isinstance(axis, tuple | list) else (axis,)
-
-
 def _groups(mesh: Any, axis: Any) -> np.ndarray:
     """The mesh's devices `[n_groups, size]`; along a row, ranks as lax.axis_index counts them."""
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
-    names = _names(axis)
+    names = axis_names(axis)
     if not names or len(set(names)) < len(names) or not set(names) <= set(mesh.axis_names):
         raise ValueError(f"axis: expected axes of the mesh, {mesh.axis_names}, got {axis!r}")
     places = [mesh.axis_names.index(name) for name in names]
@@ -243,7 +241,7 @@ def _probe_p2p(groups: np.ndarray) -> str | None:
     """Why peer memory cannot be used, or None."""
     native = _native.cuda()
     if native is None:
-        return "lplb_jax was installed without its CUDA module (install with LPLB_CUDA=pypi)"
+        return _NO_MODULE
     here = jax.process_index()
     if any(device.process_index != here for device in groups.flat):
         return "the mesh spans several processes, whose memory peers cannot map: use 'nvshmem'"
@@ -302,7 +300,7 @@ def _connect_p2p(groups: np.ndarray, made: _Inboxes, _: Rendezvous, __: str) -> 
 def _probe_nvshmem(groups: np.ndarray) -> str | None:
     """Why NVSHMEM cannot be used, or None."""
     if _native.cuda() is None:
-        return "lplb_jax was installed without its CUDA module (install with LPLB_CUDA=pypi)"
+        return _NO_MODULE
     here = [device for device in groups.flat if device.process_index == jax.process_index()]
     if len(here) != 1:
         return f"NVSHMEM takes one GPU per process, and this one has {len(here)} of the mesh"

@@ -24,19 +24,8 @@ def rebalance(
 ) -> tuple[Int32[Array, "..."], ...]:
     """The results of `assign`, then those of `solve`, for tokens that are all there are."""
     counts = count(indices, n_logical=log2phy.shape[0])[None]
-    split = solve(counts, phy2log, log2phy, r2o, ep_size=ep_size)
     rank = jnp.int32(0)
-    routed = assign(
-        indices,
-        counts,
-        split[0],
-        log2phy,
-        rank,
-        ep_size=ep_size,
-        proportional=0,
-        positions=positions,
-    )
-    return *routed, *split
+    return _solve_and_assign(indices, counts, phy2log, log2phy, r2o, rank, ep_size, positions)
 
 
 def synced_rebalance(
@@ -54,15 +43,10 @@ def synced_rebalance(
     """The same inside shard_map, where the other ranks of `axis_name` have tokens too."""
     del comm  # How the counts get there makes no difference.
     counts = lax.all_gather(count(indices, n_logical=log2phy.shape[0]), axis_name, to="invarying")
+    return _solve_and_assign(indices, counts, phy2log, log2phy, r2o, rank, ep_size, positions)
+
+
+def _solve_and_assign(indices, counts, phy2log, log2phy, r2o, rank, ep_size, positions):
     split = solve(counts, phy2log, log2phy, r2o, ep_size=ep_size)
-    routed = assign(
-        indices,
-        counts,
-        split[0],
-        log2phy,
-        rank,
-        ep_size=ep_size,
-        proportional=0,
-        positions=positions,
-    )
-    return *routed, *split
+    sizes = {"ep_size": ep_size, "proportional": 0, "positions": positions}
+    return *assign(indices, counts, split[0], log2phy, rank, **sizes), *split
