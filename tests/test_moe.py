@@ -256,9 +256,10 @@ def test_rows_that_nobody_sent_do_not_matter(rng, mesh, monkeypatch):
     """The ragged transport leaves them as they were in memory: also NaN, in both directions."""
     padded = exchange._padded
 
-    def spoiled(rows, here, there, *arguments):
-        written = padded(jnp.ones_like(rows), here, there, *arguments) > 0
-        return jnp.where(written, padded(rows, here, there, *arguments), jnp.nan)
+    def spoiled(array, here, there, *arguments):
+        written = padded(jnp.ones_like(array), here, there, *arguments) > 0
+        anything = jnp.nan if jnp.issubdtype(array.dtype, jnp.floating) else 7
+        return jnp.where(written, padded(array, here, there, *arguments), anything)
 
     monkeypatch.setattr(exchange, "_padded", spoiled)
     case = CASES["ring"](rng)
@@ -273,17 +274,17 @@ def test_rows_that_nobody_sent_do_not_matter(rng, mesh, monkeypatch):
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
 
 
-def test_blocks_of_kernels_that_reach_past_the_last_group(rng, monkeypatch):
+def test_blocks_of_kernels_that_reach_past_the_last_group(rng):
     """As the kernels do: whole blocks are read, and what is of other groups multiplied by zero."""
     block = 64
 
-    def rows_times(rows, weights, sizes, transpose_rhs=False):
-        weights = weights.swapaxes(1, 2) if transpose_rhs else weights
+    def of_rows(rows, weights, sizes, transposed=False):
+        weights = weights.swapaxes(1, 2) if transposed else weights
         group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
         out = jnp.einsum("mk,mkn->mn", rows, weights[jnp.minimum(group, len(sizes) - 1)])
         return jnp.where((group < len(sizes))[:, None], out, jnp.nan)
 
-    def transposed(rows, slope, sizes):
+    def of_weights(rows, slope, sizes):
         ends, row = jnp.cumsum(sizes), jnp.arange(len(rows))
         starts = ends - sizes
         read = (row >= starts[:, None] // block * block) & (
@@ -296,29 +297,35 @@ def test_blocks_of_kernels_that_reach_past_the_last_group(rng, monkeypatch):
             (sizes > 0)[:, None, None], jnp.einsum("gmk,gmn->gkn", of_group, of_slope), 0
         )
 
-    monkeypatch.setattr(experts_module, "_mosaic", rows_times)
-    monkeypatch.setattr(experts_module, "_mosaic_transposed", transposed)
+    kernels = experts_module._MOSAIC._replace(of_rows=of_rows, of_weights=of_weights)
     rows = rng.normal(0, 1, (200, 8)).astype(np.float32)
-    weights = rng.normal(0, 1, (4, 8, 6)).astype(np.float32)
+    gates = rng.random(200).astype(np.float32)
+    experts = moe.Experts(
+        rng.normal(0, 1, (4, 8, 12)).astype(np.float32),
+        rng.normal(0, 1, (4, 6, 8)).astype(np.float32),
+    )
     for sizes in ([50, 0, 30, 7], [0, 0, 0, 0], [100, 50, 40, 10], [1, 0, 0, 127], [0, 190, 3, 0]):
         sizes = jnp.array(sizes, jnp.int32)
-        inside = (np.arange(200) < sizes.sum())[:, None]
-        upstream = rng.normal(0, 1, (200, 6)).astype(np.float32)
+        inside = np.arange(200) < sizes.sum()
+        upstream = rng.normal(0, 1, (200, 8)).astype(np.float32)
 
-        def pulled(dot, rows, upstream, sizes=sizes):
-            out, pull = jax.vjp(lambda rows, weights: dot(rows, weights, sizes), rows, weights)
-            return out, *pull(upstream)
+        def pulled(products, rows, gates, upstream, sizes=sizes):
+            ffn = functools.partial(experts_module._ffn, jax.nn.silu, products)
+            out, pull = jax.vjp(lambda *floats: ffn(*floats, sizes), rows, experts, gates)
+            of_rows, of_experts, of_gates = pull(upstream)
+            return out, of_rows, of_gates, *of_experts
 
-        got = pulled(
-            experts_module._mosaic_dot,
-            jnp.where(inside, rows, jnp.nan),
-            jnp.where(inside, upstream, jnp.nan),
+        spoiled = (
+            jnp.where(inside.reshape(-1, *[1] * (array.ndim - 1)), array, jnp.nan)
+            for array in (rows, gates, upstream)
         )
-        want = pulled(jax.lax.ragged_dot, jnp.asarray(rows), jnp.where(inside, upstream, 0))
-        for name, ours, theirs in zip(["output", "rows", "weights"], got, want, strict=True):
-            if name != "weights":
-                ours, theirs = ours[inside[:, 0]], theirs[inside[:, 0]]
-            np.testing.assert_allclose(ours, theirs, atol=1e-4, err_msg=name)
+        got = pulled(kernels, *spoiled)
+        want = pulled(experts_module._XLA, *map(jnp.asarray, (rows, gates, upstream)))
+        names = ["output", "rows", "gates", "gate_up", "down"]
+        for name, ours, theirs in zip(names, got, want, strict=True):
+            if len(ours) == 200:
+                ours, theirs = ours[inside], theirs[inside]
+            np.testing.assert_allclose(ours, theirs, atol=1e-3, err_msg=name)
 
 
 def test_weights_fetched_earlier(rng, mesh):
@@ -565,17 +572,26 @@ def test_bad_input_of_the_parts(rng, mesh):
     refused(ValueError, words, moe.replicate_weights, weights, sixteen, "ep")
     refused(ValueError, "^r2o: ", moe.replicate_weights, weights, np.array([[0], [0]]), "ep")
 
-    dispatch = functools.partial(moe.dispatch, axis_name="ep", capacity=24)
+    some = jnp.zeros((8, 3))
+
+    def dispatch(tokens, assignment, gates=some, capacity=24):
+        return moe.dispatch(tokens, gates, assignment, axis_name="ep", capacity=capacity)
+
     words = "^assignment: .*got ArrayImpl.*positions=True"
     refused(TypeError, words, dispatch, tokens, ids)
     good = Assignment(ids, ids, jnp.zeros(64, jnp.int32))
     refused(ValueError, "^tokens: .*int32", dispatch, ids, good)
-    refused(ValueError, "^capacity: .*got 0", functools.partial(dispatch, capacity=0), tokens, good)
+    refused(ValueError, r"^gates: .*\[8, 3\].*\[8, 2\]", dispatch, tokens, good, jnp.zeros((8, 2)))
+    refused(ValueError, "^gates: .*floats.*int32", dispatch, tokens, good, ids)
+    refused(ValueError, "^capacity: .*got 0", dispatch, tokens, good, capacity=0)
+    refused(ValueError, "^capacity: .*2³¹.*8 ranks", dispatch, tokens, good, capacity=2**28)
     odd = good._replace(counts=jnp.zeros(63, jnp.int32))
     refused(ValueError, r"^assignment: .*\[63\]", dispatch, tokens, odd)
     experts = moe.Experts(jnp.zeros((4, 16, 24)), jnp.zeros((4, 12, 16)))
     words = r"^group_sizes: .*\[4\].*\[3\]"
     refused(ValueError, words, moe.expert_ffn, tokens, experts, jnp.zeros(3, jnp.int32))
+    gated = functools.partial(moe.expert_ffn, tokens, experts, jnp.zeros(4, jnp.int32))
+    refused(ValueError, r"^gates: .*\[8\].*\[3\]", gated, gates=jnp.zeros(3))
     with pytest.raises(ValueError, match=r"^weights: .*\[32, …\], got \[31\]"):
         moe.move_experts(jnp.zeros(31), placement, placement)
     other = place_experts(None, topologies.ring(4), n_logical=32, ep_size=4, redundants_per_rank=1)

@@ -1,9 +1,13 @@
-"""Rows of tokens to the ranks of their slots and back, without a sort.
+"""Tokens to the ranks of their slots and back, each once, without a sort.
 
-A source writes its rows slot by slot, in the places that `Assignment.position` tells. The rank that
-receives them keeps them slot by slot too, and in a slot source by source, as a grouped matrix
-product wants them. Everybody knows everybody's counts, so both places of every slice are known to
-sender and receiver, and the way back, as well as both derivatives, is the same exchange reversed.
+A token goes to a rank once, however many of its choices the rank serves; there it is copied to a
+row for each. What the experts made of those rows is summed there, too, and travels back as one.
+The rows stand slot by slot, and in a slot source by source, as a grouped matrix product wants them.
+A source knows everybody's counts, and from `Assignment.position` the row of each of its choices:
+it sends the numbers of the rows beside the token.
+
+Copying tokens and adding copies up are each other's transposes, and so are the exchanges there and
+back. So all derivatives are made of the same parts.
 """
 
 from __future__ import annotations
@@ -24,31 +28,92 @@ from lplb_jax.loads import sync_loads
 TRANSPORTS = ("auto", "padded", "ragged")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["row_of", "choice_of", "counts"],
-    meta_fields=["capacity", "axis_name", "transport"],
-)
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Where the rows of one batch go, and come back from.
+class Copies(NamedTuple):
+    """A list that holds entries of another, some of them several times.
 
     Attributes:
-      row_of: int32 `[tokens, top_k]`, the place of every choice in what this rank sends, or
-        tokens · top_k where it goes nowhere or finds no room.
-      choice_of: int32 `[tokens · top_k]`, the choice in every place, numbered token by token.
-      counts: int32 `[ep_size, ep_size, slots_per_rank]`: rows from a source for a rank's slot.
-      capacity: rows that a rank has room for (static).
+      entry: int32 `[copies]`, of which entry each is a copy.
+      places: int32 `[entries, most]`, where the copies of an entry are; the list's length for none.
+    """
+
+    entry: jax.Array
+    places: jax.Array
+
+
+@jax.custom_vjp
+def _copy(entries: jax.Array, copies: Copies) -> jax.Array:
+    """`[entries, …]` -> `[copies, …]`."""
+    return entries[copies.entry]
+
+
+@jax.custom_vjp
+def _add(array: jax.Array, copies: Copies) -> jax.Array:
+    """`[copies, …]` -> `[entries, …]`: the sums of their copies, in float32."""
+    picked = array.at[copies.places].get(mode="fill", fill_value=0)
+    wide = jnp.promote_types(array.dtype, jnp.float32)
+    return picked.astype(wide).sum(axis=1).astype(array.dtype)
+
+
+_copy.defvjp(
+    lambda entries, copies: (_copy(entries, copies), copies),
+    lambda copies, slope: (_add(slope, copies), None),
+)
+_add.defvjp(
+    lambda array, copies: (_add(array, copies), copies),
+    lambda copies, slope: (_copy(slope, copies), None),
+)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sizes"],
+    meta_fields=["most", "n_sent", "n_received", "axis_name", "transport"],
+)
+@dataclasses.dataclass(frozen=True)
+class Lists:
+    """Lists of tokens, one from every rank to every other.
+
+    Attributes:
+      sizes: int32 `[ep_size, ep_size]`: tokens from a source to a rank.
+      most: how many tokens a source can send to a rank (static).
+      n_sent: room for what a source sends, rank by rank (static).
+      n_received: room for what a rank receives, source by source (static).
       axis_name: the expert-parallel mesh axis (static).
       transport: "ragged" or "padded" (static).
     """
 
-    row_of: jax.Array
+    sizes: jax.Array
+    most: int
+    n_sent: int
+    n_received: int
+    axis_name: Any
+    transport: str
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["lists", "sent", "received", "choice_of", "counts"],
+    meta_fields=["capacity"],
+)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where the tokens of one batch go, and come back from.
+
+    Attributes:
+      lists: what goes from rank to rank.
+      sent: the tokens' places in what this rank sends.
+      received: the rows of the tokens that it receives; of no meaning past the last token or row.
+      choice_of: int32 `[capacity]`, the choice of a received token that a row serves.
+      counts: int32 `[ep_size, ep_size, slots_per_rank]`: rows from a source for a rank's slot.
+      capacity: rows that a rank has room for (static).
+    """
+
+    lists: Lists
+    sent: Copies
+    received: Copies
     choice_of: jax.Array
     counts: jax.Array
     capacity: int
-    axis_name: Any
-    transport: str
 
     @property
     def slot_loads(self) -> jax.Array:
@@ -64,7 +129,8 @@ class Plan:
     @property
     def group_sizes(self) -> jax.Array:
         """Rows that this rank received for each of its slots: int32 `[slots_per_rank]`."""
-        return _sent(self.counts, self.capacity)[:, lax.axis_index(self.axis_name)].sum(axis=0)
+        me = lax.axis_index(self.lists.axis_name)
+        return _fitting(self.counts, self.capacity)[:, me].sum(axis=0)
 
 
 def capacity_for(n_rows: int, ep_size: int, factor: float) -> int:
@@ -92,89 +158,140 @@ def capacity_for(n_rows: int, ep_size: int, factor: float) -> int:
 
 def dispatch(
     tokens: jax.Array,
+    gates: jax.Array,
     assignment: Assignment,
     *,
     axis_name: Any,
     capacity: int,
     transport: str = "auto",
-) -> tuple[jax.Array, Plan]:
+) -> tuple[jax.Array, jax.Array, Plan]:
     """Sends every token to the ranks of its slots. Call it inside `jax.shard_map`.
 
     Args:
-      tokens: `[tokens, hidden]` of this rank.
+      tokens: `[tokens, hidden]` of this rank; equally many on all ranks.
+      gates: floats `[tokens, top_k]`, the weights of a token's choices.
       assignment: where they go, `[tokens, top_k]`: from `rebalance` or `assign` with
         `positions=True`.
       axis_name: the expert-parallel mesh axis (or a tuple of axes).
       capacity: rows that every rank has room for, see `capacity_for`. What is above it is dropped,
         last slots first, and counted in `Plan.overflow`. Kernels want a multiple of 8.
-      transport: "ragged": `lax.ragged_all_to_all`, exactly the rows there are; for GPUs. "padded":
-        `lax.all_to_all` of as many rows for every pair as a source could send; for all backends.
-        "auto": "ragged" where the default backend is a GPU.
+      transport: "ragged": `lax.ragged_all_to_all`, exactly the tokens there are; for GPUs.
+        "padded": `lax.all_to_all` of as many for every pair as a source could send; for all
+        backends. "auto": "ragged" where the default backend is a GPU.
 
     Returns:
-      `(rows, plan)`: `[capacity, hidden]`, the rows of this rank's slots, `plan.group_sizes` for
-      each one after the other, and after them anything, also NaN; and what `combine` needs to send
-      them back.
+      `(rows, row_gates, plan)`: `[capacity, hidden]`, the rows of this rank's slots,
+      `plan.group_sizes` for each one after the other, and after them anything, also NaN; the gate
+      of every row, `[capacity]`; and what `combine` needs to send them back.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
 
     >>> spec = jax.sharding.PartitionSpec("ep")
     >>> mesh = jax.sharding.Mesh(jax.devices()[:2], "ep")
-    >>> def there_and_back(tokens, ids):
+    >>> def there_and_back(tokens, ids, gates):
     ...     assigned, _ = rebalance(
     ...         ids, None, ring, placement=placement, axis_name="ep", positions=True
     ...     )
-    ...     rows, plan = moe.dispatch(tokens, assigned, axis_name="ep", capacity=4)
-    ...     return moe.combine(10 * rows, jnp.ones_like(ids, tokens.dtype), plan)
+    ...     rows, row_gates, plan = moe.dispatch(
+    ...         tokens, gates, assigned, axis_name="ep", capacity=4
+    ...     )
+    ...     return moe.combine(row_gates[:, None] * rows, plan)
     >>> ring = topologies.ring(2)
     >>> placement = place_experts(None, ring, n_logical=2, ep_size=2, redundants_per_rank=1)
     >>> run = jax.shard_map(there_and_back, mesh=mesh, in_specs=spec, out_specs=spec)
-    >>> run(jnp.array([[1.0], [2.0], [3.0], [4.0]]), jnp.array([[1], [0], [0], [0]])).tolist()
+    >>> tokens, ids = jnp.array([[1.0], [2.0], [3.0], [4.0]]), jnp.array([[1], [0], [0], [0]])
+    >>> run(tokens, ids, jnp.full((4, 1), 10.0)).tolist()
     [[10.0], [20.0], [30.0], [40.0]]
     """
-    plan = make_plan(
-        tokens, assignment, axis_name=axis_name, capacity=capacity, transport=transport
-    )
-    return exchange(spread(tokens, plan), plan, "out"), plan
+    plan = _plan(tokens, assignment, axis_name, capacity, transport)
+    if gates.shape != plan.sent.places.shape or not jnp.issubdtype(gates.dtype, jnp.floating):
+        raise ValueError(
+            f"gates: expected floats [tokens, top_k] = {list(plan.sent.places.shape)}, got "
+            f"{gates.dtype} {list(gates.shape)}"
+        )
+    tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
+    rows = _copy(exchange(_copy(tokens, plan.sent), plan.lists, "there"), plan.received)
+    row_gates = _of_rows(exchange(_copy(gates, plan.sent), plan.lists, "there"), plan)
+    return rows, row_gates, plan
 
 
-def make_plan(
-    tokens: jax.Array, assignment: Assignment, *, axis_name: Any, capacity: int, transport: str
+def _plan(
+    tokens: jax.Array, assignment: Assignment, axis_name: Any, capacity: int, transport: str
 ) -> Plan:
-    """The first part of `dispatch`, of checked arguments; `spread` and `exchange` are the rest."""
     n_ranks = check_axis(axis_name)
     n_slots = _check_assignment(tokens, assignment, n_ranks)
     capacity = check_count("capacity", capacity)
+    if capacity * n_ranks >= 2**31:
+        raise ValueError(
+            f"capacity: expected less than 2³¹ rows on all {n_ranks} ranks, got {capacity} on each"
+        )
     if transport not in TRANSPORTS:
         raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
     if transport == "auto":
         transport = "ragged" if jax.default_backend() == "gpu" else "padded"
+    me = lax.axis_index(axis_name)
     physical, position, counts = assignment
-    n_rows = physical.size
-    row = (jnp.cumsum(counts) - counts)[physical] + position
-    choice_of = jnp.zeros(n_rows, jnp.int32)
-    choice_of = choice_of.at[jnp.where(physical >= 0, row, n_rows).reshape(-1)].set(
-        jnp.arange(n_rows, dtype=jnp.int32), mode="drop", unique_indices=True
-    )
-    gathered = sync_loads(counts, axis_name).reshape(n_ranks, n_ranks, n_slots)
-    sent = _sent(gathered, capacity)[lax.axis_index(axis_name)].reshape(-1)
-    arrives = (physical >= 0) & (position < sent[physical])
-    row_of = jnp.where(arrives, row, n_rows)
-    return Plan(row_of, choice_of, gathered, capacity, axis_name, transport)
+    n_tokens, top_k = physical.shape
+    counts = sync_loads(counts, axis_name).reshape(n_ranks, n_ranks, n_slots)
+
+    # The row of every choice, all ranks' rows being numbered one rank after the other.
+    slot = jnp.maximum(physical, 0)
+    rank = slot // n_slots
+    arrives = (physical >= 0) & (position < _fitting(counts, capacity)[me].reshape(-1)[slot])
+    row = rank * capacity + _row_starts(counts)[me].reshape(-1)[slot] + position
+    row = jnp.where(arrives, row, -1)
+
+    # A token goes to every rank once: its first choice there has the place.
+    goes = (arrives[..., None] & (rank[..., None] == jnp.arange(n_ranks))).any(axis=1)
+    before = jnp.cumsum(goes, axis=0, dtype=jnp.int32) - goes
+    sizes = sync_loads(goes.sum(axis=0, dtype=jnp.int32), axis_name)
+    place = jnp.take_along_axis(_starts(sizes, axis=1)[me] + before, rank, axis=1)
+    same = arrives[:, None] & (rank[:, None] == rank[..., None])  # [tokens, top_k, top_k]
+    first = arrives & ~(same & jnp.tril(jnp.ones((top_k, top_k), bool), -1)).any(axis=2)
+    n_sent, n_received = n_tokens * min(n_ranks, top_k), min(n_tokens * n_ranks, capacity)
+    place = jnp.where(first, place, n_sent)
+    sent = Copies(_choices(place, n_sent) // top_k, place)
+
+    # A rank serves those choices of a received token whose rows are its own.
+    most = min(n_tokens, n_received)
+    lists = Lists(sizes, most, n_sent, n_received, axis_name, transport)
+    row = exchange(_copy(row, sent), lists, "there") - me * capacity
+    there = jnp.arange(len(row))[:, None] < sizes[:, me].sum()
+    row = jnp.where(there & (row >= 0) & (row < capacity), row, capacity)
+    choice_of = _choices(row, capacity)
+    return Plan(lists, sent, Copies(choice_of // top_k, row), choice_of, counts, capacity)
 
 
-def combine(rows: jax.Array, gates: jax.Array, plan: Plan) -> jax.Array:
-    """Sends rows back to their tokens and sums them, weighted.
+def _choices(places: jax.Array, n: int) -> jax.Array:
+    """int32 `[n]`: which of `places`, numbered row by row, is each; 0 where none is."""
+    numbers = jnp.arange(places.size, dtype=jnp.int32)
+    empty = varying_as(jnp.zeros(n, jnp.int32), places)
+    return empty.at[places.reshape(-1)].set(numbers, mode="drop", unique_indices=True)
+
+
+@jax.custom_vjp
+def _of_rows(values: jax.Array, plan: Plan) -> jax.Array:
+    """From the choices of received tokens, `[n_received, top_k]`, to rows: `[capacity]`."""
+    return values.reshape(-1)[plan.choice_of]
+
+
+_of_rows.defvjp(
+    lambda values, plan: (_of_rows(values, plan), plan),
+    lambda plan, slope: (slope.at[plan.received.places].get(mode="fill", fill_value=0), None),
+)
+
+
+def combine(rows: jax.Array, plan: Plan) -> jax.Array:
+    """Sends rows back to their tokens and sums them.
 
     Args:
-      rows: `[capacity, hidden]`, what became of the rows that `dispatch` gave.
-      gates: floats `[tokens, top_k]`, the weight of every choice.
+      rows: `[capacity, hidden]`, what became of the rows that `dispatch` gave, gates included.
       plan: from `dispatch`.
 
     Returns:
-      `[tokens, hidden]` of `rows`' dtype, summed in float32. Choices that went nowhere or found
-      no room add nothing.
+      `[tokens, hidden]` of `rows`' dtype, summed in float32: first on the rank that served the
+      choices, then on the token's. Choices that went nowhere or found no room add nothing.
 
     Raises:
       ValueError: at trace time; the message names the argument.
@@ -186,8 +303,10 @@ def combine(rows: jax.Array, gates: jax.Array, plan: Plan) -> jax.Array:
     ...     assigned, _ = rebalance(
     ...         ids, None, alone, placement=placement, axis_name="ep", positions=True
     ...     )
-    ...     rows, plan = moe.dispatch(tokens, assigned, axis_name="ep", capacity=8)
-    ...     return moe.combine(rows, gates, plan)
+    ...     rows, row_gates, plan = moe.dispatch(
+    ...         tokens, gates, assigned, axis_name="ep", capacity=8
+    ...     )
+    ...     return moe.combine(row_gates[:, None] * rows, plan)
     >>> run = jax.shard_map(there_and_back, mesh=mesh, in_specs=spec, out_specs=spec)
     >>> tokens, ids = jnp.array([[1.0], [2.0]]), jnp.array([[0, 1], [1, -1]])
     >>> run(tokens, ids, jnp.array([[0.25, 0.5], [1.0, 9.0]])).tolist()
@@ -198,11 +317,7 @@ def combine(rows: jax.Array, gates: jax.Array, plan: Plan) -> jax.Array:
             f"rows: expected [capacity, hidden] with capacity = {plan.capacity}, got "
             f"{list(rows.shape)}"
         )
-    if gates.shape != plan.row_of.shape:
-        raise ValueError(
-            f"gates: expected [tokens, top_k] = {list(plan.row_of.shape)}, got {list(gates.shape)}"
-        )
-    return _weighted_sum(exchange(rows, plan, "back"), varying_over(gates, plan.axis_name), plan)
+    return _add(exchange(_add(rows, plan.received), plan.lists, "back"), plan.sent)
 
 
 def _check_assignment(tokens: jax.Array, assignment: Assignment, n_ranks: int) -> int:
@@ -230,174 +345,98 @@ def _check_assignment(tokens: jax.Array, assignment: Assignment, n_ranks: int) -
     return len(counts) // n_ranks
 
 
-def spread(tokens: jax.Array, plan: Plan) -> jax.Array:
-    """Every choice's token, in the order they are sent: `[tokens · top_k, hidden]`."""
-    return _spread(varying_over(tokens, plan.axis_name), plan)
-
-
-@jax.custom_vjp
-def _spread(tokens: jax.Array, plan: Plan) -> jax.Array:
-    return tokens[plan.choice_of // plan.row_of.shape[1]]
-
-
-def _spread_forward(tokens: jax.Array, plan: Plan) -> tuple[jax.Array, Plan]:
-    return _spread(tokens, plan), plan
-
-
-def _spread_backward(plan: Plan, slope: jax.Array) -> tuple[jax.Array, None]:
-    # Every choice has one place: a gather and a sum, where autodiff would scatter and add.
-    return _picked(slope, plan).astype(jnp.float32).sum(axis=1).astype(slope.dtype), None
-
-
-_spread.defvjp(_spread_forward, _spread_backward)
-
-
-def _picked(rows: jax.Array, plan: Plan) -> jax.Array:
-    """The row of every choice: `[tokens, top_k, hidden]`, zeros where it went nowhere."""
-    return rows.at[plan.row_of].get(mode="fill", fill_value=0)
-
-
-@jax.custom_vjp
-def _weighted_sum(rows: jax.Array, gates: jax.Array, plan: Plan) -> jax.Array:
-    picked = _picked(rows, plan).astype(jnp.float32)
-    return (picked * gates[..., None].astype(jnp.float32)).sum(axis=1).astype(rows.dtype)
-
-
-def _weighted_sum_forward(
-    rows: jax.Array, gates: jax.Array, plan: Plan
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    return _weighted_sum(rows, gates, plan), (rows, gates, plan)
-
-
-def _weighted_sum_backward(saved: tuple[Any, ...], slope: jax.Array) -> tuple[Any, ...]:
-    rows, gates, plan = saved
-    weight = gates.reshape(-1)[plan.choice_of].astype(jnp.float32)
-    of_rows = slope[plan.choice_of // gates.shape[1]].astype(jnp.float32) * weight[:, None]
-    of_gates = _picked(rows, plan).astype(jnp.float32) * slope[:, None].astype(jnp.float32)
-    return of_rows.astype(rows.dtype), of_gates.sum(axis=-1).astype(gates.dtype), None
-
-
-_weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
-
-
 class _Slices(NamedTuple):
-    """One side of an exchange: int32 `[ep_size, slots_per_rank]` each, by peer and slot."""
+    """Parts of an array, one for every peer: int32 `[ep_size]` each."""
 
     starts: jax.Array
     sizes: jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def exchange(rows: jax.Array, plan: Plan, way: str) -> jax.Array:
-    """Rows of sources to ranks ("out": `[capacity, …]`) or of ranks to sources ("back")."""
-    me = lax.axis_index(plan.axis_name)
-    sent_starts, received_starts = _sent_starts(plan.counts), _received_starts(plan.counts)
-    sent = _sent(plan.counts, plan.capacity)
-    source = _Slices(sent_starts[me], sent[me])
-    receiver = _Slices(received_starts[:, me], sent[:, me])
-    if way == "out":
-        here, there, n_out = source, receiver, plan.capacity
+def exchange(array: jax.Array, lists: Lists, way: str) -> jax.Array:
+    """`[n_sent, …]` of sources to `[n_received, …]` of ranks ("there"), or the other way ("back").
+
+    Past the end of the lists there is anything.
+    """
+    me = lax.axis_index(lists.axis_name)
+    sent_starts, received_starts = _starts(lists.sizes, axis=1), _starts(lists.sizes, axis=0)
+    source = _Slices(sent_starts[me], lists.sizes[me])
+    receiver = _Slices(received_starts[:, me], lists.sizes[:, me])
+    if way == "there":
+        here, there, n_out = source, receiver, lists.n_received
         starts_there = received_starts[me]
     else:
-        here, there, n_out = receiver, source, plan.choice_of.size
+        here, there, n_out = receiver, source, lists.n_sent
         starts_there = sent_starts[:, me]
-    if plan.transport == "padded":
-        most = min(plan.choice_of.size, plan.capacity)
-        return _padded(rows, here, there, n_out, most, plan.axis_name)
-    return _ragged(rows, here, there, starts_there, n_out, plan.axis_name)
+    if lists.transport == "padded":
+        return _padded(array, here, there, n_out, lists.most, lists.axis_name)
+    return _ragged(array, here, there, starts_there, n_out, lists.axis_name)
 
 
-def _exchange_forward(rows: jax.Array, plan: Plan, way: str) -> tuple[jax.Array, Plan]:
-    return exchange(rows, plan, way), plan
+def _exchange_forward(array: jax.Array, lists: Lists, way: str) -> tuple[jax.Array, Lists]:
+    return exchange(array, lists, way), lists
 
 
-def _exchange_backward(way: str, plan: Plan, slope: jax.Array) -> tuple[jax.Array, None]:
-    return exchange(slope, plan, "back" if way == "out" else "out"), None
+def _exchange_backward(way: str, lists: Lists, slope: jax.Array) -> tuple[jax.Array, None]:
+    return exchange(slope, lists, "back" if way == "there" else "there"), None
 
 
 exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
-def _sent(counts: jax.Array, capacity: int) -> jax.Array:
-    """The counts without the rows that find no room: those that come last."""
-    return jnp.clip(capacity - _received_starts(counts), 0, counts)
+def _starts(sizes: jax.Array, axis: int) -> jax.Array:
+    return jnp.cumsum(sizes, axis=axis) - sizes
 
 
-def _sent_starts(counts: jax.Array) -> jax.Array:
-    """Where slices start in their source's rows: rank by rank, slot by slot."""
-    rows = counts.reshape(len(counts), -1)
-    return (jnp.cumsum(rows, axis=1) - rows).reshape(counts.shape)
-
-
-def _received_starts(counts: jax.Array) -> jax.Array:
-    """Where slices start in their receiver's rows: slot by slot, source by source."""
+def _row_starts(counts: jax.Array) -> jax.Array:
+    """Where rows start on their rank, slot by slot and source by source: of `counts`' shape."""
     rows = counts.transpose(1, 2, 0)
-    flat = rows.reshape(len(counts), -1)
-    return (jnp.cumsum(flat, axis=1) - flat).reshape(rows.shape).transpose(2, 0, 1)
+    return _starts(rows.reshape(len(counts), -1), axis=1).reshape(rows.shape).transpose(2, 0, 1)
+
+
+def _fitting(counts: jax.Array, capacity: int) -> jax.Array:
+    """The counts without the rows that find no room: those that come last."""
+    return jnp.clip(capacity - _row_starts(counts), 0, counts)
 
 
 def _ragged(
-    rows: jax.Array,
+    array: jax.Array,
     here: _Slices,
     there: _Slices,
     starts_there: jax.Array,
     n_out: int,
     axis_name: Any,
 ) -> jax.Array:
-    # XLA moves a piece by one block of threads. It takes some 300 to fill the links, and equal
-    # ones: whole slices would make all others wait for that of the busiest expert.
-    n_ranks, n_slots = here.sizes.shape
-    n_spare = -(-512 // n_ranks)
+    # XLA moves a piece by one block of threads, of which it takes some hundreds to fill the links.
+    n_pieces = -(-512 // len(here.sizes))
 
-    def cut(sizes: jax.Array) -> tuple[jax.Array, ...]:
-        per_piece = jnp.maximum(-(-sizes.sum(axis=1) // n_spare), 1)
-        return _cut(sizes, per_piece, n_slots + n_spare)
+    def cut(starts: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        length = -(-sizes // n_pieces)[:, None]
+        offsets = jnp.arange(n_pieces, dtype=jnp.int32) * length
+        lengths = jnp.clip(sizes[:, None] - offsets, 0, length)
+        return (starts[:, None] + offsets).reshape(-1), lengths.reshape(-1)
 
-    slot, offsets, lengths = cut(here.sizes)
-    empty = lax.empty((n_out, *rows.shape[1:]), rows.dtype)
+    starts, lengths = cut(*here)
     return lax.ragged_all_to_all(
-        rows,
-        varying_as(empty, rows),
-        (_of_slot(here.starts, slot) + offsets).reshape(-1),
-        lengths.reshape(-1),
-        (_of_slot(starts_there, slot) + offsets).reshape(-1),
-        cut(there.sizes)[2].reshape(-1),
+        array,
+        varying_as(lax.empty((n_out, *array.shape[1:]), array.dtype), array),
+        starts,
+        lengths,
+        cut(starts_there, here.sizes)[0],
+        cut(*there)[1],
         axis_name=axis_name,
     )
 
 
 def _padded(
-    rows: jax.Array, here: _Slices, there: _Slices, n_out: int, most: int, axis_name: Any
+    array: jax.Array, here: _Slices, there: _Slices, n_out: int, most: int, axis_name: Any
 ) -> jax.Array:
-    """`most`: the most rows that one rank can send to another."""
-    blocks = rows.at[_places(here, most, len(rows))].get(mode="fill", fill_value=0)
+    def places(slices: _Slices, nowhere: int) -> jax.Array:
+        offsets = jnp.arange(most, dtype=jnp.int32)
+        inside = offsets < slices.sizes[:, None]
+        return jnp.where(inside, slices.starts[:, None] + offsets, nowhere)
+
+    blocks = array.at[places(here, len(array))].get(mode="fill", fill_value=0)
     blocks = lax.all_to_all(blocks, axis_name, 0, 0)
-    empty = jnp.zeros_like(rows, shape=(n_out, *rows.shape[1:]))
-    return empty.at[_places(there, most, n_out)].set(blocks, mode="drop")
-
-
-def _places(slices: _Slices, most: int, nowhere: int) -> jax.Array:
-    """The row of every place in the blocks of a padded exchange: int32 `[ep_size, most]`."""
-    one = jnp.ones(len(slices.sizes), jnp.int32)
-    slot, offsets, lengths = _cut(slices.sizes, one, most)
-    return jnp.where(lengths > 0, _of_slot(slices.starts, slot) + offsets, nowhere)
-
-
-def _cut(sizes: jax.Array, per_piece: jax.Array, n_pieces: int) -> tuple[jax.Array, ...]:
-    """Cuts the slices of every peer into pieces of at most `per_piece` rows.
-
-    Returns int32 `[ep_size, n_pieces]`: the slot of every piece, where in its slice it starts, and
-    its rows; 0 for those that are not needed.
-    """
-    pieces = -(-sizes // per_piece[:, None])
-    ends = jnp.cumsum(pieces, axis=1)
-    piece = jnp.arange(n_pieces, dtype=jnp.int32)
-    slot = (piece[:, None] >= ends[:, None]).sum(axis=2, dtype=jnp.int32)
-    slot = jnp.minimum(slot, sizes.shape[1] - 1)
-    offsets = (piece - _of_slot(ends - pieces, slot)) * per_piece[:, None]
-    lengths = jnp.clip(_of_slot(sizes, slot) - offsets, 0, per_piece[:, None])
-    return slot, offsets, lengths
-
-
-def _of_slot(array: jax.Array, slot: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(array, slot, axis=1)
+    empty = jnp.zeros_like(array, shape=(n_out, *array.shape[1:]))
+    return empty.at[places(there, n_out)].set(blocks, mode="drop")

@@ -33,6 +33,7 @@ def expert_ffn(
     experts: Experts,
     group_sizes: jax.Array,
     *,
+    gates: jax.Array | None = None,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
     gemm: str = "auto",
 ) -> jax.Array:
@@ -42,7 +43,9 @@ def expert_ffn(
       rows: floats `[n_rows, hidden]`, slot by slot. Past the last group there may be anything.
       experts: weights of the slots, of `rows`' dtype.
       group_sizes: int32 `[slots]`, consecutive rows of every slot; their sum is at most n_rows.
-      activation: elementwise.
+      gates: floats `[n_rows]` to multiply the results with, as `dispatch` gave them; None for 1.
+        It is done before the last product, where there are fewer columns than after it.
+      activation: elementwise, without traced values of its own.
       gemm: who multiplies. "mosaic": the Pallas kernels that come with JAX for Hopper GPUs, in
         bfloat16 or float16 and for sizes that are multiples of 128 (needs absl-py). "xla":
         `lax.ragged_dot`, for all backends and types; on a GPU it is many times slower. "auto":
@@ -59,22 +62,82 @@ def expert_ffn(
     >>> out[:3].tolist()
     [[9.0, 9.0, 9.0], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]]
     """
-    _check(rows, experts, group_sizes)
-    dot = _grouped_dot(_choose_gemm(gemm, rows, experts))
-    experts = varying_as(experts, rows)
-    # A kernel leaves rows of no group as they were in memory; anything may be there, also NaN.
-    inside = jnp.arange(len(rows)) < group_sizes.sum()
-
-    # From what the product gave, again in the backward pass: cheaper than to keep its parts.
-    @jax.checkpoint
-    def gated(gate_up: jax.Array) -> jax.Array:
-        gate, up = (jnp.where(inside[:, None], half, 0) for half in jnp.split(gate_up, 2, axis=-1))
-        return activation(gate) * up
-
-    return dot(gated(dot(rows, experts.gate_up, group_sizes)), experts.down, group_sizes)
+    if gates is None:
+        gates = jnp.ones(rows.shape[:1])
+    _check(rows, experts, group_sizes, gates)
+    products = _XLA if _choose_gemm(gemm, rows, experts) == "xla" else _MOSAIC
+    experts, gates = varying_as((experts, gates), rows)
+    return _ffn(activation, products, rows, experts, gates, group_sizes)
 
 
-def _check(rows: jax.Array, experts: Experts, group_sizes: jax.Array) -> None:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ffn(
+    activation: Callable[[jax.Array], jax.Array],
+    products: Products,
+    rows: jax.Array,
+    experts: Experts,
+    gates: jax.Array,
+    group_sizes: jax.Array,
+) -> jax.Array:
+    return _ffn_forward(activation, products, rows, experts, gates, group_sizes)[0]
+
+
+def _ffn_forward(
+    activation: Callable[[jax.Array], jax.Array],
+    products: Products,
+    rows: jax.Array,
+    experts: Experts,
+    gates: jax.Array,
+    group_sizes: jax.Array,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    rows = products.cleaned(rows, group_sizes)
+    gate_up = products.of_rows(rows, experts.gate_up, group_sizes)
+    hidden = _gated(activation, gate_up, gates, group_sizes)
+    out = products.of_rows(hidden, experts.down, group_sizes)
+    return out, (rows, experts, gates, group_sizes, gate_up, hidden)
+
+
+def _ffn_backward(
+    activation: Callable[[jax.Array], jax.Array],
+    products: Products,
+    saved: tuple[Any, ...],
+    slope: jax.Array,
+) -> tuple[Any, ...]:
+    rows, experts, gates, group_sizes, gate_up, hidden = saved
+    slope = products.cleaned(slope, group_sizes)
+    of_hidden = products.of_rows(slope, experts.down, group_sizes, transposed=True)
+    _, pull = jax.vjp(
+        lambda gate_up, gates: _gated(activation, gate_up, gates, group_sizes), gate_up, gates
+    )
+    of_gate_up, of_gates = pull(of_hidden)
+    # Transfers follow each of the last three products: of the copies' gradients, of the tokens',
+    # and again of the copies'. In this order all but the smallest hide behind the next product.
+    first = products.of_weights(rows, of_gate_up, group_sizes)
+    first, of_gate_up = lax.optimization_barrier((first, of_gate_up))
+    of_rows = products.of_rows(of_gate_up, experts.gate_up, group_sizes, transposed=True)
+    of_rows, hidden = lax.optimization_barrier((of_rows, hidden))
+    last = products.of_weights(hidden, slope, group_sizes)
+    return of_rows, Experts(first, last), of_gates, None
+
+
+_ffn.defvjp(_ffn_forward, _ffn_backward)
+
+
+def _gated(
+    activation: Callable[[jax.Array], jax.Array],
+    gate_up: jax.Array,
+    gates: jax.Array,
+    group_sizes: jax.Array,
+) -> jax.Array:
+    """Zero past the last group, whatever was there; kernels leave memory as it was."""
+    inside = (jnp.arange(len(gate_up)) < group_sizes.sum())[:, None]
+    gate, up, gates = (
+        jnp.where(inside, part, 0) for part in (*jnp.split(gate_up, 2, axis=-1), gates[:, None])
+    )
+    return (activation(gate) * up * gates).astype(gate_up.dtype)
+
+
+def _check(rows: jax.Array, experts: Experts, group_sizes: jax.Array, gates: jax.Array) -> None:
     if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.floating):
         raise ValueError(
             f"rows: expected floats [n_rows, hidden], got {rows.dtype} {list(rows.shape)}"
@@ -85,6 +148,11 @@ def _check(rows: jax.Array, experts: Experts, group_sizes: jax.Array) -> None:
         raise ValueError(
             f"group_sizes: expected int32 [slots] = [{slots}], got {group_sizes.dtype} "
             f"{list(group_sizes.shape)}"
+        )
+    if gates.shape != rows.shape[:1] or not jnp.issubdtype(gates.dtype, jnp.floating):
+        raise ValueError(
+            f"gates: expected floats [n_rows] = [{len(rows)}], got {gates.dtype} "
+            f"{list(gates.shape)}"
         )
 
 
@@ -134,60 +202,52 @@ def _on_hopper() -> bool:
     return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
 
 
-def _grouped_dot(gemm: str) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """rows `[m, k]`, weights `[g, k, n]`, group_sizes `[g]` -> `[m, n]`, with derivatives."""
-    return _xla_dot if gemm == "xla" else _mosaic_dot
+class Products(NamedTuple):
+    """Who multiplies.
+
+    Attributes:
+      of_rows: rows `[m, k]`, weights `[g, k, n]` (or `transposed`: `[g, n, k]`), sizes -> `[m, n]`.
+      of_weights: rows `[m, k]`, slope `[m, n]`, sizes -> `[g, k, n]`.
+      cleaned: rows `[m, k]`, sizes -> the same, so that what is past the last group does no harm.
+    """
+
+    of_rows: Callable[..., jax.Array]
+    of_weights: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    cleaned: Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def _xla_dot(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    inside = (jnp.arange(len(rows)) < group_sizes.sum())[:, None]
-    out = lax.ragged_dot(jnp.where(inside, rows, 0), weights, group_sizes)
-    return jnp.where(inside, out, 0)  # for the gradient that comes in here
+def _xla_of_rows(
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transposed: bool = False
+) -> jax.Array:
+    return lax.ragged_dot(rows, weights.swapaxes(1, 2) if transposed else weights, group_sizes)
 
 
-@jax.custom_vjp
-def _mosaic_dot(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    return _mosaic(rows, weights, group_sizes)
+def _xla_of_weights(rows: jax.Array, slope: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    return lax.ragged_dot_general(rows, slope, group_sizes, dims)
 
 
-def _mosaic_dot_forward(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    rows = _ended(rows, group_sizes)
-    return _mosaic(rows, weights, group_sizes), (rows, weights, group_sizes)
+def _zero_past_the_end(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return jnp.where((jnp.arange(len(rows)) < group_sizes.sum())[:, None], rows, 0)
 
 
-def _mosaic_dot_backward(saved: tuple[jax.Array, ...], slope: jax.Array) -> tuple[Any, ...]:
-    rows, weights, group_sizes = saved
-    slope = _ended(slope, group_sizes)
-    of_rows = _mosaic(slope, weights, group_sizes, transpose_rhs=True)
-    # In this order: what the rows' gradients go through next is a transfer, and the product for
-    # the weights, which nothing waits for, can hide it.
-    of_rows, rows, slope = lax.optimization_barrier((of_rows, rows, slope))
-    return of_rows, _mosaic_transposed(rows, slope, group_sizes), None
-
-
-def _ended(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Zeros after the last group, as far as its last block reaches into what may be NaN."""
+def _zero_in_last_block(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Kernels read whole blocks, but none that begins past the last group."""
     n_block = min(_BLOCK_K, len(rows))
-    end = group_sizes.sum()
-    start = jnp.minimum(end, len(rows) - n_block)
+    start = jnp.minimum(group_sizes.sum(), len(rows) - n_block)
     block = lax.dynamic_slice_in_dim(rows, start, n_block)
-    block = jnp.where((start + jnp.arange(n_block) < end)[:, None], block, 0)
+    block = _zero_past_the_end(block, group_sizes.sum(keepdims=True) - start)
     return lax.dynamic_update_slice_in_dim(rows, block, start, axis=0)
-
-
-_mosaic_dot.defvjp(_mosaic_dot_forward, _mosaic_dot_backward)
 
 
 # Blocks: the fastest of those tried on an H200 with 3,277 rows per expert, within 2 % of the best
 # at both of a layer's shapes; wider ones spill registers and are five times slower.
-def _mosaic(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transpose_rhs: bool = False
+def _mosaic_of_rows(
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transposed: bool = False
 ) -> jax.Array:
     from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
-    n = weights.shape[1 if transpose_rhs else 2]
+    n = weights.shape[1 if transposed else 2]
     out = ragged_dot(
         rows,
         weights,
@@ -197,14 +257,13 @@ def _mosaic(
         block_k=_BLOCK_K,
         max_concurrent_steps=4,
         grid_block_n=_neighbours(n),
-        transpose_rhs=transpose_rhs,
+        transpose_rhs=transposed,
     )
     # The kernels do not say that their results differ from rank to rank.
     return varying_as(out, rows)
 
 
-def _mosaic_transposed(rows: jax.Array, slope: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """rows `[m, k]`, slope `[m, n]` -> `[g, k, n]`: the gradient of the weights."""
+def _mosaic_of_weights(rows: jax.Array, slope: jax.Array, group_sizes: jax.Array) -> jax.Array:
     from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
     out = transposed_ragged_dot(
@@ -224,3 +283,7 @@ def _mosaic_transposed(rows: jax.Array, slope: jax.Array, group_sizes: jax.Array
 def _neighbours(n: int) -> int:
     """Blocks of columns that are computed side by side, so that they share rows in the cache."""
     return next(size for size in (8, 4, 2, 1) if n // 128 % size == 0)
+
+
+_XLA = Products(_xla_of_rows, _xla_of_weights, _zero_past_the_end)
+_MOSAIC = Products(_mosaic_of_rows, _mosaic_of_weights, _zero_in_last_block)

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from lplb_jax import metrics
-from lplb_jax._problem import check_indices, check_problem, varying_as
+from lplb_jax._problem import check_indices, check_problem
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
 from lplb_jax.comm import Comm
 from lplb_jax.loads import count_loads
-from lplb_jax.moe.exchange import capacity_for, combine, exchange, make_plan, spread
+from lplb_jax.moe.exchange import capacity_for, combine, dispatch
 from lplb_jax.moe.experts import Experts, check_experts, expert_ffn
 from lplb_jax.moe.replicas import replicate_weights
 from lplb_jax.placement import Placement
@@ -158,16 +158,13 @@ def moe_layer(
         status = lower_bound = jnp.zeros(problem.ep_size // len(problem.r2o), jnp.int32)
 
     capacity = capacity_for(indices.size, problem.ep_size, capacity_factor)
-    plan = make_plan(
-        tokens, assignment, axis_name=axis_name, capacity=capacity, transport=transport
+    rows, row_gates, plan = dispatch(
+        tokens, gates, assignment, axis_name=axis_name, capacity=capacity, transport=transport
     )
-    sent = spread(tokens, plan)
-    sent, experts = _in_order(sent, varying_as(experts, sent))
-    rows = exchange(sent, plan, "out")
     group_sizes = plan.group_sizes[: len(experts.down)]
-    rows = expert_ffn(rows, experts, group_sizes, activation=activation, gemm=gemm)
+    rows = expert_ffn(rows, experts, group_sizes, gates=row_gates, activation=activation, gemm=gemm)
     traffic = Traffic(plan.slot_loads, jnp.int32(capacity), plan.overflow, status, lower_bound)
-    return combine(rows, gates, plan), traffic
+    return combine(rows, plan), traffic
 
 
 def _assign_alone(
@@ -178,19 +175,3 @@ def _assign_alone(
     unknown = jnp.zeros(placement.ep_size // len(r2o), jnp.int32)
     split = Split(quotas(own, placement), unknown, unknown, unknown)
     return assign(indices, own, split, r2o, placement=placement, positions=True)
-
-
-@jax.custom_vjp
-def _in_order(sent: jax.Array, experts: Experts) -> tuple[jax.Array, Experts]:
-    """Both as they are; but in the backward pass, the copies' gradients travel after the tokens'.
-
-    The layers below wait for those. XLA would send the copies' first, as they are ready, and
-    have nothing left to hide the tokens' transfer behind.
-    """
-    return sent, experts
-
-
-_in_order.defvjp(
-    lambda sent, experts: ((sent, experts), None),
-    lambda _, slopes: jax.lax.optimization_barrier(slopes),
-)

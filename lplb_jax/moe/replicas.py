@@ -116,10 +116,12 @@ def _filled_forward(
 def _filled_backward(
     fetch: Callable[[jax.Array], jax.Array], n_copies: int, _: None, slope: jax.Array
 ) -> tuple[jax.Array]:
-    # Autodiff would rewrite all of it; so, XLA may update in place the slots that change.
+    # Autodiff would rewrite all of it; so, XLA may update in place the slots that change, if what
+    # it reads of them is another kernel's result.
     own, of_copies = slope[:n_copies], slope[-n_copies:]
     (home,) = jax.linear_transpose(fetch, own)(of_copies)
-    slope = lax.dynamic_update_slice_in_dim(slope, own + home, 0, axis=0)
+    own = lax.optimization_barrier(own + home)
+    slope = lax.dynamic_update_slice_in_dim(slope, own, 0, axis=0)
     none = jnp.zeros_like(of_copies)
     return (lax.dynamic_update_slice_in_dim(slope, none, len(slope) - n_copies, axis=0),)
 
