@@ -5,7 +5,8 @@
 Routing is that of the packaged traces. The experts are arranged so that the busiest rank has 1.1,
 1.3 and 1.6 times the mean load; then, side by side in one run, a step (forward and backward) is
 timed without copies ("none"), with an even split over copies ("eplb") and with `rebalance`
-("lplb"). Each has the smallest buffer that does not overflow, and each result is checked.
+("lplb"). There are as many copies as balance needs, and buffers are as small as they can be without
+overflow. Each result is checked.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--width", type=int, default=1024, help="of an expert")
     parser.add_argument("--experts", type=int, default=64, help="a divisor of 256")
-    parser.add_argument("--redundants", type=int, help="slots per rank; default: about four")
+    parser.add_argument("--redundants", type=int, help="per rank; default: as many as it takes")
     parser.add_argument("--imbalances", type=float, nargs="+", default=[1.1, 1.3, 1.6])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json")
@@ -50,8 +51,6 @@ def main() -> None:
     devices = jax.devices()
     mesh = Mesh(np.array(devices), "ep")
     r2o = topologies.cube() if len(devices) == 8 else topologies.complete(len(devices))
-    if options.redundants is None:
-        options.redundants = r2o.shape[1] * max(4 // r2o.shape[1], 1)
     print(f"{len(devices)} × {devices[0].device_kind}, jax {jax.__version__}, {vars(options)}")
     cases = [Case(mesh, r2o, options, imbalance) for imbalance in options.imbalances]
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -125,21 +124,27 @@ class Case:
         number = np.empty(n_experts, np.int32)
         number[order] = np.arange(n_experts)
         ids = number[ids]  # numbered so that the given order is the arrangement
-        self.mesh, self.r2o, self.n_copies = mesh, r2o, options.redundants
-        self.placement = place_experts(
-            None, r2o, n_logical=n_experts, ep_size=n_ranks, redundants_per_rank=options.redundants
-        )
+        self.mesh, self.r2o = mesh, r2o
         loads = np.bincount(ids.ravel(), minlength=n_experts).astype(np.int32)
-        quotas = {
-            "none": metrics.home_quota(loads, self.placement),
-            "eplb": metrics.even_quota(loads, self.placement),
-            "lplb": solve(loads, r2o, placement=self.placement).quota,
-        }
         mean = ids.size / n_ranks
-        self.imbalance = {
-            name: float(metrics.rank_loads(quota, n_ranks).max()) / mean
-            for name, quota in quotas.items()
-        }
+        columns = r2o.shape[1]
+        most = n_experts // n_ranks // columns * columns
+        enough = range(columns, most + 1, columns)
+        for self.n_copies in [options.redundants] if options.redundants else enough:
+            self.placement = place_experts(
+                None, r2o, n_logical=n_experts, ep_size=n_ranks, redundants_per_rank=self.n_copies
+            )
+            quotas = {
+                "none": metrics.home_quota(loads, self.placement),
+                "eplb": metrics.even_quota(loads, self.placement),
+                "lplb": solve(loads, r2o, placement=self.placement).quota,
+            }
+            self.imbalance = {
+                name: float(metrics.rank_loads(quota, n_ranks).max()) / mean
+                for name, quota in quotas.items()
+            }
+            if self.imbalance["lplb"] < 1.001:
+                break
         rng = np.random.default_rng(0)
         n_rows = n_ranks * options.tokens
         shared = NamedSharding(mesh, P("ep"))
@@ -189,23 +194,23 @@ class Case:
         )  # fmt: skip
         return out, (experts, traffic)
 
-    def key(self, name: str) -> tuple[str, float]:
-        """What a step is compiled for: its kind, and room for the largest load over the mean."""
+    def key(self, name: str) -> tuple[str, float, int]:
+        """What a step is compiled for: its kind, room over the mean load, and copies."""
         # A little more for eplb, where every source splits its tokens on its own.
         slack = 1.002 if name == "eplb" else 1 + 1e-6
-        return name, max(1.0, slack * self.imbalance[name])
+        return name, max(1.0, slack * self.imbalance[name]), self.n_copies
 
     def compile(self, name: str) -> Any:
         """Compiles forward and backward; the experts' buffers come back with fresh copies."""
 
         def step(tokens: Any, gates: Any, experts: Any, ids: Any, upstream: Any) -> Any:
-            def loss(tokens: Any, gates: Any, experts: Any) -> Any:
-                out, rest = self.layer(name, tokens, gates, experts, ids)
-                return (out * upstream).astype(jnp.float32).sum(), (out, rest)
-
-            slopes, (out, (experts, traffic)) = jax.grad(loss, (0, 1, 2), has_aux=True)(
-                tokens, gates, experts
-            )
+            out, pull, (experts, traffic) = jax.vjp(
+                lambda *floats: self.layer(name, *floats, ids),
+                tokens, gates, experts, has_aux=True,
+            )  # fmt: skip
+            # In a model, what comes back depends on what went out.
+            out, upstream = jax.lax.optimization_barrier((out, upstream))
+            slopes = pull(upstream)
             # The experts come first: XLA reuses the donated buffers for the first that fit.
             return experts, slopes, out, traffic
 
@@ -256,6 +261,7 @@ class Case:
             gain, possible = none / ms, self.imbalance["none"]
             result[name] = {
                 "imbalance": self.imbalance[name],
+                "copies": self.n_copies if name != "none" else 0,
                 "ms": ms,
                 "gain": gain,
                 "share": (gain - 1) / (possible - 1),
@@ -268,8 +274,9 @@ class Case:
                 / 2**30,
             }
             print(
-                f"{name}: imbalance {self.imbalance[name]:.3f}, {ms:.2f} ms, gain {gain:.3f} "
-                f"({result[name]['share']:.0%} of the possible), {result[name]['gib']:.2f} GiB",
+                f"{name}: imbalance {self.imbalance[name]:.3f}, {result[name]['copies']} copies, "
+                f"{ms:.2f} ms, gain {gain:.3f} ({result[name]['share']:.0%} of the possible), "
+                f"{result[name]['gib']:.2f} GiB",
                 flush=True,
             )
         return result

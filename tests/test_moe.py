@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lplb_jax import Assignment, init_comm, metrics, moe, place_experts, topologies
+from lplb_jax.moe import copies as copies_module
 from lplb_jax.moe import exchange
 from lplb_jax.moe import experts as experts_module
 
@@ -272,6 +273,22 @@ def test_rows_that_nobody_sent_do_not_matter(rng, mesh, monkeypatch):
             experts = in_slots(floats[2], placement)
             results = run((*floats[:2], experts), floats[0], ids, placement)
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
+
+
+def test_scattered_copies_are_what_a_gather_gives(rng):
+    """The kernel for GPUs, interpreted; entries with no copy at all among them."""
+    for columns in (256, 384):
+        exists = rng.random((30, 3)) < 0.6
+        exists[rng.integers(30)] = False
+        n_copies = int(exists.sum())
+        places = np.full(exists.shape, n_copies, np.int32)
+        places[exists] = rng.permutation(n_copies)
+        copies = copies_module.Copies(
+            copies_module.choice_at(jnp.asarray(places), n_copies) // 3, jnp.asarray(places)
+        )
+        entries = jnp.asarray(rng.normal(0, 1, (30, columns)), jnp.bfloat16)
+        ours = copies_module.scattered(entries, copies, interpret=True)
+        np.testing.assert_array_equal(ours, copies_module.copy(entries, copies))
 
 
 def test_blocks_of_kernels_that_reach_past_the_last_group(rng):

@@ -6,8 +6,8 @@ The rows stand slot by slot, and in a slot source by source, as a grouped matrix
 A source knows everybody's counts, and from `Assignment.position` the row of each of its choices:
 it sends the numbers of the rows beside the token.
 
-Copying tokens and adding copies up are each other's transposes, and so are the exchanges there and
-back. So all derivatives are made of the same parts.
+The exchanges there and back are each other's transposes, as copying and adding up are: derivatives
+are made of the same parts.
 """
 
 from __future__ import annotations
@@ -24,44 +24,9 @@ from jax import lax
 from lplb_jax._problem import check_axis, check_count, varying_as, varying_over
 from lplb_jax.assignment import Assignment
 from lplb_jax.loads import sync_loads
+from lplb_jax.moe.copies import Copies, add, choice_at, copy
 
 TRANSPORTS = ("auto", "padded", "ragged")
-
-
-class Copies(NamedTuple):
-    """A list that holds entries of another, some of them several times.
-
-    Attributes:
-      entry: int32 `[copies]`, of which entry each is a copy.
-      places: int32 `[entries, most]`, where the copies of an entry are; the list's length for none.
-    """
-
-    entry: jax.Array
-    places: jax.Array
-
-
-@jax.custom_vjp
-def _copy(entries: jax.Array, copies: Copies) -> jax.Array:
-    """`[entries, …]` -> `[copies, …]`."""
-    return entries[copies.entry]
-
-
-@jax.custom_vjp
-def _add(array: jax.Array, copies: Copies) -> jax.Array:
-    """`[copies, …]` -> `[entries, …]`: the sums of their copies, in float32."""
-    picked = array.at[copies.places].get(mode="fill", fill_value=0)
-    wide = jnp.promote_types(array.dtype, jnp.float32)
-    return picked.astype(wide).sum(axis=1).astype(array.dtype)
-
-
-_copy.defvjp(
-    lambda entries, copies: (_copy(entries, copies), copies),
-    lambda copies, slope: (_add(slope, copies), None),
-)
-_add.defvjp(
-    lambda array, copies: (_add(array, copies), copies),
-    lambda copies, slope: (_copy(slope, copies), None),
-)
 
 
 @functools.partial(
@@ -211,8 +176,8 @@ def dispatch(
             f"{gates.dtype} {list(gates.shape)}"
         )
     tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
-    rows = _copy(exchange(_copy(tokens, plan.sent), plan.lists, "there"), plan.received)
-    row_gates = _of_rows(exchange(_copy(gates, plan.sent), plan.lists, "there"), plan)
+    rows = copy(exchange(copy(tokens, plan.sent), plan.lists, "there"), plan.received)
+    row_gates = _of_rows(exchange(copy(gates, plan.sent), plan.lists, "there"), plan)
     return rows, row_gates, plan
 
 
@@ -251,23 +216,16 @@ def _plan(
     first = arrives & ~(same & jnp.tril(jnp.ones((top_k, top_k), bool), -1)).any(axis=2)
     n_sent, n_received = n_tokens * min(n_ranks, top_k), min(n_tokens * n_ranks, capacity)
     place = jnp.where(first, place, n_sent)
-    sent = Copies(_choices(place, n_sent) // top_k, place)
+    sent = Copies(choice_at(place, n_sent) // top_k, place)
 
     # A rank serves those choices of a received token whose rows are its own.
     most = min(n_tokens, n_received)
     lists = Lists(sizes, most, n_sent, n_received, axis_name, transport)
-    row = exchange(_copy(row, sent), lists, "there") - me * capacity
+    row = exchange(copy(row, sent), lists, "there") - me * capacity
     there = jnp.arange(len(row))[:, None] < sizes[:, me].sum()
     row = jnp.where(there & (row >= 0) & (row < capacity), row, capacity)
-    choice_of = _choices(row, capacity)
+    choice_of = choice_at(row, capacity)
     return Plan(lists, sent, Copies(choice_of // top_k, row), choice_of, counts, capacity)
-
-
-def _choices(places: jax.Array, n: int) -> jax.Array:
-    """int32 `[n]`: which of `places`, numbered row by row, is each; 0 where none is."""
-    numbers = jnp.arange(places.size, dtype=jnp.int32)
-    empty = varying_as(jnp.zeros(n, jnp.int32), places)
-    return empty.at[places.reshape(-1)].set(numbers, mode="drop", unique_indices=True)
 
 
 @jax.custom_vjp
@@ -317,7 +275,7 @@ def combine(rows: jax.Array, plan: Plan) -> jax.Array:
             f"rows: expected [capacity, hidden] with capacity = {plan.capacity}, got "
             f"{list(rows.shape)}"
         )
-    return _add(exchange(_add(rows, plan.received), plan.lists, "back"), plan.sent)
+    return add(exchange(add(rows, plan.received), plan.lists, "back"), plan.sent)
 
 
 def _check_assignment(tokens: jax.Array, assignment: Assignment, n_ranks: int) -> int:

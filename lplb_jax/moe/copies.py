@@ -1,0 +1,100 @@
+"""Copies of rows, and sums of copies: each other's transposes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lplb_jax._problem import varying_as
+
+
+class Copies(NamedTuple):
+    """A list that holds entries of another, some of them several times.
+
+    Attributes:
+      entry: int32 `[copies]`, of which entry each is a copy; of any, where it is of none.
+      places: int32 `[entries, most]`, where the copies of an entry are; the list's length for none.
+    """
+
+    entry: jax.Array
+    places: jax.Array
+
+
+def choice_at(places: jax.Array, n: int) -> jax.Array:
+    """int32 `[n]`: which of `places`, numbered row by row, is each of 0 … n − 1; 0 if none is."""
+    numbers = jnp.arange(places.size, dtype=jnp.int32)
+    empty = varying_as(jnp.zeros(n, jnp.int32), places)
+    return empty.at[places.reshape(-1)].set(numbers, mode="drop", unique_indices=True)
+
+
+@jax.custom_vjp
+def copy(entries: jax.Array, copies: Copies) -> jax.Array:
+    """`[entries, …]` -> `[copies, …]`. What is a copy of no entry may be anything, also NaN."""
+    # Of short rows, one line of the cache holds several, and a gather is as fast.
+    if jax.default_backend() == "gpu" and _block(entries) >= _SHORTEST:
+        return scattered(entries, copies)
+    return entries[copies.entry]
+
+
+@jax.custom_vjp
+def add(array: jax.Array, copies: Copies) -> jax.Array:
+    """`[copies, …]` -> `[entries, …]`: the sums of their copies, in float32."""
+    picked = array.at[copies.places].get(mode="fill", fill_value=0)
+    wide = jnp.promote_types(array.dtype, jnp.float32)
+    return picked.astype(wide).sum(axis=1).astype(array.dtype)
+
+
+copy.defvjp(
+    lambda entries, copies: (copy(entries, copies), copies),
+    lambda copies, slope: (add(slope, copies), None),
+)
+add.defvjp(
+    lambda array, copies: (add(array, copies), copies),
+    lambda copies, slope: (copy(slope, copies), None),
+)
+
+_SHORTEST = 128
+
+
+def _block(entries: jax.Array) -> int:
+    """Columns that a block of threads copies: a power of two, as Triton wants it."""
+    columns = entries.shape[1] if entries.ndim == 2 else 1
+    return min(columns & -columns, 4096)
+
+
+def scattered(entries: jax.Array, copies: Copies, *, interpret: bool = False) -> jax.Array:
+    """`copy` by a kernel that reads every entry once and writes it to all its places.
+
+    A gather reads it for each place, again from memory where the list is longer than the cache:
+    on an H200, four copies each of 32,768 rows of 4 KiB take 375 µs by XLA's gather, and 200 here.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    (n_entries, columns), most, n = entries.shape, copies.places.shape[1], len(copies.entry)
+    block = _block(entries)
+
+    def kernel(places: Any, entry: Any, out: Any) -> None:
+        row = entry[0, :]
+        for k in range(most):
+            place = places[0, k]
+            there = jnp.broadcast_to(place < n, row.shape)
+            triton.store(out.at[jnp.minimum(place, n - 1), :], row, mask=there)
+
+    return pl.pallas_call(
+        kernel,
+        name="scatter_copies",
+        grid=(n_entries, columns // block),
+        in_specs=[
+            pl.BlockSpec((1, most), lambda i, j: (i, 0)),
+            pl.BlockSpec((1, block), lambda i, j: (i, j)),
+        ],
+        out_specs=pl.BlockSpec((n, block), lambda i, j: (0, j)),
+        out_shape=jax.ShapeDtypeStruct(
+            (n, columns), entries.dtype, manual_axis_type=jax.typeof(entries).manual_axis_type
+        ),
+        compiler_params=triton.CompilerParams(num_warps=4),
+        interpret=interpret,
+    )(varying_as(copies.places, entries), entries)
