@@ -110,13 +110,15 @@ def _ffn_backward(
         lambda gate_up, gates: _gated(activation, gate_up, gates, group_sizes), gate_up, gates
     )
     of_gate_up, of_gates = pull(of_hidden)
-    # Transfers follow each of the last three products: of the copies' gradients, of the tokens',
-    # and again of the copies'. In this order all but the smallest hide behind the next product.
+    # The tokens' way back hides behind the last product, which does not need it. The copies'
+    # gradients leave after that product: a kernel of NCCL that waits for its peer would hold
+    # multiprocessors back from it, and one left over makes a product take twice as long.
     first = products.of_weights(rows, of_gate_up, group_sizes)
     first, of_gate_up = lax.optimization_barrier((first, of_gate_up))
     of_rows = products.of_rows(of_gate_up, experts.gate_up, group_sizes, transposed=True)
     of_rows, hidden = lax.optimization_barrier((of_rows, hidden))
     last = products.of_weights(hidden, slope, group_sizes)
+    first, last = lax.optimization_barrier((first, last))
     return of_rows, Experts(first, last), of_gates, None
 
 
