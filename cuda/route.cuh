@@ -303,18 +303,24 @@ __device__ __forceinline__ void WriteSummary(const RouteArguments& a, int64_t el
     const SolveResults out = BatchElement(p, a.solve_out, element);
     const GroupMemory groups(p, p.n_groups, memory.groups);
     const int32_t invalid = memory.total[p.n_logical] != 0 ? kInvalidIndex : 0;
-    for (int32_t g = first; g < p.n_groups; g += stride) out.status[g] = groups.status[g] | invalid;
-    for (int32_t i = first; i < p.n_physical; i += stride) out.quota[i] = memory.quota[i];
     int32_t status = 0;
-    for (int32_t g = threadIdx.x; g < p.n_groups; g += blockDim.x) status |= groups.status[g];
-    one_each = !__syncthreads_or(status & (kBadPlacement | kSyncFailed));
+#pragma unroll 1
+    for (int32_t g = threadIdx.x & 31; g < p.n_groups; g += 32) status |= groups.status[g];
+    one_each = !__any_sync(kFullWarp, status & (kBadPlacement | kSyncFailed));
+    // Unrolled, these loops would begin with divisions by the stride.
+#pragma unroll 1
+    for (int32_t g = first; g < p.n_groups; g += stride) out.status[g] = groups.status[g] | invalid;
+#pragma unroll 1
+    for (int32_t i = first; i < p.n_physical; i += stride) out.quota[i] = memory.quota[i];
   }
   if (a.tokens.slot_counts == nullptr || (!one_each && block != 0)) return;
   int32_t* out = a.tokens.slot_counts + element * p.n_physical;
   if (!one_each) {
+#pragma unroll 1
     for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) out[i] = 0;
     __syncthreads();
   }
+#pragma unroll 1
   for (int32_t e = one_each ? first : threadIdx.x; e < p.n_logical;
        e += one_each ? stride : blockDim.x) {
     const PackedRoute route = memory.routes[e];
@@ -368,7 +374,7 @@ __global__ void __launch_bounds__(kRouteThreads) ClusterKernel(const RouteArgume
   const Problem& p = a.problem;
   const int32_t n_blocks = cluster.num_blocks();
   const int32_t block = cluster.block_rank();
-  const int64_t element = blockIdx.x / n_blocks;
+  const int64_t element = __clusterIdx().x;
   const int32_t n_warps = blockDim.x / 32;
   const int32_t warp = threadIdx.x / 32;
   const int32_t row = p.n_logical + 1;
