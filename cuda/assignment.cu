@@ -40,11 +40,14 @@ RouteShape ChooseShape(const RouteArguments& arguments) {
   if (!HasClusters() || n_tokens > static_cast<int64_t>(max_cluster) * kMaxRounds * threads) {
     return {0, threads, 0};
   }
-  // Few tokens: small blocks, and no larger cluster than 8, since one of 16 takes longer to start.
-  if (n_tokens <= 8192) {
+  // Blocks of 256 as long as eight rounds do, and a cluster of 16, which takes longer to start,
+  // only where one of 8 would need more than four.
+  constexpr int32_t kSmall = 256;
+  if (n_tokens <= static_cast<int64_t>(max_cluster) * kSmall * 8) {
+    const int32_t most = std::min(max_cluster, n_tokens <= 8 * kSmall * 4 ? 8 : 16);
     int32_t cluster = 1;
-    while (cluster < std::min(max_cluster, 8) && cluster * 256 < n_tokens) cluster *= 2;
-    return {cluster, 256, RoundsFor(n_tokens, cluster * 256)};
+    while (cluster < most && cluster * kSmall < n_tokens) cluster *= 2;
+    return {cluster, kSmall, RoundsFor(n_tokens, cluster * kSmall)};
   }
   return {max_cluster, threads, RoundsFor(n_tokens, max_cluster * threads)};
 }

@@ -69,7 +69,7 @@ __device__ __forceinline__ void LoadRealRanks(const Problem& p, const SolveOpera
                                               Groups groups, const Ahead& ahead,
                                               const Sources& sources, const GroupMemory& memory,
                                               float* base) {
-  const Tile tile(p);
+  const Tile tile(p, blockDim.x);
   const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
   const int32_t first_of_warp = (threadIdx.x & ~31) >> p.tile_log2;
   const float* loads = reinterpret_cast<const float*>(in.loads);
@@ -339,9 +339,9 @@ __device__ __forceinline__ void FinishTokens(const Problem& p, const IpmOptions&
   __syncthreads();
   if (!options.repair) return;
   const int32_t target =
-      BlockWaves({p.group_size, p.n_columns, group.src, group.dst, group.cap, group.moved,
-                  memory.load, group.level, reinterpret_cast<uint32_t*>(group.sums)},
-                 shared.target);
+      BlockWaves<Block>({p.group_size, p.n_columns, group.src, group.dst, group.cap, group.moved,
+                         memory.load, group.level, reinterpret_cast<uint32_t*>(group.sums)},
+                        shared.target);
   if (options.weighted) {
     note(rank < p.group_size ? memory.load[rank] + enough : 0);
   } else if (threadIdx.x == 0) {
@@ -375,7 +375,7 @@ __global__ void __launch_bounds__(MostThreads<Solver>(), 1)
   const SolveOperands& in = operands.solve;
   const IpmMemory memory(p, dynamic + sizeof(typename Solver::Memory));
   const GroupMemory& group = memory.group;
-  const Ahead ahead = AheadOf(p, in, groups);  // Arrives behind the barrier.
+  const Ahead ahead = AheadOf<Block>(p, in, groups);  // Arrives behind the barrier.
   const int32_t thread = threadIdx.x;
   const int32_t n_threads = blockDim.x;
   const int32_t n_edges = p.group_size * p.n_columns;
@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(MostThreads<Solver>(), 1)
   if constexpr (kFloats) {
     LoadRealRanks(p, in, groups, ahead, sources, group, solver_memory.base);
   } else {
-    LoadRanks(p, in, groups, ahead, LoadedTotals{in.loads, sources}, group);
+    LoadRanks<Block>(p, in, groups, ahead, LoadedTotals{in.loads, sources}, group);
   }
   __syncthreads();
 

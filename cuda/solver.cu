@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const SolveOperands in = BatchElement(p, sources, first_in, element);
   const GroupMemory memory(p, 1, reinterpret_cast<int32_t*>(total + p.n_logical));
 
-  Ahead ahead = AheadOf(p, in, groups);
+  Ahead ahead = AheadOf<Block>(p, in, groups);
   // The last warp has no expert to load.
   const int32_t helper =
       static_cast<int32_t>(threadIdx.x) - (static_cast<int32_t>(blockDim.x) - 32);
@@ -48,16 +48,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
   FetchHome(p, in, ahead);
   __syncthreads();
-  LoadRanks(p, in, groups, ahead, SummedTotals{total}, memory);
+  LoadRanks<Block>(p, in, groups, ahead, SummedTotals{total}, memory);
+  CheckAhead(p, groups, ahead, memory);
   __syncthreads();
   int32_t* quota =
       BatchElement(p, first_out, element).quota + groups.first * p.group_size * p.slots_per_rank;
-  SolveGroups<kWords, kColumns>(p, in, groups, ahead, memory, quota,
-                                [&](int32_t, const Proof& proof) {
-                                  const auto out = BatchElement(p, first_out, LateBlockIndex());
-                                  out.max_load[groups.first] = proof.max_load;
-                                  out.lower_bound[groups.first] = proof.lower_bound;
-                                });
+  SolveGroups<kWords, kColumns, Block>(
+      p, in, groups, memory, quota, [&](int32_t, const Proof& proof) {
+        const auto out = BatchElement(p, first_out, LateBlockIndex());
+        out.max_load[groups.first] = proof.max_load;
+        out.lower_bound[groups.first] = proof.lower_bound;
+      });
   // SolveGroups ends with quotas; the status was complete at its barrier.
   if (threadIdx.x == 0) {
     BatchElement(p, first_out, element).status[groups.first] = *memory.status;

@@ -1,5 +1,6 @@
-// Solves groups with one block, as device functions that the kernels compose: LoadTopology and
-// AheadOf; barrier; LoadRanks; barrier; SolveGroups.
+// Solves groups with one team of threads, as device functions that the kernels compose:
+// LoadTopology and AheadOf; barrier; LoadRanks; barrier; SolveGroups. Threads is the team: Block,
+// or a Team.
 #ifndef LPLB_CUDA_SOLVER_CUH_
 #define LPLB_CUDA_SOLVER_CUH_
 
@@ -85,14 +86,14 @@ struct CountedTotals {
 struct Tile {
   int32_t width;
   int32_t lane;   // of this thread, in its tile
-  int32_t index;  // of this tile, in the block
-  int32_t n;      // tiles of the block
+  int32_t index;  // of this tile, in the team
+  int32_t n;      // tiles of the team
 
-  __device__ explicit Tile(const Problem& p) {
+  __device__ Tile(const Problem& p, int32_t n_threads) {
     width = 1 << p.tile_log2;
     lane = threadIdx.x & (width - 1);
     index = threadIdx.x >> p.tile_log2;
-    n = blockDim.x >> p.tile_log2;
+    n = n_threads >> p.tile_log2;
   }
 };
 
@@ -138,8 +139,9 @@ struct Ahead {
   int32_t home;    // the expert's first slot, which should be this one
 };
 
+template <typename Threads>
 __device__ __forceinline__ Ahead AheadOf(const Problem& p, const SolveOperands& in, Groups groups) {
-  const Tile tile(p);
+  const Tile tile(p, Threads::Size());
   if (tile.index >= groups.n * p.group_size || tile.lane >= p.n_local) return {-1, 0, -1};
   const int32_t rank = groups.first * p.group_size + tile.index;
   const int32_t slot = rank * p.slots_per_rank + tile.lane;
@@ -153,11 +155,11 @@ __device__ __forceinline__ void FetchHome(const Problem& p, const SolveOperands&
 
 // Loads the tokens of all ranks' own experts; `ahead` is from AheadOf. A rank with more tokens than
 // int32 holds, or with an expert that has, gets base −1.
-template <typename Totals>
+template <typename Threads, typename Totals>
 __device__ __forceinline__ void LoadRanks(const Problem& p, const SolveOperands& in, Groups groups,
                                           const Ahead& ahead, const Totals& totals,
                                           const GroupMemory& memory) {
-  const Tile tile(p);
+  const Tile tile(p, Threads::Size());
   const int32_t n_ranks = groups.n * p.group_size;
   const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
   // The tiles of a warp stay together for the shuffles: they leave by their first rank.
@@ -258,10 +260,11 @@ __device__ __forceinline__ Copy PrepareCopy(const Problem& p, const GroupMemory&
 
 // Checks that every own slot is the first one of its expert, except the slots in Ahead. Threads
 // first, first + stride, … take the slots.
+template <typename Threads>
 __device__ __forceinline__ void CheckOwnSlots(const Problem& p, const SolveOperands& in,
                                               Groups groups, const GroupMemory& memory,
                                               int32_t first, int32_t stride) {
-  const Tile tile(p);
+  const Tile tile(p, Threads::Size());
   const int32_t n_ranks = groups.n * p.group_size;
   if (tile.n >= n_ranks && tile.width >= p.n_local) return;  // They are all in Ahead.
   const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
@@ -395,19 +398,20 @@ __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
   return proof;
 }
 
-// Solves one group of any shape in shared memory, with the block; every thread gets the proof.
+// Solves one group of any shape in shared memory, with the team; every thread gets the proof.
+template <typename Threads>
 __device__ inline Proof SolveInBlock(const Problem& p, int32_t group, const GroupMemory& memory) {
   const int32_t first_rank = group * p.group_size;
   int32_t* moved = memory.moved + first_rank * p.n_columns;
   int32_t* load = memory.base + first_rank;
-  for (int32_t i = threadIdx.x; i < p.group_size * p.n_columns; i += blockDim.x) {
+  for (int32_t i = threadIdx.x; i < p.group_size * p.n_columns; i += Threads::Size()) {
     const int32_t rank = p.by_columns.Quotient(i);
     memory.cap[i] = CapacityOf(p, memory, group, rank, i - rank * p.n_columns);
     moved[i] = 0;
   }
-  __syncthreads();
+  Threads::Sync();
   bool overflow = false;
-  for (int32_t r = threadIdx.x; r < p.group_size; r += blockDim.x) {
+  for (int32_t r = threadIdx.x; r < p.group_size; r += Threads::Size()) {
     int64_t most = static_cast<uint32_t>(load[r]);  // −1 has overflowed before.
     for (int32_t d = 0; d < p.n_columns; ++d) {
       most += memory.cap[memory.src[r * p.n_columns + d] * p.n_columns + d];
@@ -415,16 +419,17 @@ __device__ inline Proof SolveInBlock(const Problem& p, int32_t group, const Grou
     overflow |= most > kInt32Max;
   }
   Proof proof = {kInt32Max, 0};
-  overflow = __syncthreads_or(overflow);
+  overflow = Threads::Any(overflow);
   if (!overflow) {
     const BlockGraph graph = {p.group_size, p.n_columns,  memory.src,
                               memory.dst,   memory.cap,   moved,
                               load,         memory.level, reinterpret_cast<uint32_t*>(memory.sums)};
-    proof.lower_bound = proof.max_load = BlockWaves(graph, BlockFirstTarget(graph));
+    proof.lower_bound = proof.max_load =
+        BlockWaves<Threads>(graph, BlockFirstTarget<Threads>(graph));
   } else if (threadIdx.x == 0) {
     atomicOr(&memory.status[group], kLoadOverflow);
   }
-  __syncthreads();
+  Threads::Sync();
   return proof;
 }
 
@@ -448,21 +453,30 @@ auto WithSolverShape(const Problem& p, Function&& function) {
   return function(SolverShape<0, 0>());
 }
 
+// Checks the slot in Ahead, whose home must have been fetched.
+__device__ __forceinline__ void CheckAhead(const Problem& p, Groups groups, const Ahead& ahead,
+                                           const GroupMemory& memory) {
+  if (ahead.slot < 0) return;
+  if (ahead.home != ahead.slot || ahead.expert != KnownExpert(p, ahead.expert)) {
+    const int32_t rank = p.by_slots.Quotient(ahead.slot) - groups.first * p.group_size;
+    atomicOr(&memory.status[p.by_group.Quotient(rank)], kBadPlacement);
+  }
+}
+
 // Solves all groups, a warp each, while the other warps do what needs no plan; then, behind a
 // barrier, writes the quotas, to `quota` of the block's first slot. `proofs(group, proof)` is
 // called by one thread per group. A barrier must follow before status is read or quota used.
-template <int kWords, int kColumns, typename Proofs>
+template <int kWords, int kColumns, typename Threads, typename Proofs>
 __device__ __forceinline__ void SolveGroups(const Problem& p, const SolveOperands& in,
-                                            Groups groups, const Ahead& ahead,
-                                            const GroupMemory& memory, int32_t* quota,
-                                            const Proofs& proofs) {
-  const int32_t n_warps = blockDim.x / 32;
+                                            Groups groups, const GroupMemory& memory,
+                                            int32_t* quota, const Proofs& proofs) {
+  const int32_t n_warps = Threads::Size() / 32;
   const int32_t warp = threadIdx.x / 32;
   const int32_t n_copies = groups.n * p.group_size * p.n_redundant;
   // Warps 0 … busy − 1 solve. If that were all of them, all help with the rest.
   const int32_t busy = kWords > 0 && groups.n < n_warps ? groups.n : 0;
   const int32_t first = static_cast<int32_t>(threadIdx.x) - 32 * busy;
-  const int32_t stride = static_cast<int32_t>(blockDim.x) - 32 * busy;
+  const int32_t stride = Threads::Size() - 32 * busy;
   if constexpr (kWords > 0) {
 #pragma unroll 1
     for (int32_t g = warp; g < groups.n; g += n_warps) {
@@ -471,7 +485,7 @@ __device__ __forceinline__ void SolveGroups(const Problem& p, const SolveOperand
     }
   } else {
     for (int32_t g = 0; g < groups.n; ++g) {
-      const Proof proof = SolveInBlock(p, g, memory);
+      const Proof proof = SolveInBlock<Threads>(p, g, memory);
       if (threadIdx.x == 0) proofs(g, proof);
     }
   }
@@ -479,15 +493,11 @@ __device__ __forceinline__ void SolveGroups(const Problem& p, const SolveOperand
   if (first >= 0) {
     if (first < n_copies) copy = PrepareCopy(p, memory, first);
     WriteFixedQuotas(p, groups, memory, quota, first, stride);
-    CheckCopies(p, in, groups, memory, first, stride);
-    CheckOwnSlots(p, in, groups, memory, first, stride);
+    // From the other end, since it waits for global memory as long as a short solve takes.
+    CheckCopies(p, in, groups, memory, stride - 1 - first, stride);
+    CheckOwnSlots<Threads>(p, in, groups, memory, first, stride);
   }
-  if (ahead.slot >= 0 &&
-      (ahead.home != ahead.slot || ahead.expert != KnownExpert(p, ahead.expert))) {
-    const int32_t rank = p.by_slots.Quotient(ahead.slot) - groups.first * p.group_size;
-    atomicOr(&memory.status[p.by_group.Quotient(rank)], kBadPlacement);
-  }
-  __syncthreads();
+  Threads::Sync();
   if (first < 0) return;
 #pragma unroll 1
   for (int32_t i = first; i < n_copies; i += stride) {

@@ -1,4 +1,4 @@
-// A team: the threads of a block that work on the interior point. Barriers and sums over them.
+// Teams: the threads of a block that work together. Barriers and sums over them.
 #ifndef LPLB_CUDA_TEAM_CUH_
 #define LPLB_CUDA_TEAM_CUH_
 
@@ -7,6 +7,13 @@
 #include "cuda/warp.cuh"
 
 namespace lplb::cuda {
+
+// All threads of the block.
+struct Block {
+  static __device__ __forceinline__ int32_t Size() { return blockDim.x; }
+  static __device__ __forceinline__ void Sync() { __syncthreads(); }
+  static __device__ __forceinline__ bool Any(bool value) { return __syncthreads_or(value); }
+};
 
 // The first kThreads threads of the block, whole warps. One warp needs no barrier of the block.
 template <int kThreads>
@@ -21,6 +28,8 @@ struct Team {
   };
 
   __device__ explicit Team(Memory& memory) : memory_(memory) {}
+
+  static __device__ __forceinline__ int32_t Size() { return kThreads; }
 
   static __device__ __forceinline__ void Sync() {
     if constexpr (kWarps == 1) {

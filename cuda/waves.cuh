@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/problem.h"
+#include "cuda/team.cuh"
 #include "cuda/warp.cuh"
 
 namespace lplb::cuda {
@@ -257,24 +258,26 @@ struct BlockGraph {
   uint32_t* sums;  // [3]
 };
 
-// ⌈sum of value over the chosen threads / their number⌉; all threads of the block call it.
+// ⌈sum of value over the chosen threads / their number⌉; all of the team call it.
+template <typename Threads>
 __device__ inline int32_t BlockCeilMean(bool chosen, int32_t value, uint32_t* sums) {
   if (threadIdx.x < 3) sums[threadIdx.x] = 0;
-  __syncthreads();
+  Threads::Sync();
   if (chosen) {
     const uint32_t bits = static_cast<uint32_t>(value);
     atomicAdd(&sums[0], bits >> 16);
     atomicAdd(&sums[1], bits & 0xffff);
     atomicAdd(&sums[2], 1u);
   }
-  __syncthreads();
+  Threads::Sync();
   const int32_t mean = CeilDivide(sums[0], sums[1], SmallDivisor(static_cast<int32_t>(sums[2])));
-  __syncthreads();  // The sums may be used again.
+  Threads::Sync();  // The sums may be used again.
   return mean;
 }
 
 // What is proven of loads that no plan has changed yet: the bounds of the set of all ranks and of
-// the sets of one. All threads of the block call it.
+// the sets of one. All threads of the team call it.
+template <typename Threads>
 __device__ inline int32_t BlockFirstTarget(const BlockGraph& graph) {
   const int32_t rank = threadIdx.x;
   const bool live = rank < graph.n_ranks;
@@ -283,17 +286,18 @@ __device__ inline int32_t BlockFirstTarget(const BlockGraph& graph) {
 
   int32_t stuck = live ? graph.load[rank] : 0;
   for (int32_t d = 0; d < n_columns; ++d) stuck -= graph.cap[first + d];
-  const int32_t mean = BlockCeilMean(live, live ? graph.load[rank] : 0, graph.sums);
+  const int32_t mean = BlockCeilMean<Threads>(live, live ? graph.load[rank] : 0, graph.sums);
   if (threadIdx.x == 0) graph.sums[0] = 0;
-  __syncthreads();
+  Threads::Sync();
   if (stuck > mean) atomicMax(&graph.sums[0], static_cast<uint32_t>(stuck));
-  __syncthreads();
+  Threads::Sync();
   return max(mean, static_cast<int32_t>(graph.sums[0]));
 }
 
 // Groups of any shape up to one rank per thread, in shared memory, from any legal plan: load must
-// be what `moved` makes of it, and the target proven. All threads of the block call it and agree on
+// be what `moved` makes of it, and the target proven. All threads of the team call it and agree on
 // the target that it returns, which no load is above then. Ends with a barrier.
+template <typename Threads>
 __device__ inline int32_t BlockWaves(const BlockGraph& graph, int32_t target) {
   const int32_t rank = threadIdx.x;
   const bool live = rank < graph.n_ranks;
@@ -305,11 +309,11 @@ __device__ inline int32_t BlockWaves(const BlockGraph& graph, int32_t target) {
     const bool above = live && load > target;
     int32_t level = live && load < target ? 0 : -1;
     if (live) graph.level[rank] = level;
-    if (!__syncthreads_or(above)) return target;
+    if (!Threads::Any(above)) return target;
 
     int32_t depth = 0;
     bool reached = true;
-    while (__syncthreads_or(above && level < 0)) {
+    while (Threads::Any(above && level < 0)) {
       bool hit = false;
       if (level < 0) {
         for (int32_t d = 0; d < n_columns && !hit; ++d) {
@@ -319,14 +323,14 @@ __device__ inline int32_t BlockWaves(const BlockGraph& graph, int32_t target) {
                 (graph.moved[from * graph.n_columns + d] > 0 && graph.level[from] == depth);
         }
       }
-      reached = __syncthreads_or(hit);
+      reached = Threads::Any(hit);
       if (!reached) break;
       ++depth;
       // Others only look for level depth − 1 until the next barrier.
       if (hit) graph.level[rank] = level = depth;
     }
     if (!reached) {
-      target += BlockCeilMean(live && level < 0, load - target, graph.sums);
+      target += BlockCeilMean<Threads>(live && level < 0, load - target, graph.sums);
       continue;
     }
 
@@ -354,7 +358,7 @@ __device__ inline int32_t BlockWaves(const BlockGraph& graph, int32_t target) {
           }
         }
       }
-      __syncthreads();
+      Threads::Sync();
     }
   }
 }
