@@ -41,11 +41,11 @@ RouteShape ChooseShape(const RouteArguments& arguments) {
     return {0, threads, 0};
   }
   // Blocks of 256 as long as eight rounds do, and a cluster of 16, which takes longer to start,
-  // only where one of 8 would need more than four.
+  // only where one of 8 would need more than four. Blocks send to others: there are two at least.
   constexpr int32_t kSmall = 256;
   if (n_tokens <= static_cast<int64_t>(max_cluster) * kSmall * 8) {
     const int32_t most = std::min(max_cluster, n_tokens <= 8 * kSmall * 4 ? 8 : 16);
-    int32_t cluster = 1;
+    int32_t cluster = 2;
     while (cluster < most && cluster * kSmall < n_tokens) cluster *= 2;
     return {cluster, kSmall, RoundsFor(n_tokens, cluster * kSmall)};
   }
