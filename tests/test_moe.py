@@ -10,7 +10,15 @@ from cases import Case, random_topology
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from lplb_jax import Assignment, init_comm, metrics, moe, place_experts, topologies
+from lplb_jax import (
+    Assignment,
+    init_comm,
+    metrics,
+    moe,
+    place_experts,
+    rebalance,
+    topologies,
+)
 from lplb_jax.moe import copies as copies_module
 from lplb_jax.moe import exchange
 from lplb_jax.moe import experts as experts_module
@@ -225,6 +233,43 @@ def test_capacity_at_the_lower_bound_is_enough(rng, mesh):
     traffic = assert_equals_plain_mathematics(run, floats, ids, placement, rng, 1e-5)
     assert traffic.capacity == -(-max(bound, mean) // 8) * 8
     assert traffic.overflow == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_sent_and_where_it_stands(rng, mesh, name):
+    """Every token once to each rank that serves it; rows by slot, then source, then token."""
+    case = CASES[name](rng)
+    placement = case.placement(rng)
+    ids = skewed(rng, case, 64)
+    capacity = 64 * TOP_K
+
+    def rank(tokens, ids, gates):
+        assigned, _ = rebalance(
+            ids, None, case.r2o, placement=placement, axis_name="ep", positions=True
+        )
+        rows, row_gates, plan = moe.dispatch(
+            tokens, gates, assigned, axis_name="ep", capacity=capacity, transport="padded"
+        )
+        return assigned.physical_indices, rows, row_gates, plan.group_sizes, plan.lists.sizes
+
+    run = jax.shard_map(
+        rank, mesh=mesh, in_specs=P("ep"), out_specs=(*(P("ep"),) * 4, P()), check_vma=False
+    )
+    tokens = np.arange(64, dtype=np.float32)[:, None]
+    gates = rng.random(ids.shape).astype(np.float32)
+    slots, rows, row_gates, group_sizes, sizes = jax.jit(run)(tokens, ids, gates)
+    slots, rows = np.asarray(slots), np.asarray(rows).reshape(8, capacity)
+    n_slots = placement.n_physical // 8
+    served = np.where(slots >= 0, slots // n_slots, -1)
+    for destination in range(8):
+        goes = (served == destination).any(axis=1).reshape(8, -1)
+        np.testing.assert_array_equal(sizes[:, destination], goes.sum(axis=1))
+        mine = np.argwhere(served == destination)  # in the order of sources and tokens
+        mine = mine[np.argsort(slots[tuple(mine.T)], kind="stable")]
+        np.testing.assert_array_equal(rows[destination, : len(mine)], mine[:, 0])
+        received = np.asarray(row_gates).reshape(8, -1)[destination, : len(mine)]
+        np.testing.assert_array_equal(received, gates[tuple(mine.T)])
+        assert np.asarray(group_sizes).reshape(8, -1)[destination].sum() == len(mine)
 
 
 @pytest.mark.parametrize("routing", [skewed, one_expert])
