@@ -32,8 +32,7 @@ def choice_at(places: jax.Array, n: int) -> jax.Array:
 @jax.custom_vjp
 def copy(entries: jax.Array, copies: Copies) -> jax.Array:
     """`[entries, …]` -> `[copies, …]`. What is a copy of no entry may be anything, also NaN."""
-    # Of short rows, one line of the cache holds several, and a gather is as fast.
-    if jax.default_backend() == "gpu" and _block(entries) >= _SHORTEST:
+    if jax.default_backend() == "gpu" and _is_wide(entries):
         return scattered(entries, copies)
     return entries[copies.entry]
 
@@ -55,13 +54,14 @@ add.defvjp(
     lambda copies, slope: (copy(slope, copies), None),
 )
 
-_SHORTEST = 128
 
+def _is_wide(entries: jax.Array) -> bool:
+    """Of short rows, a line of the cache holds several, and a gather is as fast.
 
-def _block(entries: jax.Array) -> int:
-    """Columns that a block of threads copies: a power of two, as Triton wants it."""
-    columns = entries.shape[1] if entries.ndim == 2 else 1
-    return min(columns & -columns, 4096)
+    Triton counts the elements of less than 4 GiB in 32 bits with a sign, so none of one byte.
+    """
+    rows = entries.ndim == 2 and len(entries) > 0
+    return rows and entries.shape[1] % 128 == 0 and entries.dtype.itemsize > 1
 
 
 def scattered(entries: jax.Array, copies: Copies, *, interpret: bool = False) -> jax.Array:
@@ -74,7 +74,7 @@ def scattered(entries: jax.Array, copies: Copies, *, interpret: bool = False) ->
     from jax.experimental.pallas import triton
 
     (n_entries, columns), most, n = entries.shape, copies.places.shape[1], len(copies.entry)
-    block = _block(entries)
+    block = min(columns & -columns, 4096)  # a power of two, as Triton wants it
 
     def kernel(places: Any, entry: Any, out: Any) -> None:
         row = entry[0, :]
