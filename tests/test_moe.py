@@ -438,6 +438,49 @@ def test_weights_fetched_earlier(rng, mesh):
     assert all(not array.any() for array in jax.tree.leaves(room))
 
 
+def test_rematerialised_layers_in_a_scan(rng, mesh):
+    """As deep models run them: the same as one after the other, with everything kept."""
+    case = CASES["cube"](rng)
+    (tokens, gates, experts), ids, placement = problem(rng, case, skewed)
+    experts = in_slots(experts, placement)
+    n_layers = 3
+    gates = gates * np.linspace(0.5, 1, n_layers, dtype=np.float32)[:, None, None]
+
+    def layer(stream, gates, experts, ids):
+        out, traffic = moe.moe_layer(
+            stream, ids, gates, experts, case.r2o, placement=placement, axis_name="ep",
+            **PORTABLE, **ROOM,
+        )  # fmt: skip
+        return stream + out, traffic.overflow
+
+    def scanned(tokens, gates, experts, ids):
+        @jax.checkpoint
+        def body(stream, gates):
+            return layer(stream, gates, experts, ids)
+
+        return jax.lax.scan(body, tokens, gates)
+
+    def unrolled(tokens, gates, experts, ids):
+        overflows = []
+        for of_layer in gates:
+            tokens, overflow = layer(tokens, of_layer, experts, ids)
+            overflows.append(overflow)
+        return tokens, jnp.stack(overflows)
+
+    results = []
+    for model in (scanned, unrolled):
+        run = jax.shard_map(
+            model,
+            mesh=mesh,
+            in_specs=(P("ep"), P(None, "ep"), P("ep"), P("ep")),
+            out_specs=(P("ep"), P()),
+        )
+        results.append(with_slopes(run)((tokens, gates, experts), tokens, ids))
+    for ours, plain in zip(*map(jax.tree.leaves, results), strict=True):
+        scale = max(np.abs(plain).max(), 1e-6)
+        np.testing.assert_allclose(ours / scale, plain / scale, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_replicas_are_what_the_placement_says(rng, mesh, name):
     """Bit for bit the weights of every slot's expert, and their gradients come home, summed."""
