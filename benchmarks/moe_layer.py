@@ -126,23 +126,10 @@ class Case:
         ids = number[ids]  # numbered so that the given order is the arrangement
         self.mesh, self.r2o = mesh, r2o
         loads = np.bincount(ids.ravel(), minlength=n_experts).astype(np.int32)
-        mean = ids.size / n_ranks
         columns = r2o.shape[1]
-        most = n_experts // n_ranks // columns * columns
-        enough = range(columns, most + 1, columns)
-        for self.n_copies in [options.redundants] if options.redundants else enough:
-            self.placement = place_experts(
-                None, r2o, n_logical=n_experts, ep_size=n_ranks, redundants_per_rank=self.n_copies
-            )
-            quotas = {
-                "none": metrics.home_quota(loads, self.placement),
-                "eplb": metrics.even_quota(loads, self.placement),
-                "lplb": solve(loads, r2o, placement=self.placement).quota,
-            }
-            self.imbalance = {
-                name: float(metrics.rank_loads(quota, n_ranks).max()) / mean
-                for name, quota in quotas.items()
-            }
+        numbers = range(columns, n_experts // n_ranks + 1, columns)
+        for n_copies in [options.redundants] if options.redundants else numbers:
+            self.place(loads, n_copies)
             if self.imbalance["lplb"] < 1.001:
                 break
         rng = np.random.default_rng(0)
@@ -154,6 +141,23 @@ class Case:
         self.tokens = self._normal(0, (n_rows, options.hidden), 1)
         self.upstream = self._normal(1, (n_rows, options.hidden), 1)
         self.steps: dict[str, Any] = {}
+
+    def place(self, loads: np.ndarray, n_copies: int) -> None:
+        """With so many copies on every rank; what imbalance that leaves."""
+        n_ranks = self.mesh.size
+        self.n_copies = n_copies
+        self.placement = place_experts(
+            None, self.r2o, n_logical=len(loads), ep_size=n_ranks, redundants_per_rank=n_copies
+        )
+        quotas = {
+            "none": metrics.home_quota(loads, self.placement),
+            "eplb": metrics.even_quota(loads, self.placement),
+            "lplb": solve(loads, self.r2o, placement=self.placement).quota,
+        }
+        self.imbalance = {
+            name: float(metrics.rank_loads(quota, n_ranks).max()) * n_ranks / loads.sum()
+            for name, quota in quotas.items()
+        }
 
     def _normal(self, seed: int, shape: tuple[int, ...], scale: float) -> jax.Array:
         make = jax.jit(

@@ -57,7 +57,7 @@ class Lists:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["lists", "sent", "received", "choice_of", "counts"],
+    data_fields=["lists", "sent", "row_of", "choice_of", "counts"],
     meta_fields=["capacity"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +67,30 @@ class Plan:
     Attributes:
       lists: what goes from rank to rank.
       sent: the tokens' places in what this rank sends.
-      received: the rows of the tokens that it receives; of no meaning past the last token or row.
-      choice_of: int32 `[capacity]`, the choice of a received token that a row serves.
+      row_of: int32 `[n_received, top_k]`, the row of every choice of the tokens that it receives;
+        capacity for those that are others' or none.
+      choice_of: int32 `[capacity]`, the choice, numbered token by token, that a row serves; of no
+        meaning past the last row.
       counts: int32 `[ep_size, ep_size, slots_per_rank]`: rows from a source for a rank's slot.
       capacity: rows that a rank has room for (static).
     """
 
     lists: Lists
     sent: Copies
-    received: Copies
+    row_of: jax.Array
     choice_of: jax.Array
     counts: jax.Array
     capacity: int
+
+    @property
+    def received(self) -> Copies:
+        """The rows of the tokens that this rank receives."""
+        return Copies(self.choice_of // self.row_of.shape[1], self.row_of)
+
+    @property
+    def choices(self) -> Copies:
+        """The rows of those tokens' choices, one each at most."""
+        return Copies(self.choice_of, self.row_of.reshape(-1, 1))
 
     @property
     def slot_loads(self) -> jax.Array:
@@ -177,8 +189,8 @@ def dispatch(
         )
     tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
     rows = copy(exchange(copy(tokens, plan.sent), plan.lists, "there"), plan.received)
-    row_gates = _of_rows(exchange(copy(gates, plan.sent), plan.lists, "there"), plan)
-    return rows, row_gates, plan
+    gates = exchange(copy(gates, plan.sent), plan.lists, "there")
+    return rows, copy(gates.reshape(-1), plan.choices), plan
 
 
 def _plan(
@@ -224,20 +236,7 @@ def _plan(
     row = exchange(copy(row, sent), lists, "there") - me * capacity
     there = jnp.arange(len(row))[:, None] < sizes[:, me].sum()
     row = jnp.where(there & (row >= 0) & (row < capacity), row, capacity)
-    choice_of = choice_at(row, capacity)
-    return Plan(lists, sent, Copies(choice_of // top_k, row), choice_of, counts, capacity)
-
-
-@jax.custom_vjp
-def _of_rows(values: jax.Array, plan: Plan) -> jax.Array:
-    """From the choices of received tokens, `[n_received, top_k]`, to rows: `[capacity]`."""
-    return values.reshape(-1)[plan.choice_of]
-
-
-_of_rows.defvjp(
-    lambda values, plan: (_of_rows(values, plan), plan),
-    lambda plan, slope: (slope.at[plan.received.places].get(mode="fill", fill_value=0), None),
-)
+    return Plan(lists, sent, row, choice_at(row, capacity), counts, capacity)
 
 
 def combine(rows: jax.Array, plan: Plan) -> jax.Array:

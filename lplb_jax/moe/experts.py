@@ -70,18 +70,6 @@ def expert_ffn(
     return _ffn(activation, products, rows, experts, gates, group_sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ffn(
-    activation: Callable[[jax.Array], jax.Array],
-    products: Products,
-    rows: jax.Array,
-    experts: Experts,
-    gates: jax.Array,
-    group_sizes: jax.Array,
-) -> jax.Array:
-    return _ffn_forward(activation, products, rows, experts, gates, group_sizes)[0]
-
-
 def _ffn_forward(
     activation: Callable[[jax.Array], jax.Array],
     products: Products,
@@ -110,9 +98,9 @@ def _ffn_backward(
         lambda gate_up, gates: _gated(activation, gate_up, gates, group_sizes), gate_up, gates
     )
     of_gate_up, of_gates = pull(of_hidden)
-    # The tokens' way back hides behind the last product, which does not need it. The copies'
+    # The last product does not need the tokens' way back, which XLA may put beside it. The copies'
     # gradients leave after that product: a kernel of NCCL that waits for its peer would hold
-    # multiprocessors back from it, and one left over makes a product take twice as long.
+    # multiprocessors back from it, and a persistent product that lacks one takes twice as long.
     first = products.of_weights(rows, of_gate_up, group_sizes)
     first, of_gate_up = lax.optimization_barrier((first, of_gate_up))
     of_rows = products.of_rows(of_gate_up, experts.gate_up, group_sizes, transposed=True)
@@ -122,6 +110,7 @@ def _ffn_backward(
     return of_rows, Experts(first, last), of_gates, None
 
 
+_ffn = jax.custom_vjp(lambda *arguments: _ffn_forward(*arguments)[0], nondiff_argnums=(0, 1))
 _ffn.defvjp(_ffn_forward, _ffn_backward)
 
 
@@ -132,9 +121,9 @@ def _gated(
     group_sizes: jax.Array,
 ) -> jax.Array:
     """Zero past the last group, whatever was there; kernels leave memory as it was."""
-    inside = (jnp.arange(len(gate_up)) < group_sizes.sum())[:, None]
     gate, up, gates = (
-        jnp.where(inside, part, 0) for part in (*jnp.split(gate_up, 2, axis=-1), gates[:, None])
+        _zero_past_the_end(part, group_sizes)
+        for part in (*jnp.split(gate_up, 2, axis=-1), gates[:, None])
     )
     return (activation(gate) * up * gates).astype(gate_up.dtype)
 
