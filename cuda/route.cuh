@@ -503,6 +503,9 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
   }
   Threads::Sync();
   MakeRoutes<kWords, kColumns, kQuotas, Threads>(a, in, element, fetched.ahead, block == 0, memory);
+  // Orders nothing that the block's barrier after it does not; but without it, compute-sanitizer's
+  // racecheck reports the routes' stores (2025.3). It takes 0.02 µs.
+  Threads::Sync();
 }
 
 // The tokens of a thread of ClusterKernel, which holds every 32nd of its warp's.
