@@ -390,52 +390,82 @@ def test_blocks_of_kernels_that_reach_past_the_last_group(rng):
             np.testing.assert_allclose(ours, theirs, atol=1e-3, err_msg=name)
 
 
-def test_weights_fetched_earlier(rng, mesh):
-    """replicate_weights outside the layer, with and without room of its own, gives the same."""
+@pytest.mark.parametrize("balance", ["eplb", "lplb"])
+def test_who_fetches_the_copies_and_where_to(rng, mesh, balance):
+    """The layer or its caller, into new arrays or into room behind the own weights: no matter."""
     case = CASES["cube"](rng)
     (tokens, gates, experts), ids, placement = problem(rng, case, skewed)
-    experts = in_slots(experts, placement)
     n_copies = placement.redundants_per_rank
 
-    def roomy(array):
-        by_rank = array.reshape(8, case.n_local, *array.shape[1:])
-        room = np.full((8, n_copies, *array.shape[1:]), np.nan, array.dtype)
-        return np.concatenate([by_rank, room], axis=1).reshape(-1, *array.shape[1:])
+    def by_rank(array):
+        return array.reshape(8, -1, *array.shape[1:])
 
-    def run(tokens, gates, experts, ids, *, early, in_place=False):
+    def roomy(array):
+        array = by_rank(array)
+        room = np.full((8, n_copies, *array.shape[2:]), np.nan, array.dtype)
+        return np.concatenate([array, room], axis=1).reshape(-1, *array.shape[2:])
+
+    def rank(tokens, gates, experts, ids, *, early, in_place):
         if early:
             experts = moe.replicate_weights(
                 experts, case.r2o, "ep", redundants_per_rank=n_copies, in_place=in_place
             )
+        out, _, *filled = moe.moe_layer(
+            tokens, ids, gates, experts, case.r2o, placement=placement, axis_name="ep",
+            balance=balance, in_place=in_place and not early, **PORTABLE, **ROOM,
+        )  # fmt: skip
+        return out, filled
+
+    def run(experts, **options):
+        function = jax.shard_map(
+            functools.partial(rank, **options), mesh=mesh, in_specs=P("ep"), out_specs=P("ep")
+        )
+        run = jax.jit(with_slopes(function), compiler_options=moe.COMPILER_OPTIONS)
+        return run((tokens, gates, experts), tokens, ids)
+
+    own = in_slots(experts, placement)
+    want = run(own, early=False, in_place=False)[:2]
+    got = run(own, early=True, in_place=False)[:2]
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    for early in (False, True):
+        out, (*slopes, of_experts), filled = run(
+            jax.tree.map(roomy, own), early=early, in_place=True
+        )
+        of_own, of_room = (
+            jax.tree.map(
+                lambda array, part=part: by_rank(array)[:, part].reshape(-1, *array.shape[1:]),
+                of_experts,
+            )
+            for part in (slice(case.n_local), slice(case.n_local, None))
+        )
+        assert not any(array.any() for array in jax.tree.leaves(of_room))
+        jax.tree.map(np.testing.assert_array_equal, (out, (*slopes, of_own)), want)
+        for slots in filled:
+            copies = jax.tree.map(lambda array: array[placement.phy2log], experts)
+            jax.tree.map(np.testing.assert_array_equal, slots, copies)
+        assert len(filled) == (not early)
+
+
+def test_none_in_place(rng, mesh):
+    """Without balance there is no room, and the experts come back as they are."""
+    case = CASES["cube"](rng)
+    floats, ids, placement = problem(rng, case, skewed)
+    own = in_slots(floats[2], placement)
+
+    def rank(experts, tokens, gates, ids, **options):
         return moe.moe_layer(
             tokens, ids, gates, experts, case.r2o, placement=placement, axis_name="ep",
-            **PORTABLE, **ROOM,
+            balance="none", **PORTABLE, **ROOM, **options,
         )  # fmt: skip
 
-    def slopes(experts, **options):
-        function = jax.shard_map(
-            functools.partial(run, **options),
-            mesh=mesh,
-            in_specs=P("ep"),
-            out_specs=(P("ep"), P()),
-        )
-        out, slopes, _ = with_slopes(function)((tokens, gates, experts), tokens, ids)
-        return out, slopes
+    def run(out_specs, **options):
+        function = functools.partial(rank, **options)
+        function = jax.shard_map(function, mesh=mesh, in_specs=P("ep"), out_specs=out_specs)
+        return jax.jit(function)(own, *floats[:2], ids)
 
-    inside = slopes(experts, early=False)
-    jax.tree.map(np.testing.assert_array_equal, slopes(experts, early=True), inside)
-    out, (*others, of_experts) = slopes(jax.tree.map(roomy, experts), early=True, in_place=True)
-    room = jax.tree.map(
-        lambda array: array.reshape(8, -1, *array.shape[1:])[:, case.n_local :], of_experts
-    )
-    of_experts = jax.tree.map(
-        lambda array: array.reshape(8, -1, *array.shape[1:])[:, : case.n_local].reshape(
-            -1, *array.shape[1:]
-        ),
-        of_experts,
-    )
-    jax.tree.map(np.testing.assert_array_equal, (out, (*others, of_experts)), inside)
-    assert all(not array.any() for array in jax.tree.leaves(room))
+    out, traffic, experts = run((P("ep"), P(), P("ep")), in_place=True)
+    jax.tree.map(np.testing.assert_array_equal, experts, own)
+    jax.tree.map(np.testing.assert_array_equal, (out, traffic), run((P("ep"), P())))
 
 
 def test_rematerialised_layers_in_a_scan(rng, mesh):
@@ -604,8 +634,9 @@ BAD = [
     ({"axis_name": "model"}, ValueError, "^axis_name: .*'model'"),
     ({"solver": "magic"}, ValueError, "^solver: .*got 'magic'"),
     ({"indices": jnp.zeros((8, 3), jnp.float32)}, TypeError, "^indices: .*got float32"),
-    ({"indices": jnp.zeros(8, jnp.int32)}, ValueError, r"^gates: .*got \[8, 3\] for indices \[8\]"),
-    ({"gates": jnp.zeros((8, 2))}, ValueError, r"^gates: .*got \[8, 2\]"),
+    ({"indices": jnp.zeros(8, jnp.int32)}, ValueError, r"^gates: .*\[8, 3\] for indices \[8\]"),
+    ({"gates": jnp.zeros((8, 2))}, ValueError, r"^gates: .*got float32 \[8, 2\]"),
+    ({"gates": jnp.zeros((8, 3), int)}, ValueError, r"^gates: expected floats.*got int32 \[8, 3\]"),
     ({"tokens": jnp.zeros((8, 16), jnp.bfloat16)}, TypeError, "^experts: .*bfloat16.*got float32"),
     ({"tokens": jnp.zeros((8, 17))}, ValueError, r"^experts: .*hidden = 17.*got \[4, 16, 24\]"),
     ({"tokens": jnp.zeros((9, 16))}, ValueError, r"^assignment: .*with 9 tokens"),
@@ -623,6 +654,7 @@ BAD = [
         ValueError,
         "^experts: expected the 4 own experts of a rank, got 8",
     ),
+    ({"in_place": True}, ValueError, "^experts: .* 8 slots of a rank, got 4, with in_place=True"),
 ]
 
 
@@ -751,9 +783,8 @@ def test_loads_by_the_gpus_themselves(rng, gpu_mesh):
 @pytest.mark.parametrize("hide", [False, True])
 @pytest.mark.parametrize("balance", ["none", "eplb", "lplb"])
 def test_transports_give_the_same_bits(rng, gpu_mesh, balance, hide):
-    """Values and gradients, also where XLA reorders collectives to hide them."""
+    """Values and gradients, also where XLA hides collectives and copy engines move the weights."""
     case = case_of(gpu_mesh.size)
-    options = {"xla_gpu_enable_latency_hiding_scheduler": hide}
     results = []
     spoil_memory(gpu_mesh)
     (tokens, gates, experts), ids, placement = problem(
@@ -762,6 +793,6 @@ def test_transports_give_the_same_bits(rng, gpu_mesh, balance, hide):
     floats = tokens, gates, in_slots(experts, placement)
     for transport in ["ragged", "padded"]:
         layer = layer_over(gpu_mesh, case, transport=transport, balance=balance, **ROOM)
-        run = jax.jit(with_slopes(layer), compiler_options=options)
+        run = jax.jit(with_slopes(layer), compiler_options=moe.COMPILER_OPTIONS if hide else None)
         results.append(run(floats, tokens.astype(np.float32), ids, placement))
     jax.tree.map(np.testing.assert_array_equal, *results)

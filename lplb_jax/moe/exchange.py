@@ -181,7 +181,7 @@ def dispatch(
     >>> run(tokens, ids, jnp.full((4, 1), 10.0)).tolist()
     [[10.0], [20.0], [30.0], [40.0]]
     """
-    plan = _plan(tokens, assignment, axis_name, capacity, transport)
+    plan = make_plan(tokens, assignment, axis_name, capacity, transport)
     if gates.shape != plan.sent.places.shape or not jnp.issubdtype(gates.dtype, jnp.floating):
         raise ValueError(
             f"gates: expected floats [tokens, top_k] = {list(plan.sent.places.shape)}, got "
@@ -193,9 +193,10 @@ def dispatch(
     return rows, copy(gates.reshape(-1), plan.choices), plan
 
 
-def _plan(
+def make_plan(
     tokens: jax.Array, assignment: Assignment, axis_name: Any, capacity: int, transport: str
 ) -> Plan:
+    """Where the tokens go: counts and the numbers of rows are exchanged, tokens not yet."""
     n_ranks = check_axis(axis_name)
     n_slots = _check_assignment(tokens, assignment, n_ranks)
     capacity = check_count("capacity", capacity)

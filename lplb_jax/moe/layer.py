@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from lplb_jax import metrics
-from lplb_jax._problem import check_indices, check_problem
+from lplb_jax._problem import check_indices, check_problem, varying_as, varying_over
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
 from lplb_jax.comm import Comm
 from lplb_jax.loads import count_loads
-from lplb_jax.moe.exchange import capacity_for, combine, dispatch
+from lplb_jax.moe import transfers
+from lplb_jax.moe.copies import copy
+from lplb_jax.moe.exchange import capacity_for, combine, exchange, make_plan
 from lplb_jax.moe.experts import Experts, check_experts, expert_ffn
-from lplb_jax.moe.replicas import replicate_weights
+from lplb_jax.moe.replicas import Fetch
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split
 
@@ -58,7 +60,8 @@ def moe_layer(
     transport: str = "auto",
     gemm: str = "auto",
     comm: Comm | None = None,
-) -> tuple[jax.Array, Traffic]:
+    in_place: bool = False,
+) -> tuple[jax.Array, Traffic] | tuple[jax.Array, Traffic, Experts]:
     """A mixture-of-experts layer over the ranks of `axis_name`. Call it inside `jax.shard_map`.
 
     Its output and gradients are those of a layer on one device: which copy serves a token changes
@@ -69,8 +72,8 @@ def moe_layer(
       indices: integers `[tokens, top_k]`, logical expert ids, −1 for none; see `rebalance`.
       gates: floats `[tokens, top_k]`, weights of the choices.
       experts: of `tokens`' dtype. `[n_local, …]`, the rank's own experts in the order of its
-        slots: copies are fetched here. Or `[slots_per_rank, …]`: what `replicate_weights` gave,
-        where you fetched them earlier.
+        slots: copies are fetched here, and all are copied once. Or `[slots_per_rank, …]`: what
+        `replicate_weights` gave, where you fetched them earlier. Or see `in_place`.
       r2o: static topology, see `lplb_jax.topologies`.
       placement: where the experts are, see `place_experts`.
       axis_name: the expert-parallel mesh axis (or a tuple of axes).
@@ -82,10 +85,16 @@ def moe_layer(
       transport: "ragged", "padded" or "auto", see `dispatch`.
       gemm: "mosaic", "xla" or "auto", see `expert_ffn`.
       comm: how `rebalance` shares its loads, see `init_comm`; None for `lax.all_gather`.
+      in_place: `experts` is `[slots_per_rank, …]`, own experts first, then room, which is
+        overwritten with copies and has no gradient (with "none" there is no room). No copy of the
+        own weights is made where XLA may reuse their buffer: donate them to `jax.jit` and return
+        what comes out of here, before other results. It is typed as one that varies over all axes
+        that `tokens` does; where experts do not, fetch them by `replicate_weights`.
 
     Returns:
       `(out, traffic)`: `[tokens, hidden]`, the weighted sums of what the experts gave; and what
       went where. Where `traffic.overflow` is not 0, some choices are missing from the sums.
+      With `in_place`, `(out, traffic, experts)`.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
@@ -120,26 +129,29 @@ def moe_layer(
     if balance not in BALANCES:
         raise ValueError(f"balance: expected one of {', '.join(BALANCES)}, got {balance!r}")
     problem = check_problem(None, r2o, placement, axis_name)
-    if indices.ndim != 2 or gates.shape != indices.shape:
+    same = indices.ndim == 2 and gates.shape == indices.shape
+    if not same or not jnp.issubdtype(gates.dtype, jnp.floating):
         raise ValueError(
-            f"gates: expected the shape of indices, [tokens, top_k], got {list(gates.shape)} for "
-            f"indices {list(indices.shape)}"
+            f"gates: expected floats of the shape of indices, [tokens, top_k], got {gates.dtype} "
+            f"{list(gates.shape)} for indices {list(indices.shape)}"
         )
     check_experts(experts, tokens.shape[-1], tokens.dtype)
     n_local = problem.n_logical // problem.ep_size
     slots_per_rank = n_local + placement.redundants_per_rank
     n_given = len(experts.down)
-    if n_given not in (n_local, slots_per_rank if balance != "none" else n_local):
+    own, slots = f"{n_local} own experts of a rank", f"{slots_per_rank} slots"
+    if balance == "none":
+        wanted = {n_local: own}
+    elif in_place:
+        wanted = {slots_per_rank: slots + " of a rank"}
+    else:
+        wanted = {n_local: own, slots_per_rank: "its " + slots}
+    if n_given not in wanted:
         raise ValueError(
-            f"experts: expected the {n_local} own experts of a rank"
-            + (f" or its {slots_per_rank} slots" if balance != "none" else "")
-            + f", got {n_given}"
+            f"experts: expected the {' or '.join(wanted.values())}, got {n_given}"
+            + (", with in_place=True" if in_place else "")
         )
 
-    if balance != "none" and n_given == n_local:
-        experts = replicate_weights(
-            experts, r2o, axis_name, redundants_per_rank=placement.redundants_per_rank
-        )
     if balance == "lplb":
         assignment, split = rebalance(
             indices,
@@ -158,13 +170,33 @@ def moe_layer(
         status = lower_bound = jnp.zeros(problem.ep_size // len(problem.r2o), jnp.int32)
 
     capacity = capacity_for(indices.size, problem.ep_size, capacity_factor)
-    rows, row_gates, plan = dispatch(
-        tokens, gates, assignment, axis_name=axis_name, capacity=capacity, transport=transport
-    )
+    plan = make_plan(tokens, assignment, axis_name, capacity, transport)
+    tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
+    fetch = None
+    if balance == "none":
+        sent = copy(tokens, plan.sent)
+    else:
+        experts = varying_as(experts, tokens)
+        if in_place or n_given == n_local:
+            fetch = Fetch(r2o, axis_name, placement.redundants_per_rank)
+        if not in_place and fetch is not None:
+            room = [(0, fetch.n_copies), (0, 0), (0, 0)]
+            experts = jax.tree.map(lambda weights: jnp.pad(weights, room), experts)
+        sent, experts = transfers.sent(fetch, tokens, plan.sent, experts)
+    received = exchange(sent, plan.lists, "there")
+    row_gates = exchange(copy(gates, plan.sent), plan.lists, "there").reshape(-1)
+    if fetch is None:
+        rows = copy(received, plan.received)
+    else:
+        rows, row_gates, experts = transfers.in_rows(
+            fetch, received, row_gates, plan.received, experts
+        )
+    row_gates = copy(row_gates, plan.choices)
     group_sizes = plan.group_sizes[: len(experts.down)]
     rows = expert_ffn(rows, experts, group_sizes, gates=row_gates, activation=activation, gemm=gemm)
     traffic = Traffic(plan.slot_loads, jnp.int32(capacity), plan.overflow, status, lower_bound)
-    return combine(rows, plan), traffic
+    out = combine(rows, plan)
+    return (out, traffic, experts) if in_place else (out, traffic)
 
 
 def _assign_alone(

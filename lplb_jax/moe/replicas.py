@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,78 +54,102 @@ def replicate_weights(
     >>> slots(jnp.array([10, 11, 20, 21])).tolist()  # two experts on each rank, and one copy
     [10, 11, 20, 20, 21, 10]
     """
-    r2o = topologies.validate(r2o)
-    group_size, n_columns = r2o.shape
-    axis_size = check_axis(axis_name)
-    if axis_size % group_size:
-        raise ValueError(
-            f"axis_name: expected an axis whose size is a multiple of the group size {group_size} "
-            f"of r2o, got {axis_name!r} of size {axis_size}"
-        )
-    n_copies = n_columns if redundants_per_rank is None else redundants_per_rank
-    if not isinstance(n_copies, int | np.integer) or n_copies < 1 or n_copies % n_columns:
-        raise ValueError(
-            f"redundants_per_rank: expected a multiple of the {n_columns} columns of r2o, got "
-            f"{redundants_per_rank!r}"
-        )
-    # Who sends to whom, for each column.
-    pairs = [
-        [
-            (first + int(r2o[v, d]), first + v)
-            for first in range(0, axis_size, group_size)
-            for v in range(group_size)
-        ]
-        for d in range(n_columns)
-    ]
-
-    def fetch(own: jax.Array) -> jax.Array:
-        copies = [lax.ppermute(own[d::n_columns], axis_name, pairs[d]) for d in range(n_columns)]
-        # Redundant slot j·D + d is a copy of local expert j·D + d.
-        return jnp.stack(copies, axis=1).reshape(own.shape)
+    fetch = Fetch(r2o, axis_name, redundants_per_rank)
 
     def replicate(weights: jax.Array) -> jax.Array:
-        n_local = len(weights) - (n_copies if in_place else 0)
-        if n_copies > n_local:
+        n_local = len(weights) - (fetch.n_copies if in_place else 0)
+        if fetch.n_copies > n_local:
             raise ValueError(
-                f"redundants_per_rank: expected at most the experts of a rank, got {n_copies} with "
-                f"local_weights of shape {list(weights.shape)}{' in place' if in_place else ''}"
+                f"redundants_per_rank: expected at most the experts of a rank, got "
+                f"{fetch.n_copies} with local_weights of shape {list(weights.shape)}"
+                f"{' in place' if in_place else ''}"
             )
         if in_place:
-            return _filled(fetch, n_copies, weights)
-        return jnp.concatenate([weights, fetch(weights[:n_copies])])
+            return _filled(fetch, weights)
+        return jnp.concatenate([weights, fetch.delivered(fetch.wanted(weights))])
 
     return jax.tree.map(replicate, local_weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _filled(
-    fetch: Callable[[jax.Array], jax.Array], n_copies: int, weights: jax.Array
-) -> jax.Array:
-    """`weights` with the fetched copies of its first slots in its last."""
-    copies = fetch(weights[:n_copies])
-    return lax.dynamic_update_slice_in_dim(weights, copies, len(weights) - n_copies, axis=0)
+class Fetch:
+    """Who sends which weights to whom. Methods take one array, of a rank's own experts first.
+
+    Attributes:
+      n_copies: redundant slots of each rank.
+    """
+
+    def __init__(self, r2o: Any, axis_name: Any, redundants_per_rank: int | None) -> None:
+        r2o = topologies.validate(r2o)
+        group_size, n_columns = r2o.shape
+        axis_size = check_axis(axis_name)
+        if axis_size % group_size:
+            raise ValueError(
+                f"axis_name: expected an axis whose size is a multiple of the group size "
+                f"{group_size} of r2o, got {axis_name!r} of size {axis_size}"
+            )
+        n_copies = n_columns if redundants_per_rank is None else redundants_per_rank
+        if not isinstance(n_copies, int | np.integer) or n_copies < 1 or n_copies % n_columns:
+            raise ValueError(
+                f"redundants_per_rank: expected a multiple of the {n_columns} columns of r2o, got "
+                f"{redundants_per_rank!r}"
+            )
+        self.n_copies = int(n_copies)
+        self._axis_name = axis_name
+        # (from, to) for each column.
+        self._pairs = [
+            [
+                (first + int(r2o[v, d]), first + v)
+                for first in range(0, axis_size, group_size)
+                for v in range(group_size)
+            ]
+            for d in range(n_columns)
+        ]
+
+    def wanted(self, weights: jax.Array) -> list[jax.Array]:
+        """What others fetch of this rank's weights, column by column of the topology."""
+        return [weights[d : self.n_copies : len(self._pairs)] for d in range(len(self._pairs))]
+
+    def delivered(self, wanted: list[jax.Array]) -> jax.Array:
+        """The weights of this rank's redundant slots: `[n_copies, …]`."""
+        copies = [
+            lax.ppermute(part, self._axis_name, pairs)
+            for part, pairs in zip(wanted, self._pairs, strict=True)
+        ]
+        # Redundant slot j·D + d is a copy of local expert j·D + d.
+        return jnp.stack(copies, axis=1).reshape(self.n_copies, *wanted[0].shape[1:])
+
+    def into_room(self, weights: jax.Array, copies: jax.Array) -> jax.Array:
+        """The weights, whose last n_copies are overwritten with the copies."""
+        n_own = len(weights) - self.n_copies
+        return lax.dynamic_update_slice_in_dim(weights, copies, n_own, axis=0)
+
+    def sent_home(self, slope: jax.Array) -> jax.Array:
+        """Of the gradients of all slots, the copies' on their owners' ranks: `[n_copies, …]`."""
+        of_copies = slope[-self.n_copies :]
+        (home,) = jax.linear_transpose(lambda own: self.delivered(self.wanted(own)), of_copies)(
+            of_copies
+        )
+        return home
+
+    def settled(self, slope: jax.Array, home: jax.Array) -> jax.Array:
+        """The gradients of all slots, with what came home added to the owners'; none in room."""
+        # Autodiff would rewrite all of it; so, XLA may update in place the slots that change, if
+        # what it reads of them is another kernel's result.
+        own = lax.optimization_barrier(slope[: self.n_copies] + home)
+        slope = lax.dynamic_update_slice_in_dim(slope, own, 0, axis=0)
+        none, n_own = jnp.zeros_like(home), len(slope) - self.n_copies
+        return lax.dynamic_update_slice_in_dim(slope, none, n_own, axis=0)
 
 
-def _filled_forward(
-    fetch: Callable[[jax.Array], jax.Array], n_copies: int, weights: jax.Array
-) -> tuple[jax.Array, None]:
-    return _filled(fetch, n_copies, weights), None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _filled(fetch: Fetch, weights: jax.Array) -> jax.Array:
+    return fetch.into_room(weights, fetch.delivered(fetch.wanted(weights)))
 
 
-def _filled_backward(
-    fetch: Callable[[jax.Array], jax.Array], n_copies: int, _: None, slope: jax.Array
-) -> tuple[jax.Array]:
-    # Autodiff would rewrite all of it; so, XLA may update in place the slots that change, if what
-    # it reads of them is another kernel's result.
-    own, of_copies = slope[:n_copies], slope[-n_copies:]
-    (home,) = jax.linear_transpose(fetch, own)(of_copies)
-    own = lax.optimization_barrier(own + home)
-    slope = lax.dynamic_update_slice_in_dim(slope, own, 0, axis=0)
-    none = jnp.zeros_like(of_copies)
-    return (lax.dynamic_update_slice_in_dim(slope, none, len(slope) - n_copies, axis=0),)
-
-
-_filled.defvjp(_filled_forward, _filled_backward)
+_filled.defvjp(
+    lambda fetch, weights: (_filled(fetch, weights), None),
+    lambda fetch, _, slope: (fetch.settled(slope, fetch.sent_home(slope)),),
+)
 
 
 def move_experts(weights: Any, old: Placement, new: Placement) -> Any:

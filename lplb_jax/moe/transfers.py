@@ -1,0 +1,90 @@
+"""The order in which tokens and copies travel, forwards and backwards.
+
+Tokens go first, there and back: the experts wait for them, and so do the layers below. The copies'
+weights travel while tokens are put in rows, and their gradients last of all, while those of the
+tokens are summed. Left alone, XLA would let the tokens wait for the copies.
+
+Barriers say so. The first of each function is what the copies wait for; without the second, XLA
+sees nothing to do between the beginning of their transfer and its end.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax import lax
+
+from lplb_jax.moe.copies import Copies, add, copy
+from lplb_jax.moe.experts import Experts
+from lplb_jax.moe.replicas import Fetch
+
+# For `jax.jit(step, compiler_options=moe.COMPILER_OPTIONS)`, of use on GPUs: XLA starts transfers
+# early and ends them late, so that they hide behind computation; up to four at a time are under
+# way; and between GPUs of one process, copies of weights and their gradients are moved by copy
+# engines and leave the multiprocessors to the products.
+COMPILER_OPTIONS = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+    "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
+}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sent(
+    fetch: Fetch | None, tokens: jax.Array, copies: Copies, experts: Experts
+) -> tuple[jax.Array, Experts]:
+    """The tokens as they are sent, and the experts as they are. Backwards, the gradients of all
+    slots wait for those of the tokens; if `in_rows` fetches the copies, they go home from here."""
+    return copy(tokens, copies), experts
+
+
+def _sent_forward(
+    fetch: Fetch | None, tokens: jax.Array, copies: Copies, experts: Experts
+) -> tuple[tuple[jax.Array, Experts], Copies]:
+    return sent(fetch, tokens, copies, experts), copies
+
+
+def _sent_backward(
+    fetch: Fetch | None, copies: Copies, slopes: tuple[jax.Array, Experts]
+) -> tuple[jax.Array, None, Experts]:
+    of_sent, of_slots = lax.optimization_barrier(slopes)
+    of_tokens = add(of_sent, copies)
+    if fetch is None:
+        return of_tokens, None, of_slots
+    home = jax.tree.map(fetch.sent_home, of_slots)
+    of_tokens, home = lax.optimization_barrier((of_tokens, home))
+    return of_tokens, None, jax.tree.map(fetch.settled, of_slots, home)
+
+
+sent.defvjp(_sent_forward, _sent_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def in_rows(
+    fetch: Fetch, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Experts
+) -> tuple[jax.Array, jax.Array, Experts]:
+    """Received tokens in rows, their gates as they are, and experts with their copies. Backwards,
+    the gradients of all slots pass, for `sent`."""
+    wanted = jax.tree.map(fetch.wanted, experts)
+    received, wanted = lax.optimization_barrier(((tokens, gates, copies), wanted))
+    tokens, gates, copies = received
+    rows, of_copies = copy(tokens, copies), Experts(*map(fetch.delivered, wanted))
+    rows, of_copies = lax.optimization_barrier((rows, of_copies))
+    return rows, gates, jax.tree.map(fetch.into_room, experts, of_copies)
+
+
+def _in_rows_forward(
+    fetch: Fetch, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Experts
+) -> tuple[tuple[jax.Array, jax.Array, Experts], Copies]:
+    return in_rows(fetch, tokens, gates, copies, experts), copies
+
+
+def _in_rows_backward(
+    fetch: Fetch, copies: Copies, slopes: tuple[jax.Array, jax.Array, Experts]
+) -> tuple[jax.Array, jax.Array, None, Experts]:
+    of_rows, of_gates, of_slots = slopes
+    return add(of_rows, copies), of_gates, None, of_slots
+
+
+in_rows.defvjp(_in_rows_forward, _in_rows_backward)
