@@ -5,8 +5,9 @@
 Routing is that of the packaged traces. The experts are arranged so that the busiest rank has 1.1,
 1.3 and 1.6 times the mean load; then, side by side in one run, a step (forward and backward) is
 timed without copies ("none"), with an even split over copies ("eplb") and with `rebalance`
-("lplb"). There are as many copies as balance needs, and buffers are as small as they can be without
-overflow. Each result is checked.
+("lplb"). There are as many copies as balance needs, and buffers are as small as they can be
+without overflow. Each result is checked. GPUs of one kind differ in speed by some per cent: the
+busiest rank is the first of them and the last in turn, and times are means of both.
 """
 
 from __future__ import annotations
@@ -28,12 +29,6 @@ from lplb_jax import metrics, moe, place_experts, rebalance, solve, topologies
 from lplb_jax.data import load_traces
 
 TOP_K = 8
-# XLA starts transfers early and ends them late, so that they hide behind computation and, several
-# at a time, behind one another.
-HIDE = {
-    "xla_gpu_enable_latency_hiding_scheduler": True,
-    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
-}
 
 
 def main() -> None:
@@ -52,13 +47,17 @@ def main() -> None:
     mesh = Mesh(np.array(devices), "ep")
     r2o = topologies.cube() if len(devices) == 8 else topologies.complete(len(devices))
     print(f"{len(devices)} × {devices[0].device_kind}, jax {jax.__version__}, {vars(options)}")
-    cases = [Case(mesh, r2o, options, imbalance) for imbalance in options.imbalances]
+    turns = [
+        [Case(mesh, r2o, options, imbalance, busiest) for busiest in ("first", "last")]
+        for imbalance in options.imbalances
+    ]
+    cases = [case for both in turns for case in both]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         wanted = {case.key(name): (case, name) for case in cases for name in case.names}
         programs = {key: pool.submit(case.compile, name) for key, (case, name) in wanted.items()}
     for case in cases:
         case.steps = {name: programs[case.key(name)].result() for name in case.names}
-    results = [case.measure(options.repeats) for case in cases]
+    results = [measure(both, options.repeats) for both in turns]
     of_rebalance = rebalance_time(mesh, r2o, cases[0])
     forward = forward_time(cases[0], options.repeats)
     print(f"rebalance {of_rebalance:.3f} ms, {of_rebalance / forward:.1%} of a forward pass")
@@ -88,8 +87,11 @@ def routing(n_tokens: int, n_experts: int) -> np.ndarray:
     return np.resize(merged[indices], (n_tokens, TOP_K))
 
 
-def arranged(loads: np.ndarray, n_ranks: int, imbalance: float) -> np.ndarray:
-    """Order of the experts by rank, heaviest first, with rank 0 at `imbalance` times the mean."""
+def arranged(loads: np.ndarray, n_ranks: int, imbalance: float, busiest: str) -> np.ndarray:
+    """Order of the experts, rank by rank and heaviest first.
+
+    The first rank, or the last, has `imbalance` times the mean load, and the others alike.
+    """
     n_local = len(loads) // n_ranks
     target = imbalance * loads.sum() / n_ranks
     even = place_experts(
@@ -109,7 +111,7 @@ def arranged(loads: np.ndarray, n_ranks: int, imbalance: float) -> np.ndarray:
         order[0, i], order[rank, j] = order[rank, j], order[0, i]
     for row in order:
         row[:] = row[np.argsort(-loads[row], kind="stable")]
-    return order.ravel()
+    return (order if busiest == "first" else order[::-1]).ravel()
 
 
 class Case:
@@ -117,10 +119,13 @@ class Case:
 
     names = ("none", "eplb", "lplb")
 
-    def __init__(self, mesh: Mesh, r2o: np.ndarray, options: Any, imbalance: float) -> None:
+    def __init__(
+        self, mesh: Mesh, r2o: np.ndarray, options: Any, imbalance: float, busiest: str
+    ) -> None:
         n_ranks, n_experts = mesh.size, options.experts
         ids = routing(n_ranks * options.tokens, n_experts)
-        order = arranged(np.bincount(ids.ravel(), minlength=n_experts), n_ranks, imbalance)
+        loads = np.bincount(ids.ravel(), minlength=n_experts)
+        order = arranged(loads, n_ranks, imbalance, busiest)
         number = np.empty(n_experts, np.int32)
         number[order] = np.arange(n_experts)
         ids = number[ids]  # numbered so that the given order is the arrangement
@@ -188,13 +193,9 @@ class Case:
 
     def layer(self, name: str, tokens: jax.Array, gates: jax.Array, experts: Any, ids: Any) -> Any:
         """One rank's forward pass: output, and what is left of it."""
-        if name != "none":
-            experts = moe.replicate_weights(
-                experts, self.r2o, "ep", redundants_per_rank=self.n_copies, in_place=True
-            )
-        out, traffic = moe.moe_layer(
+        out, traffic, experts = moe.moe_layer(
             tokens, ids, gates, experts, self.r2o, placement=self.placement, axis_name="ep",
-            balance=name, capacity_factor=self.key(name)[1],
+            balance=name, capacity_factor=self.key(name)[1], in_place=True,
         )  # fmt: skip
         return out, (experts, traffic)
 
@@ -228,7 +229,7 @@ class Case:
             ),
             shapes,
         )
-        lowered = jax.jit(run, donate_argnums=2, compiler_options=HIDE).lower(
+        lowered = jax.jit(run, donate_argnums=2, compiler_options=moe.COMPILER_OPTIONS).lower(
             self.tokens, self.gates, shapes, self.ids, self.upstream
         )
         return lowered.compile()
@@ -236,54 +237,63 @@ class Case:
     def run(self, name: str, experts: moe.Experts) -> Any:
         return self.steps[name](self.tokens, self.gates, experts, self.ids, self.upstream)
 
-    def measure(self, repeats: int, calls: int = 4) -> dict[str, Any]:
-        """Medians of interleaved repeats of a few steps in a row."""
-        experts = {name: self.experts(name) for name in self.names}
-        outputs = {}
+    def check(self) -> None:
+        """All three give the same results, and nothing overflows."""
+        want = None
         for name in self.names:
-            experts[name], slopes, out, traffic = self.run(name, experts[name])
+            _, slopes, out, traffic = self.run(name, self.experts(name))
             assert int(traffic.overflow) == 0, name
             assert not np.any(traffic.status), name
-            outputs[name] = (out, slopes[0], slopes[1])
-        for name in ("eplb", "lplb"):
-            for got, want in zip(outputs[name], outputs["none"], strict=True):
-                assert close(got, want), name
-        del outputs, slopes, out, got, want
-        times: dict[str, list[float]] = {name: [] for name in self.names}
-        for _ in range(repeats):
-            for name in self.names:
-                start = time.perf_counter()
-                for _ in range(calls):
-                    experts[name], _, _, traffic = self.run(name, experts[name])
-                jax.block_until_ready((experts[name], traffic))
-                times[name].append((time.perf_counter() - start) / calls * 1e3)
-        none = float(np.median(times["none"]))
-        result = {}
-        for name in self.names:
-            memory = self.steps[name].memory_analysis()
-            ms = float(np.median(times[name]))
-            gain, possible = none / ms, self.imbalance["none"]
-            result[name] = {
-                "imbalance": self.imbalance[name],
-                "copies": self.n_copies if name != "none" else 0,
-                "ms": ms,
-                "gain": gain,
-                "share": (gain - 1) / (possible - 1),
-                "gib": (
-                    memory.argument_size_in_bytes
-                    + memory.output_size_in_bytes
-                    + memory.temp_size_in_bytes
-                    - memory.alias_size_in_bytes
-                )
-                / 2**30,
-            }
-            print(
-                f"{name}: imbalance {self.imbalance[name]:.3f}, {result[name]['copies']} copies, "
-                f"{ms:.2f} ms, gain {gain:.3f} ({result[name]['share']:.0%} of the possible), "
-                f"{result[name]['gib']:.2f} GiB",
-                flush=True,
-            )
-        return result
+            got = out, slopes[0], slopes[1]
+            want = want or got
+            assert all(map(close, got, want)), name
+
+    def gib(self, name: str) -> float:
+        """Arguments, results and temporaries of a step on one GPU."""
+        memory = self.steps[name].memory_analysis()
+        return (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        ) / 2**30
+
+
+def measure(turns: list[Case], repeats: int, calls: int = 8) -> dict[str, Any]:
+    """Medians of interleaved repeats of a few steps in a row, and their means over the turns."""
+    for case in turns:
+        case.check()
+    experts = {(case, name): case.experts(name) for case in turns for name in case.names}
+    times: dict[Any, list[float]] = {key: [] for key in experts}
+    for _ in range(repeats):
+        for case, name in experts:
+            start = time.perf_counter()
+            for _ in range(calls):
+                experts[case, name], *_ = case.run(name, experts[case, name])
+            jax.block_until_ready(experts[case, name])
+            times[case, name].append((time.perf_counter() - start) / calls * 1e3)
+    case, result = turns[0], {}
+    for name in case.names:
+        of_turns = [float(np.median(times[turn, name])) for turn in turns]
+        ms = float(np.mean(of_turns))
+        gain, possible = result.get("none", {"ms": ms})["ms"] / ms, case.imbalance["none"]
+        result[name] = {
+            "imbalance": case.imbalance[name],
+            "copies": case.n_copies if name != "none" else 0,
+            "ms": ms,
+            "ms_of_turns": of_turns,
+            "gain": gain,
+            "share": (gain - 1) / (possible - 1),
+            "gib": case.gib(name),
+        }
+        turns_ms = " and ".join(f"{value:.2f}" for value in of_turns)
+        print(
+            f"{name}: imbalance {case.imbalance[name]:.3f}, {result[name]['copies']} copies, "
+            f"{ms:.2f} ms ({turns_ms}), gain {gain:.3f} ({result[name]['share']:.0%} of the "
+            f"possible), {result[name]['gib']:.2f} GiB",
+            flush=True,
+        )
+    return result
 
 
 @jax.jit
@@ -317,7 +327,7 @@ def forward_time(case: Case, repeats: int) -> float:
             lambda *arguments: case.layer("lplb", *arguments)[0],
             mesh=case.mesh, in_specs=P("ep"), out_specs=P("ep"),
         ),
-        compiler_options=HIDE,
+        compiler_options=moe.COMPILER_OPTIONS,
     )  # fmt: skip
     arguments = case.tokens, case.gates, case.experts("lplb"), case.ids
     four = median_seconds(lambda: [run(*arguments) for _ in range(4)], repeats=repeats)
