@@ -66,7 +66,7 @@ def main() -> None:
             "device": devices[0].device_kind,
             "ranks": len(devices),
             "jax": jax.__version__,
-            "options": vars(options),
+            "options": {key: value for key, value in vars(options).items() if key != "json"},
             "results": results,
             "rebalance_ms": of_rebalance,
             "forward_ms": forward,

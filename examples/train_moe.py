@@ -221,7 +221,7 @@ class Training:
             out_specs=(P(), seen),
         )
 
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=moe.COMPILER_OPTIONS)
         def step(weights: Any, state: Any, text: Any, placements: Any) -> tuple[Any, Any, Any]:
             slopes, seen = jax.grad(loss, has_aux=True)(weights, text, placements)
             updates, state = self.optimizer.update(slopes, state, weights)
