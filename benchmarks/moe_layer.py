@@ -244,9 +244,15 @@ class Case:
             _, slopes, out, traffic = self.run(name, self.experts(name))
             assert int(traffic.overflow) == 0, name
             assert not np.any(traffic.status), name
-            got = out, slopes[0], slopes[1]
+            *others, of_experts = slopes
+            got = out, *others, *map(self.own, of_experts)
             want = want or got
             assert all(map(close, got, want)), name
+
+    def own(self, of_slots: jax.Array) -> jax.Array:
+        """Of the gradients of all slots, those of the ranks' own experts."""
+        by_rank = of_slots.reshape(self.mesh.size, -1, *of_slots.shape[1:])
+        return by_rank[:, : self.sizes[0]]
 
     def gib(self, name: str) -> float:
         """Arguments, results and temporaries of a step on one GPU."""

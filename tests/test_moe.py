@@ -756,16 +756,18 @@ def spoil_memory(mesh):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("options", [None, moe.COMPILER_OPTIONS], ids=["plain", "hidden"])
 @pytest.mark.parametrize(
     ("dtype", "gemm", "tolerance"),
     [(np.float32, "xla", 1e-4), (jnp.bfloat16, "mosaic", 3e-2), (jnp.bfloat16, "auto", 3e-2)],
 )
-def test_gpus_equal_one_device(rng, gpu_mesh, dtype, gemm, tolerance):
+def test_gpus_equal_one_device(rng, gpu_mesh, dtype, gemm, tolerance, options):
     case = case_of(gpu_mesh.size)
     spoil_memory(gpu_mesh)
     # In full precision: the plain mathematics are.
     with jax.default_matmul_precision("highest"):
         run = with_slopes(layer_over(gpu_mesh, case, transport="ragged", gemm=gemm, **ROOM))
+        run = jax.jit(run, compiler_options=options)
         for routing in ROUTINGS:
             n_tokens = 300 * gpu_mesh.size
             floats, ids, placement = problem(rng, case, routing, n_tokens, dtype, (256, 128))

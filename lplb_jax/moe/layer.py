@@ -66,6 +66,7 @@ def moe_layer(
 
     Its output and gradients are those of a layer on one device: which copy serves a token changes
     nothing but the order of sums. The router is yours: take `indices` and `gates` from its top-k.
+    On GPUs, compile with `moe.COMPILER_OPTIONS`, so that transfers hide behind computation.
 
     Args:
       tokens: floats `[tokens, hidden]` of this rank; equally many on all ranks.
