@@ -66,7 +66,7 @@ def replicate_weights(
             )
         if in_place:
             return _filled(fetch, weights)
-        return jnp.concatenate([weights, fetch.delivered(fetch.wanted(weights))])
+        return jnp.concatenate([weights, fetch.slots(fetch.delivered(fetch.wanted(weights)))])
 
     return jax.tree.map(replicate, local_weights)
 
@@ -105,40 +105,47 @@ class Fetch:
             for d in range(n_columns)
         ]
 
-    def wanted(self, weights: jax.Array) -> list[jax.Array]:
-        """What others fetch of this rank's weights, column by column of the topology."""
-        return [weights[d : self.n_copies : len(self._pairs)] for d in range(len(self._pairs))]
+    # Redundant slot j·D + d is a copy of local expert j·D + d, of column d. What is on its way is
+    # in parts, one per column: put together early, it would have to be waited for.
 
-    def delivered(self, wanted: list[jax.Array]) -> jax.Array:
-        """The weights of this rank's redundant slots: `[n_copies, …]`."""
-        copies = [
+    def delivered(self, wanted: list[jax.Array]) -> list[jax.Array]:
+        """What this rank gets when all have sent what is `wanted` of them, part by part."""
+        return [
             lax.ppermute(part, self._axis_name, pairs)
             for part, pairs in zip(wanted, self._pairs, strict=True)
         ]
-        # Redundant slot j·D + d is a copy of local expert j·D + d.
-        return jnp.stack(copies, axis=1).reshape(self.n_copies, *wanted[0].shape[1:])
 
-    def into_room(self, weights: jax.Array, copies: jax.Array) -> jax.Array:
+    def wanted(self, weights: jax.Array) -> list[jax.Array]:
+        """The parts that others fetch of this rank's weights."""
+        return self._parts(weights[: self.n_copies])
+
+    def slots(self, delivered: list[jax.Array]) -> jax.Array:
+        """The weights of this rank's redundant slots: `[n_copies, …]`."""
+        return jnp.stack(delivered, axis=1).reshape(self.n_copies, *delivered[0].shape[1:])
+
+    def into_room(self, weights: jax.Array, delivered: list[jax.Array]) -> jax.Array:
         """The weights, whose last n_copies are overwritten with the copies."""
         n_own = len(weights) - self.n_copies
-        return lax.dynamic_update_slice_in_dim(weights, copies, n_own, axis=0)
+        return lax.dynamic_update_slice_in_dim(weights, self.slots(delivered), n_own, axis=0)
 
-    def sent_home(self, slope: jax.Array) -> jax.Array:
-        """Of the gradients of all slots, the copies' on their owners' ranks: `[n_copies, …]`."""
-        of_copies = slope[-self.n_copies :]
-        (home,) = jax.linear_transpose(lambda own: self.delivered(self.wanted(own)), of_copies)(
-            of_copies
-        )
-        return home
+    def sent_home(self, slope: jax.Array) -> list[jax.Array]:
+        """Of the gradients of all slots, the copies' on their owners' ranks, part by part."""
+        return [
+            lax.ppermute(part, self._axis_name, [(there, here) for here, there in pairs])
+            for part, pairs in zip(self._parts(slope[-self.n_copies :]), self._pairs, strict=True)
+        ]
 
-    def settled(self, slope: jax.Array, home: jax.Array) -> jax.Array:
+    def settled(self, slope: jax.Array, home: list[jax.Array]) -> jax.Array:
         """The gradients of all slots, with what came home added to the owners'; none in room."""
         # Autodiff would rewrite all of it; so, XLA may update in place the slots that change, if
         # what it reads of them is another kernel's result.
-        own = lax.optimization_barrier(slope[: self.n_copies] + home)
+        own = lax.optimization_barrier(slope[: self.n_copies] + self.slots(home))
         slope = lax.dynamic_update_slice_in_dim(slope, own, 0, axis=0)
-        none, n_own = jnp.zeros_like(home), len(slope) - self.n_copies
+        none, n_own = jnp.zeros_like(own), len(slope) - self.n_copies
         return lax.dynamic_update_slice_in_dim(slope, none, n_own, axis=0)
+
+    def _parts(self, slots: jax.Array) -> list[jax.Array]:
+        return [slots[d :: len(self._pairs)] for d in range(len(self._pairs))]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -20,12 +20,12 @@ from lplb_jax.moe.experts import Experts
 from lplb_jax.moe.replicas import Fetch
 
 # For `jax.jit(step, compiler_options=moe.COMPILER_OPTIONS)`, of use on GPUs: XLA starts transfers
-# early and ends them late, so that they hide behind computation; up to four at a time are under
-# way; and between GPUs of one process, copies of weights and their gradients are moved by copy
-# engines and leave the multiprocessors to the products.
+# early and ends them late, so that they hide behind computation, many at a time; and between GPUs
+# of one process, copies of weights and their gradients are moved by copy engines and leave the
+# multiprocessors to the products.
 COMPILER_OPTIONS = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
-    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 16,
     "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
 }
 
@@ -52,9 +52,9 @@ def _sent_backward(
     of_tokens = add(of_sent, copies)
     if fetch is None:
         return of_tokens, None, of_slots
-    home = jax.tree.map(fetch.sent_home, of_slots)
+    home = [fetch.sent_home(slope) for slope in of_slots]
     of_tokens, home = lax.optimization_barrier((of_tokens, home))
-    return of_tokens, None, jax.tree.map(fetch.settled, of_slots, home)
+    return of_tokens, None, Experts(*map(fetch.settled, of_slots, home))
 
 
 sent.defvjp(_sent_forward, _sent_backward)
@@ -66,12 +66,12 @@ def in_rows(
 ) -> tuple[jax.Array, jax.Array, Experts]:
     """Received tokens in rows, their gates as they are, and experts with their copies. Backwards,
     the gradients of all slots pass, for `sent`."""
-    wanted = jax.tree.map(fetch.wanted, experts)
+    wanted = [fetch.wanted(weights) for weights in experts]
     received, wanted = lax.optimization_barrier(((tokens, gates, copies), wanted))
     tokens, gates, copies = received
-    rows, of_copies = copy(tokens, copies), Experts(*map(fetch.delivered, wanted))
-    rows, of_copies = lax.optimization_barrier((rows, of_copies))
-    return rows, gates, jax.tree.map(fetch.into_room, experts, of_copies)
+    rows, delivered = copy(tokens, copies), [fetch.delivered(parts) for parts in wanted]
+    rows, delivered = lax.optimization_barrier((rows, delivered))
+    return rows, gates, Experts(*map(fetch.into_room, experts, delivered))
 
 
 def _in_rows_forward(
