@@ -130,7 +130,7 @@ class Case:
         number[order] = np.arange(n_experts)
         ids = number[ids]  # numbered so that the given order is the arrangement
         self.mesh, self.r2o = mesh, r2o
-        loads = np.bincount(ids.ravel(), minlength=n_experts).astype(np.int32)
+        loads = loads[order].astype(np.int32)
         columns = r2o.shape[1]
         numbers = range(columns, n_experts // n_ranks + 1, columns)
         for n_copies in [options.redundants] if options.redundants else numbers:

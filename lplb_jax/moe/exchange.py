@@ -181,12 +181,7 @@ def dispatch(
     >>> run(tokens, ids, jnp.full((4, 1), 10.0)).tolist()
     [[10.0], [20.0], [30.0], [40.0]]
     """
-    plan = make_plan(tokens, assignment, axis_name, capacity, transport)
-    if gates.shape != plan.sent.places.shape or not jnp.issubdtype(gates.dtype, jnp.floating):
-        raise ValueError(
-            f"gates: expected floats [tokens, top_k] = {list(plan.sent.places.shape)}, got "
-            f"{gates.dtype} {list(gates.shape)}"
-        )
+    plan = make_plan(tokens, gates, assignment, axis_name, capacity, transport)
     tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
     rows = copy(exchange(copy(tokens, plan.sent), plan.lists, "there"), plan.received)
     gates = exchange(copy(gates, plan.sent), plan.lists, "there")
@@ -194,11 +189,16 @@ def dispatch(
 
 
 def make_plan(
-    tokens: jax.Array, assignment: Assignment, axis_name: Any, capacity: int, transport: str
+    tokens: jax.Array,
+    gates: jax.Array,
+    assignment: Assignment,
+    axis_name: Any,
+    capacity: int,
+    transport: str,
 ) -> Plan:
-    """Where the tokens go: counts and the numbers of rows are exchanged, tokens not yet."""
+    """Checks what `dispatch` is given; exchanges counts and the numbers of rows, no tokens yet."""
     n_ranks = check_axis(axis_name)
-    n_slots = _check_assignment(tokens, assignment, n_ranks)
+    n_slots = _check_assignment(tokens, gates, assignment, n_ranks)
     capacity = check_count("capacity", capacity)
     if capacity * n_ranks >= 2**31:
         raise ValueError(
@@ -278,7 +278,9 @@ def combine(rows: jax.Array, plan: Plan) -> jax.Array:
     return add(exchange(add(rows, plan.received), plan.lists, "back"), plan.sent)
 
 
-def _check_assignment(tokens: jax.Array, assignment: Assignment, n_ranks: int) -> int:
+def _check_assignment(
+    tokens: jax.Array, gates: jax.Array, assignment: Assignment, n_ranks: int
+) -> int:
     """Slots per rank."""
     if not isinstance(assignment, Assignment):
         raise TypeError(
@@ -299,6 +301,11 @@ def _check_assignment(tokens: jax.Array, assignment: Assignment, n_ranks: int) -
         raise ValueError(
             f"assignment: expected counts [n_physical], a multiple of the {n_ranks} ranks, got "
             f"{list(counts.shape)}"
+        )
+    if gates.shape != physical.shape or not jnp.issubdtype(gates.dtype, jnp.floating):
+        raise ValueError(
+            f"gates: expected floats [tokens, top_k] = {list(physical.shape)}, got {gates.dtype} "
+            f"{list(gates.shape)}"
         )
     return len(counts) // n_ranks
 

@@ -130,11 +130,10 @@ def moe_layer(
     if balance not in BALANCES:
         raise ValueError(f"balance: expected one of {', '.join(BALANCES)}, got {balance!r}")
     problem = check_problem(None, r2o, placement, axis_name)
-    same = indices.ndim == 2 and gates.shape == indices.shape
-    if not same or not jnp.issubdtype(gates.dtype, jnp.floating):
+    if indices.ndim != 2 or gates.shape != indices.shape:
         raise ValueError(
-            f"gates: expected floats of the shape of indices, [tokens, top_k], got {gates.dtype} "
-            f"{list(gates.shape)} for indices {list(indices.shape)}"
+            f"gates: expected the shape of indices, [tokens, top_k], got {list(gates.shape)} for "
+            f"indices {list(indices.shape)}"
         )
     check_experts(experts, tokens.shape[-1], tokens.dtype)
     n_local = problem.n_logical // problem.ep_size
@@ -171,27 +170,22 @@ def moe_layer(
         status = lower_bound = jnp.zeros(problem.ep_size // len(problem.r2o), jnp.int32)
 
     capacity = capacity_for(indices.size, problem.ep_size, capacity_factor)
-    plan = make_plan(tokens, assignment, axis_name, capacity, transport)
+    plan = make_plan(tokens, gates, assignment, axis_name, capacity, transport)
     tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
     fetch = None
     if balance == "none":
         sent = copy(tokens, plan.sent)
     else:
         experts = varying_as(experts, tokens)
+        if n_given == n_local:
+            room = [(0, placement.redundants_per_rank), (0, 0), (0, 0)]
+            experts = jax.tree.map(lambda weights: jnp.pad(weights, room), experts)
         if in_place or n_given == n_local:
             fetch = Fetch(r2o, axis_name, placement.redundants_per_rank)
-        if not in_place and fetch is not None:
-            room = [(0, fetch.n_copies), (0, 0), (0, 0)]
-            experts = jax.tree.map(lambda weights: jnp.pad(weights, room), experts)
         sent, experts = transfers.sent(fetch, tokens, plan.sent, experts)
     received = exchange(sent, plan.lists, "there")
     row_gates = exchange(copy(gates, plan.sent), plan.lists, "there").reshape(-1)
-    if fetch is None:
-        rows = copy(received, plan.received)
-    else:
-        rows, row_gates, experts = transfers.in_rows(
-            fetch, received, row_gates, plan.received, experts
-        )
+    rows, row_gates, experts = transfers.in_rows(fetch, received, row_gates, plan.received, experts)
     row_gates = copy(row_gates, plan.choices)
     group_sizes = plan.group_sizes[: len(experts.down)]
     rows = expert_ffn(rows, experts, group_sizes, gates=row_gates, activation=activation, gemm=gemm)

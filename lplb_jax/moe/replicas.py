@@ -120,7 +120,7 @@ class Fetch:
         return self._parts(weights[: self.n_copies])
 
     def slots(self, delivered: list[jax.Array]) -> jax.Array:
-        """The weights of this rank's redundant slots: `[n_copies, …]`."""
+        """The parts put together, slot by slot: `[n_copies, …]`."""
         return jnp.stack(delivered, axis=1).reshape(self.n_copies, *delivered[0].shape[1:])
 
     def into_room(self, weights: jax.Array, delivered: list[jax.Array]) -> jax.Array:
@@ -130,10 +130,9 @@ class Fetch:
 
     def sent_home(self, slope: jax.Array) -> list[jax.Array]:
         """Of the gradients of all slots, the copies' on their owners' ranks, part by part."""
-        return [
-            lax.ppermute(part, self._axis_name, [(there, here) for here, there in pairs])
-            for part, pairs in zip(self._parts(slope[-self.n_copies :]), self._pairs, strict=True)
-        ]
+        of_copies = self._parts(slope[-self.n_copies :])
+        (home,) = jax.linear_transpose(self.delivered, of_copies)(of_copies)
+        return home
 
     def settled(self, slope: jax.Array, home: list[jax.Array]) -> jax.Array:
         """The gradients of all slots, with what came home added to the owners'; none in room."""

@@ -62,10 +62,12 @@ sent.defvjp(_sent_forward, _sent_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def in_rows(
-    fetch: Fetch, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Experts
+    fetch: Fetch | None, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Experts
 ) -> tuple[jax.Array, jax.Array, Experts]:
-    """Received tokens in rows, their gates as they are, and experts with their copies. Backwards,
-    the gradients of all slots pass, for `sent`."""
+    """Received tokens in rows, their gates as they are, and experts with the copies that are to be
+    fetched. Backwards, the gradients of all slots pass, for `sent`."""
+    if fetch is None:
+        return copy(tokens, copies), gates, experts
     wanted = [fetch.wanted(weights) for weights in experts]
     received, wanted = lax.optimization_barrier(((tokens, gates, copies), wanted))
     tokens, gates, copies = received
@@ -75,13 +77,13 @@ def in_rows(
 
 
 def _in_rows_forward(
-    fetch: Fetch, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Experts
+    fetch: Fetch | None, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Experts
 ) -> tuple[tuple[jax.Array, jax.Array, Experts], Copies]:
     return in_rows(fetch, tokens, gates, copies, experts), copies
 
 
 def _in_rows_backward(
-    fetch: Fetch, copies: Copies, slopes: tuple[jax.Array, jax.Array, Experts]
+    fetch: Fetch | None, copies: Copies, slopes: tuple[jax.Array, jax.Array, Experts]
 ) -> tuple[jax.Array, jax.Array, None, Experts]:
     of_rows, of_gates, of_slots = slopes
     return add(of_rows, copies), of_gates, None, of_slots
