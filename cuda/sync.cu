@@ -1,4 +1,6 @@
 // sync_loads: every rank's counts on all ranks, by one block that writes to its peers' memory.
+#include <algorithm>
+
 #include "cuda/sync.cuh"
 
 namespace lplb::cuda {
@@ -6,34 +8,32 @@ namespace {
 
 constexpr int32_t kSyncThreads = 1024;
 
+// Each thread takes care of `sources_each` ranks, and of every count i with the same i modulo
+// 2^width_log2.
 __global__ void __launch_bounds__(kSyncThreads)
     SyncKernel(const Peers peers, const int32_t* rank, const int32_t* counts, int32_t n,
-               int32_t* matrix) {
-  // Each part of the threads takes care of every n_parts-th rank.
-  const int32_t n_parts = min(peers.size, kSyncThreads / 32);
-  const int32_t width = kSyncThreads / n_parts;
-  const int32_t part = static_cast<int32_t>(threadIdx.x) / width;
-  const int32_t first = static_cast<int32_t>(threadIdx.x) - part * width;
-  const bool live = part < n_parts;
+               int32_t* matrix, int32_t width_log2, int32_t sources_each) {
+  const int32_t width = 1 << width_log2;
+  const int32_t first = static_cast<int32_t>(threadIdx.x) & (width - 1);
+  const int32_t source = (static_cast<int32_t>(threadIdx.x) >> width_log2) * sources_each;
+  const int32_t n_sources = min(sources_each, peers.size - source);
   // These loads are on their way together.
-  uint64_t* inbox = live ? peers.inboxes[part] : nullptr;
-  int32_t count = first < n ? counts[first] : 0;
+  uint64_t* inbox = n_sources > 0 ? peers.inboxes[source] : nullptr;
+  const int32_t count = first < n ? counts[first] : 0;
   const SyncCall call = BeginSync(peers, peers.state->epoch + 1, *rank, /*leader=*/true);
   bool failed = false;
-  if (live) {
-    for (int32_t peer = part; peer < peers.size; peer += n_parts) {
-      if (peer != part) inbox = peers.inboxes[peer];
+  if (n_sources > 0) {
+    for (int32_t peer = source; peer < source + n_sources; ++peer) {
+      if (peer != source) inbox = peers.inboxes[peer];
       for (int32_t i = first; i < n; i += width) {
         Send(peers, call, inbox, i, i == first ? count : counts[i]);
       }
     }
-    for (int32_t source = part; source < peers.size; source += n_parts) {
-      for (int32_t i = first; i < n; i += width) {
-        failed |=
-            !Receive(peers, call, i, source, 1, /*leader=*/true, [&](int32_t, int32_t received) {
-              matrix[static_cast<int64_t>(source) * n + i] = received;
-            });
-      }
+    for (int32_t i = first; i < n; i += width) {
+      failed |= !Receive(peers, call, i, source, n_sources, /*leader=*/true,
+                         [&](int32_t from, int32_t received) {
+                           matrix[static_cast<int64_t>(from) * n + i] = received;
+                         });
     }
   }
   FinishSync(peers, call, failed, n, matrix);
@@ -43,7 +43,13 @@ __global__ void __launch_bounds__(kSyncThreads)
 
 cudaError_t LaunchSync(const Peers& peers, const int32_t* rank, const int32_t* counts, int32_t n,
                        int32_t* matrix, cudaStream_t stream) {
-  SyncKernel<<<1, kSyncThreads, 0, stream>>>(peers, rank, counts, n, matrix);
+  // As many threads as counts, up to all of them; the others take care of other ranks.
+  int32_t width_log2 = 5;
+  while (1 << width_log2 < std::min(n, kSyncThreads)) ++width_log2;
+  const int32_t n_parts = kSyncThreads >> width_log2;
+  const int32_t sources_each = (peers.size + n_parts - 1) / n_parts;
+  SyncKernel<<<1, kSyncThreads, 0, stream>>>(peers, rank, counts, n, matrix, width_log2,
+                                             sources_each);
   return cudaGetLastError();
 }
 
