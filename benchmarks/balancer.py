@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from cuda.bindings import runtime
 from graph import check, microseconds, pointer
+from rebalance_call import RebalanceCall
 from wall import median_seconds
 
 from lplb_jax import _cuda, place_experts, rebalance, topologies
-from lplb_jax.assignment import workspace_shape
 from lplb_jax.data import load_traces
 
 N_LOGICAL = 256
@@ -48,27 +48,22 @@ TOPOLOGIES = {
 def kernel_time(r2o: np.ndarray, indices: np.ndarray) -> float:
     """µs of one rebalance of int32 `indices`; the result must reach its bound."""
     ep_size, n_columns = r2o.shape
-    n_tokens = indices.size
     placement = place_experts(
         None, r2o, n_logical=N_LOGICAL, ep_size=ep_size, redundants_per_rank=n_columns
     )
-    tiles = workspace_shape(n_tokens, N_LOGICAL)
-    n_physical = placement.n_physical
-    inputs = [jnp.asarray(a) for a in (indices, placement.phy2log, placement.log2phy, r2o)]
-    shapes = [(n_tokens,), (n_tokens,), (n_physical,), (n_physical,), (1,), (1,), (1,), tiles]
-    outputs = [jnp.full(shape, -7, jnp.int32) for shape in shapes]
-    problem = [ep_size, ep_size, n_columns, N_LOGICAL, n_physical, 2]
-    read, written = [pointer(a) for a in inputs], [pointer(a) for a in outputs]
+    call = RebalanceCall(r2o, placement, indices)
+    problem, *rest = call.arguments
 
     def launch(stream: int) -> None:
-        _cuda.launch_rebalance(problem, 1, n_tokens, tiles, read, written, stream)
+        _cuda.launch_rebalance(problem, 1, *rest, stream)
 
     median = microseconds(launch)
-    physical, _, counts, quota, max_load, bound, status, _ = map(np.asarray, outputs)
-    assert status == 0
-    assert max_load == bound
-    assert np.array_equal(np.bincount(physical, minlength=n_physical), quota)
-    assert np.array_equal(counts, quota)
+    got = jax.tree.map(np.asarray, call.results)
+    assert got.status == 0
+    assert got.max_load == got.lower_bound
+    of_slots = np.bincount(got.physical_indices, minlength=placement.n_physical)
+    assert np.array_equal(of_slots, got.quota)
+    assert np.array_equal(got.counts, got.quota)
     return median
 
 

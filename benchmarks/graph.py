@@ -29,6 +29,9 @@ class Graph:
             launch(int(self._stream))
         self._graph = check(runtime.cudaStreamEndCapture(self._stream))
         self._executable = check(runtime.cudaGraphInstantiate(self._graph, 0))
+        # Now, so that no start has to while another graph's kernels wait for this one's.
+        check(runtime.cudaGraphUpload(self._executable, self._stream))
+        check(runtime.cudaStreamSynchronize(self._stream))
         self._events = [check(runtime.cudaEventCreate()) for _ in range(2)]
 
     def start(self) -> None:

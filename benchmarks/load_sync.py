@@ -1,20 +1,19 @@
 """Load sync between GPUs, in jitted programs, against lax.psum and lax.all_gather.
 
-    python benchmarks/load_sync.py [--json FILE]                       # one process, all GPUs
+    python benchmarks/load_sync.py [--gpus N] [--json FILE]            # one process, all GPUs
     python benchmarks/load_sync.py --transport nvshmem [--json FILE]   # one process per GPU
 
 Wall time per call of a jitted program with many: several runs at a time, without waiting for one
-before the next is started, and the ways in turn; medians, warm.
+before the next is started, and the ways in turn; medians, warm. In one process also the kernels
+alone, of as many ranks as GPUs, and of four and eight ranks that share them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,12 +21,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from graph import Graph, pointer
+from graph import Graph
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from per_gpu import one_per_gpu
+from virtual_ranks import VirtualRanks
 
-from lplb_jax import Comm, _native, init_comm, place_experts, rebalance, sync_loads, topologies
+from lplb_jax import (
+    Comm,
+    Placement,
+    init_comm,
+    place_experts,
+    rebalance,
+    sync_loads,
+    topologies,
+)
 from lplb_jax.data import load_traces
 
 N_LOGICAL = 256
@@ -110,45 +119,67 @@ def sync_programs(mesh: Mesh, comm: Comm) -> dict[str, Program]:
     }
 
 
-def kernel_time(mesh: Mesh, comm: Comm) -> float:
-    """Seconds of one sync_loads without XLA: CUDA graphs of N_CALLS on all GPUs of a process."""
-    native = _native.cuda()
-    runs = []
-    for rank, device in enumerate(mesh.devices.flat):
-        arrays = np.int32(rank), np.arange(N_LOGICAL, dtype=np.int32)
-        matrix = np.zeros((mesh.devices.size, N_LOGICAL), np.int32)
-        arrays = [jax.device_put(array, device) for array in (*arrays, matrix)]
-        claimed, counts, out = [pointer(array) for array in arrays]
-        ordinal = device.local_hardware_id
+def kernel_times(ranks: VirtualRanks) -> dict[str, float]:
+    """Seconds of a call without XLA, all ranks in step: CUDA graphs of N_CALLS, medians."""
+    size = len(ranks.ids)
+    counts = [ranks.put(rank, np.arange(N_LOGICAL, dtype=np.int32)) for rank in range(size)]
+    matrix = np.full((size, N_LOGICAL), -7, np.int32)
+    matrices = [ranks.put(rank, matrix) for rank in range(size)]
+    r2o, placement = placed(size)
+    ids = routing(size, 0)
+    calls = [ranks.call(rank, r2o, placement, ids[rank]) for rank in range(size)]
 
-        def launch(stream: int, of=(claimed, counts, N_LOGICAL, out), ordinal=ordinal) -> None:
-            native.launch_sync(comm.identifier, ordinal, *of, stream)
+    def sync(rank: int, stream: int) -> None:
+        ranks.sync(rank, counts[rank], matrices[rank], stream)
 
-        native.comm_use_device(ordinal)
-        runs.append((ordinal, arrays, Graph(launch, N_CALLS)))
-    times = []
-    for _ in range(20):
-        for ordinal, _, graph in runs:
-            native.comm_use_device(ordinal)
-            graph.start()
-        times.append(max(graph.seconds() for _, _, graph in runs) / N_CALLS)
-    for _, arrays, _ in runs:
-        np.testing.assert_array_equal(arrays[2], [np.arange(N_LOGICAL)] * mesh.devices.size)
-    return float(np.median(times[2:]))
+    def whole(rank: int, stream: int) -> None:
+        ranks.rebalance(rank, calls[rank], stream)
+
+    seconds = {}
+    for name, launch in {"sync_loads": sync, "rebalance": whole}.items():
+        graphs = []
+        for rank in range(size):
+            ranks.use_device(rank)
+            graphs.append(Graph(functools.partial(launch, rank), N_CALLS))
+        times = []
+        for _ in range(22):  # The first two warm up.
+            for rank, graph in enumerate(graphs):
+                ranks.use_device(rank)
+                graph.start()
+            # The rank that was started last has waited for none to be started.
+            times.append(min([graph.seconds() for graph in graphs]) / N_CALLS)
+        seconds[name] = float(np.median(times[2:]))
+        for rank, graph in enumerate(graphs):
+            ranks.use_device(rank)
+            graph.close()
+    for of_rank in matrices:
+        np.testing.assert_array_equal(of_rank, [np.arange(N_LOGICAL)] * size)
+    quota = np.asarray(calls[0].results.quota)
+    np.testing.assert_array_equal(sum(np.asarray(call.results.counts) for call in calls), quota)
+    assert calls[0].results.max_load == calls[0].results.lower_bound
+    assert not any(ranks.failures()), ranks.failures()
+    return seconds
+
+
+def placed(size: int) -> tuple[np.ndarray, Placement]:
+    """The topology of so many ranks, and experts on them in the given order."""
+    r2o = topologies.cube() if size == 8 else topologies.ring(size)
+    return r2o, place_experts(
+        None, r2o, n_logical=N_LOGICAL, ep_size=size, redundants_per_rank=r2o.shape[1]
+    )
+
+
+def routing(size: int, layer: int) -> np.ndarray:
+    """int32 `[size, N_INDICES]`: real choices of every rank."""
+    trace = np.asarray(load_traces().indices).reshape(-1)
+    return np.resize(np.roll(trace, 7992 * layer), (size, N_INDICES)).astype(np.int32)
 
 
 def layers_programs(mesh: Mesh, comm: Comm) -> dict[str, Program]:
     """N_LAYERS rebalances of real routing, and the same without other ranks or through XLA."""
     size = mesh.devices.size
-    r2o = topologies.cube() if size == 8 else topologies.ring(size)
-    placement = place_experts(
-        None, r2o, n_logical=N_LOGICAL, ep_size=size, redundants_per_rank=r2o.shape[1]
-    )
-    trace = np.asarray(load_traces().indices).reshape(-1)
-    layers = [
-        everywhere(mesh, np.resize(np.roll(trace, 7992 * i), (size, N_INDICES)).astype(np.int32))
-        for i in range(N_LAYERS)
-    ]
+    r2o, placement = placed(size)
+    layers = [everywhere(mesh, routing(size, i)) for i in range(N_LAYERS)]
 
     def program(**options: Any) -> Program:
         def rank(layers: list[jax.Array]) -> jax.Array:
@@ -168,9 +199,9 @@ def layers_programs(mesh: Mesh, comm: Comm) -> dict[str, Program]:
     }
 
 
-def measure(transport: str) -> dict[str, Any]:
-    mesh = Mesh(np.array(jax.devices()), "ep")
-    device = jax.devices()[0]
+def measure(transport: str, n_gpus: int | None) -> dict[str, Any]:
+    mesh = Mesh(np.array(jax.devices()[:n_gpus]), "ep")
+    size = mesh.devices.size
     with init_comm(mesh, max_experts=N_LOGICAL, transport=transport) as comm:
         programs = sync_programs(mesh, comm)
         rows = [np.asarray(run().addressable_shards[0].data) for run in programs.values()][1:]
@@ -178,15 +209,21 @@ def measure(transport: str) -> dict[str, Any]:
         syncs = {name: t / N_CALLS for name, t in medians(programs).items()}
         programs = layers_programs(mesh, comm)
         layers = {name: t / N_LAYERS for name, t in medians(programs).items()}
-        if comm.transport == "p2p":
-            syncs["sync_loads, kernel in a graph"] = kernel_time(mesh, comm)
         assert comm.failure() is None
-        return {
-            "device": f"{mesh.devices.size} × {device.device_kind}",
-            "jax": jax.__version__,
-            "transport": comm.transport,
-            "microseconds": {name: t * 1e6 for name, t in {**syncs, **layers}.items()},
-        }
+    figures = {
+        "device": f"{size} × {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "transport": comm.transport,
+        "microseconds": {name: t * 1e6 for name, t in {**syncs, **layers}.items()},
+    }
+    if comm.transport == "p2p":
+        figures["kernels"] = {}
+        for n_ranks in sorted({size, *(n for n in (4, 8) if size < n <= 4 * size)}):
+            with VirtualRanks(mesh.devices.ravel(), n_ranks, N_LOGICAL) as ranks:
+                figures["kernels"][f"{n_ranks} ranks"] = {
+                    name: t * 1e6 for name, t in kernel_times(ranks).items()
+                }
+    return figures
 
 
 def report(figures: dict[str, Any]) -> None:
@@ -194,42 +231,23 @@ def report(figures: dict[str, Any]) -> None:
     print(f"{N_LOGICAL} experts; {N_CALLS} syncs, or {N_LAYERS} layers of {N_INDICES:,}, a program")
     for name, microseconds in figures["microseconds"].items():
         print(f"{name:<32}{microseconds:>9.2f} µs")
-
-
-def start_processes(arguments: argparse.Namespace) -> int:
-    """This program again, one process per GPU."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    n = int(subprocess.check_output(["nvidia-smi", "--list-gpus"], text=True).count("GPU "))
-    command = [sys.executable, __file__, "--transport", arguments.transport]
-    command += ["--address", address]
-    command += ["--json", arguments.json] if arguments.json else []
-    processes = [
-        subprocess.Popen([*command, "--process", str(i), "--processes", str(n)]) for i in range(n)
-    ]
-    return max(abs(process.wait()) for process in processes)
+    for n_ranks, kernels in figures.get("kernels", {}).items():
+        for name, microseconds in kernels.items():
+            label = f"kernel of {name}, {n_ranks}"
+            print(f"{label:<32}{microseconds:>9.2f} µs")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--transport", choices=["p2p", "nvshmem", "nvshmem_put"], default="p2p")
+    parser.add_argument("--gpus", type=int, metavar="N", help="the first N only")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
-    for name in ("--address", "--process", "--processes"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.transport != "p2p" and arguments.process is None:
-        sys.exit(start_processes(arguments))
-    process = int(arguments.process or 0)
-    if arguments.processes:
-        jax.distributed.initialize(
-            arguments.address, int(arguments.processes), process, local_device_ids=[process]
-        )
-    figures = measure(arguments.transport)
-    if process != 0:
-        return
+    if arguments.transport != "p2p":
+        one_per_gpu(arguments.gpus)
+    figures = measure(arguments.transport, arguments.gpus)
     report(figures)
-    if arguments.json:
+    if arguments.json and jax.process_index() == 0:
         with open(arguments.json, "w") as file:
             json.dump(figures, file, indent=2)
 

@@ -1,0 +1,58 @@
+"""A launch of rebalance's kernels on raw pointers: its operands and results, without XLA."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from graph import pointer
+
+from lplb_jax import Placement
+from lplb_jax.assignment import workspace_shape
+
+
+class Results(NamedTuple):
+    """What the kernels write, in their order; see `lplb_jax.Assignment` and `lplb_jax.Split`."""
+
+    physical_indices: jax.Array
+    position: jax.Array
+    counts: jax.Array
+    quota: jax.Array
+    max_load: jax.Array
+    lower_bound: jax.Array
+    status: jax.Array
+    workspace: jax.Array
+
+
+class RebalanceCall:
+    """int32 `indices` of one source over a placement, all on one device.
+
+    Attributes:
+      arguments: problem, number of tokens, tiles, pointers of operands and of results: what
+        `launch_synced_rebalance` takes before the stream.
+      results: what a launch writes to.
+    """
+
+    def __init__(
+        self,
+        r2o: np.ndarray,
+        placement: Placement,
+        indices: np.ndarray,
+        device: jax.Device | None = None,
+    ) -> None:
+        n_tokens, n_physical = indices.size, placement.n_physical
+        group_size, n_columns = r2o.shape
+        tiles = workspace_shape(n_tokens, placement.n_logical)
+        n_groups = placement.ep_size // group_size
+        groups = [(n_groups,)] * 3
+        shapes = [(n_tokens,), (n_tokens,), (n_physical,), (n_physical,), *groups, tiles]
+        operands = indices, placement.phy2log, placement.log2phy, r2o
+        self._operands = [jax.device_put(np.asarray(a, np.int32), device) for a in operands]
+        self.results = Results(
+            *(jax.device_put(np.full(shape, -7, np.int32), device) for shape in shapes)
+        )
+        max_copies = placement.log2phy.shape[1]
+        sizes = [placement.ep_size, group_size, n_columns, placement.n_logical, n_physical]
+        read, written = [[pointer(a) for a in of] for of in (self._operands, self.results)]
+        self.arguments = ([*sizes, max_copies], n_tokens, tiles, read, written)

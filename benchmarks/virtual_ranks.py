@@ -1,0 +1,118 @@
+"""More ranks than GPUs: what many do to one another's memory, shown by few.
+
+XLA knows one device per GPU, so nothing of it is here: kernels on raw pointers and streams.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from cuda.bindings import runtime
+from graph import check, pointer
+from rebalance_call import RebalanceCall
+
+from lplb_jax import Placement, _native
+
+
+class VirtualRanks:
+    """Ranks dealt out to `gpus`, each a communicator's only device on a stream of its own.
+
+    At most four ranks on a GPU: it has few queues for streams, and the kernels of two streams in
+    one queue wait for one another. A context manager that ends them.
+
+    Attributes:
+      ids: of every rank, its communicator.
+      devices: of every rank, its GPU.
+      native: the CUDA module.
+    """
+
+    def __init__(
+        self,
+        gpus: Sequence[jax.Device],
+        size: int,
+        max_experts: int,
+        timeout_s: float = 20.0,
+    ) -> None:
+        self.native = native = _native.cuda()
+        self.ids = [10_000 + rank for rank in range(size)]
+        self.devices = [gpus[rank % len(gpus)] for rank in range(size)]
+        self._ordinals = [device.local_hardware_id for device in self.devices]
+        for a, b in itertools.permutations(set(self._ordinals), 2):
+            native.comm_enable_peer(a, b)
+        stride = max_experts + 1
+        n_bytes = native.comm_inbox_bytes(size, stride)
+        self._inboxes = [native.comm_allocate(ordinal, n_bytes) for ordinal in self._ordinals]
+        self._claimed, self._streams = [], []
+        for rank, (identifier, ordinal) in enumerate(zip(self.ids, self._ordinals, strict=True)):
+            native.comm_attach(identifier, ordinal, rank, self._inboxes, stride, timeout_s)
+            self._claimed.append(self.put(rank, np.int32(rank)))
+            native.comm_use_device(ordinal)
+            flag = runtime.cudaStreamNonBlocking
+            self._streams.append(int(check(runtime.cudaStreamCreateWithFlags(flag))))
+
+    def __enter__(self) -> VirtualRanks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+        for identifier in self.ids:
+            self.native.comm_detach(identifier)
+        for ordinal, inbox in zip(self._ordinals, self._inboxes, strict=True):
+            self.native.comm_free(ordinal, inbox)
+        for stream in self._streams:
+            check(runtime.cudaStreamDestroy(stream))
+
+    def put(self, rank: int, array: np.ndarray) -> jax.Array:
+        """The array on the rank's GPU."""
+        return jax.block_until_ready(jax.device_put(array, self.devices[rank]))
+
+    def call(
+        self, rank: int, r2o: np.ndarray, placement: Placement, indices: np.ndarray
+    ) -> RebalanceCall:
+        """What `rebalance` takes as this rank."""
+        return RebalanceCall(r2o, placement, indices, self.devices[rank])
+
+    def sync(
+        self,
+        rank: int,
+        counts: jax.Array,
+        matrix: jax.Array,
+        stream: int | None = None,
+        claimed: jax.Array | None = None,
+    ) -> None:
+        """Launches `sync_loads` as this rank; `claimed` is another rank, to see it refused."""
+        claimed = self._claimed[rank] if claimed is None else claimed
+        pointers = pointer(claimed), pointer(counts), counts.size, pointer(matrix)
+        self.native.launch_sync(*self._who(rank), *pointers, self._on(rank, stream))
+
+    def rebalance(self, rank: int, call: RebalanceCall, stream: int | None = None) -> None:
+        """Launches `rebalance` as this rank."""
+        claimed = pointer(self._claimed[rank])
+        self.native.launch_synced_rebalance(
+            *self._who(rank), claimed, *call.arguments, self._on(rank, stream)
+        )
+
+    def failures(self) -> list[str]:
+        """What every rank has reported; "" where all is well."""
+        return [self.native.comm_failure(identifier) for identifier in self.ids]
+
+    def use_device(self, rank: int) -> None:
+        """Makes the rank's GPU the current one."""
+        self.native.comm_use_device(self._ordinals[rank])
+
+    def wait(self) -> None:
+        """Until all that was launched is done."""
+        for stream in self._streams:
+            check(runtime.cudaStreamSynchronize(stream))
+
+    def _who(self, rank: int) -> tuple[int, int]:
+        return self.ids[rank], self._ordinals[rank]
+
+    def _on(self, rank: int, stream: int | None) -> int:
+        """The stream to launch on; another than the rank's own is of the current device."""
+        if stream is None:
+            self.use_device(rank)
+        return self._streams[rank] if stream is None else stream
