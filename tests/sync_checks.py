@@ -1,6 +1,6 @@
 """What load sync must do on any number of GPUs, in one process or, run as a script, in several.
 
-python sync_checks.py COORDINATOR N_PROCESSES PROCESS SEED SCENARIO
+python sync_checks.py COORDINATOR N_PROCESSES PROCESS N_GPUS SEED SCENARIO
 """
 
 from __future__ import annotations
@@ -11,52 +11,24 @@ import time
 
 import jax
 import jax.numpy as jnp
+import moe_checks
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from meshes import assert_equal, everywhere, per_rank
 
 from lplb_jax import (
     count_loads,
     init_comm,
+    moe,
     place_experts,
     rebalance,
     sync_loads,
     topologies,
 )
 
-RANKS = P("ep")
 N_TOKENS = [1, 5, 33, 1000, 8193, 32768, 200_000, 600_001]
-
-
-def everywhere(mesh: Mesh, array: np.ndarray, spec: P = RANKS) -> jax.Array:
-    """The same global array, whatever process holds its parts."""
-    return jax.make_array_from_callback(
-        array.shape, NamedSharding(mesh, spec), lambda index: array[index]
-    )
-
-
-def per_rank(function, mesh: Mesh, n_inputs: int = 1, axis: str = "ep"):
-    """jit of shard_map; every rank's outputs get a leading axis, so that each one is seen."""
-
-    def rank(*operands):
-        return jax.tree.map(lambda array: jnp.asarray(array)[None], function(*operands))
-
-    return jax.jit(
-        jax.shard_map(
-            rank, mesh=mesh, in_specs=(P(axis),) * n_inputs, out_specs=P(axis), check_vma=False
-        )
-    )
-
-
-def assert_equal(got, expected) -> None:
-    """The parts of two results that this process holds, bit for bit."""
-    got, expected = jax.tree.leaves(got), jax.tree.leaves(expected)
-    assert len(got) == len(expected)
-    for a, b in zip(got, expected, strict=True):
-        assert a.dtype == b.dtype
-        for part, other in zip(a.addressable_shards, b.addressable_shards, strict=True):
-            np.testing.assert_array_equal(np.asarray(part.data), np.asarray(other.data))
 
 
 def check_sync(mesh, comm, rng) -> None:
@@ -83,9 +55,10 @@ def check_rebalance(mesh, comm, rng) -> None:
     size = mesh.devices.size
     shapes = [topologies.ring(size), topologies.complete(size)]
     shapes += [topologies.ring(2)] if size > 2 else []
+    shapes += [topologies.cube()] if size == 8 else []
     for i, n_tokens in enumerate(N_TOKENS):
         r2o = shapes[i % len(shapes)]
-        n_logical = [64, 256][i % 2] * size // 2
+        n_logical = [32 * size, comm.max_experts // size * size][i % 2]
         placement = placed(rng, r2o, size, n_logical)
         dtype = ["int32", "uint16"][i // 2 % 2]
         ids = rng.zipf(1.3, size * n_tokens) % (n_logical + 1)  # Some name no expert.
@@ -149,6 +122,18 @@ def check_programs(mesh, comm, rng) -> None:
             assert_equal(with_comm(ids), without(ids))
 
 
+def check_layer(mesh, comm, rng) -> None:
+    """A layer that has its counts from comm, transfers hidden or not: value and gradients."""
+    case = moe_checks.case_of(mesh.devices.size)
+    layer = moe_checks.layer_over(mesh, case, comm=comm, **moe_checks.ROOM)
+    with jax.default_matmul_precision("highest"):  # as the plain mathematics
+        for options in (None, moe.COMPILER_OPTIONS):
+            run = jax.jit(moe_checks.with_slopes(layer), compiler_options=options)
+            for routing in (moe_checks.skewed, moe_checks.half_silent):
+                given = moe_checks.problem(rng, case, routing, 40 * case.ep_size)
+                moe_checks.assert_equals_plain_mathematics(run, mesh, *given, rng, 1e-4)
+
+
 def check_many(mesh, comm, rng, n_calls: int = 100_000) -> None:
     """Back-to-back calls; now and then a rank is late by a random time. No count is wrong."""
     size, n = mesh.devices.size, 256
@@ -202,7 +187,7 @@ def check_sub_axis(devices, transport, rng) -> None:
             assert_equal(runs[0](ids), runs[1](ids))
 
 
-CHECKS = [check_sync, check_rebalance, check_ipm, check_programs, check_many]
+CHECKS = [check_sync, check_rebalance, check_ipm, check_programs, check_layer, check_many]
 
 
 def run_until_error(mesh, comm, on_call=lambda i: None) -> tuple[str, float]:
@@ -234,9 +219,14 @@ def failed_status(mesh, comm) -> int:
 
 
 def main() -> None:
-    coordinator, n_processes, process, seed, scenario = sys.argv[1:]
-    process = int(process)
-    jax.distributed.initialize(coordinator, int(n_processes), process, local_device_ids=[process])
+    coordinator, n_processes, process, n_gpus, seed, scenario = sys.argv[1:]
+    process, n_processes, n_gpus = int(process), int(n_processes), int(n_gpus)
+    shared = n_processes > n_gpus
+    if shared:
+        # NCCL takes no two ranks on one GPU of a host, so let it take each process for a host.
+        os.environ.update(NCCL_HOSTID=f"rank {process}", NCCL_SOCKET_IFNAME="lo")
+    mine = [process % n_gpus] if n_gpus else None  # without GPUs, each has a CPU device
+    jax.distributed.initialize(coordinator, n_processes, process, local_device_ids=mine)
     print(f"--seed={seed}", flush=True)
     rng = np.random.default_rng(int(seed))
     mesh = Mesh(np.array(jax.devices()), "ep")
@@ -258,8 +248,10 @@ def main() -> None:
     with init_comm(mesh, "ep", max_experts=512, transport=scenario) as comm:
         assert comm.transport == {"auto": "nvshmem"}.get(scenario, scenario), comm
         for check in CHECKS:
+            # Processes that share a GPU take turns on it, of milliseconds.
+            options = {"n_calls": 1000} if shared and check is check_many else {}
             start = time.perf_counter()
-            check(mesh, comm, rng)
+            check(mesh, comm, rng, **options)
             print(f"{check.__name__}: {time.perf_counter() - start:.1f} s", flush=True)
         transport = comm.transport
     if mesh.devices.size > 2:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
+import sync_checks
 from cases import Case, tokens
 from jax import export
 from jax.sharding import Mesh
@@ -236,6 +237,13 @@ def test_scan_checkpoint_and_grad_can_hold_it(mesh):
 def test_processes(scenario, n):
     for output in processes.run(n, comm_process.__file__, scenario, **WITHOUT_GPUS):
         assert "done" in output
+
+
+def test_every_check_between_processes(request):
+    """What is checked on GPUs, the layer included, without one; loads by lax.all_gather."""
+    arguments = "0", str(request.config.option.seed), "xla"
+    for output in processes.run(2, sync_checks.__file__, *arguments, **WITHOUT_GPUS):
+        assert "all passed" in output
 
 
 def test_the_example_of_several_processes():

@@ -1,17 +1,21 @@
 """Load sync on NVIDIA GPUs: virtual ranks on one, and every transport on as many as there are."""
 
+import contextlib
 import importlib.util
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
 import sync_checks
 from jax.sharding import Mesh
+from meshes import everywhere, per_rank
 
-from lplb_jax import Status, _native, init_comm
+from lplb_jax import Status, _native, init_comm, rebalance, topologies
+
+with contextlib.suppress(ModuleNotFoundError):  # cuda.bindings: only where GPUs are
+    from virtual_ranks import VirtualRanks
 
 pytestmark = pytest.mark.gpu
 
@@ -25,63 +29,22 @@ def on_gpu():
     assert jax.default_backend() == "gpu"
 
 
-class VirtualRanks:
-    """Ranks that share a GPU, each a communicator's only device on a stream of its own."""
-
-    def __init__(self, size, n, timeout_s):
-        from cuda.bindings import runtime
-
-        self.runtime, self.native, self.n = runtime, _native.cuda(), n
-        self.ids = [10_000 + rank for rank in range(size)]
-        n_bytes = self.native.comm_inbox_bytes(size, n)
-        self.inboxes = [self.native.comm_allocate(0, n_bytes) for _ in range(size)]
-        for rank, identifier in enumerate(self.ids):
-            self.native.comm_attach(identifier, 0, rank, self.inboxes, n, timeout_s)
-        flag = runtime.cudaStreamNonBlocking
-        self.streams = [int(runtime.cudaStreamCreateWithFlags(flag)[1]) for _ in range(size)]
-
-    def sync(self, rank, claimed, counts, matrix):
-        pointers = [jax.block_until_ready(a).unsafe_buffer_pointer() for a in (claimed, counts)]
-        out = jax.block_until_ready(matrix).unsafe_buffer_pointer()
-        self.native.launch_sync(self.ids[rank], 0, *pointers, self.n, out, self.streams[rank])
-
-    def wait(self):
-        for stream in self.streams:
-            (error,) = self.runtime.cudaStreamSynchronize(stream)
-            assert error == self.runtime.cudaError_t.cudaSuccess
-
-    def close(self):
-        for identifier in self.ids:
-            self.native.comm_detach(identifier)
-        for inbox in self.inboxes:
-            self.native.comm_free(0, inbox)
-
-
 @pytest.fixture
 def virtual_ranks():
-    made = []
+    """Makes VirtualRanks on the first GPUs, or skips where there are not as many."""
+    with contextlib.ExitStack() as stack:
 
-    def make(size, n, timeout_s=20.0):
-        made.append(VirtualRanks(size, n, timeout_s))
-        return made[-1]
+        def make(n_gpus, size, n, timeout_s=20.0):
+            if len(jax.devices()) < n_gpus:
+                pytest.skip(f"needs {n_gpus} GPUs")
+            gpus = jax.devices()[:n_gpus]
+            return stack.enter_context(VirtualRanks(gpus, size, n, timeout_s))
 
-    yield make
-    for ranks in made:
-        ranks.close()
+        yield make
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_virtual_ranks(rng, virtual_ranks, size):
-    """A thousand calls, each rank launching them in bursts of its own.
-
-    Not more ranks than the GPU has queues: one stream's kernels would wait behind another's.
-    """
-    n, n_calls = 100, 1000
-    ranks = virtual_ranks(size, n)
-    counts = rng.integers(0, 2**31, (n_calls, size, n)).astype(np.int32)
-    inputs = [[jnp.asarray(row) for row in counts[:, rank]] for rank in range(size)]
-    outputs = [[jnp.full((size, n), -7, jnp.int32) for _ in range(n_calls)] for _ in range(size)]
-    claimed = [jnp.int32(rank) for rank in range(size)]
+def launch_in_bursts(rng, size, n_calls, launch):
+    """launch(rank, call) for every rank and call, each rank in bursts of its own."""
     done = [0] * size
     while min(done) < n_calls:
         rank = rng.choice([rank for rank in range(size) if done[rank] < n_calls])
@@ -89,43 +52,95 @@ def test_virtual_ranks(rng, virtual_ranks, size):
         for _ in range(
             min(rng.integers(1, 30), n_calls - done[rank], min(done) + 200 - done[rank])
         ):
-            call = done[rank]
-            ranks.sync(rank, claimed[rank], inputs[rank][call], outputs[rank][call])
+            launch(rank, done[rank])
             done[rank] += 1
+
+
+@pytest.mark.parametrize(("n_gpus", "size"), [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (2, 8)])
+def test_virtual_ranks(rng, virtual_ranks, n_gpus, size):
+    """A thousand calls: every count of every rank, also of ranks that share a GPU."""
+    n, n_calls = 100, 1000
+    ranks = virtual_ranks(n_gpus, size, n)
+    counts = rng.integers(0, 2**31, (n_calls, size, n)).astype(np.int32)
+    inputs = [[ranks.put(rank, row) for row in counts[:, rank]] for rank in range(size)]
+    empty = np.full((size, n), -7, np.int32)
+    outputs = [[ranks.put(rank, empty) for _ in range(n_calls)] for rank in range(size)]
+    launch_in_bursts(
+        rng,
+        size,
+        n_calls,
+        lambda rank, call: ranks.sync(rank, inputs[rank][call], outputs[rank][call]),
+    )
     ranks.wait()
     for rank in range(size):
         np.testing.assert_array_equal(np.stack(outputs[rank]), counts)
-    assert all(ranks.native.comm_failure(identifier) == "" for identifier in ranks.ids)
+    assert not any(ranks.failures())
 
 
-def test_a_missing_rank_is_reported(virtual_ranks):
+@pytest.mark.parametrize("n_tokens", [1, 1000, 32_768, 200_000])
+@pytest.mark.parametrize(("n_gpus", "size"), [(1, 1), (1, 4), (2, 4), (2, 8)])
+def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, n_tokens):
+    """As on as many CPUs that share their counts by lax.all_gather; in one launch and in two."""
+    complete = topologies.complete(size) if size > 1 else np.zeros((1, 1), np.int32)
+    r2o = topologies.cube() if size == 8 else complete
+    n_logical, n_calls = 16 * size, 5
+    ranks = virtual_ranks(n_gpus, size, n_logical)
+    placement = sync_checks.placed(rng, r2o, size, n_logical)
+    ids = rng.zipf(1.3, (n_calls, size, n_tokens)) % (n_logical + 1)  # Some name no expert.
+    ids = ids.astype(np.int32)
+    calls = [
+        [ranks.call(rank, r2o, placement, ids[call, rank]) for call in range(n_calls)]
+        for rank in range(size)
+    ]
+    launch_in_bursts(
+        rng, size, n_calls, lambda rank, call: ranks.rebalance(rank, calls[rank][call])
+    )
+    ranks.wait()
+    assert not any(ranks.failures())
+
+    def step(ids):
+        options = {"placement": placement, "axis_name": "ep", "positions": True}
+        return rebalance(ids, None, r2o, **options)
+
+    on_cpus = per_rank(step, Mesh(cpu_devices[:size], "ep"))
+    for call in range(n_calls):
+        expected = jax.tree.leaves(on_cpus(ids[call].reshape(-1)))
+        for rank in range(size):
+            for got, want in zip(calls[rank][call].results, expected, strict=False):
+                np.testing.assert_array_equal(got, want[rank])
+
+
+@pytest.mark.parametrize("n_gpus", [1, 2])
+def test_a_missing_rank_is_reported(virtual_ranks, n_gpus):
     """Within the timeout, by name; afterwards nobody waits any more."""
-    ranks = virtual_ranks(3, 5, timeout_s=0.5)
-    matrices = [jnp.zeros((3, 5), jnp.int32) for _ in range(4)]
+    ranks = virtual_ranks(n_gpus, 3, 5, timeout_s=0.5)
+    ones = [ranks.put(rank, np.ones(5, np.int32)) for rank in range(3)]
+    matrices = [[ranks.put(rank, np.zeros((3, 5), np.int32)) for rank in range(3)] for _ in "12"]
     start = time.perf_counter()
     for rank in (0, 2):
-        ranks.sync(rank, jnp.int32(rank), jnp.ones(5, jnp.int32), matrices[rank])
+        ranks.sync(rank, ones[rank], matrices[0][rank])
     ranks.wait()
     assert 0.4 < time.perf_counter() - start < 2.5
+    failures = ranks.failures()
     for rank in (0, 2):
-        message = ranks.native.comm_failure(ranks.ids[rank])
-        assert f"rank {rank} waited 500 ms" in message
-        assert "counts of rank 1" in message
-        assert (np.asarray(matrices[rank]) == -1).all()
+        assert f"rank {rank} waited 500 ms" in failures[rank]
+        assert "counts of rank 1" in failures[rank]
+        assert (np.asarray(matrices[0][rank]) == -1).all()
     start = time.perf_counter()
-    ranks.sync(0, jnp.int32(0), jnp.ones(5, jnp.int32), matrices[3])
+    ranks.sync(0, ones[0], matrices[1][0])
     ranks.wait()
     assert time.perf_counter() - start < 0.4
-    assert (np.asarray(matrices[3]) == -1).all()
+    assert (np.asarray(matrices[1][0]) == -1).all()
 
 
 def test_a_wrong_rank_is_reported(virtual_ranks):
-    ranks = virtual_ranks(1, 5)
-    matrix = jnp.zeros((1, 5), jnp.int32)
-    ranks.sync(0, jnp.int32(3), jnp.ones(5, jnp.int32), matrix)
+    ranks = virtual_ranks(1, 1, 5)
+    counts, matrix = np.ones(5, np.int32), np.zeros((1, 5), np.int32)
+    counts, matrix = ranks.put(0, counts), ranks.put(0, matrix)
+    ranks.sync(0, counts, matrix, claimed=ranks.put(0, np.int32(3)))
     ranks.wait()
     assert (np.asarray(matrix) == -1).all()
-    assert "takes rank 0 for rank 3" in ranks.native.comm_failure(ranks.ids[0])
+    assert "takes rank 0 for rank 3" in ranks.failures()[0]
 
 
 @pytest.fixture
@@ -182,7 +197,9 @@ def test_p2p_other_mesh(mesh):
     """Not the mesh of init_comm: every token gets −1, the status says so, the next use raises."""
     with init_comm(mesh, max_experts=16, timeout_s=1.0) as comm:
         reversed_mesh = Mesh(mesh.devices[::-1], "ep")
-        assert sync_checks.failed_status(reversed_mesh, comm) & Status.SYNC_FAILED
+        # A device that starts when another one has already failed raises at once.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            assert sync_checks.failed_status(reversed_mesh, comm) & Status.SYNC_FAILED
         error, _ = sync_checks.run_until_error(mesh, comm)
         assert "use the mesh that the communicator was made with" in error
 
@@ -190,23 +207,25 @@ def test_p2p_other_mesh(mesh):
 @several
 def test_closed_between_compilation_and_run(mesh):
     comm = init_comm(mesh, max_experts=16)
-    step = sync_checks.per_rank(lambda c: sync_checks.sync_loads(c, "ep", comm=comm), mesh)
-    counts = sync_checks.everywhere(mesh, np.ones(mesh.devices.size * 4, np.int32))
+    step = per_rank(lambda c: sync_checks.sync_loads(c, "ep", comm=comm), mesh)
+    counts = everywhere(mesh, np.ones(mesh.devices.size * 4, np.int32))
     jax.block_until_ready(step(counts))
     comm.close()
     with pytest.raises(Exception, match="comm: it was closed"):
         jax.block_until_ready(step(counts))
 
 
-def run_processes(request, scenario):
-    """Outputs of one process per GPU; they begin with the seed."""
+def run_processes(request, scenario, n_processes=None):
+    """Outputs of one process per GPU, or of as many that share the GPUs; they tell the seed."""
+    n_gpus = len(jax.devices())
     seed = str(request.config.option.seed)
     return processes.run(
-        len(jax.devices()),
+        n_processes or n_gpus,
         sync_checks.__file__,
+        str(n_gpus),
         seed,
         scenario,
-        timeout=150,
+        timeout=280,
         XLA_PYTHON_CLIENT_PREALLOCATE="false",
     )
 
@@ -224,9 +243,27 @@ def test_nvshmem(request, transport):
         assert "all passed" in output
 
 
+@pytest.fixture
+def n_processes(request):
+    """As many as GPUs, or more that share them."""
+    if request.param is not None and request.param <= len(jax.devices()):
+        pytest.skip("there are as many GPUs")
+    return request.param
+
+
 @several
 @needs_nvshmem
-def test_nvshmem_killed_rank(request):
+@pytest.mark.parametrize("n_processes", [4, 8], indirect=True)
+def test_processes_that_share_gpus(request, n_processes):
+    for output in run_processes(request, "auto", n_processes):
+        assert "all passed" in output
+
+
+@several
+@needs_nvshmem
+@pytest.mark.parametrize("n_processes", [None, 8], indirect=True)
+def test_nvshmem_killed_rank(request, n_processes):
     """The others return an error within the timeout plus two seconds."""
-    outputs = run_processes(request, "killed")
-    assert "DEADLINE_EXCEEDED" in outputs[0]
+    outputs = run_processes(request, "killed", n_processes)
+    for process, output in enumerate(outputs):
+        assert process == 1 or "DEADLINE_EXCEEDED" in output

@@ -9,6 +9,24 @@ import pytest
 from cases import Case, random_topology
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from moe_checks import (
+    NAMES,
+    PLAIN,
+    ROOM,
+    ROUTINGS,
+    TOP_K,
+    assert_equals_plain_mathematics,
+    case_of,
+    half_silent,
+    in_slots,
+    layer_over,
+    nothing,
+    one_expert,
+    plainly,
+    problem,
+    skewed,
+    with_slopes,
+)
 
 from lplb_jax import (
     Assignment,
@@ -23,7 +41,6 @@ from lplb_jax.moe import copies as copies_module
 from lplb_jax.moe import exchange
 from lplb_jax.moe import experts as experts_module
 
-HIDDEN, WIDTH, TOP_K = 16, 12, 3
 CASES = {
     "cube": lambda rng: Case(topologies.cube(), 4, combined=2),
     "ring": lambda rng: Case(topologies.ring(8), 3, combined=3),
@@ -35,134 +52,12 @@ CASES = {
 }
 
 
-def balanced(rng, case, n_tokens):
-    """Every expert equally often."""
-    ids = np.resize(rng.permutation(case.n_logical), n_tokens * TOP_K)
-    return ids.reshape(n_tokens, TOP_K)
-
-
-def skewed(rng, case, n_tokens):
-    """A few experts have most of the tokens; one choice in ten names none."""
-    weight = rng.lognormal(0, 1.5, case.n_logical)
-    ids = rng.choice(case.n_logical, (n_tokens, TOP_K), p=weight / weight.sum())
-    return np.where(rng.random(ids.shape) < 0.1, -1, ids)
-
-
-def one_expert(rng, case, n_tokens):
-    """Nearly all ranks get nothing."""
-    return np.full((n_tokens, TOP_K), rng.integers(case.n_logical))
-
-
-def half_silent(rng, case, n_tokens):
-    """Every second rank has no tokens to send: its choices all name no expert."""
-    ids = skewed(rng, case, n_tokens).reshape(case.ep_size, -1)
-    ids[::2] = -1
-    return ids.reshape(n_tokens, TOP_K)
-
-
-def nothing(rng, case, n_tokens):
-    """No choice names an expert."""
-    return np.full((n_tokens, TOP_K), -1)
-
-
-ROUTINGS = [balanced, skewed, one_expert, half_silent, nothing]
-
-
-def problem(rng, case, routing, n_tokens=64, dtype=np.float32, sizes=(HIDDEN, WIDTH)):
-    """tokens, gates, weights in the order of experts (not of slots), and indices; a placement."""
-    hidden, width = sizes
-    ids = routing(rng, case, n_tokens).astype(np.int32)
-    floats = (
-        rng.normal(0, 1, (n_tokens, hidden)),
-        rng.random(ids.shape),
-        moe.Experts(
-            rng.normal(0, hidden**-0.5, (case.n_logical, hidden, 2 * width)),
-            rng.normal(0, width**-0.5, (case.n_logical, width, hidden)),
-        ),
-    )
-    floats = jax.tree.map(lambda array: array.astype(dtype), floats)
-    return floats, ids, case.placement(rng)
-
-
-def plainly(tokens, gates, experts, ids):
-    """Every token through every expert, and of that what was chosen. No slots, no ranks."""
-
-    def expert(gate_up, down):
-        gate, up = jnp.split(tokens @ gate_up, 2, axis=1)
-        return (gate / (1 + jnp.exp(-gate)) * up) @ down
-
-    of_expert = jax.vmap(expert)(*experts)
-    chosen = jax.nn.one_hot(ids, len(experts.down), dtype=gates.dtype)
-    return jnp.einsum("tk,tke,eth->th", gates, chosen, of_expert)
-
-
-def in_slots(experts, placement):
-    """From the order of experts to that of the ranks' own slots."""
-    own = placement.phy2log.reshape(placement.ep_size, -1)
-    order = own[:, : placement.n_logical // placement.ep_size].ravel()
-    return jax.tree.map(lambda array: array[order], experts)
-
-
-def layer_over(mesh, case, *, check_vma=True, **options):
-    """The layer on all ranks; experts come and go in the order of the ranks' own slots."""
-
-    def rank(tokens, gates, experts, ids, placement):
-        return moe.moe_layer(
-            tokens, ids, gates, experts, case.r2o, placement=placement, axis_name="ep", **options
-        )
-
-    return jax.shard_map(
-        rank,
-        mesh=mesh,
-        in_specs=(P("ep"), P("ep"), P("ep"), P("ep"), P()),
-        out_specs=(P("ep"), P()),
-        check_vma=check_vma,
-    )
-
-
-def with_slopes(function):
-    """jit of (floats, upstream, …) -> function's output, its gradients for floats, and the rest."""
-
-    def loss(floats, upstream, *others):
-        out, aux = function(*floats, *others)
-        return (out.astype(np.float32) * upstream).sum(), (out, aux)
-
-    def run(*arguments):
-        (_, (out, aux)), slopes = jax.value_and_grad(loss, has_aux=True)(*arguments)
-        return out, slopes, aux
-
-    return jax.jit(run)
-
-
-PLAIN = with_slopes(lambda *arguments: (plainly(*arguments), None))
-NAMES = ["output", "tokens", "gates", "gate_up", "down"]
-
-
-def assert_equals_plain_mathematics(run, floats, ids, placement, rng, tolerance):
-    """`run` of with_slopes(layer_over()); returns the Traffic."""
-    upstream = rng.normal(0, 1, floats[0].shape).astype(np.float32)
-    tokens, gates, experts = floats
-    ours, (*slopes, of_experts), traffic = run(
-        (tokens, gates, in_slots(experts, placement)), upstream, ids, placement
-    )
-    exact = jax.tree.map(lambda array: array.astype(np.float32), floats)
-    with jax.default_device(jax.devices("cpu")[0]):
-        plain, (*expected, expected_of_experts), _ = PLAIN(exact, upstream, ids)
-    expected = [plain, *expected, *in_slots(expected_of_experts, placement)]
-    for name, got, want in zip(NAMES, [ours, *slopes, *of_experts], expected, strict=True):
-        got, want = np.asarray(got, np.float32), np.asarray(want)
-        scale = max(np.abs(want).max(), 1e-6)
-        np.testing.assert_allclose(got / scale, want / scale, atol=tolerance, err_msg=name)
-    return jax.tree.map(np.asarray, traffic)
-
-
 @pytest.fixture
 def mesh(cpu_devices):
     return Mesh(cpu_devices, "ep")
 
 
 PORTABLE = {"transport": "padded", "gemm": "xla"}
-ROOM = {"capacity_factor": 8.0}  # so much that nothing can overflow
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -172,7 +67,7 @@ def test_equals_one_device(rng, mesh, name):
     run = with_slopes(layer_over(mesh, case, **PORTABLE, **ROOM))
     for routing in ROUTINGS:
         floats, ids, placement = problem(rng, case, routing)
-        traffic = assert_equals_plain_mathematics(run, floats, ids, placement, rng, 1e-5)
+        traffic = assert_equals_plain_mathematics(run, mesh, floats, ids, placement, rng, 1e-5)
         loads = np.bincount(ids[ids >= 0], minlength=case.n_logical)
         of_experts = np.zeros(case.n_logical, np.int64)
         np.add.at(of_experts, placement.phy2log, traffic.slot_loads)
@@ -192,7 +87,7 @@ def test_every_balance_is_the_same_mathematics(rng, mesh, balance, check_vma):
     floats, ids, placement = problem(rng, case, skewed)
     options = {"balance": balance, "check_vma": check_vma}
     run = with_slopes(layer_over(mesh, case, **options, **PORTABLE, **ROOM))
-    traffic = assert_equals_plain_mathematics(run, floats, ids, placement, rng, 1e-5)
+    traffic = assert_equals_plain_mathematics(run, mesh, floats, ids, placement, rng, 1e-5)
     loads = np.bincount(ids[ids >= 0], minlength=case.n_logical).astype(np.int32)
     if balance == "none":
         np.testing.assert_array_equal(traffic.slot_loads, metrics.home_quota(loads, placement))
@@ -230,7 +125,7 @@ def test_capacity_at_the_lower_bound_is_enough(rng, mesh):
     mean = len(ids) // 8 * TOP_K  # a multiple of 8
     exactly = {"capacity_factor": max(bound / mean, 1), **PORTABLE}
     run = with_slopes(layer_over(mesh, case, **exactly))
-    traffic = assert_equals_plain_mathematics(run, floats, ids, placement, rng, 1e-5)
+    traffic = assert_equals_plain_mathematics(run, mesh, floats, ids, placement, rng, 1e-5)
     assert traffic.capacity == -(-max(bound, mean) // 8) * 8
     assert traffic.overflow == 0
 
@@ -314,7 +209,7 @@ def test_rows_that_nobody_sent_do_not_matter(rng, mesh, monkeypatch):
         for routing in (skewed, half_silent, nothing):
             floats, ids, placement = problem(rng, case, routing)
             if room == ROOM:
-                assert_equals_plain_mathematics(run, floats, ids, placement, rng, 1e-5)
+                assert_equals_plain_mathematics(run, mesh, floats, ids, placement, rng, 1e-5)
             experts = in_slots(floats[2], placement)
             results = run((*floats[:2], experts), floats[0], ids, placement)
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
@@ -744,11 +639,6 @@ def gpu_mesh():
     return Mesh(np.array(devices), "ep")
 
 
-def case_of(n_ranks):
-    """Few experts, and on some ranks some that nobody chooses."""
-    return Case(topologies.ring(n_ranks), 5, combined=3)
-
-
 def spoil_memory(mesh):
     """Leaves NaN in the memory that buffers without initial values get."""
     for device in mesh.devices:
@@ -771,7 +661,8 @@ def test_gpus_equal_one_device(rng, gpu_mesh, dtype, gemm, tolerance, options):
         for routing in ROUTINGS:
             n_tokens = 300 * gpu_mesh.size
             floats, ids, placement = problem(rng, case, routing, n_tokens, dtype, (256, 128))
-            assert_equals_plain_mathematics(run, floats, ids, placement, rng, tolerance)
+            check = assert_equals_plain_mathematics
+            check(run, gpu_mesh, floats, ids, placement, rng, tolerance)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,147 @@
+"""What an expert-parallel layer must compute, on any mesh: value and gradients, plainly."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import Case
+from jax.sharding import PartitionSpec as P
+from meshes import everywhere
+
+from lplb_jax import moe, topologies
+
+HIDDEN, WIDTH, TOP_K = 16, 12, 3
+ROOM = {"capacity_factor": 8.0}  # so much that nothing can overflow
+
+
+def case_of(n_ranks):
+    """Few experts, and on some ranks some that nobody chooses."""
+    if n_ranks == 8:
+        return Case(topologies.cube(), 5, combined=2)
+    return Case(topologies.ring(n_ranks), 5, combined=3)
+
+
+def balanced(rng, case, n_tokens):
+    """Every expert equally often."""
+    ids = np.resize(rng.permutation(case.n_logical), n_tokens * TOP_K)
+    return ids.reshape(n_tokens, TOP_K)
+
+
+def skewed(rng, case, n_tokens):
+    """A few experts have most of the tokens; one choice in ten names none."""
+    weight = rng.lognormal(0, 1.5, case.n_logical)
+    ids = rng.choice(case.n_logical, (n_tokens, TOP_K), p=weight / weight.sum())
+    return np.where(rng.random(ids.shape) < 0.1, -1, ids)
+
+
+def one_expert(rng, case, n_tokens):
+    """Nearly all ranks get nothing."""
+    return np.full((n_tokens, TOP_K), rng.integers(case.n_logical))
+
+
+def half_silent(rng, case, n_tokens):
+    """Every second rank has no tokens to send: its choices all name no expert."""
+    ids = skewed(rng, case, n_tokens).reshape(case.ep_size, -1)
+    ids[::2] = -1
+    return ids.reshape(n_tokens, TOP_K)
+
+
+def nothing(rng, case, n_tokens):
+    """No choice names an expert."""
+    return np.full((n_tokens, TOP_K), -1)
+
+
+ROUTINGS = [balanced, skewed, one_expert, half_silent, nothing]
+
+
+def problem(rng, case, routing, n_tokens=64, dtype=np.float32, sizes=(HIDDEN, WIDTH)):
+    """tokens, gates, weights in the order of experts (not of slots), and indices; a placement."""
+    hidden, width = sizes
+    ids = routing(rng, case, n_tokens).astype(np.int32)
+    floats = (
+        rng.normal(0, 1, (n_tokens, hidden)),
+        rng.random(ids.shape),
+        moe.Experts(
+            rng.normal(0, hidden**-0.5, (case.n_logical, hidden, 2 * width)),
+            rng.normal(0, width**-0.5, (case.n_logical, width, hidden)),
+        ),
+    )
+    floats = jax.tree.map(lambda array: array.astype(dtype), floats)
+    return floats, ids, case.placement(rng)
+
+
+def plainly(tokens, gates, experts, ids):
+    """Every token through every expert, and of that what was chosen. No slots, no ranks."""
+
+    def expert(gate_up, down):
+        gate, up = jnp.split(tokens @ gate_up, 2, axis=1)
+        return (gate / (1 + jnp.exp(-gate)) * up) @ down
+
+    of_expert = jax.vmap(expert)(*experts)
+    chosen = jax.nn.one_hot(ids, len(experts.down), dtype=gates.dtype)
+    return jnp.einsum("tk,tke,eth->th", gates, chosen, of_expert)
+
+
+def in_slots(experts, placement):
+    """From the order of experts to that of the ranks' own slots."""
+    own = placement.phy2log.reshape(placement.ep_size, -1)
+    order = own[:, : placement.n_logical // placement.ep_size].ravel()
+    return jax.tree.map(lambda array: array[order], experts)
+
+
+def layer_over(mesh, case, *, check_vma=True, **options):
+    """The layer on all ranks; experts come and go in the order of the ranks' own slots."""
+
+    def rank(tokens, gates, experts, ids, placement):
+        return moe.moe_layer(
+            tokens, ids, gates, experts, case.r2o, placement=placement, axis_name="ep", **options
+        )
+
+    return jax.shard_map(
+        rank,
+        mesh=mesh,
+        in_specs=(P("ep"), P("ep"), P("ep"), P("ep"), P()),
+        out_specs=(P("ep"), P()),
+        check_vma=check_vma,
+    )
+
+
+def with_slopes(function):
+    """jit of (floats, upstream, …) -> function's output, its gradients for floats, and the rest."""
+
+    def loss(floats, upstream, *others):
+        out, aux = function(*floats, *others)
+        return (out.astype(np.float32) * upstream).sum(), (out, aux)
+
+    def run(*arguments):
+        (_, (out, aux)), slopes = jax.value_and_grad(loss, has_aux=True)(*arguments)
+        return out, slopes, aux
+
+    return jax.jit(run)
+
+
+PLAIN = with_slopes(lambda *arguments: (plainly(*arguments), None))
+NAMES = ["output", "tokens", "gates", "gate_up", "down"]
+
+
+def assert_equals_plain_mathematics(run, mesh, floats, ids, placement, rng, tolerance):
+    """`run` of with_slopes(layer_over()), of whose results every process sees its part; returns
+    the Traffic."""
+    upstream = rng.normal(0, 1, floats[0].shape).astype(np.float32)
+    tokens, gates, experts = floats
+    by_rank = (tokens, gates, in_slots(experts, placement)), upstream, ids
+    by_rank = jax.tree.map(functools.partial(everywhere, mesh), by_rank)
+    placed = jax.tree.map(lambda array: everywhere(mesh, np.asarray(array), P()), placement)
+    ours, (*slopes, of_experts), traffic = run(*by_rank, placed)
+    exact = jax.tree.map(lambda array: array.astype(np.float32), floats)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        plain, (*expected, expected_of_experts), _ = PLAIN(exact, upstream, ids)
+    expected = [plain, *expected, *in_slots(expected_of_experts, placement)]
+    for name, got, want in zip(NAMES, [ours, *slopes, *of_experts], expected, strict=True):
+        want = np.asarray(want)
+        scale = max(np.abs(want).max(), 1e-6)
+        for part in got.addressable_shards:
+            here = np.asarray(part.data, np.float32) / scale
+            np.testing.assert_allclose(here, want[part.index] / scale, atol=tolerance, err_msg=name)
+    return jax.tree.map(np.asarray, traffic)
