@@ -1,5 +1,6 @@
 """The expert-parallel layer against plain mathematics on one device, value and gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -40,6 +41,7 @@ from lplb_jax import (
 from lplb_jax.moe import copies as copies_module
 from lplb_jax.moe import exchange
 from lplb_jax.moe import experts as experts_module
+from lplb_jax.moe import layer as layer_module
 
 CASES = {
     "cube": lambda rng: Case(topologies.cube(), 4, combined=2),
@@ -195,14 +197,23 @@ def test_overflow_is_counted_and_left_out(rng, mesh, routing):
 
 def test_rows_that_nobody_sent_do_not_matter(rng, mesh, monkeypatch):
     """The ragged transport leaves them as they were in memory: also NaN, in both directions."""
-    padded = exchange._padded
+    clean = exchange.exchange
 
-    def spoiled(array, here, there, *arguments):
-        written = padded(jnp.ones_like(array), here, there, *arguments) > 0
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+    def spoiled(array, lists, way):
+        out = clean(array, lists, way)
+        got = lists if way == "there" else dataclasses.replace(lists, sizes=lists.sizes.T)
+        there = got.arrived(jax.lax.axis_index("ep"))
         anything = jnp.nan if jnp.issubdtype(array.dtype, jnp.floating) else 7
-        return jnp.where(written, padded(array, here, there, *arguments), anything)
+        return jnp.where(there.reshape(-1, *[1] * (out.ndim - 1)), out, anything)
 
-    monkeypatch.setattr(exchange, "_padded", spoiled)
+    other = {"there": "back", "back": "there"}
+    spoiled.defvjp(
+        lambda array, lists, way: (spoiled(array, lists, way), lists),
+        lambda way, lists, slope: (spoiled(slope, lists, other[way]), None),
+    )
+    for module in (exchange, layer_module):
+        monkeypatch.setattr(module, "exchange", spoiled)
     case = CASES["ring"](rng)
     for room in ({"capacity_factor": 1.0}, ROOM):
         run = with_slopes(layer_over(mesh, case, **PORTABLE, **room))

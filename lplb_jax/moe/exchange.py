@@ -32,15 +32,16 @@ TRANSPORTS = ("auto", "padded", "ragged")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["sizes"],
-    meta_fields=["most", "n_sent", "n_received", "axis_name", "transport"],
+    meta_fields=["n_sent", "n_received", "axis_name", "transport"],
 )
 @dataclasses.dataclass(frozen=True)
 class Lists:
     """Lists of tokens, one from every rank to every other.
 
+    "ragged": one begins where the one before ends. "padded": all have equal room.
+
     Attributes:
       sizes: int32 `[ep_size, ep_size]`: tokens from a source to a rank.
-      most: how many tokens a source can send to a rank (static).
       n_sent: room for what a source sends, rank by rank (static).
       n_received: room for what a rank receives, source by source (static).
       axis_name: the expert-parallel mesh axis (static).
@@ -48,11 +49,27 @@ class Lists:
     """
 
     sizes: jax.Array
-    most: int
     n_sent: int
     n_received: int
     axis_name: Any
     transport: str
+
+    @property
+    def starts_sent(self) -> jax.Array:
+        """Of the shape of sizes: where a list begins in what its source sends."""
+        if self.transport == "padded":
+            n_ranks = len(self.sizes)
+            room = self.n_sent // n_ranks
+            return jnp.broadcast_to(room * jnp.arange(n_ranks, dtype=jnp.int32), self.sizes.shape)
+        return _starts(self.sizes, axis=1)
+
+    def arrived(self, rank: Any) -> jax.Array:
+        """bool `[n_received]`: where in what a rank receives there are tokens."""
+        sizes = self.sizes[:, rank]
+        if self.transport == "padded":
+            room = self.n_received // len(sizes)
+            return (jnp.arange(room) < sizes[:, None]).reshape(-1)
+        return jnp.arange(self.n_received) < sizes.sum()
 
 
 @functools.partial(
@@ -152,9 +169,10 @@ def dispatch(
       axis_name: the expert-parallel mesh axis (or a tuple of axes).
       capacity: rows that every rank has room for, see `capacity_for`. What is above it is dropped,
         last slots first, and counted in `Plan.overflow`. Kernels want a multiple of 8.
-      transport: "ragged": `lax.ragged_all_to_all`, exactly the tokens there are; for GPUs.
-        "padded": `lax.all_to_all` of as many for every pair as a source could send; for all
-        backends. "auto": "ragged" where the default backend is a GPU.
+      transport: "ragged": `lax.ragged_all_to_all`, exactly the tokens there are; for GPUs of one
+        process. "padded": `lax.all_to_all` of as many for every pair as a source could send; for
+        all backends. "auto": "ragged" where the default backend is a GPU and JAX has one process;
+        with several, of which each holds all ranks of the axis, ask for "ragged".
 
     Returns:
       `(rows, row_gates, plan)`: `[capacity, hidden]`, the rows of this rank's slots,
@@ -207,7 +225,9 @@ def make_plan(
     if transport not in TRANSPORTS:
         raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
     if transport == "auto":
-        transport = "ragged" if jax.default_backend() == "gpu" else "padded"
+        # Between processes XLA refuses ragged_all_to_all, or takes seven times as long.
+        alone = jax.default_backend() == "gpu" and jax.process_count() == 1
+        transport = "ragged" if alone else "padded"
     me = lax.axis_index(axis_name)
     physical, position, counts = assignment
     n_tokens, top_k = physical.shape
@@ -224,19 +244,21 @@ def make_plan(
     goes = (arrives[..., None] & (rank[..., None] == jnp.arange(n_ranks))).any(axis=1)
     before = jnp.cumsum(goes, axis=0, dtype=jnp.int32) - goes
     sizes = sync_loads(goes.sum(axis=0, dtype=jnp.int32), axis_name)
-    place = jnp.take_along_axis(_starts(sizes, axis=1)[me] + before, rank, axis=1)
+    if transport == "padded":
+        n_sent = n_received = n_ranks * min(n_tokens, capacity)
+    else:
+        n_sent, n_received = n_tokens * min(n_ranks, top_k), min(n_tokens * n_ranks, capacity)
+    lists = Lists(sizes, n_sent, n_received, axis_name, transport)
+    place = jnp.take_along_axis(lists.starts_sent[me] + before, rank, axis=1)
     same = arrives[:, None] & (rank[:, None] == rank[..., None])  # [tokens, top_k, top_k]
     first = arrives & ~(same & jnp.tril(jnp.ones((top_k, top_k), bool), -1)).any(axis=2)
-    n_sent, n_received = n_tokens * min(n_ranks, top_k), min(n_tokens * n_ranks, capacity)
     place = jnp.where(first, place, n_sent)
     sent = Copies(choice_at(place, n_sent) // top_k, place)
 
     # A rank serves those choices of a received token whose rows are its own.
-    most = min(n_tokens, n_received)
-    lists = Lists(sizes, most, n_sent, n_received, axis_name, transport)
     row = exchange(copy(row, sent), lists, "there") - me * capacity
-    there = jnp.arange(len(row))[:, None] < sizes[:, me].sum()
-    row = jnp.where(there & (row >= 0) & (row < capacity), row, capacity)
+    here = lists.arrived(me)[:, None] & (row >= 0) & (row < capacity)
+    row = jnp.where(here, row, capacity)
     return Plan(lists, sent, row, choice_at(row, capacity), counts, capacity)
 
 
@@ -310,31 +332,22 @@ def _check_assignment(
     return len(counts) // n_ranks
 
 
-class _Slices(NamedTuple):
-    """Parts of an array, one for every peer: int32 `[ep_size]` each."""
-
-    starts: jax.Array
-    sizes: jax.Array
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def exchange(array: jax.Array, lists: Lists, way: str) -> jax.Array:
     """`[n_sent, …]` of sources to `[n_received, …]` of ranks ("there"), or the other way ("back").
 
-    Past the end of the lists there is anything.
+    Where there are no tokens there is anything.
     """
-    me = lax.axis_index(lists.axis_name)
-    sent_starts, received_starts = _starts(lists.sizes, axis=1), _starts(lists.sizes, axis=0)
-    source = _Slices(sent_starts[me], lists.sizes[me])
-    receiver = _Slices(received_starts[:, me], lists.sizes[:, me])
-    if way == "there":
-        here, there, n_out = source, receiver, lists.n_received
-        starts_there = received_starts[me]
-    else:
-        here, there, n_out = receiver, source, lists.n_sent
-        starts_there = sent_starts[:, me]
     if lists.transport == "padded":
-        return _padded(array, here, there, n_out, lists.most, lists.axis_name)
+        return lax.all_to_all(array, lists.axis_name, 0, 0, tiled=True)
+    me = lax.axis_index(lists.axis_name)
+    starts_sent, starts_received = lists.starts_sent, _starts(lists.sizes, axis=0)
+    source = _Slices(starts_sent[me], lists.sizes[me])
+    receiver = _Slices(starts_received[:, me], lists.sizes[:, me])
+    if way == "there":
+        here, there, n_out, starts_there = source, receiver, lists.n_received, starts_received[me]
+    else:
+        here, there, n_out, starts_there = receiver, source, lists.n_sent, starts_sent[:, me]
     return _ragged(array, here, there, starts_there, n_out, lists.axis_name)
 
 
@@ -364,6 +377,13 @@ def _fitting(counts: jax.Array, capacity: int) -> jax.Array:
     return jnp.clip(capacity - _row_starts(counts), 0, counts)
 
 
+class _Slices(NamedTuple):
+    """Parts of an array, one for every peer: int32 `[ep_size]` each."""
+
+    starts: jax.Array
+    sizes: jax.Array
+
+
 def _ragged(
     array: jax.Array,
     here: _Slices,
@@ -391,17 +411,3 @@ def _ragged(
         cut(*there)[1],
         axis_name=axis_name,
     )
-
-
-def _padded(
-    array: jax.Array, here: _Slices, there: _Slices, n_out: int, most: int, axis_name: Any
-) -> jax.Array:
-    def places(slices: _Slices, nowhere: int) -> jax.Array:
-        offsets = jnp.arange(most, dtype=jnp.int32)
-        inside = offsets < slices.sizes[:, None]
-        return jnp.where(inside, slices.starts[:, None] + offsets, nowhere)
-
-    blocks = array.at[places(here, len(array))].get(mode="fill", fill_value=0)
-    blocks = lax.all_to_all(blocks, axis_name, 0, 0)
-    empty = jnp.zeros_like(array, shape=(n_out, *array.shape[1:]))
-    return empty.at[places(there, n_out)].set(blocks, mode="drop")
