@@ -1,13 +1,19 @@
 """What balance is worth in an expert-parallel layer: step time and memory on all GPUs there are.
 
     python benchmarks/moe_layer.py [--hidden 2048 --width 1024 --experts 64] [--json FILE]
+    python benchmarks/moe_layer.py --traces           # the packaged traces as they are
+    python benchmarks/moe_layer.py --compile-for 8    # what memory 8 such GPUs would need
+    python benchmarks/moe_layer.py --processes        # one process per GPU
 
-Routing is that of the packaged traces. The experts are arranged so that the busiest rank has 1.1,
+Routing is that of a packaged trace. The experts are arranged so that the busiest rank has 1.1,
 1.3 and 1.6 times the mean load; then, side by side in one run, a step (forward and backward) is
 timed without copies ("none"), with an even split over copies ("eplb") and with `rebalance`
 ("lplb"). There are as many copies as balance needs, and buffers are as small as they can be
 without overflow. Each result is checked. GPUs of one kind differ in speed by some per cent: the
 busiest rank is the first of them and the last in turn, and times are means of both.
+
+With --traces, the experts of every layer of every trace are placed by the loads of an earlier
+step of training, as in the demo.
 """
 
 from __future__ import annotations
@@ -16,17 +22,20 @@ import argparse
 import concurrent.futures
 import json
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
+import jax.experimental.topologies
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from per_gpu import one_per_gpu
 from wall import median_seconds
 
 from lplb_jax import metrics, moe, place_experts, rebalance, solve, topologies
-from lplb_jax.data import load_traces
+from lplb_jax.data import AUX_LOSSES, load_traces
 
 TOP_K = 8
 
@@ -39,40 +48,87 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=64, help="a divisor of 256")
     parser.add_argument("--redundants", type=int, help="per rank; default: as many as it takes")
     parser.add_argument("--imbalances", type=float, nargs="+", default=[1.1, 1.3, 1.6])
+    parser.add_argument(
+        "--traces", action="store_true", help="all, with 256 experts, in the place of imbalances"
+    )
+    parser.add_argument("--compile-for", type=int, metavar="N", help="GPUs that need not be there")
+    parser.add_argument("--processes", action="store_true", help="one per GPU")
+    parser.add_argument("--transport", default="auto", help="of moe_layer")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json")
     options = parser.parse_args()
+    if options.processes:
+        one_per_gpu()
 
     devices = jax.devices()
+    if options.compile_for:
+        absent = {"topology": f"1x1x{options.compile_for}"}
+        devices = jax.experimental.topologies.get_topology_desc("", "cuda", **absent).devices
     mesh = Mesh(np.array(devices), "ep")
     r2o = topologies.cube() if len(devices) == 8 else topologies.complete(len(devices))
+    if options.traces:
+        options.experts, options.redundants = 256, options.redundants or 2 * r2o.shape[1]
     print(f"{len(devices)} × {devices[0].device_kind}, jax {jax.__version__}, {vars(options)}")
+    batches = traced if options.traces else arranged
     turns = [
-        [Case(mesh, r2o, options, imbalance, busiest) for busiest in ("first", "last")]
-        for imbalance in options.imbalances
+        (label, [Case(mesh, r2o, options, ids) for ids in of_turns])
+        for label, of_turns in batches(options, r2o, len(devices))
     ]
-    cases = [case for both in turns for case in both]
+    cases = [case for _, of_turns in turns for case in of_turns]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         wanted = {case.key(name): (case, name) for case in cases for name in case.names}
         programs = {key: pool.submit(case.compile, name) for key, (case, name) in wanted.items()}
     for case in cases:
         case.steps = {name: programs[case.key(name)].result() for name in case.names}
-    results = [measure(both, options.repeats) for both in turns]
-    of_rebalance = rebalance_time(mesh, r2o, cases[0])
-    forward = forward_time(cases[0], options.repeats)
-    print(f"rebalance {of_rebalance:.3f} ms, {of_rebalance / forward:.1%} of a forward pass")
-    if options.json:
-        record = {
-            "device": devices[0].device_kind,
-            "ranks": len(devices),
-            "jax": jax.__version__,
-            "options": {key: value for key, value in vars(options).items() if key != "json"},
-            "results": results,
-            "rebalance_ms": of_rebalance,
-            "forward_ms": forward,
-        }
+    record = {
+        "device": devices[0].device_kind,
+        "ranks": len(devices),
+        "jax": jax.__version__,
+        "options": {key: value for key, value in vars(options).items() if key != "json"},
+    }
+    repeats = 0 if options.compile_for else options.repeats
+    record["results"] = [measure(label, of_turns, repeats) for label, of_turns in turns]
+    if repeats:
+        record["rebalance_ms"] = of_rebalance = rebalance_time(mesh, r2o, cases[0])
+        record["forward_ms"] = forward = forward_time(cases[0], repeats)
+        print(f"rebalance {of_rebalance:.3f} ms, {of_rebalance / forward:.1%} of a forward pass")
+    if options.json and jax.process_index() == 0:
         with open(options.json, "w") as file:
             json.dump(record, file, indent=1)
+
+
+# A label, and the choices of all ranks: int32 `[tokens, 8]`, experts being numbered rank by rank
+# and on each in the order of its slots. Several arrays where several arrangements are timed as one.
+Batches = Iterator[tuple[str, list[np.ndarray]]]
+
+
+def traced(options: Any, r2o: np.ndarray, n_ranks: int) -> Batches:
+    """Every layer of every trace, its experts placed by the loads of an earlier step."""
+    for aux_loss in AUX_LOSSES:
+        for layer, (chosen, history) in enumerate(zip(*load_traces(aux_loss), strict=True)):
+            placement = place_experts(
+                history, r2o, n_logical=256, ep_size=n_ranks,
+                redundants_per_rank=options.redundants,
+            )  # fmt: skip
+            own = placement.phy2log.reshape(n_ranks, -1)[:, : 256 // n_ranks]
+            ids = np.resize(chosen.astype(np.int32), (n_ranks * options.tokens, TOP_K))
+            yield f"balancing loss {aux_loss}, layer {layer}", [renumbered(ids, own.ravel())]
+
+
+def arranged(options: Any, r2o: np.ndarray, n_ranks: int) -> Batches:
+    """One trace, its experts arranged to the given imbalances."""
+    ids = routing(n_ranks * options.tokens, options.experts)
+    loads = np.bincount(ids.ravel(), minlength=options.experts)
+    for imbalance in options.imbalances:
+        orders = [arrangement(loads, n_ranks, imbalance, which) for which in ("first", "last")]
+        yield f"arranged to {imbalance}", [renumbered(ids, order) for order in orders]
+
+
+def renumbered(ids: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The ids, where expert order[i] is called i."""
+    number = np.empty(len(order), np.int32)
+    number[order] = np.arange(len(order))
+    return number[ids]
 
 
 def routing(n_tokens: int, n_experts: int) -> np.ndarray:
@@ -87,7 +143,7 @@ def routing(n_tokens: int, n_experts: int) -> np.ndarray:
     return np.resize(merged[indices], (n_tokens, TOP_K))
 
 
-def arranged(loads: np.ndarray, n_ranks: int, imbalance: float, busiest: str) -> np.ndarray:
+def arrangement(loads: np.ndarray, n_ranks: int, imbalance: float, busiest: str) -> np.ndarray:
     """Order of the experts, rank by rank and heaviest first.
 
     The first rank, or the last, has `imbalance` times the mean load, and the others alike.
@@ -99,6 +155,7 @@ def arranged(loads: np.ndarray, n_ranks: int, imbalance: float, busiest: str) ->
         redundants_per_rank=1,
     )  # fmt: skip
     order = even.phy2log.reshape(n_ranks, -1)[:, :n_local].copy()
+    failed = 0
     for turn in range(1000):
         missing = target - loads[order[0]].sum()
         rank = 1 + turn % (n_ranks - 1)
@@ -106,12 +163,23 @@ def arranged(loads: np.ndarray, n_ranks: int, imbalance: float, busiest: str) ->
         # In small steps, so that all other ranks lose alike.
         step = missing if n_ranks == 2 else missing / (n_ranks - 1)
         i, j = np.unravel_index(np.argmin(np.abs(change - step)), change.shape)
-        if abs(missing - change[i, j]) >= abs(missing):
+        if abs(missing - change[i, j]) < abs(missing):
+            order[0, i], order[rank, j] = order[rank, j], order[0, i]
+            failed = 0
+        elif (failed := failed + 1) == n_ranks - 1:
             break
-        order[0, i], order[rank, j] = order[rank, j], order[0, i]
     for row in order:
         row[:] = row[np.argsort(-loads[row], kind="stable")]
     return (order if busiest == "first" else order[::-1]).ravel()
+
+
+class Batch(NamedTuple):
+    """What a step takes besides the experts: arrays over all ranks."""
+
+    tokens: jax.Array
+    gates: jax.Array
+    ids: jax.Array
+    upstream: jax.Array
 
 
 class Case:
@@ -119,32 +187,18 @@ class Case:
 
     names = ("none", "eplb", "lplb")
 
-    def __init__(
-        self, mesh: Mesh, r2o: np.ndarray, options: Any, imbalance: float, busiest: str
-    ) -> None:
-        n_ranks, n_experts = mesh.size, options.experts
-        ids = routing(n_ranks * options.tokens, n_experts)
-        loads = np.bincount(ids.ravel(), minlength=n_experts)
-        order = arranged(loads, n_ranks, imbalance, busiest)
-        number = np.empty(n_experts, np.int32)
-        number[order] = np.arange(n_experts)
-        ids = number[ids]  # numbered so that the given order is the arrangement
-        self.mesh, self.r2o = mesh, r2o
-        loads = loads[order].astype(np.int32)
-        columns = r2o.shape[1]
-        numbers = range(columns, n_experts // n_ranks + 1, columns)
+    def __init__(self, mesh: Mesh, r2o: np.ndarray, options: Any, ids: np.ndarray) -> None:
+        self.mesh, self.r2o, self.ids = mesh, r2o, ids
+        self.sharding = NamedSharding(mesh, P("ep"))
+        n_local, columns = options.experts // mesh.size, r2o.shape[1]
+        self.sizes = n_local, options.hidden, options.width
+        loads = np.bincount(ids.ravel(), minlength=options.experts).astype(np.int32)
+        numbers = range(columns, n_local + 1, columns)
         for n_copies in [options.redundants] if options.redundants else numbers:
             self.place(loads, n_copies)
             if self.imbalance["lplb"] < 1.001:
                 break
-        rng = np.random.default_rng(0)
-        n_rows = n_ranks * options.tokens
-        shared = NamedSharding(mesh, P("ep"))
-        self.ids = jax.device_put(ids, shared)
-        self.gates = jax.device_put(rng.random((n_rows, TOP_K)).astype(np.float32), shared)
-        self.sizes = n_experts // n_ranks, options.hidden, options.width
-        self.tokens = self._normal(0, (n_rows, options.hidden), 1)
-        self.upstream = self._normal(1, (n_rows, options.hidden), 1)
+        self.transport = options.transport
         self.steps: dict[str, Any] = {}
 
     def place(self, loads: np.ndarray, n_copies: int) -> None:
@@ -164,10 +218,18 @@ class Case:
             for name, quota in quotas.items()
         }
 
+    def batch(self) -> Batch:
+        rng = np.random.default_rng(0)
+        n_rows, hidden = len(self.ids), self.sizes[1]
+        gates = rng.random((n_rows, TOP_K)).astype(np.float32)
+        gates, ids = (jax.device_put(array, self.sharding) for array in (gates, self.ids))
+        shape = n_rows, hidden
+        return Batch(self._normal(0, shape, 1), gates, ids, self._normal(1, shape, 1))
+
     def _normal(self, seed: int, shape: tuple[int, ...], scale: float) -> jax.Array:
         make = jax.jit(
             lambda key: (scale * jax.random.normal(key, shape)).astype(jnp.bfloat16),
-            out_shardings=NamedSharding(self.mesh, P("ep")),
+            out_shardings=self.sharding,
         )
         return make(jax.random.key(seed))
 
@@ -196,6 +258,7 @@ class Case:
         out, traffic, experts = moe.moe_layer(
             tokens, ids, gates, experts, self.r2o, placement=self.placement, axis_name="ep",
             balance=name, capacity_factor=self.key(name)[1], in_place=True,
+            transport=self.transport,
         )  # fmt: skip
         return out, (experts, traffic)
 
@@ -208,13 +271,13 @@ class Case:
     def compile(self, name: str) -> Any:
         """Compiles forward and backward; the experts' buffers come back with fresh copies."""
 
-        def step(tokens: Any, gates: Any, experts: Any, ids: Any, upstream: Any) -> Any:
+        def step(experts: moe.Experts, batch: Batch) -> Any:
             out, pull, (experts, traffic) = jax.vjp(
-                lambda *floats: self.layer(name, *floats, ids),
-                tokens, gates, experts, has_aux=True,
+                lambda *floats: self.layer(name, *floats, batch.ids),
+                batch.tokens, batch.gates, experts, has_aux=True,
             )  # fmt: skip
             # In a model, what comes back depends on what went out.
-            out, upstream = jax.lax.optimization_barrier((out, upstream))
+            out, upstream = jax.lax.optimization_barrier((out, batch.upstream))
             slopes = pull(upstream)
             # The experts come first: XLA reuses the donated buffers for the first that fit.
             return experts, slopes, out, traffic
@@ -222,26 +285,18 @@ class Case:
         run = jax.shard_map(
             step, mesh=self.mesh, in_specs=P("ep"), out_specs=(P("ep"), P("ep"), P("ep"), P())
         )
-        shapes = jax.eval_shape(lambda: self.experts(name))
         shapes = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(
-                s.shape, s.dtype, sharding=NamedSharding(self.mesh, P("ep"))
-            ),
-            shapes,
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.sharding),
+            jax.eval_shape(lambda: (self.experts(name), self.batch())),
         )
-        lowered = jax.jit(run, donate_argnums=2, compiler_options=moe.COMPILER_OPTIONS).lower(
-            self.tokens, self.gates, shapes, self.ids, self.upstream
-        )
-        return lowered.compile()
+        run = jax.jit(run, donate_argnums=0, compiler_options=moe.COMPILER_OPTIONS)
+        return run.lower(*shapes).compile()
 
-    def run(self, name: str, experts: moe.Experts) -> Any:
-        return self.steps[name](self.tokens, self.gates, experts, self.ids, self.upstream)
-
-    def check(self) -> None:
+    def check(self, batch: Batch) -> None:
         """All three give the same results, and nothing overflows."""
         want = None
         for name in self.names:
-            _, slopes, out, traffic = self.run(name, self.experts(name))
+            _, slopes, out, traffic = self.steps[name](self.experts(name), batch)
             assert int(traffic.overflow) == 0, name
             assert not np.any(traffic.status), name
             *others, of_experts = slopes
@@ -265,41 +320,47 @@ class Case:
         ) / 2**30
 
 
-def measure(turns: list[Case], repeats: int, calls: int = 8) -> dict[str, Any]:
-    """Medians of interleaved repeats of a few steps in a row, and their means over the turns."""
-    for case in turns:
-        case.check()
+def measure(label: str, turns: list[Case], repeats: int) -> dict[str, Any]:
+    """Memory of a step, and its time, averaged over the turns; no time without repeats."""
+    times = step_times(turns, repeats) if repeats else {}
+    case, result = turns[0], {"case": label}
+    print(label)
+    for name in case.names:
+        row = {
+            "imbalance": case.imbalance[name],
+            "copies": case.n_copies if name != "none" else 0,
+            "gib": case.gib(name),
+        }
+        line = f"  {name}: imbalance {row['imbalance']:.3f}, {row['copies']} copies, "
+        line += f"{row['gib']:.2f} GiB"
+        if times:
+            of_turns = [times[turn, name] for turn in turns]
+            ms = float(np.mean(of_turns))
+            gain, possible = result.get("none", {"ms": ms})["ms"] / ms, case.imbalance["none"]
+            share = (gain - 1) / (possible - 1)
+            row |= {"ms": ms, "ms_of_turns": of_turns, "gain": gain, "share": share}
+            each = " and ".join(f"{value:.2f}" for value in of_turns)
+            line += f", {ms:.2f} ms ({each}), gain {gain:.3f} ({share:.0%} of the possible)"
+        result[name] = row
+        print(line, flush=True)
+    return result
+
+
+def step_times(turns: list[Case], repeats: int, calls: int = 8) -> dict[Any, float]:
+    """ms of every case and kind of step: medians of interleaved repeats of a few in a row."""
+    batches = {case: case.batch() for case in turns}
+    for case, batch in batches.items():
+        case.check(batch)
     experts = {(case, name): case.experts(name) for case in turns for name in case.names}
     times: dict[Any, list[float]] = {key: [] for key in experts}
     for _ in range(repeats):
         for case, name in experts:
             start = time.perf_counter()
             for _ in range(calls):
-                experts[case, name], *_ = case.run(name, experts[case, name])
+                experts[case, name], *_ = case.steps[name](experts[case, name], batches[case])
             jax.block_until_ready(experts[case, name])
             times[case, name].append((time.perf_counter() - start) / calls * 1e3)
-    case, result = turns[0], {}
-    for name in case.names:
-        of_turns = [float(np.median(times[turn, name])) for turn in turns]
-        ms = float(np.mean(of_turns))
-        gain, possible = result.get("none", {"ms": ms})["ms"] / ms, case.imbalance["none"]
-        result[name] = {
-            "imbalance": case.imbalance[name],
-            "copies": case.n_copies if name != "none" else 0,
-            "ms": ms,
-            "ms_of_turns": of_turns,
-            "gain": gain,
-            "share": (gain - 1) / (possible - 1),
-            "gib": case.gib(name),
-        }
-        turns_ms = " and ".join(f"{value:.2f}" for value in of_turns)
-        print(
-            f"{name}: imbalance {case.imbalance[name]:.3f}, {result[name]['copies']} copies, "
-            f"{ms:.2f} ms ({turns_ms}), gain {gain:.3f} ({result[name]['share']:.0%} of the "
-            f"possible), {result[name]['gib']:.2f} GiB",
-            flush=True,
-        )
-    return result
+    return {key: float(np.median(of_key)) for key, of_key in times.items()}
 
 
 @jax.jit
@@ -323,7 +384,7 @@ def rebalance_time(mesh: Mesh, r2o: np.ndarray, case: Case, n_layers: int = 50) 
         return jax.lax.scan(layer, jnp.int32(0), None, length=n_layers)[1]
 
     run = jax.jit(jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
-    return median_seconds(run, case.ids, repeats=10) * 1e3 / n_layers
+    return median_seconds(run, case.batch().ids, repeats=10) * 1e3 / n_layers
 
 
 def forward_time(case: Case, repeats: int) -> float:
@@ -335,7 +396,8 @@ def forward_time(case: Case, repeats: int) -> float:
         ),
         compiler_options=moe.COMPILER_OPTIONS,
     )  # fmt: skip
-    arguments = case.tokens, case.gates, case.experts("lplb"), case.ids
+    batch = case.batch()
+    arguments = batch.tokens, batch.gates, case.experts("lplb"), batch.ids
     four = median_seconds(lambda: [run(*arguments) for _ in range(4)], repeats=repeats)
     return four * 1e3 / 4
 
