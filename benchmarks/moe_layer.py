@@ -77,6 +77,7 @@ def main() -> None:
     cases = [case for _, of_turns in turns for case in of_turns]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         wanted = {case.key(name): (case, name) for case in cases for name in case.names}
+        print(f"compiling {len(wanted)} programs", flush=True)
         programs = {key: pool.submit(case.compile, name) for key, (case, name) in wanted.items()}
     for case in cases:
         case.steps = {name: programs[case.key(name)].result() for name in case.names}

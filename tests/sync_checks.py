@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import moe_checks
 import numpy as np
+import pytest
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -132,6 +133,12 @@ def check_layer(mesh, comm, rng) -> None:
             for routing in (moe_checks.skewed, moe_checks.half_silent):
                 given = moe_checks.problem(rng, case, routing, 40 * case.ep_size)
                 moe_checks.assert_equals_plain_mathematics(run, mesh, *given, rng, 1e-4)
+    if jax.process_count() > 1:
+        layer = moe_checks.layer_over(mesh, case, transport="ragged")
+        floats, ids, placement = given
+        floats = (*floats[:2], moe_checks.in_slots(floats[2], placement))
+        with pytest.raises(ValueError, match=r"^transport: .*got 'ragged'.*at most 1"):
+            jax.eval_shape(layer, *floats, ids, placement)
 
 
 def check_many(mesh, comm, rng, n_calls: int = 100_000) -> None:

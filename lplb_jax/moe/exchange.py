@@ -224,10 +224,15 @@ def make_plan(
         )
     if transport not in TRANSPORTS:
         raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
+    # Between processes XLA refuses ragged_all_to_all, but only when the program runs.
+    alone, n_here = jax.process_count() == 1, jax.local_device_count()
     if transport == "auto":
-        # Between processes XLA refuses ragged_all_to_all, or takes seven times as long.
-        alone = jax.default_backend() == "gpu" and jax.process_count() == 1
-        transport = "ragged" if alone else "padded"
+        transport = "ragged" if jax.default_backend() == "gpu" and alone else "padded"
+    elif transport == "ragged" and not alone and n_ranks > n_here:
+        raise ValueError(
+            f"transport: expected 'padded' or 'auto' between processes, got 'ragged' for an axis "
+            f"of {n_ranks} ranks, of which this process has at most {n_here}"
+        )
     me = lax.axis_index(axis_name)
     physical, position, counts = assignment
     n_tokens, top_k = physical.shape
