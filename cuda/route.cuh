@@ -223,28 +223,43 @@ __device__ __forceinline__ void StorePrefetched(const RouteArguments& a, const S
   }
 }
 
+// Must be called, and a barrier passed, before ReceiveTotals.
+template <Quotas kQuotas>
+__device__ __forceinline__ void ForgetInvalid(const Problem& p, const RouteMemory& memory) {
+  if constexpr (kQuotas == Quotas::kSynced) {
+    if (threadIdx.x == 0) memory.total[p.n_logical] = 0;
+  }
+}
+
 // Waits for all ranks' counts, of which `total` becomes the sum (−1 where it passes int32) and
 // `before` what comes before this rank's tokens. After a failure nothing is routed. The routes'
-// slots were stored by the threads that read them here; a barrier must follow.
+// slots were stored by the threads that read them here, and ForgetInvalid was called; a barrier
+// must follow.
 template <typename Threads>
 __device__ __forceinline__ void ReceiveTotals(const RouteArguments& a, const SyncCall& call,
                                               bool leader, const RouteMemory& memory) {
   const Problem& p = a.problem;
   bool failed = false;
 #pragma unroll 1
-  for (int32_t e = threadIdx.x; e <= p.n_logical; e += Threads::Size()) {
-    const PackedRoute route = e < p.n_logical ? memory.routes[e] : PackedRoute{0, 0, 0};
+  for (int32_t e = threadIdx.x; e < p.n_logical; e += Threads::Size()) {
+    const PackedRoute route = memory.routes[e];
     const int32_t home = p.by_slots.Quotient(route.home);
     const int32_t replica = p.by_slots.Quotient(route.replica);
     int64_t total = 0;
     int64_t before = 0;
-    failed |=
-        !Receive(a.peers, call, e, 0, a.peers.size, leader, [&](int32_t source, int32_t count) {
-          total += count;
-          before += ComesBefore(source, a.peers.rank, home, replica) ? count : 0;
-        });
+    const auto add = [&](int32_t source, int32_t count) {
+      total += count;
+      before += ComesBefore(source, a.peers.rank, home, replica) ? count : 0;
+    };
+    // Of ids that name no expert it only matters whether rank e has any. A turn of their own in
+    // this loop would take as long as all others.
+    const uint64_t* invalid =
+        e < a.peers.size ? a.peers.inbox + call.RowOf(a.peers, e) + p.n_logical : nullptr;
+    failed |= !Receive(a.peers, call, e, 0, a.peers.size, leader, add, invalid, [&](int32_t count) {
+      if (count != 0) atomicOr(&memory.total[p.n_logical], 1);
+    });
     memory.total[e] = total <= kInt32Max ? static_cast<int32_t>(total) : -1;
-    if (e < p.n_logical) memory.before[e] = static_cast<int32_t>(min(before, int64_t{kInt32Max}));
+    memory.before[e] = static_cast<int32_t>(min(before, int64_t{kInt32Max}));
   }
   if (!Threads::Any(failed)) return;
   const GroupMemory groups(p, p.n_groups, memory.groups);
@@ -467,6 +482,7 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
   const int32_t block = cluster.block_rank();
   const int32_t row = RouteMemory::Row(p);
   if (threadIdx.x == 0) InitArrivals(memory.arrivals);
+  ForgetInvalid<kQuotas>(p, memory);
   AnnounceStart();
   const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
   const int32_t* log2phy =
@@ -725,6 +741,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
     memory.own[e] = 0;
     if (e < p.n_logical) memory.earlier[e] = 0;
   }
+  ForgetInvalid<kQuotas>(p, memory);
   StorePrefetched<kQuotas, Block>(a, in, log2phy, fetched, memory);
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();  // From here on the tiles' counts are there.

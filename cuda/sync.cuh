@@ -69,35 +69,41 @@ __device__ __forceinline__ void Send(const Peers& peers, const SyncCall& call, u
   StoreWord(inbox + call.RowOf(peers, peers.rank) + i, WordOf(call, count));
 }
 
-// Calls `use(source, count)` for count i of ranks first … first + n − 1, once they have come;
-// returns false where one did not come in time. The leader block is the first to give up, a second
-// before the others: so none can fail where the leader did not.
-template <typename Use>
+// Calls `use(source, count)` for count i of ranks first … first + n − 1, once they have come, and
+// `use_beside(count)` for the word `beside` where it is not null, which is awaited at the same
+// time. Returns false where one did not come in time. The leader block is the first to give up, a
+// second before the others: so none can fail where the leader did not.
+template <typename Use, typename UseBeside>
 __device__ __forceinline__ bool Receive(const Peers& peers, const SyncCall& call, int32_t i,
-                                        int32_t first, int32_t n, bool leader, const Use& use) {
+                                        int32_t first, int32_t n, bool leader, const Use& use,
+                                        const uint64_t* beside, const UseBeside& use_beside) {
   if (call.failed) return false;
+  const auto has_come = [&](uint64_t word) {
+    return static_cast<uint32_t>(word >> 32) == call.epoch;
+  };
   int64_t deadline = 0;
 #pragma unroll 1
   for (int32_t end = first + n; first < end; first += kSourcesAtOnce) {
     const uint64_t* words = peers.inbox + call.RowOf(peers, first) + i;
     uint64_t word[kSourcesAtOnce];
+    uint64_t other = 0;
     for (uint32_t round = 0;; ++round) {
       int32_t missing = -1;
 #pragma unroll
       for (int j = 0; j < kSourcesAtOnce; ++j) {
         if (first + j < end) word[j] = LoadWord(words + static_cast<int64_t>(j) * peers.stride);
       }
+      if (beside != nullptr) other = LoadWord(beside);
 #pragma unroll
       for (int j = 0; j < kSourcesAtOnce; ++j) {
-        if (first + j < end && static_cast<uint32_t>(word[j] >> 32) != call.epoch) {
-          missing = first + j;
-        }
+        if (first + j < end && !has_come(word[j])) missing = first + j;
       }
-      if (missing < 0) break;
+      if (missing < 0 && (beside == nullptr || has_come(other))) break;
       if (round % 64 != 0) continue;  // Reading the clock takes longer than looking again.
       const int64_t now = Nanoseconds();
       if (deadline == 0) deadline = now + peers.timeout_ns + (leader ? 0 : 1000000000);
       if (now < deadline) continue;
+      if (missing < 0) missing = (beside - peers.inbox) / peers.stride % peers.size;
       if (leader) Report(peers, SyncFailure::kTimeout, call.epoch, missing);
       return false;
     }
@@ -105,8 +111,16 @@ __device__ __forceinline__ bool Receive(const Peers& peers, const SyncCall& call
     for (int j = 0; j < kSourcesAtOnce; ++j) {
       if (first + j < end) use(first + j, static_cast<int32_t>(word[j]));
     }
+    if (beside != nullptr) use_beside(static_cast<int32_t>(other));
+    beside = nullptr;
   }
   return true;
+}
+
+template <typename Use>
+__device__ __forceinline__ bool Receive(const Peers& peers, const SyncCall& call, int32_t i,
+                                        int32_t first, int32_t n, bool leader, const Use& use) {
+  return Receive(peers, call, i, first, n, leader, use, nullptr, [](int32_t) {});
 }
 
 // Ends a call of a block that received by itself: after a failure of any thread all counts are −1.
