@@ -22,8 +22,9 @@ def one_per_gpu(n_gpus: int | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
-        listed = subprocess.check_output(["nvidia-smi", "--list-gpus"], text=True).count("GPU ")
-        n = n_gpus or listed
+        n = n_gpus
+        if n is None:
+            n = subprocess.check_output(["nvidia-smi", "--list-gpus"], text=True).count("GPU ")
         places = [{**os.environ, _PLACE: f"{address} {n} {i}"} for i in range(n)]
         command = [sys.executable, *sys.argv]
         started = [subprocess.Popen(command, env=environment) for environment in places]

@@ -26,7 +26,6 @@ class VirtualRanks:
     Attributes:
       ids: of every rank, its communicator.
       devices: of every rank, its GPU.
-      native: the CUDA module.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class VirtualRanks:
         max_experts: int,
         timeout_s: float = 20.0,
     ) -> None:
-        self.native = native = _native.cuda()
+        self._native = native = _native.cuda()
         self.ids = [10_000 + rank for rank in range(size)]
         self.devices = [gpus[rank % len(gpus)] for rank in range(size)]
         self._ordinals = [device.local_hardware_id for device in self.devices]
@@ -59,9 +58,9 @@ class VirtualRanks:
     def __exit__(self, *_: object) -> None:
         self.wait()
         for identifier in self.ids:
-            self.native.comm_detach(identifier)
+            self._native.comm_detach(identifier)
         for ordinal, inbox in zip(self._ordinals, self._inboxes, strict=True):
-            self.native.comm_free(ordinal, inbox)
+            self._native.comm_free(ordinal, inbox)
         for stream in self._streams:
             check(runtime.cudaStreamDestroy(stream))
 
@@ -86,22 +85,22 @@ class VirtualRanks:
         """Launches `sync_loads` as this rank; `claimed` is another rank, to see it refused."""
         claimed = self._claimed[rank] if claimed is None else claimed
         pointers = pointer(claimed), pointer(counts), counts.size, pointer(matrix)
-        self.native.launch_sync(*self._who(rank), *pointers, self._on(rank, stream))
+        self._native.launch_sync(*self._who(rank), *pointers, self._on(rank, stream))
 
     def rebalance(self, rank: int, call: RebalanceCall, stream: int | None = None) -> None:
         """Launches `rebalance` as this rank."""
         claimed = pointer(self._claimed[rank])
-        self.native.launch_synced_rebalance(
+        self._native.launch_synced_rebalance(
             *self._who(rank), claimed, *call.arguments, self._on(rank, stream)
         )
 
     def failures(self) -> list[str]:
         """What every rank has reported; "" where all is well."""
-        return [self.native.comm_failure(identifier) for identifier in self.ids]
+        return [self._native.comm_failure(identifier) for identifier in self.ids]
 
     def use_device(self, rank: int) -> None:
         """Makes the rank's GPU the current one."""
-        self.native.comm_use_device(self._ordinals[rank])
+        self._native.comm_use_device(self._ordinals[rank])
 
     def wait(self) -> None:
         """Until all that was launched is done."""

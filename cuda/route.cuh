@@ -55,7 +55,7 @@ struct PackedRoute {
 };
 
 // Shared memory of a block that routes tokens. Rows have room for all experts and, at n_logical,
-// the ids that named none.
+// the ids that named none: where there are other ranks, `total` only has there whether any did.
 struct RouteMemory {
   Cell* cells;          // [n_warps, n_logical + kPad]
   PackedRoute* routes;  // [n_logical]

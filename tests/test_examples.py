@@ -42,9 +42,10 @@ def test_balance_does_not_change_what_is_learnt(rng):
     curves = [[record["bits_per_byte"] for record in run] for run in (none, lplb)]
     # As a rule 2e-7. A top-k that is tied but for rounding sends a token elsewhere in one of both:
     # that step differs by the token's share of the loss, later ones by what it taught.
-    apart = np.abs(np.subtract(*curves)) / curves[0]
+    apart = np.sort(np.abs(np.subtract(*curves)) / curves[0])
     assert np.median(apart) < 1e-5, apart
-    assert np.max(apart) < 2e-3, apart
+    assert apart[-3] < 1e-4, apart
+    assert apart[-1] < 2e-3, apart
     assert curves[0][-1] < curves[0][0] - 1, "nothing was learnt"
     assert not any(record["overflow"] for record in none + lplb)
     for record in none:
