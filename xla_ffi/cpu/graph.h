@@ -1,0 +1,72 @@
+// Any placement as a graph: experts with several hosts tie ranks together. No XLA, no Python.
+#ifndef LPLB_XLA_FFI_CPU_GRAPH_H_
+#define LPLB_XLA_FFI_CPU_GRAPH_H_
+
+#include <cstdint>
+#include <vector>
+
+namespace lplb {
+
+// The cells of a placement. A cell is an expert on a rank that hosts it; if the rank hosts it
+// twice, the first slot serves all and the cell is that one. Cells are numbered expert by expert,
+// an expert's in the order of their ranks.
+struct ReplicaGraph {
+  // phy2log [n_ranks · slots_per_rank]: the expert in each slot, −1 in an empty one.
+  ReplicaGraph(int32_t n_ranks_, int32_t n_logical_, int32_t slots_per_rank, const int32_t* phy2log)
+      : n_ranks(n_ranks_),
+        n_logical(n_logical_),
+        known(true),
+        first(n_logical_ + 1),
+        first_shared(n_ranks_ + 1) {
+    constexpr int32_t kNoCell = -1;
+    const int32_t n_physical = n_ranks * slots_per_rank;
+    std::vector<int32_t> nth(n_physical, kNoCell);  // Which of its expert's cells a slot is.
+    std::vector<int32_t> last_host(n_logical, -1);
+    for (int32_t r = 0, p = 0; r < n_ranks; ++r) {
+      for (int32_t k = 0; k < slots_per_rank; ++k, ++p) {
+        const int32_t e = phy2log[p];
+        if (e < 0 || e >= n_logical) {
+          known &= e == -1;
+        } else if (last_host[e] != r) {
+          last_host[e] = r;
+          nth[p] = first[e + 1]++;
+        }
+      }
+    }
+    for (int32_t e = 0; e < n_logical; ++e) first[e + 1] += first[e];
+    rank.resize(first[n_logical]);
+    slot.resize(first[n_logical]);
+    shared.reserve(first[n_logical]);
+    for (int32_t r = 0, p = 0; r < n_ranks; ++r) {
+      for (int32_t k = 0; k < slots_per_rank; ++k, ++p) {
+        if (nth[p] == kNoCell) continue;
+        const int32_t e = phy2log[p];
+        const int32_t cell = first[e] + nth[p];
+        rank[cell] = r;
+        slot[cell] = p;
+        if (Hosts(e) > 1) shared.push_back({e, cell});
+      }
+      first_shared[r + 1] = static_cast<int32_t>(shared.size());
+    }
+  }
+
+  int32_t Hosts(int32_t expert) const { return first[expert + 1] - first[expert]; }
+
+  struct Shared {
+    int32_t expert;
+    int32_t cell;
+  };
+
+  int32_t n_ranks;
+  int32_t n_logical;
+  bool known;                         // No slot holds an id that names no expert.
+  std::vector<int32_t> first;         // [n_logical + 1], the first cell of every expert
+  std::vector<int32_t> rank;          // [n_cells]
+  std::vector<int32_t> slot;          // [n_cells]
+  std::vector<Shared> shared;         // Cells of experts with several hosts, in slot order.
+  std::vector<int32_t> first_shared;  // [n_ranks + 1], the first of every rank in `shared`
+};
+
+}  // namespace lplb
+
+#endif  // LPLB_XLA_FFI_CPU_GRAPH_H_

@@ -1,0 +1,198 @@
+// Exact balancing of any placement: phased waves on the rank graph. Same plans as
+// lplb_jax/reference/graph.py and the CUDA kernels. No XLA, no Python.
+#ifndef LPLB_XLA_FFI_CPU_GRAPH_WAVES_H_
+#define LPLB_XLA_FFI_CPU_GRAPH_WAVES_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "xla_ffi/cpu/graph.h"
+
+namespace lplb {
+
+// Balances any number of batches on one graph, which must outlive it:
+//
+//   const ReplicaGraph graph(n_ranks, n_logical, slots_per_rank, phy2log);
+//   GraphWaves waves(graph);
+//   int64_t max_load = waves.Run(loads);  // What no split can go below, and this one reaches.
+//
+// A rank above the target sends its excess along shortest paths to ranks below it: its arcs lead to
+// every host of the experts that it has tokens of. If there is no path, the ranks that cannot get
+// rid of their tokens are a set whose mean load is a higher bound, to which the target then rises.
+class GraphWaves {
+ public:
+  explicit GraphWaves(const ReplicaGraph& graph)
+      : graph_(graph),
+        tokens_(graph.rank.size()),
+        load_(graph.n_ranks),
+        level_(graph.n_ranks),
+        expert_level_(graph.n_logical) {
+    reached_.reserve(graph.n_ranks);
+  }
+
+  // Splits `loads` [n_logical], all ≥ 0; an expert without a slot counts as 0. Sums must stay below
+  // 2⁶³. Returns the largest rank load, which is the lower bound that `Proof` gives.
+  template <typename Load>
+  int64_t Run(const Load* loads) {
+    StartEvenly(loads);
+    while (*std::max_element(load_.begin(), load_.end()) > target_) {
+      if (SetLevels()) {
+        // The deepest level first; within a level the order does not matter.
+        for (auto r = reached_.rbegin(); r != reached_.rend() && level_[*r] > 0; ++r) Push(*r);
+      } else {
+        RaiseTarget();
+      }
+    }
+    return target_;
+  }
+
+  // Tokens of every cell of the graph, and of every rank, after the last Run.
+  const std::vector<int64_t>& tokens() const { return tokens_; }
+  const std::vector<int64_t>& load() const { return load_; }
+
+  // Ranks S for which ⌈tokens that cannot leave S / |S|⌉ is what Run returned.
+  const std::vector<bool>& Proof() const { return proof_; }
+
+  // Tokens that every slot serves, [n_physical].
+  template <typename Quota>
+  void WriteQuotas(Quota* quota, int32_t n_physical) const {
+    std::fill_n(quota, n_physical, Quota{0});
+    for (size_t c = 0; c < tokens_.size(); ++c) {
+      quota[graph_.slot[c]] = static_cast<Quota>(tokens_[c]);
+    }
+  }
+
+ private:
+  // A push is divided among so many ranks at most: more take longer than the phases they save.
+  static constexpr int32_t kMaxSpread = 4;
+
+  // Every expert's tokens are divided evenly among its hosts, the first ones get one more. The
+  // first target is the bound of the set of all ranks and of the sets of one rank.
+  template <typename Load>
+  void StartEvenly(const Load* loads) {
+    std::fill(load_.begin(), load_.end(), 0);
+    std::vector<int64_t>& fixed = stays_;
+    fixed.assign(graph_.n_ranks, 0);
+    int64_t sum = 0;
+    for (int32_t e = 0; e < graph_.n_logical; ++e) {
+      const int32_t begin = graph_.first[e];
+      const int32_t n_hosts = graph_.Hosts(e);
+      if (n_hosts == 0) continue;
+      const int64_t total = loads[e];
+      sum += total;
+      if (n_hosts == 1) {
+        tokens_[begin] = total;
+        load_[graph_.rank[begin]] += total;
+        fixed[graph_.rank[begin]] += total;
+        continue;
+      }
+      const int64_t each = total / n_hosts;
+      const int64_t more = total % n_hosts;
+      for (int32_t k = 0; k < n_hosts; ++k) {
+        tokens_[begin + k] = each + (k < more);
+        load_[graph_.rank[begin + k]] += each + (k < more);
+      }
+    }
+    const auto fullest = std::max_element(fixed.begin(), fixed.end());
+    target_ = (sum + graph_.n_ranks - 1) / graph_.n_ranks;
+    proof_.assign(graph_.n_ranks, *fullest <= target_);
+    if (*fullest > target_) {
+      target_ = *fullest;
+      proof_[fullest - fixed.begin()] = true;
+    }
+  }
+
+  // Distance of every rank to the nearest one below the target, −1 where not reached; stops when
+  // all ranks above the target have one. `reached_` are the ranks in the order of their distance.
+  // Returns whether all ranks above the target were reached.
+  bool SetLevels() {
+    int32_t above_left = 0;
+    reached_.clear();
+    for (int32_t r = 0; r < graph_.n_ranks; ++r) {
+      level_[r] = load_[r] < target_ ? 0 : -1;
+      above_left += load_[r] > target_;
+      if (level_[r] == 0) reached_.push_back(r);
+    }
+    std::fill(expert_level_.begin(), expert_level_.end(), -1);
+    size_t begin = 0;
+    for (int32_t depth = 0; above_left > 0; ++depth) {
+      const size_t end = reached_.size();
+      if (begin == end) return false;
+      for (; begin < end; ++begin) {
+        const int32_t q = reached_[begin];
+        for (int32_t i = graph_.first_shared[q]; i < graph_.first_shared[q + 1]; ++i) {
+          const int32_t e = graph_.shared[i].expert;
+          // The first rank that reaches an expert reaches all that have tokens of it.
+          if (expert_level_[e] >= 0) continue;
+          expert_level_[e] = depth;
+          for (int32_t c = graph_.first[e]; c < graph_.first[e + 1]; ++c) {
+            const int32_t r = graph_.rank[c];
+            if (level_[r] >= 0 || tokens_[c] == 0) continue;
+            level_[r] = depth + 1;
+            above_left -= load_[r] > target_;
+            reached_.push_back(r);
+          }
+        }
+      }
+    }
+    return true;
+  }
+
+  // Nothing more can leave the ranks not reached: their mean load is a new lower bound.
+  void RaiseTarget() {
+    int64_t excess = 0;
+    int64_t n = 0;
+    for (int32_t r = 0; r < graph_.n_ranks; ++r) {
+      proof_[r] = level_[r] < 0;
+      if (!proof_[r]) continue;
+      excess += load_[r] - target_;
+      ++n;
+    }
+    target_ += (excess + n - 1) / n;
+  }
+
+  // Rank r sends what it has above the target to the level below its own.
+  void Push(int32_t r) {
+    int64_t excess = load_[r] - target_;
+    const int32_t below = level_[r] - 1;
+    for (int32_t i = graph_.first_shared[r]; i < graph_.first_shared[r + 1] && excess > 0; ++i) {
+      const auto [e, cell] = graph_.shared[i];
+      const int64_t amount = std::min(excess, tokens_[cell]);
+      // A host that is nearer than `below` would have put r nearer, too.
+      if (amount == 0 || expert_level_[e] != below) continue;
+      // The first hosts at that level in cyclic order after r.
+      int32_t to[kMaxSpread];
+      int32_t n = 0;
+      const int32_t begin = graph_.first[e];
+      const int32_t end = graph_.first[e + 1];
+      for (int32_t c = cell + 1; c != cell && n < kMaxSpread; ++c) {
+        if (c == end) c = begin;
+        if (c == cell) break;
+        if (level_[graph_.rank[c]] == below) to[n++] = c;
+      }
+      for (int32_t k = 0; k < n; ++k) {
+        const int64_t part = amount / n + (k < amount % n);
+        tokens_[to[k]] += part;
+        load_[graph_.rank[to[k]]] += part;
+      }
+      tokens_[cell] -= amount;
+      load_[r] -= amount;
+      excess -= amount;
+    }
+  }
+
+  const ReplicaGraph& graph_;
+  std::vector<int64_t> tokens_;
+  std::vector<int64_t> load_;
+  std::vector<int64_t> stays_;
+  int64_t target_ = 0;
+  std::vector<bool> proof_;
+  std::vector<int32_t> level_;
+  std::vector<int32_t> expert_level_;  // The least level of an expert's hosts, −1 if not reached.
+  std::vector<int32_t> reached_;
+};
+
+}  // namespace lplb
+
+#endif  // LPLB_XLA_FFI_CPU_GRAPH_WAVES_H_
