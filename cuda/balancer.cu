@@ -1,5 +1,5 @@
 // rebalance: count, solve and assign in one launch, or two for large batches.
-#include "cuda/route.cuh"
+#include "cuda/route/launch.cuh"
 
 namespace lplb::cuda {
 

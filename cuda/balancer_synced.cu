@@ -1,5 +1,5 @@
 // rebalance with other ranks: the launches of balancer.cu, with the exchange of counts in them.
-#include "cuda/route.cuh"
+#include "cuda/route/launch.cuh"
 
 namespace lplb::cuda {
 namespace {

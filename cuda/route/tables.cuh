@@ -1,0 +1,93 @@
+// Shared memory of a block that routes tokens.
+#ifndef LPLB_CUDA_ROUTE_TABLES_CUH_
+#define LPLB_CUDA_ROUTE_TABLES_CUH_
+
+#include "cuda/cluster.cuh"
+#include "cuda/route.h"
+#include "cuda/solver.cuh"
+
+namespace lplb::cuda {
+
+constexpr int32_t kRouteThreads = 512;  // that hold tokens, at most
+constexpr int32_t kPlanThreads = 256;   // of a cluster's block, besides those
+constexpr int32_t kMaxRounds = 16;      // Tokens that a lane holds in registers.
+constexpr int32_t kAtOnce = 8;          // Tokens of a tile that a lane has on their way.
+
+// A warp's state of one expert.
+struct Cell {
+  uint32_t mask;   // lanes with a token of this expert; 0 between uses
+  uint32_t count;  // the warp's tokens so far; after a scan, plus those of the warps before
+};
+
+constexpr int32_t kNoSlot = 0xffff;
+
+// Where an expert's tokens go, in 8 bytes: every token reads it.
+struct PackedRoute {
+  int32_t keep;      // tokens that stay at home
+  uint16_t home;     // a slot, or kNoSlot
+  uint16_t replica;  // likewise
+};
+
+// Shared memory of a block that routes tokens. Rows have room for all experts and, at n_logical,
+// the ids that named none: where there are other ranks, `total` only has there whether any did.
+struct RouteMemory {
+  Cell* cells;          // [n_warps, n_logical + kPad]
+  PackedRoute* routes;  // [n_logical]
+  int32_t* earlier;     // [row], tokens in earlier blocks
+  int32_t* total;       // [row], all tokens
+  int32_t* own;         // [row], this rank's; the same as total where there is no other
+  int32_t* before;      // [n_logical], where there are others: tokens that come before this rank's
+  int32_t* quota;       // [n_physical]
+  int32_t* groups;      // GroupMemory
+  // Of a cluster's blocks:
+  int32_t* counts;     // [row], the block's histogram
+  uint16_t* incoming;  // [n_blocks, row], every block's
+  uint64_t* arrivals;  // counts the bytes of `incoming`
+
+  // Lets the lanes of ScanWarps, which read several rows at a time, meet different banks.
+  static constexpr int32_t kPad = 4;
+  // Counts that travel together.
+  static constexpr int32_t kPacked = 8;
+
+  LPLB_HOST_DEVICE static int32_t Row(const Problem& p) {
+    return (p.n_logical + kPacked) / kPacked * kPacked;
+  }
+
+  LPLB_HOST_DEVICE static int32_t Bytes(const Problem& p, int32_t n_warps, int32_t n_blocks,
+                                        Quotas quotas) {
+    const int32_t row = Row(p);
+    const int32_t words = 2 * n_warps * (p.n_logical + kPad) + 2 * p.n_logical + 2 * row +
+                          p.n_physical + (n_blocks > 0 ? row + n_blocks * row / 2 + 2 : 0) +
+                          (quotas != Quotas::kGiven ? GroupMemory::Words(p, p.n_groups) : 0) +
+                          (quotas == Quotas::kSynced ? row + p.n_logical : 0);
+    return 4 * words;
+  }
+
+  // What is read or written 16 bytes at a time comes first.
+  __device__ RouteMemory(const Problem& p, int32_t n_warps, int32_t n_blocks, Quotas quotas,
+                         void* memory) {
+    const int32_t row = Row(p);
+    // Kept in a register: the compiler would find it again for every use, which takes its time.
+    uint32_t address = SharedAddress(memory);
+    asm volatile("" : "+r"(address));
+    cells = static_cast<Cell*>(__cvta_shared_to_generic(address));
+    counts = reinterpret_cast<int32_t*>(cells + n_warps * (p.n_logical + kPad));
+    incoming = reinterpret_cast<uint16_t*>(counts + (n_blocks > 0 ? row : 0));
+    arrivals = reinterpret_cast<uint64_t*>(incoming + n_blocks * row);
+    routes = reinterpret_cast<PackedRoute*>(arrivals + (n_blocks > 0 ? 1 : 0));
+    earlier = reinterpret_cast<int32_t*>(routes + p.n_logical);
+    total = earlier + row;
+    own = total + (quotas == Quotas::kSynced ? row : 0);
+    quota = own + row;
+    groups = quota + p.n_physical;
+    if (quotas == Quotas::kSynced) before = groups + GroupMemory::Words(p, p.n_groups);
+  }
+
+  __device__ Cell* CellsOf(const Problem& p, int32_t warp) const {
+    return cells + warp * (p.n_logical + kPad);
+  }
+};
+
+}  // namespace lplb::cuda
+
+#endif  // LPLB_CUDA_ROUTE_TABLES_CUH_

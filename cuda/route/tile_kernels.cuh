@@ -1,0 +1,192 @@
+// A larger batch, or a chip without clusters: one launch counts tiles, and one assigns them.
+#ifndef LPLB_CUDA_ROUTE_TILE_KERNELS_CUH_
+#define LPLB_CUDA_ROUTE_TILE_KERNELS_CUH_
+
+#include <type_traits>
+
+#include "cuda/route/plan.cuh"
+#include "cuda/route/tokens.cuh"
+
+namespace lplb::cuda {
+
+// The tokens of a warp of a tile: [begin, end).
+struct Span {
+  int64_t begin;
+  int64_t end;
+};
+
+__device__ __forceinline__ Span SpanOf(const RouteArguments& a, int32_t tile) {
+  const int32_t n_warps = blockDim.x / 32;
+  const int64_t warp = static_cast<int64_t>(tile) * n_warps + threadIdx.x / 32;
+  const int64_t begin = min(warp * a.tokens_per_warp, a.tokens.n_tokens);
+  return {begin, min(begin + a.tokens_per_warp, a.tokens.n_tokens)};
+}
+
+// A tile's part of the workspace: its histogram [n_logical + 1], then for every warp the sums of
+// the warps before, [n_warps, n_logical].
+__device__ __forceinline__ int32_t* TileOf(const RouteArguments& a, int64_t element, int32_t tile) {
+  return a.workspace + (element * a.n_tiles + tile) * a.workspace_words;
+}
+
+// With kSynced, the last block to finish sends the rank's totals to its peers.
+template <Quotas kQuotas>
+__global__ void __launch_bounds__(kRouteThreads) TileCountKernel(const RouteArguments a) {
+  extern __shared__ uint32_t counts[];  // [n_warps, n_logical + 1]
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();  // TileRouteKernel may start; it waits for our end.
+#endif
+  const Problem& p = a.problem;
+  const int64_t element = blockIdx.x;
+  const int32_t tile = blockIdx.y;
+  const int32_t n_warps = blockDim.x / 32;
+  const int32_t row = p.n_logical + 1;
+  const TokenBuffers tokens = TokensOf(a, element);
+  for (int32_t i = threadIdx.x; i < n_warps * row; i += blockDim.x) counts[i] = 0;
+  __syncthreads();
+
+  uint32_t* mine = counts + threadIdx.x / 32 * row;
+  const Span span = SpanOf(a, tile);
+  bool invalid = false;
+  WithIndices(tokens, [&](auto* indices) {
+#pragma unroll 1
+    for (int64_t first = span.begin + (threadIdx.x & 31); first < span.end; first += 32 * kAtOnce) {
+      std::decay_t<decltype(*indices)> id[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (first + 32 * j < span.end) id[j] = indices[first + 32 * j];
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (first + 32 * j >= span.end) break;
+        const int32_t expert = ExpertOf(id[j], p.n_logical);
+        invalid |= expert == p.n_logical;
+        if (expert >= 0 && expert < p.n_logical) atomicAdd(&mine[expert], 1u);
+      }
+    }
+  });
+  invalid = __syncthreads_or(invalid);
+  int32_t* out = TileOf(a, element, tile);
+  ScanWarps(p.n_logical, threadIdx.x / 32, n_warps, counts, row, 1,
+            [&](int32_t expert, int32_t total) { out[expert] = total; });
+  if (threadIdx.x == 0) out[p.n_logical] = invalid;
+  __syncthreads();
+  for (int32_t w = 0; w < n_warps; ++w) {
+    for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
+      out[row + w * p.n_logical + e] = static_cast<int32_t>(counts[w * row + e]);
+    }
+  }
+  if constexpr (kQuotas == Quotas::kSynced) {
+    SyncState& state = *a.peers.state;
+    __threadfence();
+    __syncthreads();
+    const bool last = threadIdx.x == 0 && atomicAdd(&state.ticket, 1) + 1 == gridDim.y;
+    if (!__syncthreads_or(last)) return;
+    __threadfence();
+    const SyncCall call = {state.epoch + 1, false};
+    for (int32_t e = threadIdx.x; e < row; e += blockDim.x) {
+      int32_t total = 0;
+#pragma unroll 8
+      for (int32_t t = 0; t < a.n_tiles; ++t) total += __ldcg(&TileOf(a, element, t)[e]);
+      for (int32_t peer = 0; peer < a.peers.size; ++peer) {
+        Send(a.peers, call, a.peers.inboxes[peer], e, total);
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      state.epoch = call.epoch;
+      state.ticket = 0;
+    }
+  }
+}
+
+template <int kWords, int kColumns, Quotas kQuotas>
+__global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteArguments a) {
+  extern __shared__ int4 shared[];
+  const Problem& p = a.problem;
+  const int64_t element = blockIdx.x;
+  const int32_t tile = blockIdx.y;
+  const int32_t n_warps = blockDim.x / 32;
+  const int32_t row = p.n_logical + 1;
+  const RouteMemory memory(p, n_warps, 0, kQuotas, shared);
+  const TokenBuffers tokens = TokensOf(a, element);
+  const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
+  const int32_t* log2phy =
+      kQuotas != Quotas::kGiven ? in.log2phy : BatchElement(p, a.sources, a.given, element).log2phy;
+
+  Prefetched fetched = Prefetch<kQuotas, Block>(a, in, log2phy);
+  for (int32_t e = threadIdx.x; e <= p.n_logical; e += blockDim.x) {
+    memory.own[e] = 0;
+    if (e < p.n_logical) memory.earlier[e] = 0;
+  }
+  ForgetInvalid<kQuotas>(p, memory);
+  StorePrefetched<kQuotas, Block>(a, in, log2phy, fetched, memory);
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();  // From here on the tiles' counts are there.
+#endif
+  __syncthreads();
+  // Each part of the threads sums every n_parts-th tile.
+  const int32_t width = (row + 31) / 32 * 32;
+  const int32_t n_parts = max(static_cast<int32_t>(blockDim.x) / width, 1);
+  const int32_t part = static_cast<int32_t>(threadIdx.x) / width;
+  for (int32_t e = threadIdx.x - (n_parts > 1 ? part * width : 0); e < row; e += blockDim.x) {
+    if (n_parts > 1 && part >= n_parts) break;
+    int32_t total = 0;
+    int32_t earlier = 0;
+#pragma unroll 8
+    for (int32_t t = n_parts > 1 ? part : 0; t < a.n_tiles; t += n_parts) {
+      const int32_t count = TileOf(a, element, t)[e];
+      total += count;
+      earlier += t < tile ? count : 0;
+    }
+    atomicAdd(&memory.own[e], total);
+    if (e < p.n_logical) atomicAdd(&memory.earlier[e], earlier);
+  }
+  __syncthreads();
+  if constexpr (kQuotas == Quotas::kSynced) {
+    const SyncCall call =
+        BeginSync(a.peers, __ldcg(&a.peers.state->epoch), *a.given.rank, tile == 0);
+    ReceiveTotals<Block>(a, call, tile == 0, memory);
+    __syncthreads();
+  }
+  // From here on a cell counts from the batch's first token.
+  const int32_t* warps_before = TileOf(a, element, tile) + row;
+  for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
+    const int32_t earlier = memory.earlier[e];
+#pragma unroll 8
+    for (int32_t w = 0; w < n_warps; ++w) {
+      memory.CellsOf(p, w)[e] = {
+          0, static_cast<uint32_t>(earlier + warps_before[w * p.n_logical + e])};
+    }
+  }
+  MakeRoutes<kWords, kColumns, kQuotas, Block>(a, in, element, fetched.ahead, tile == 0, memory);
+  __syncthreads();
+
+  Cell* cells = memory.CellsOf(p, threadIdx.x / 32);
+  const Span span = SpanOf(a, tile);
+  WithIndices(tokens, [&](auto* indices) {
+  // All lanes stay in the loop for Rank.
+#pragma unroll 1
+    for (int64_t begin = span.begin; begin < span.end; begin += 32 * kAtOnce) {
+      std::decay_t<decltype(*indices)> id[kAtOnce];
+      const int64_t first = begin + (threadIdx.x & 31);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (first + 32 * j < span.end) id[j] = indices[first + 32 * j];
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (begin + 32 * j >= span.end) break;
+        const int64_t i = first + 32 * j;
+        int32_t expert = i < span.end ? ExpertOf(id[j], p.n_logical) : -1;
+        if (expert == p.n_logical) expert = -1;
+        const int32_t ordinal = Rank(expert, cells);
+        if (i < span.end) WriteToken(tokens, i, expert, ordinal, memory.routes);
+      }
+    }
+  });
+  WriteSummary<kQuotas, Block>(a, element, tile, a.n_tiles, memory);
+}
+
+}  // namespace lplb::cuda
+
+#endif  // LPLB_CUDA_ROUTE_TILE_KERNELS_CUH_

@@ -1,0 +1,114 @@
+// Tokens: reading their experts, counting them, and writing their slots.
+//
+// A token's ordinal among its expert's tokens, which decides where it goes, is the sum of the
+// expert's tokens in earlier blocks, in earlier warps of its block, in earlier rounds of its warp,
+// and in lower lanes. Warps hold consecutive tokens and blocks consecutive warps.
+#ifndef LPLB_CUDA_ROUTE_TOKENS_CUH_
+#define LPLB_CUDA_ROUTE_TOKENS_CUH_
+
+#include "cuda/route/tables.cuh"
+
+namespace lplb::cuda {
+
+// Calls `function` with the indices typed.
+template <typename Function>
+__device__ __forceinline__ void WithIndices(const TokenBuffers& tokens, Function&& function) {
+  switch (tokens.type) {
+    case IndexType::kInt32:
+      return function(static_cast<const int32_t*>(tokens.indices));
+    case IndexType::kInt64:
+      return function(static_cast<const int64_t*>(tokens.indices));
+    case IndexType::kUint8:
+      return function(static_cast<const uint8_t*>(tokens.indices));
+    case IndexType::kUint16:
+      return function(static_cast<const uint16_t*>(tokens.indices));
+  }
+}
+
+// This element's tokens.
+__device__ __forceinline__ TokenBuffers TokensOf(const RouteArguments& a, int64_t element) {
+  TokenBuffers tokens = a.tokens;
+  const int64_t first = element * tokens.n_tokens;
+  tokens.indices = static_cast<const char*>(tokens.indices) + first * IndexBytes(tokens.type);
+  tokens.physical += first;
+  if (tokens.position != nullptr) tokens.position += first;
+  return tokens;
+}
+
+// Counts this lane's token of `expert` (−1: none) into its warp's cells; returns how many earlier
+// tokens the cell had. All lanes call it.
+__device__ __forceinline__ int32_t Rank(int32_t expert, Cell* cells) {
+  const uint32_t lane = threadIdx.x & 31;
+  const bool valid = expert >= 0;
+  Cell* cell = cells + (valid ? expert : 0);
+  if (valid) atomicOr(&cell->mask, 1u << lane);
+  __syncwarp();
+  const uint2 seen = *reinterpret_cast<const uint2*>(cell);
+  const uint32_t lower = seen.x & ((1u << lane) - 1);
+  __syncwarp();
+  if (valid && lower == 0) {  // The first of them keeps the cell.
+    *reinterpret_cast<uint2*>(cell) = {0, seen.y + __popc(seen.x)};
+  }
+  __syncwarp();
+  return static_cast<int32_t>(seen.y + __popc(lower));
+}
+
+// Turns every warp's counts into the sums of the warps before; n_warps warps call it. A lane takes
+// half of the rows of an expert; `counts` are 32-bit, row_stride and column_stride words apart.
+// `emit(expert, total)` is called once for every expert.
+template <typename Emit>
+__device__ __forceinline__ void ScanWarps(int32_t n_logical, int32_t warp, int32_t n_warps,
+                                          uint32_t* counts, int32_t row_stride,
+                                          int32_t column_stride, const Emit& emit) {
+  constexpr int kMaxRows = kRouteThreads / 64;
+  const int32_t rows = n_warps / 2;
+  const int32_t lane = threadIdx.x & 31;
+  const int32_t half = lane >> 4;
+#pragma unroll 1
+  for (int32_t first = warp * 16; first < n_logical; first += n_warps * 16) {
+    const int32_t expert = first + (lane & 15);
+    const bool live = expert < n_logical;
+    uint32_t* count = counts + half * rows * row_stride + expert * column_stride;
+    uint32_t before[kMaxRows];
+#pragma unroll
+    for (int i = 0; i < kMaxRows; ++i) before[i] = i < rows && live ? count[i * row_stride] : 0;
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kMaxRows; ++i) {
+      const uint32_t own = before[i];
+      before[i] = sum;
+      sum += own;
+    }
+    const uint32_t other = __shfl_xor_sync(kFullWarp, sum, 16);
+    if (!live) continue;
+    const uint32_t first_half = half == 0 ? 0 : other;
+#pragma unroll
+    for (int i = 0; i < kMaxRows; ++i) {
+      if (i < rows) count[i * row_stride] = first_half + before[i];
+    }
+    if (half == 0) emit(expert, static_cast<int32_t>(sum + other));
+  }
+}
+
+// Writes the slot, and the position in its list, of token `i`, which has this ordinal among all
+// tokens of `expert` (−1: none).
+__device__ __forceinline__ void WriteToken(const TokenBuffers& tokens, int64_t i, int32_t expert,
+                                           int32_t ordinal, const PackedRoute* routes) {
+  int32_t slot = -1;
+  int32_t position = -1;
+  if (expert >= 0) {
+    const PackedRoute route = routes[expert];
+    const bool stays = ordinal < route.keep;
+    const int32_t packed = stays ? route.home : route.replica;
+    if (packed != kNoSlot) {
+      slot = packed;
+      position = stays ? ordinal : ordinal - route.keep;
+    }
+  }
+  tokens.physical[i] = slot;
+  if (tokens.position != nullptr) tokens.position[i] = position;
+}
+
+}  // namespace lplb::cuda
+
+#endif  // LPLB_CUDA_ROUTE_TOKENS_CUH_
