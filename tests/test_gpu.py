@@ -384,7 +384,6 @@ def test_command_buffers(request, flags):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == on_cpu(lambda: digest.of_runs(seed))(), f"--seed={seed}"

@@ -232,7 +232,6 @@ def run_processes(request, scenario, n_processes=None):
         str(n_gpus),
         seed,
         scenario,
-        timeout=280,
         XLA_PYTHON_CLIENT_PREALLOCATE="false",
     )
 
