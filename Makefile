@@ -3,13 +3,16 @@
 #   LPLB_CUDA=off         the CUDA module: auto (where nvcc is found), on, off, or pypi, which takes
 #                         the CUDA toolchain from PyPI and needs nothing of the system's
 #   LPLB_NVSHMEM=on       with NVSHMEM's put, for GPUs that cannot map each other's memory
+#   LPLB_MATHDX=on        with cuSolverDx's factor, for benchmarks
 .DEFAULT_GOAL := help
 .PHONY: help demo train test lint format gpu-test wheel clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
 LPLB_CUDA ?= auto
-export LPLB_CUDA
+LPLB_MATHDX ?= off
+LPLB_NVSHMEM ?= auto
+export LPLB_CUDA LPLB_MATHDX LPLB_NVSHMEM
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,8 +22,9 @@ GPU_SITE := $(CURDIR)/build/gpu-site
 C_FILES = $(shell find xla_ffi cuda -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 SOURCES = CMakeLists.txt pyproject.toml $(wildcard cmake/*) $(C_FILES) \
   $(shell find lplb_jax -type f -not -path '*/__pycache__/*')
-DEPENDENCIES := $(VENV)/dependencies-$(LPLB_CUDA)
-INSTALLED := $(VENV)/installed-$(LPLB_CUDA)
+OPTIONS := cuda-$(LPLB_CUDA)-mathdx-$(LPLB_MATHDX)-nvshmem-$(LPLB_NVSHMEM)
+DEPENDENCIES := $(VENV)/dependencies-$(OPTIONS)
+INSTALLED := $(VENV)/installed-$(OPTIONS)
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
