@@ -1,6 +1,7 @@
-# lplb_jax/sync_put.fatbin: the kernel that reaches peers on other hosts, linked with NVSHMEM's device
-# library of the wheel nvidia-nvshmem-cu13. It is loaded only where it is needed, so neither the build
-# nor the package depends on NVSHMEM otherwise.
+# lplb_jax/sync_put-nvshmem-X.Y.Z.fatbin: the kernel that reaches peers on other hosts, linked with
+# NVSHMEM's device library of the wheel nvidia-nvshmem-cu13, whose version its name tells: not every
+# host library runs it. It is loaded only where it is needed, so neither the build nor the package
+# depends on NVSHMEM otherwise.
 if(NOT LPLB_NVSHMEM MATCHES "^(auto|on|off)$")
   message(FATAL_ERROR "LPLB_NVSHMEM is '${LPLB_NVSHMEM}'; it can be auto, on or off.")
 endif()
@@ -10,14 +11,23 @@ if(NOT LPLB_NVSHMEM STREQUAL "off")
     OUTPUT_VARIABLE nvshmem RESULT_VARIABLE missing ERROR_QUIET)
   if(missing AND LPLB_NVSHMEM STREQUAL "on")
     message(FATAL_ERROR "LPLB_NVSHMEM=on, but there is no nvidia-nvshmem-cu13 in the environment "
-      "that builds. Install it there: pip install nvidia-nvshmem-cu13")
+      "that builds. Build with isolation, or install what tool.scikit-build.overrides in "
+      "pyproject.toml lists.")
   endif()
 endif()
 if(LPLB_NVSHMEM STREQUAL "off" OR missing)
   message(STATUS "NVSHMEM's put: none (LPLB_NVSHMEM=${LPLB_NVSHMEM})")
   return()
 endif()
-message(STATUS "NVSHMEM's put: ${nvshmem}")
+set(version_header ${nvshmem}/include/non_abi/nvshmem_version.h)
+file(STRINGS ${version_header} found REGEX "define NVSHMEM_VENDOR_(MAJOR|MINOR|PATCH)_VERSION ")
+string(REGEX REPLACE "[^;]*_VERSION +([0-9]+)" "\\1" nvshmem_version "${found}")
+string(REPLACE ";" "." nvshmem_version "${nvshmem_version}")
+if(NOT nvshmem_version MATCHES "^3\\.[0-9]+\\.[0-9]+$")
+  message(FATAL_ERROR "NVSHMEM 3 is needed, and ${version_header} is of ${nvshmem_version}. Install "
+    "what tool.scikit-build.overrides in pyproject.toml lists, or set LPLB_NVSHMEM=off.")
+endif()
+message(STATUS "NVSHMEM's put: ${nvshmem_version}, ${nvshmem}")
 
 # Device code is linked for the same chips as the kernels above; a link takes machine code only.
 set(chips)
@@ -27,12 +37,13 @@ foreach(architecture ${CMAKE_CUDA_ARCHITECTURES})
 endforeach()
 set(source ${PROJECT_SOURCE_DIR}/cuda/nvshmem/sync_put.cu)
 set(object ${PROJECT_BINARY_DIR}/sync_put.o)
-set(fatbin ${PROJECT_BINARY_DIR}/sync_put.fatbin)
+set(library ${nvshmem}/lib/libnvshmem_device.a)
+set(fatbin ${PROJECT_BINARY_DIR}/sync_put-nvshmem-${nvshmem_version}.fatbin)
 add_custom_command(OUTPUT ${fatbin}
   COMMAND ${CMAKE_CUDA_COMPILER} -std=c++17 -O3 -rdc=true ${chips} -I${PROJECT_SOURCE_DIR}
     -isystem ${nvshmem}/include -c ${source} -o ${object}
-  COMMAND ${CMAKE_CUDA_COMPILER} ${chips} -dlink -fatbin ${object}
-    ${nvshmem}/lib/libnvshmem_device.a -o ${fatbin}
-  DEPENDS ${source} ${PROJECT_SOURCE_DIR}/cuda/sync.cuh ${PROJECT_SOURCE_DIR}/cuda/sync.h VERBATIM)
+  COMMAND ${CMAKE_CUDA_COMPILER} ${chips} -dlink -fatbin ${object} ${library} -o ${fatbin}
+  DEPENDS ${source} ${PROJECT_SOURCE_DIR}/cuda/sync.cuh ${PROJECT_SOURCE_DIR}/cuda/sync.h ${library}
+  VERBATIM)
 add_custom_target(sync_put ALL DEPENDS ${fatbin})
-install(FILES ${fatbin} DESTINATION lplb_jax)
+install(FILES ${fatbin} DESTINATION lplb_jax COMPONENT put)

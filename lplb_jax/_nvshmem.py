@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.resources
 import importlib.util
 import os
 import pathlib
+import re
 
-import lplb_jax
 from lplb_jax import _native
 from lplb_jax._rendezvous import Rendezvous
 
@@ -79,18 +80,62 @@ def missing() -> str | None:
     return None
 
 
+Version = tuple[int, int, int]
+
+
 def missing_put() -> str | None:
     """Why put with signal cannot be used, or None where it can."""
-    if _put_file().exists():
+    file = _put_file()
+    if file is None:
+        return (
+            "lplb_jax was installed without NVSHMEM's device library; reinstall it with: "
+            "LPLB_NVSHMEM=on pip install ."
+        )
+    return incompatible(built_version(file), host_version())
+
+
+def incompatible(built: Version, host: Version) -> str | None:
+    """Why a host library does not run device code of version `built`, or None where it does.
+
+    Within a major version a host library runs device code of its own and of older minor versions:
+    release notes of NVSHMEM 3.0.6, and nvshmemi_is_version_compatible in its init.cu. Except for
+    IBGDA, whose queue pairs have another layout since 3.5.19, as that version's notes say.
+    """
+    older = built[:2] < (3, 5) <= host[:2]
+    if built[0] == host[0] and built[1] <= host[1] and not (older and _uses_ibgda()):
         return None
     return (
-        "lplb_jax was installed without NVSHMEM's device library; reinstall it with: "
-        "LPLB_NVSHMEM=on pip install ."
+        f"lplb_jax was built with NVSHMEM {_dotted(built)}, and the host library here is "
+        f"{_dotted(host)}, which does not run its device code"
+        + (" while NVSHMEM_IB_ENABLE_IBGDA is set" if older else "")
+        + f": install nvidia-nvshmem-cu13>={built[0]}.{built[1]},<{built[0] + 1}, or rebuild "
+        f"lplb_jax with the NVSHMEM that is here (pip install --no-build-isolation .)"
     )
 
 
-def _put_file() -> pathlib.Path:
-    return pathlib.Path(lplb_jax.__file__).with_name("sync_put.fatbin")
+def _uses_ibgda() -> bool:
+    return os.environ.get("NVSHMEM_IB_ENABLE_IBGDA", "0")[:1] not in ("", "0", "n", "N", "f", "F")
+
+
+def _dotted(version: Version) -> str:
+    return ".".join(map(str, version))
+
+
+def host_version() -> Version:
+    """Of the library that `missing` has found."""
+    parts = [ctypes.c_int() for _ in range(3)]
+    _library().nvshmemx_vendor_get_version_info(*map(ctypes.byref, parts))
+    return tuple(part.value for part in parts)
+
+
+def built_version(put: pathlib.Path) -> Version:
+    """Of the device library that the file was linked with; cmake/nvshmem.cmake names it so."""
+    return tuple(map(int, re.search(r"nvshmem-(\d+)\.(\d+)\.(\d+)", put.name).groups()))
+
+
+def _put_file() -> pathlib.Path | None:
+    files = importlib.resources.files("lplb_jax").iterdir()
+    return next((file for file in files if file.name.startswith("sync_put-")), None)
 
 
 class Job:
@@ -112,11 +157,17 @@ class Job:
 
     @functools.cached_property
     def put_library(self) -> int:
-        """The kernel that puts with a signal, ready to use."""
+        """The kernel that puts with a signal, ready to use; RuntimeError where it cannot be."""
+        reason = missing_put()
+        if reason is not None:
+            raise RuntimeError(reason)
         library = _native.cuda().comm_load_library(self._ordinal, str(_put_file()))
         error = _library().nvshmemx_culibrary_init(ctypes.c_void_p(library))
         if error:
-            raise RuntimeError(f"init_comm: NVSHMEM cannot use {_put_file()} (error {error})")
+            raise RuntimeError(
+                f"NVSHMEM {_dotted(host_version())} cannot use {_put_file()} (error {error}); "
+                f"NVSHMEM_DEBUG=INFO says more"
+            )
         return library
 
     def free(self, address: int) -> None:

@@ -313,12 +313,7 @@ def _connect_nvshmem(
     native = _native.cuda()
     (mine,) = [device for device in groups.flat if device.process_index == jax.process_index()]
     ordinal = mine.local_hardware_id
-    job, reason = None, None
-    try:
-        job = _nvshmem.join(ordinal, rendezvous)
-    except RuntimeError as error:
-        reason = str(error)
-    _go_on(rendezvous, reason)
+    job = _together(rendezvous, lambda: _nvshmem.join(ordinal, rendezvous))
     word = 8
     staging = made.n_bytes
     signals = staging + 2 * made.stride * word
@@ -332,15 +327,17 @@ def _connect_nvshmem(
         transport = "nvshmem_put"
     elif transport == "nvshmem_put":
         inboxes = [inbox if pe == job.pe else 0 for pe in pes]
+    put_library = None
     try:
-        _go_on(rendezvous, _nvshmem.missing_put() if transport == "nvshmem_put" else None)
+        if transport == "nvshmem_put":
+            put_library = _together(rendezvous, lambda: job.put_library)
     except _CannotConnect:
         job.free(inbox)
         raise
     made.attach(ordinal, list(group).index(mine), inboxes)
     if transport == "nvshmem_put":
         symmetric = (inbox, inbox + staging, inbox + signals)
-        native.comm_attach_put(made.identifier, ordinal, job.put_library, pes, *symmetric)
+        native.comm_attach_put(made.identifier, ordinal, put_library, pes, *symmetric)
     rendezvous.exchange("attached", "")  # Nobody writes to an inbox that is not cleared.
 
     def release() -> None:
@@ -350,8 +347,14 @@ def _connect_nvshmem(
     return transport, release
 
 
-def _go_on(rendezvous: Rendezvous, reason: str | None) -> None:
-    """Raises in all processes where one has a reason not to go on."""
+def _together(rendezvous: Rendezvous, step: Callable[[], Any]) -> Any:
+    """What `step` returns; where it fails in one process, all raise for its reason."""
+    result, reason = None, None
+    try:
+        result = step()
+    except RuntimeError as error:
+        reason = str(error)
     first = rendezvous.first_reason(reason)
     if first is not None:
         raise _CannotConnect(first)
+    return result

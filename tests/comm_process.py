@@ -3,6 +3,8 @@
 python comm_process.py COORDINATOR N_PROCESSES PROCESS SCENARIO
 """
 
+import pathlib
+import re
 import sys
 import time
 import warnings
@@ -13,13 +15,15 @@ import pytest
 from jax.sharding import Mesh
 
 import lplb_jax.comm
-from lplb_jax import init_comm
+from lplb_jax import _native, _nvshmem, init_comm
 from lplb_jax._rendezvous import Rendezvous
+
+FOREVER = 1000.0  # seconds; however loaded the machine is, the other processes come before
 
 
 def agreement(process: int, processes: list[int]) -> None:
     """Everybody sees everybody's word, in order, and the first reason not to go on."""
-    rendezvous = Rendezvous("test", processes, timeout_s=30)
+    rendezvous = Rendezvous("test", processes, timeout_s=FOREVER)
     assert rendezvous.rank == process
     assert rendezvous.exchange("square", str(process**2)) == [str(p**2) for p in processes]
     assert rendezvous.first_reason(None) is None
@@ -36,27 +40,83 @@ def init(process: int, processes: list[int]) -> None:
     lplb_jax.comm._probe_nvshmem = lambda groups: "its NVSHMEM is broken" if process == 1 else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        comm = init_comm(mesh, max_experts=8)
+        comm = init_comm(mesh, max_experts=8, timeout_s=FOREVER)
     assert comm.transport == "xla"
     assert comm.size == len(processes)
     (warning,) = [str(w.message) for w in caught if "lax.all_gather" in str(w.message)]
     assert "its NVSHMEM is broken (process 1)" in warning
     message = r"'nvshmem' cannot be had: its NVSHMEM is broken \(process 1\)"
     with pytest.raises(RuntimeError, match=message):
-        init_comm(mesh, max_experts=8, transport="nvshmem")
+        init_comm(mesh, max_experts=8, transport="nvshmem", timeout_s=FOREVER)
+
+
+def versions(process: int, processes: list[int]) -> None:
+    """The host library of one process does not run the put: none does, and its memory is freed."""
+    library = Library((3, 4, 5) if process == 1 else (3, 8, 0))
+    _nvshmem._library = lambda: library
+    _nvshmem._put_file = lambda: pathlib.Path("sync_put-nvshmem-3.6.5.fatbin")
+    _nvshmem.join = lambda ordinal, rendezvous: _nvshmem.Job(ordinal)
+    lplb_jax.comm._on_gpus = lambda groups: True
+    _native.cuda = lambda: Native
+    mesh = Mesh(np.array(jax.devices()), "ep")
+    words = r"built with NVSHMEM 3\.6\.5, and the host library here is 3\.4\.5.* \(process 1\)$"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert init_comm(mesh, max_experts=8, timeout_s=FOREVER).transport == "xla"
+    (warning,) = [str(w.message) for w in caught if "lax.all_gather" in str(w.message)]
+    assert re.search(words, warning), warning
+    for transport in ("nvshmem", "nvshmem_put"):
+        with pytest.raises(RuntimeError, match=f"'{transport}' cannot be had: .*{words}"):
+            init_comm(mesh, max_experts=8, transport=transport, timeout_s=FOREVER)
+    assert library.allocations == library.frees == 3
+
+
+class Library:
+    """NVSHMEM's host library where no other GPU's memory can be mapped."""
+
+    def __init__(self, version: tuple[int, int, int]):
+        self._version = version
+        self.allocations = self.frees = 0
+
+    def nvshmemx_vendor_get_version_info(self, *parts):
+        for part, number in zip(parts, self._version, strict=True):
+            part._obj.value = number
+
+    def nvshmem_my_pe(self):
+        return jax.process_index()
+
+    def nvshmem_malloc(self, n_bytes):
+        self.allocations += 1
+        return 4096
+
+    def nvshmem_free(self, address):
+        self.frees += 1
+
+    def nvshmem_ptr(self, address, pe):
+        return None
+
+    def nvshmemx_culibrary_init(self, library):
+        return 0
+
+
+class Native:
+    """What the CUDA module does until a rank is attached."""
+
+    comm_inbox_bytes = staticmethod(lambda size, stride: 16 * size * stride)
+    comm_clear = staticmethod(lambda ordinal, address, n_bytes: None)
+    comm_load_library = staticmethod(lambda ordinal, file: 1)
 
 
 def late(process: int, processes: list[int]) -> None:
     """A process does not come: the others say which, within their timeout."""
     mesh = Mesh(np.array(jax.devices()), "ep")
     lplb_jax.comm._on_gpus = lambda groups: True
-    if process == 1:
-        time.sleep(6)
-        return
-    start = time.perf_counter()
-    with pytest.raises(TimeoutError, match=r"process 1 did not come .*within 2 s"):
-        init_comm(mesh, max_experts=8, timeout_s=2)
-    assert time.perf_counter() - start < 5
+    if process != 1:
+        start = time.perf_counter()
+        with pytest.raises(TimeoutError, match=r"process 1 did not come .*within 2 s"):
+            init_comm(mesh, max_experts=8, timeout_s=2)
+        assert time.perf_counter() - start < 30, "not its own timeout, but the default"
+    Rendezvous("all have seen it", processes, timeout_s=FOREVER).exchange("late", "")
 
 
 def main() -> None:
@@ -64,9 +124,8 @@ def main() -> None:
     process, n_processes = int(process), int(n_processes)
     jax.config.update("jax_platforms", "cpu")
     jax.distributed.initialize(coordinator, n_processes, process)
-    {"agreement": agreement, "init": init, "late": late}[scenario](
-        process, list(range(n_processes))
-    )
+    scenarios = {function.__name__: function for function in (agreement, init, versions, late)}
+    scenarios[scenario](process, list(range(n_processes)))
     print("done")
 
 

@@ -1,6 +1,10 @@
 """Communicators without a GPU: their arguments, agreement, and what they lower to."""
 
+import importlib.metadata
 import pathlib
+import re
+import subprocess
+import sys
 import warnings
 
 import comm_process
@@ -101,6 +105,82 @@ def test_auto_falls_back_with_one_warning(mesh, monkeypatch):
 def test_without_nvshmem_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr(_nvshmem, "_library", lambda: None)
     assert "pip install nvidia-nvshmem-cu13" in _nvshmem.missing()
+
+
+@pytest.mark.parametrize(
+    ("built", "host", "runs"),
+    [
+        ((3, 4, 5), (3, 4, 5), True),
+        ((3, 4, 5), (3, 4, 0), True),
+        ((3, 4, 5), (3, 10, 0), True),
+        ((3, 8, 0), (3, 4, 5), False),
+        ((3, 4, 5), (3, 3, 24), False),
+        ((3, 4, 5), (4, 4, 5), False),
+        ((3, 4, 5), (2, 11, 0), False),
+    ],
+)
+def test_nvshmem_versions(monkeypatch, built, host, runs):
+    """A host library runs older device code of its major version; else both are named."""
+    monkeypatch.setattr(_nvshmem, "_library", lambda: Host(host))
+    file = pathlib.Path("lplb_jax") / f"sync_put-nvshmem-{'.'.join(map(str, built))}.fatbin"
+    monkeypatch.setattr(_nvshmem, "_put_file", lambda: file)
+    reason = _nvshmem.missing_put()
+    assert (reason is None) == runs
+    if not runs:
+        for version in (built, host):
+            assert ".".join(map(str, version)) in reason
+        assert f"nvidia-nvshmem-cu13>={built[0]}.{built[1]},<{built[0] + 1}" in reason
+        assert "pip install --no-build-isolation ." in reason
+
+
+class Host:
+    """A host library that tells its version."""
+
+    def __init__(self, version):
+        self._version = version
+
+    def nvshmemx_vendor_get_version_info(self, *parts):
+        for part, number in zip(parts, self._version, strict=True):
+            part._obj.value = number
+
+
+def test_ibgda_needs_the_same_side_of_3_5(monkeypatch):
+    """Its queue pairs have another layout since then, which the host library does not check."""
+    for value, runs in {"1": False, "true": False, "0": True, "false": True, "": True}.items():
+        monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", value)
+        reason = _nvshmem.incompatible((3, 4, 5), (3, 6, 5))
+        assert (reason is None) == runs, value
+        assert runs or "while NVSHMEM_IB_ENABLE_IBGDA is set" in reason
+        assert _nvshmem.incompatible((3, 4, 5), (3, 4, 6)) is None
+        assert _nvshmem.incompatible((3, 6, 5), (3, 8, 0)) is None
+
+
+HOST_LIBRARY = """
+import ctypes, sys
+from lplb_jax import _nvshmem
+class Version(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("major", "minor", "patch")]
+initialise = _nvshmem._library().nvshmemid_hostlib_init_attr
+initialise.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, Version,
+                       ctypes.c_void_p]
+host = _nvshmem.host_version()
+built = (host[0] + int(sys.argv[1]), host[1] + int(sys.argv[2]), host[2])
+print("host", host, "runs" if _nvshmem.incompatible(built, host) is None else "refuses", flush=True)
+initialise(0, ctypes.byref(ctypes.c_int()), 0, None, Version(*built), None)
+"""
+
+
+@pytest.mark.skipif(_nvshmem.missing() is not None, reason="needs nvidia-nvshmem-cu13")
+@pytest.mark.parametrize("major", [-1, 0, 1])
+@pytest.mark.parametrize("minor", [-1, 0, 1])
+def test_the_host_library_says_the_same(major, minor):
+    """It compares the versions first of all, and prints that they do not match."""
+    code = [sys.executable, "-P", "-c", HOST_LIBRARY, str(major), str(minor)]
+    done = subprocess.run(code, capture_output=True, text=True)
+    (number,) = re.findall(r"host \((.*?)\)", done.stdout)
+    assert number.replace(", ", ".") == importlib.metadata.version("nvidia-nvshmem-cu13")
+    refuses = "does not match with NVSHMEM host library version" in done.stdout
+    assert ("refuses" in done.stdout) == refuses, done.stdout
 
 
 BAD = {
@@ -233,7 +313,9 @@ def test_scan_checkpoint_and_grad_can_hold_it(mesh):
     assert text.count("custom_call @lplb_synced_rebalance") == 2  # Forward, and replayed.
 
 
-@pytest.mark.parametrize(("scenario", "n"), [("agreement", 4), ("init", 2), ("late", 3)])
+@pytest.mark.parametrize(
+    ("scenario", "n"), [("agreement", 4), ("init", 2), ("versions", 2), ("late", 3)]
+)
 def test_processes(scenario, n):
     for output in processes.run(n, comm_process.__file__, scenario, **WITHOUT_GPUS):
         assert "done" in output
