@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import lplb_jax
 from lplb_jax import demo
@@ -11,6 +12,9 @@ from lplb_jax.data import AUX_LOSSES
 
 # Those of 8 ranks: the demonstration's expert-parallel size.
 TOPOLOGIES = ("cube", "ring", "torus", "complete")
+
+# Of arguments of `demo.demonstrate` whose flag is not their name.
+FLAGS = {"aux_loss": "--aux-loss", "redundants_per_rank": "--redundants"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       0, or 1 where a result was not what it must be.
 
     Raises:
-      SystemExit: with status 2 where the arguments are wrong, 0 after --help or --version.
+      SystemExit: with status 2 where the arguments are wrong or a file cannot be read or written,
+        0 after --help or --version.
 
     >>> from lplb_jax.cli import main
     >>> main(["--version"])
@@ -31,22 +36,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ...
     SystemExit: 0
     """
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    parser, command = _parsers()
+    options = vars(parser.parse_args(arguments))
+    del options["command"]
     try:
-        return demo.demonstrate(
-            topology=options.topology,
-            redundants_per_rank=options.redundants,
-            aux_loss=options.aux_loss,
-            traces=options.traces,
-            repeats=options.repeats,
-            picture=options.picture,
-        )
+        return demo.demonstrate(**options)
     except (ValueError, RuntimeError, OSError) as error:
-        parser.exit(1, f"lplb-jax {options.command}: {error}\n")
+        command.error(_with_flags(error, options))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _with_flags(error: Exception, options: dict[str, Any]) -> str:
+    """What is wrong, by the names that the command line has; raises what is no user's fault."""
+    name, _, text = str(error).partition(": ")
+    if isinstance(error, OSError) and error.filename is not None:
+        name = next((name for name in options if options[name] == error.filename), "")
+        text = f"{error.strerror}: {error.filename!r}"
+    if name in options:
+        return f"argument {FLAGS.get(name, f'--{name}')}: {text}"
+    if isinstance(error, ValueError):
+        raise error
+    return str(error)
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The command line, and that of its one command; names as `demo.demonstrate` has them."""
     parser = argparse.ArgumentParser(prog="lplb-jax", description=lplb_jax.__doc__)
     parser.add_argument("--version", action="version", version=f"lplb_jax {lplb_jax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -55,27 +68,27 @@ def _parser() -> argparse.ArgumentParser:
         help="balance the routing of a real model over 8 ranks, and check every result",
         description="Balances the packaged routing of a small language model over 8 "
         "expert-parallel ranks: on 8 GPUs if there are as many, else on 8 virtual CPU devices. "
-        "Prints a table, writes a picture, and exits with status 1 if any result misses the bound.",
+        "Prints a table, writes a picture, and exits with status 1 if any result misses the bound, "
+        "2 if it could not run.",
     )
     command.add_argument(
         "--aux-loss",
         choices=AUX_LOSSES,
-        default=AUX_LOSSES[0],
-        help="weight of the balancing loss the model was trained with (default: %(default)s)",
+        help=f"weight of the balancing loss the model was trained with (default: {AUX_LOSSES[0]})",
     )
     command.add_argument(
         "--traces",
         metavar="PATH",
-        help="routing of your own instead, see lplb_jax.data.read_traces",
+        help="an .npz file with routing of your own instead, see lplb_jax.data.read_traces",
     )
     command.add_argument(
         "--topology",
         choices=TOPOLOGIES,
-        default=TOPOLOGIES[0],
-        help="who holds copies of whose experts (default: %(default)s)",
+        help="who holds copies of whose experts (default: cube, or ring where it does not fit)",
     )
     command.add_argument(
-        "--redundants",
+        FLAGS["redundants_per_rank"],
+        dest="redundants_per_rank",
         type=_at_least_one,
         metavar="N",
         help="redundant slots per rank, a multiple of the topology's columns (default: two each)",
@@ -91,9 +104,10 @@ def _parser() -> argparse.ArgumentParser:
         "--picture",
         default="lplb_jax_demo.png",
         metavar="PATH",
-        help="where to write the picture; its ending is the format (default: %(default)s)",
+        help="where to write the picture; its ending is the format, empty is none "
+        "(default: %(default)s)",
     )
-    return parser
+    return parser, command
 
 
 def _at_least_one(text: str) -> int:

@@ -8,6 +8,8 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -27,9 +29,11 @@ from lplb_jax import (
     rebalance,
     topologies,
 )
-from lplb_jax.data import load_traces, read_traces
+from lplb_jax._problem import check_count
+from lplb_jax.data import AUX_LOSSES, Traces, load_traces, read_traces
 
 EP_SIZE = 8
+PICTURES = (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 
 
 class Layer(NamedTuple):
@@ -56,9 +60,9 @@ class Layer(NamedTuple):
 
 def demonstrate(
     *,
-    topology: str = "cube",
+    topology: str | None = None,
     redundants_per_rank: int | None = None,
-    aux_loss: str = "1e-3",
+    aux_loss: str | None = None,
     traces: str | None = None,
     repeats: int = 30,
     picture: str | None = "lplb_jax_demo.png",
@@ -66,35 +70,38 @@ def demonstrate(
     """Runs the demonstration: prints a table, writes a picture, checks every result.
 
     Args:
-      topology: "cube", "ring", "torus" (2 × 4) or "complete".
+      topology: a name that `topologies.named(8)` has: "cube", "ring", "torus" (2 × 4), "complete".
+        None for the cube, or the ring where the cube's two columns do not fit a rank's experts or
+        `redundants_per_rank`.
       redundants_per_rank: redundant slots, a multiple of the topology's columns; None for two per
         column, or one where a rank has too few experts for that.
-      aux_loss: which of the packaged traces, see `lplb_jax.data.load_traces`.
-      traces: a file of traces to take instead, see `lplb_jax.data.read_traces`.
+      aux_loss: which of the packaged traces, see `lplb_jax.data.load_traces`; None for "1e-3".
+      traces: a file of traces to take instead, see `lplb_jax.data.read_traces`; tokens and experts
+        are multiples of 8.
       repeats: timed calls per layer.
-      picture: file to write, or None.
+      picture: file to write, with one of the `PICTURES` endings; None or empty for none.
 
     Returns:
       0, or 1 where a result misses its bound or is otherwise wrong; the output says which.
 
     Raises:
       OSError: a file cannot be read or written.
-      ValueError: arguments that do not fit one another.
+      ValueError: arguments that do not fit one another; the message begins with the name of one.
       RuntimeError: JAX was started before with fewer than 8 devices.
 
     >>> from lplb_jax.demo import demonstrate
     >>> demonstrate(repeats=1, picture=None)  # doctest: +SKIP
     0
     """
-    r2o = _topology(topology)
-    indices, history = load_traces(aux_loss) if traces is None else read_traces(traces)
+    check_count("repeats", repeats)
+    if picture:
+        check_output("picture", picture, PICTURES)
+    indices, history = _routing(aux_loss, traces)
     n_layers, n_tokens, top_k = indices.shape
     n_logical = history.shape[1]
-    if n_tokens % EP_SIZE:
-        raise ValueError(f"traces: expected a multiple of {EP_SIZE} tokens, got {n_tokens}")
-    if redundants_per_rank is None:
-        n_columns = r2o.shape[1]
-        redundants_per_rank = n_columns * (2 if 2 * n_columns <= n_logical // EP_SIZE else 1)
+    topology, r2o, redundants_per_rank = _copies(
+        topology, redundants_per_rank, n_logical // EP_SIZE
+    )
     placements = [
         place_experts(
             loads,
@@ -109,7 +116,7 @@ def demonstrate(
     devices = find_devices(EP_SIZE)
     mesh = Mesh(np.array(devices), ("ep",))
     print(f"{EP_SIZE} ranks on {_describe(devices)}, jax {jax.__version__}")
-    source = f"balancing loss {aux_loss}" if traces is None else traces
+    source = f"balancing loss {aux_loss or AUX_LOSSES[0]}" if traces is None else traces
     print(f"{n_tokens:,} tokens, top-{top_k} of {n_logical} experts, {source}")
     print(f"{topology} topology, {redundants_per_rank} redundant slots per rank", end="")
     when = "step 300, routed at step 1200" if traces is None else "loads before these"
@@ -138,7 +145,7 @@ def demonstrate(
             f"All {n_layers} layers reach their lower bound, counted from the slots the tokens "
             f"were sent to."
         )
-    if picture is not None:
+    if picture:
         _write_picture(picture, layers, topology)
     return 1 if faults else 0
 
@@ -176,6 +183,30 @@ def find_devices(n: int) -> list[jax.Device]:
             f'jax.config.update("jax_num_cpu_devices", {n}) right after importing it'
         )
     return devices[:n]
+
+
+def check_output(name: str, path: str, endings: Sequence[str]) -> None:
+    """Raises `ValueError` where a program could not write `path` at its end.
+
+    Args:
+      name: what the message calls it.
+      path: a file, which may exist already.
+      endings: those that its name may have, in lower case.
+
+    >>> from lplb_jax.demo import check_output
+    >>> check_output("picture", "loads", (".png", ".pdf"))
+    Traceback (most recent call last):
+    ...
+    ValueError: picture: expected a file name that ends in .png or .pdf, got 'loads'
+    """
+    file = Path(path)
+    if file.suffix.lower() not in endings:
+        expected = " or ".join(filter(None, [", ".join(endings[:-1]), endings[-1]]))
+        raise ValueError(f"{name}: expected a file name that ends in {expected}, got {path!r}")
+    if not file.parent.is_dir():
+        raise ValueError(f"{name}: expected a file in a folder that exists, got {path!r}")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ValueError(f"{name}: expected a file that can be written, got {path!r}")
 
 
 def check(
@@ -289,13 +320,59 @@ def table(layers: list[Layer]) -> str:
     return "\n".join(lines)
 
 
-def _topology(name: str) -> np.ndarray:
+def _routing(aux_loss: str | None, traces: str | None) -> Traces:
+    """The packaged traces or those of a file; one share of tokens and of experts per rank."""
+    if traces is None:
+        return load_traces(AUX_LOSSES[0] if aux_loss is None else aux_loss)
+    if aux_loss is not None:
+        raise ValueError(f"aux_loss: it chooses a packaged trace, and {traces!r} is to be read")
+    try:
+        read = read_traces(traces)
+    except ValueError as error:
+        raise ValueError(str(error).replace("path", "traces", 1)) from None
+    for what, n in (("tokens", read.indices.shape[1]), ("experts", read.history.shape[1])):
+        if n % EP_SIZE:
+            raise ValueError(
+                f"traces: expected a multiple of {EP_SIZE} {what}, as many on every rank, got {n} "
+                f"in {traces}"
+            )
+    return read
+
+
+def _copies(
+    topology: str | None, redundants_per_rank: int | None, n_local: int
+) -> tuple[str, np.ndarray, int]:
+    """Name and array of the topology, and redundant slots per rank, of `n_local` experts."""
+    named = _named()
+    if topology is not None and topology not in named:
+        raise ValueError(f"topology: expected one of {', '.join(named)}, got {topology!r}")
+    candidates = [topology] if topology is not None else ["cube", "ring"]
+    fitting = [name for name in candidates if named[name].shape[1] <= n_local]
+    if not fitting:
+        raise ValueError(
+            f"topology: expected one with at most {n_local} columns, as a rank has {n_local} "
+            f"experts, got {topology} with {named[topology].shape[1]}"
+        )
+    for name in fitting:
+        n_columns = named[name].shape[1]
+        slots = redundants_per_rank
+        if slots is None:
+            slots = n_columns * (2 if 2 * n_columns <= n_local else 1)
+        if 1 <= slots <= n_local and slots % n_columns == 0:
+            return name, named[name], slots
+    raise ValueError(
+        f"redundants_per_rank: expected a multiple of the {n_columns} columns of the {name}, at "
+        f"most the {n_local} experts of a rank, got {redundants_per_rank}"
+    )
+
+
+def _named() -> dict[str, np.ndarray]:
     return {
         "cube": topologies.cube(),
         "ring": topologies.ring(EP_SIZE),
         "torus": topologies.torus(2, EP_SIZE // 2),
         "complete": topologies.complete(EP_SIZE),
-    }[name]
+    }
 
 
 def _describe(devices: list[jax.Device]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,8 +53,8 @@ def read_traces(path: str | Path) -> Traces:
     """Reads traces of your own, such as `examples/train_moe.py --traces` writes.
 
     Args:
-      path: an .npz file with `indices`, uint8 or uint16 `[layers, tokens, top_k]`, and `history`,
-        int32 `[layers, n_logical]`, as in `Traces`.
+      path: an .npz file with `indices`, uint8 or uint16 `[layers, tokens, top_k]`, below n_logical,
+        and `history`, int32 `[layers, n_logical]`, at least 0, as in `Traces`. No size is 0.
 
     Returns:
       `Traces` of NumPy arrays.
@@ -72,24 +71,50 @@ def read_traces(path: str | Path) -> Traces:
     >>> read_traces(file).indices.shape
     (1, 8, 2)
     """
-    try:
-        with np.load(path) as file:
-            indices, history = file["indices"], file["history"]
-    except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"path: expected an .npz file with indices and history, got {path} ({error})"
-        ) from None
+    arrays = _arrays(path, ("indices", "history"))
+    indices, history = arrays["indices"], arrays["history"]
     fits = (
         indices.dtype in (np.uint8, np.uint16)
         and history.dtype == np.int32
         and indices.ndim == 3
         and history.ndim == 2
         and len(indices) == len(history)
+        and indices.size > 0
+        and history.size > 0
     )
     if not fits:
         raise ValueError(
             f"path: expected indices uint8 or uint16 [layers, tokens, top_k] and history int32 "
-            f"[layers, n_logical], got {indices.dtype} {list(indices.shape)} and {history.dtype} "
-            f"{list(history.shape)}"
+            f"[layers, n_logical], no size 0, got {indices.dtype} {list(indices.shape)} and "
+            f"{history.dtype} {list(history.shape)} in {path}"
         )
+    n_logical = history.shape[1]
+    if indices.max() >= n_logical:
+        raise ValueError(
+            f"path: expected expert ids below n_logical = {n_logical}, the length of history's "
+            f"rows, got {indices.max()} in {path}"
+        )
+    if history.min() < 0:
+        raise ValueError(f"path: expected loads of at least 0, got {history.min()} in {path}")
     return Traces(indices, history)
+
+
+def _arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Those of an .npz file. For one that is damaged NumPy has errors of many types."""
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in names if name in file}
+    except OSError:
+        raise
+    except Exception:
+        raise ValueError(
+            f"path: expected an .npz file as numpy.savez writes it, got {path}, which is none or "
+            f"is damaged"
+        ) from None
+    for name in names:
+        if not isinstance(arrays.get(name), np.ndarray):
+            raise ValueError(
+                f"path: expected an .npz file with the arrays {' and '.join(names)}, got {path}, "
+                f"which has no array {name}"
+            )
+    return arrays
