@@ -1,128 +1,134 @@
-// Shapes of the operands: what the CPU and the CUDA handlers check before they compute.
+// The operands that calls share, and what they must satisfy together.
 #ifndef LPLB_XLA_FFI_CHECKS_H_
 #define LPLB_XLA_FFI_CHECKS_H_
 
 #include <cstdint>
-#include <optional>
 #include <string>
 
 #include "cuda/problem.h"
-#include "xla/ffi/api/ffi.h"
+#include "xla_ffi/frame.h"
 
 namespace lplb {
 
-namespace ffi = ::xla::ffi;
+// The sizes of a problem, under the names that messages use.
+struct ProblemSizes {
+  Size ep_size = {"ep_size"};
+  Size group_size = {"group_size"};
+  Size n_columns = {"n_columns"};
+  Size n_logical = {"n_logical"};
+  Size n_physical = {"n_physical"};
+  Size max_replicas = {"max_replicas"};
 
-using Dimensions = ffi::Span<const int64_t>;
-using IntBuffer = ffi::Buffer<ffi::DataType::S32>;
-using IntResult = ffi::ResultBuffer<ffi::DataType::S32>;
-
-inline ffi::Error Invalid(const std::string& message) {
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "lplb_jax: " + message);
-}
-
-// Product of all but the last `rank` dimensions: operands come with any leading batch dimensions.
-inline int64_t BatchOf(Dimensions dims, size_t rank) {
-  int64_t batch = 1;
-  for (size_t i = 0; i + rank < dims.size(); ++i) batch *= dims[i];
-  return batch;
-}
-
-inline int64_t FromEnd(Dimensions dims, size_t i) { return dims[dims.size() - i]; }
-
-// One operand: its name for messages, its dimensions, and its rank without batch dimensions.
-struct Operand {
-  const char* name;
-  Dimensions dims;
-  size_t rank;
+  explicit ProblemSizes(Frame& frame) {
+    ep_size.value = frame.Attribute("ep_size", 1, Size::kMost);
+  }
 };
 
-// Checks ranks and that all operands agree on the batch, which it returns.
-template <typename... Operands>
-ffi::ErrorOr<int64_t> CheckBatch(const Operand& first, const Operands&... rest) {
-  if (first.dims.size() < first.rank) {
-    return ffi::Unexpected(Invalid(std::string(first.name) + ": too few dimensions"));
-  }
-  const int64_t batch = BatchOf(first.dims, first.rank);
-  for (const Operand& operand : {rest...}) {
-    if (operand.dims.size() < operand.rank || BatchOf(operand.dims, operand.rank) != batch) {
-      return ffi::Unexpected(Invalid(std::string(operand.name) +
-                                     ": batch dimensions differ from those of " + first.name));
-    }
-  }
-  return batch;
+// A placement and r2o, in this order.
+inline void ReadPlacement(Frame& frame, ProblemSizes& s, SolveOperands& in) {
+  frame.Operand("placement.phy2log", {&s.n_physical}, &in.phy2log);
+  frame.Operand("placement.log2phy", {&s.n_logical, &s.max_replicas}, &in.log2phy);
+  frame.Operand("r2o", {&s.group_size, &s.n_columns}, &in.r2o);
 }
 
-// A problem from its operands, checked; group_size and n_columns stay 0 where there is no r2o.
-inline ffi::ErrorOr<Problem> CheckProblem(int64_t ep_size, int64_t n_physical, Dimensions log2phy,
-                                          std::optional<Dimensions> r2o) {
-  const int64_t n_logical = FromEnd(log2phy, 2);
-  const int64_t max_replicas = FromEnd(log2phy, 1);
-  const int64_t group_size = r2o ? FromEnd(*r2o, 2) : 0;
-  const int64_t n_columns = r2o ? FromEnd(*r2o, 1) : 0;
-  bool fits = ep_size > 0 && n_logical > 0 && n_logical % ep_size == 0 &&
-              n_physical % ep_size == 0 && n_physical >= n_logical && max_replicas >= 2 &&
-              n_physical * max_replicas <= kInt32Max;
-  if (fits && r2o) {
+// The problem of these sizes, of zeros where they do not fit together. Where there is no r2o,
+// group_size and n_columns are 0.
+inline Problem ProblemOf(Frame& frame, const ProblemSizes& s) {
+  if (frame.failed()) return Problem();
+  const bool has_r2o = s.group_size.value != Size::kUnknown;
+  const int64_t ep_size = s.ep_size.value;
+  const int64_t group_size = has_r2o ? s.group_size.value : 0;
+  const int64_t n_columns = has_r2o ? s.n_columns.value : 0;
+  const int64_t n_logical = s.n_logical.value;
+  const int64_t n_physical = s.n_physical.value;
+  const int64_t max_replicas = s.max_replicas.value;
+  bool fits = n_logical > 0 && n_logical % ep_size == 0 && n_physical % ep_size == 0 &&
+              n_physical >= n_logical && max_replicas >= 2 &&
+              n_physical * max_replicas <= Size::kMost;
+  if (fits && has_r2o) {
     const int64_t n_redundant = (n_physical - n_logical) / ep_size;
     fits = group_size > 0 && ep_size % group_size == 0 && n_columns > 0 &&
-           n_redundant % n_columns == 0 && n_redundant <= n_logical / ep_size;
+           n_redundant % n_columns == 0 && n_redundant <= n_logical / ep_size &&
+           group_size * n_columns <= Size::kMost;
   }
   if (!fits) {
     const auto number = [](int64_t value) { return std::to_string(value); };
-    return ffi::Unexpected(
-        Invalid("placement, r2o and ep_size do not fit together: ep_size = " + number(ep_size) +
-                ", n_logical = " + number(n_logical) + ", n_physical = " + number(n_physical) +
-                ", r2o [" + number(group_size) + ", " + number(n_columns) + "]"));
+    frame.Fail("placement, r2o and ep_size do not fit together: ep_size = " + number(ep_size) +
+               ", n_logical = " + number(n_logical) + ", n_physical = " + number(n_physical) +
+               ", max_replicas = " + number(max_replicas) + ", r2o [" + number(group_size) + ", " +
+               number(n_columns) + "]");
+    return Problem();
   }
-  return Problem(static_cast<int32_t>(ep_size), static_cast<int32_t>(group_size),
-                 static_cast<int32_t>(n_columns), static_cast<int32_t>(n_logical),
-                 static_cast<int32_t>(n_physical), static_cast<int32_t>(max_replicas));
+  return Problem(s.ep_size.narrow(), static_cast<int32_t>(group_size),
+                 static_cast<int32_t>(n_columns), s.n_logical.narrow(), s.n_physical.narrow(),
+                 s.max_replicas.narrow());
 }
 
-struct PlacedProblem {
-  int64_t batch;
-  Problem problem;
+// The shape of loads: a row of counts per source rank, or one in all.
+struct SourceSizes {
+  Size n_sources = {"1 or ep_size"};
+  Size row = {"n_logical (+ 1)"};
 };
 
-// What solve, ipm and rebalance share: `first`, the placement and r2o, and any `rest`, in one
-// batch.
-template <typename... Rest>
-ffi::ErrorOr<PlacedProblem> CheckPlaced(int64_t ep_size, const Operand& first, IntBuffer phy2log,
-                                        IntBuffer log2phy, IntBuffer r2o, const Rest&... rest) {
-  const auto batch = CheckBatch(first, Operand{"placement.phy2log", phy2log.dimensions(), 1},
-                                Operand{"placement.log2phy", log2phy.dimensions(), 2},
-                                Operand{"r2o", r2o.dimensions(), 2}, rest...);
-  if (batch.has_error()) return ffi::Unexpected(batch.error());
-  const auto problem = CheckProblem(ep_size, FromEnd(phy2log.dimensions(), 1), log2phy.dimensions(),
-                                    r2o.dimensions());
-  if (problem.has_error()) return ffi::Unexpected(problem.error());
-  return PlacedProblem{*batch, *problem};
-}
-
-// The rows of counts that belong to `problem`.
-inline ffi::ErrorOr<Sources> CheckSources(Dimensions counts, const Problem& problem) {
-  const int64_t n_sources = FromEnd(counts, 2);
-  const int64_t row = FromEnd(counts, 1);
+inline Sources SourcesOf(Frame& frame, const SourceSizes& s, const Problem& problem) {
+  if (frame.failed()) return Sources();
+  const int64_t n_sources = s.n_sources.value;
+  const int64_t row = s.row.value;
   if ((n_sources != 1 && n_sources != problem.ep_size) ||
-      (row != problem.n_logical && row != problem.n_logical + 1)) {
-    return ffi::Unexpected(Invalid("loads: expected [1 or ep_size, n_logical (+ 1)], got [" +
-                                   std::to_string(n_sources) + ", " + std::to_string(row) + "]"));
+      (row != problem.n_logical && row != problem.n_logical + 1) || n_sources * row > Size::kMost) {
+    frame.Fail("loads: expected [1 or ep_size, n_logical (+ 1)], got [" +
+               std::to_string(n_sources) + ", " + std::to_string(row) + "]");
   }
-  return Sources{static_cast<int32_t>(n_sources), static_cast<int32_t>(row)};
+  return Sources{s.n_sources.narrow(), s.row.narrow()};
 }
 
-// Whether positions and slot counts are asked for; else both buffers are empty.
-inline ffi::ErrorOr<bool> CheckPositions(int64_t positions, IntResult position,
-                                         IntResult slot_counts, int64_t n_tokens,
-                                         int64_t n_physical) {
-  if (positions == 0) return false;
-  if (FromEnd(slot_counts->dimensions(), 1) == n_physical &&
-      FromEnd(position->dimensions(), 1) == n_tokens) {
-    return true;
-  }
-  return ffi::Unexpected(Invalid("position and counts: expected [n_tokens] and [n_physical]"));
+// What solve, ipm and rebalance give; ipm's quotas and loads may be float32.
+inline void ReadSplit(Frame& frame, const Problem& problem, ProblemSizes& s, ffi::DataType quota,
+                      ffi::DataType load, SolveResults& out) {
+  Size n_groups = {"n_groups", problem.n_groups};
+  frame.Result("quota", {quota}, {&s.n_physical}, &out.quota);
+  frame.Result("max_load", {load}, {&n_groups}, &out.max_load);
+  frame.Result("lower_bound", {load}, {&n_groups}, &out.lower_bound);
+  frame.Result("status", {&n_groups}, &out.status);
 }
+
+// The tokens of a call, and where their slots go.
+struct Tokens {
+  int64_t n = 0;
+  ffi::DataType type = ffi::DataType::INVALID;
+  const void* indices = nullptr;   // [batch, n]
+  int32_t* physical = nullptr;     // [batch, n]
+  int32_t* position = nullptr;     // [batch, n], or null
+  int32_t* slot_counts = nullptr;  // [batch, n_physical], or null
+  int32_t* workspace = nullptr;    // [batch, n_tiles, words], of the GPU
+  int32_t n_tiles = 0;
+  int64_t words = 0;
+
+  void ReadIndices(Frame& frame) {
+    Size n_tokens = {"n_tokens"};
+    type = frame.Operand(
+        "indices", {ffi::DataType::S32, ffi::DataType::S64, ffi::DataType::U8, ffi::DataType::U16},
+        {&n_tokens}, &indices);
+    n = n_tokens.value;
+  }
+
+  void ReadSlots(Frame& frame, bool positions, ProblemSizes& s) {
+    Size n_tokens = {"n_tokens", n};
+    Size none = {"none", 0};
+    frame.Result("physical", {&n_tokens}, &physical);
+    frame.Result("position", {positions ? &n_tokens : &none}, &position);
+    frame.Result("slot_counts", {positions ? &s.n_physical : &none}, &slot_counts);
+    if (!positions) position = slot_counts = nullptr;
+  }
+
+  void ReadWorkspace(Frame& frame) {
+    Size tiles = {"n_tiles"};
+    Size words_of_tile = {"words"};
+    frame.Result("workspace", {&tiles, &words_of_tile}, &workspace);
+    n_tiles = tiles.narrow();
+    words = words_of_tile.value;
+  }
+};
 
 // Calls `function` with a null pointer of the indices' element type.
 template <typename Function>

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "xla_ffi/cpu/handlers.h"
+#include "xla_ffi/cpu/handler.h"
 #include "xla_ffi/cpu/steps.h"
 
 namespace lplb {
@@ -54,32 +54,19 @@ template void Assign(const Problem&, const Sources&, const AssignOperands&, bool
 
 namespace {
 
-ffi::Error AssignImpl(int64_t ep_size, int64_t proportional, int64_t positions,
-                      ffi::AnyBuffer indices, IntBuffer counts, IntBuffer quota, IntBuffer log2phy,
-                      IntBuffer rank, IntResult physical, IntResult position, IntResult slot_counts,
-                      IntResult /*workspace*/) {
-  const auto call =
-      CheckAssign(ep_size, positions, indices, counts, quota, log2phy, rank, position, slot_counts);
-  if (call.has_error()) return call.error();
-  const Problem& p = call->problem;
-  return WithIndexType(indices.element_type(), [&](auto* type) {
-    auto* tokens = static_cast<decltype(type)>(indices.untyped_data());
-    for (int64_t b = 0; b < call->batch; ++b) {
-      const int64_t first = b * call->n_tokens;
-      AssignResults out = {physical->typed_data() + first, nullptr, nullptr};
-      if (call->positions) {
-        out.position = position->typed_data() + first;
-        out.slot_counts = slot_counts->typed_data() + b * p.n_physical;
-      }
-      Assign(p, call->sources, BatchElement(p, call->sources, call->in, b), proportional != 0,
-             tokens + first, call->n_tokens, out);
+ffi::Error RunAssign(const AssignCall& call) {
+  const Problem& p = call.problem;
+  return WithIndexType(call.tokens.type, [&](auto* type) {
+    auto* indices = static_cast<decltype(type)>(call.tokens.indices);
+    for (int64_t b = 0; b < call.batch; ++b) {
+      Assign(p, call.sources, BatchElement(p, call.sources, call.in, b), call.proportional,
+             indices + b * call.tokens.n, call.tokens.n, ResultsOf(call.tokens, p, b));
     }
     return ffi::Error::Success();
   });
 }
 
+const Register assign({"lplb_assign", CpuHandler<AssignCall, RunAssign>});
+
 }  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(AssignCpu, AssignImpl, AssignBinding());
-
 }  // namespace lplb

@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "xla_ffi/cpu/handlers.h"
+#include "xla_ffi/cpu/handler.h"
 #include "xla_ffi/cpu/interior.h"
 #include "xla_ffi/cpu/waves.h"
 
@@ -253,25 +253,18 @@ void SolveOne(const Problem& p, const Sources& sources, const IpmOptions& option
   }
 }
 
-ffi::Error IpmImpl(int64_t ep_size, int64_t weighted, int64_t repair, int64_t cusolverdx,
-                   ffi::AnyBuffer loads, IntBuffer phy2log, IntBuffer log2phy, IntBuffer r2o,
-                   ffi::Buffer<ffi::DataType::F32> weights, AnyResult quota, AnyResult max_load,
-                   AnyResult lower_bound, IntResult status) {
-  const auto call = CheckIpm(ep_size, weighted, repair, cusolverdx, loads, phy2log, log2phy, r2o,
-                             weights, quota, max_load, lower_bound, status);
-  if (call.has_error()) return call.error();
-  if (call->options.cusolverdx) return Invalid("factor: cuSolverDx is for GPUs");
-  const auto solve = call->options.floats ? SolveOne<float, float> : SolveOne<int32_t, int64_t>;
-  for (int64_t b = 0; b < call->batch; ++b) {
-    solve(call->problem, call->sources, call->options,
-          BatchElement(call->problem, call->sources, call->in, b),
-          BatchElement(call->problem, call->out, b));
+ffi::Error RunIpm(const IpmCall& call) {
+  if (call.options.cusolverdx) return Invalid("factor: cuSolverDx is for GPUs");
+  const auto solve = call.options.floats ? SolveOne<float, float> : SolveOne<int32_t, int64_t>;
+  for (int64_t b = 0; b < call.batch; ++b) {
+    solve(call.problem, call.sources, call.options,
+          BatchElement(call.problem, call.sources, call.in, b),
+          BatchElement(call.problem, call.out, b));
   }
   return ffi::Error::Success();
 }
 
+const Register ipm({"lplb_ipm", CpuHandler<IpmCall, RunIpm>});
+
 }  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(IpmCpu, IpmImpl, IpmBinding());
-
 }  // namespace lplb

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "xla_ffi/cpu/handlers.h"
+#include "xla_ffi/cpu/handler.h"
 #include "xla_ffi/cpu/steps.h"
 #include "xla_ffi/cpu/waves.h"
 
@@ -84,21 +84,15 @@ void Solve(const Problem& p, const Sources& sources, const SolveOperands& in,
 
 namespace {
 
-ffi::Error SolveImpl(int64_t ep_size, IntBuffer loads, IntBuffer phy2log, IntBuffer log2phy,
-                     IntBuffer r2o, IntResult quota, IntResult max_load, IntResult lower_bound,
-                     IntResult status) {
-  const auto call =
-      CheckSolve(ep_size, loads, phy2log, log2phy, r2o, quota, max_load, lower_bound, status);
-  if (call.has_error()) return call.error();
-  for (int64_t b = 0; b < call->batch; ++b) {
-    Solve(call->problem, call->sources, BatchElement(call->problem, call->sources, call->in, b),
-          BatchElement(call->problem, call->out, b));
+ffi::Error RunSolve(const SolveCall& call) {
+  for (int64_t b = 0; b < call.batch; ++b) {
+    Solve(call.problem, call.sources, BatchElement(call.problem, call.sources, call.in, b),
+          BatchElement(call.problem, call.out, b));
   }
   return ffi::Error::Success();
 }
 
+const Register solve({"lplb_solve", CpuHandler<SolveCall, RunSolve>});
+
 }  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SolveCpu, SolveImpl, SolveBinding());
-
 }  // namespace lplb

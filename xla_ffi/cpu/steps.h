@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/problem.h"
+#include "xla_ffi/checks.h"
 
 namespace lplb {
 
@@ -21,6 +22,14 @@ struct AssignResults {
   int32_t* position;     // [n_tokens], or null
   int32_t* slot_counts;  // [n_physical], or null
 };
+
+// Where element `b` of a batch puts its slots.
+inline AssignResults ResultsOf(const Tokens& tokens, const Problem& problem, int64_t b) {
+  AssignResults out = {tokens.physical + b * tokens.n, nullptr, nullptr};
+  if (tokens.position != nullptr) out.position = tokens.position + b * tokens.n;
+  if (tokens.slot_counts != nullptr) out.slot_counts = tokens.slot_counts + b * problem.n_physical;
+  return out;
+}
 
 template <typename Index>
 void Assign(const Problem& problem, const Sources& sources, const AssignOperands& in,

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cuda/route.h"
-#include "xla_ffi/cuda/handlers.h"
+#include "xla_ffi/cuda/handler.h"
 
 namespace lplb {
 namespace {
@@ -216,17 +216,21 @@ ffi::ErrorOr<CommRank> FindRank(int64_t id, int32_t device) {
           " is not of its mesh; run the program with the mesh that init_comm was given"));
 }
 
-// Runs before every execution, also of a program that was captured into a command buffer.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    CommInitialize,
-    [](ffi::Dictionary attributes, ffi::RemainingArgs, ffi::RemainingRets) {
-      const auto id = attributes.get<int64_t>("comm");
-      return id.has_error() ? id.error() : CheckComm(*id);
-    },
-    ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
-        .Attrs<ffi::Dictionary>()
-        .RemainingArgs()
-        .RemainingRets());
+XLA_FFI_Error* InitializeComm(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_DEFINE_HANDLER(
+      handler,
+      [](ffi::Dictionary attributes, ffi::RemainingArgs, ffi::RemainingRets) {
+        return WithoutExceptions([&] {
+          const auto id = attributes.get<int64_t>("comm");
+          return id.has_error() ? id.error() : CheckComm(*id);
+        });
+      },
+      ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
+          .Attrs<ffi::Dictionary>()
+          .RemainingArgs()
+          .RemainingRets());
+  return handler(frame);
+}
 
 void DefineComm(nanobind::module_& m) {
   m.def("comm_allocate", Allocate);

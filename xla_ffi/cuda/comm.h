@@ -6,7 +6,7 @@
 #include <nanobind/nanobind.h>
 
 #include "cuda/sync.h"
-#include "xla_ffi/checks.h"
+#include "xla_ffi/handler.h"
 
 namespace lplb {
 
@@ -18,6 +18,10 @@ struct CommRank {
 };
 
 ffi::ErrorOr<CommRank> FindRank(int64_t id, int32_t device);
+
+// The initialize stage of targets with an attribute `comm`: the communicator's failures, before
+// every execution, also of a program that was captured into a command buffer.
+XLA_FFI_Error* InitializeComm(XLA_FFI_CallFrame* frame);
 
 // sync_loads as this rank.
 inline cudaError_t LaunchSync(const CommRank& of, const int32_t* rank, const int32_t* counts,

@@ -2,23 +2,17 @@
 #include "xla_ffi/ipm.h"
 
 #include "cuda/ipm.h"
-#include "xla_ffi/cuda/handlers.h"
+#include "xla_ffi/cuda/handler.h"
 
 namespace lplb {
 namespace {
 
-ffi::Error IpmImpl(int64_t ep_size, int64_t weighted, int64_t repair, int64_t cusolverdx,
-                   ffi::AnyBuffer loads, IntBuffer phy2log, IntBuffer log2phy, IntBuffer r2o,
-                   ffi::Buffer<ffi::DataType::F32> weights, AnyResult quota, AnyResult max_load,
-                   AnyResult lower_bound, IntResult status, cudaStream_t stream) {
-  const auto call = CheckIpm(ep_size, weighted, repair, cusolverdx, loads, phy2log, log2phy, r2o,
-                             weights, quota, max_load, lower_bound, status);
-  if (call.has_error()) return call.error();
-  const Problem& p = call->problem;
-  if (call->options.cusolverdx && !cuda::HasCuSolverDx()) {
+ffi::Error RunIpm(const IpmCall& call, const OnDevice& on) {
+  const Problem& p = call.problem;
+  if (call.options.cusolverdx && !cuda::HasCuSolverDx()) {
     return Invalid("factor: this lplb_jax was built without cuSolverDx");
   }
-  if (!cuda::IpmFitsOneBlock(p, call->options)) {
+  if (!cuda::IpmFitsOneBlock(p, call.options)) {
     return Invalid(
         "r2o: the CUDA interior point takes groups of at most 128 ranks whose edges and "
         "experts fit into 160 KiB of shared memory, got " +
@@ -26,13 +20,11 @@ ffi::Error IpmImpl(int64_t ep_size, int64_t weighted, int64_t repair, int64_t cu
         " columns and " + std::to_string(p.n_local) + " experts each");
   }
   return FromCuda(
-      cuda::LaunchIpm(p, call->sources, call->options, call->batch, call->in, call->out, stream),
+      cuda::LaunchIpm(p, call.sources, call.options, call.batch, call.in, call.out, on.stream),
       "ipm");
 }
 
+const Register ipm({"lplb_ipm", CudaHandler<IpmCall, RunIpm>});
+
 }  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(IpmCuda, IpmImpl, IpmBinding().Ctx<Stream>(),
-                              {ffi::Traits::kCmdBufferCompatible});
-
 }  // namespace lplb

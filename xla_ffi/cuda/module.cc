@@ -9,7 +9,6 @@
 #include "cuda/route.h"
 #include "cuda/solver.h"
 #include "xla_ffi/cuda/comm.h"
-#include "xla_ffi/cuda/handlers.h"
 
 // Besides the handlers, the launchers on raw device pointers and a raw stream, for benchmarks that
 // time kernels without XLA around them.
@@ -108,18 +107,7 @@ void LaunchEmpty(Pointer stream) { ThrowIf(cuda::LaunchEmpty(As<CUstream_st>(str
 }  // namespace lplb
 
 NB_MODULE(_cuda, m) {
-  lplb::DefineModule(
-      m, {lplb::CountCuda, lplb::SolveCuda, lplb::IpmCuda, lplb::AssignCuda, lplb::RebalanceCuda},
-      [](nanobind::dict& handlers) {
-        const auto with_comm = [](lplb::Handler* execute) {
-          nanobind::dict stages;
-          stages["initialize"] = lplb::CapsuleOf(lplb::CommInitialize);
-          stages["execute"] = lplb::CapsuleOf(execute);
-          return stages;
-        };
-        handlers["lplb_sync"] = with_comm(lplb::SyncCuda);
-        handlers["lplb_synced_rebalance"] = with_comm(lplb::SyncedRebalanceCuda);
-      });
+  lplb::DefineModule(m);
   lplb::DefineComm(m);
   m.def("launch_solve", lplb::LaunchSolve);
   m.def("launch_ipm", lplb::LaunchIpm);

@@ -7,40 +7,32 @@
 
 namespace lplb {
 
-inline ffi::ErrorOr<cuda::IndexType> IndexTypeOf(ffi::DataType type) {
+inline cuda::IndexType IndexTypeOf(ffi::DataType type) {
   switch (type) {
-    case ffi::DataType::S32:
-      return cuda::IndexType::kInt32;
     case ffi::DataType::S64:
       return cuda::IndexType::kInt64;
     case ffi::DataType::U8:
       return cuda::IndexType::kUint8;
     case ffi::DataType::U16:
       return cuda::IndexType::kUint16;
-    default:
-      return ffi::Unexpected(Invalid("indices: expected int32, int64, uint8 or uint16"));
+    default:  // Tokens reads no others.
+      return cuda::IndexType::kInt32;
   }
 }
 
 // The arguments that both have; `call` is an AssignCall or a RebalanceCall.
 template <typename Call>
-ffi::ErrorOr<cuda::RouteArguments> RouteArgumentsOf(const Call& call, ffi::AnyBuffer indices,
-                                                    IntResult physical, IntResult position,
-                                                    IntResult slot_counts, IntResult workspace) {
-  const auto type = IndexTypeOf(indices.element_type());
-  if (type.has_error()) return ffi::Unexpected(type.error());
+cuda::RouteArguments RouteArgumentsOf(const Call& call) {
+  const Tokens& tokens = call.tokens;
   cuda::RouteArguments arguments = {};
   arguments.problem = call.problem;
-  arguments.tokens = {indices.untyped_data(),
-                      physical->typed_data(),
-                      call.positions ? position->typed_data() : nullptr,
-                      call.positions ? slot_counts->typed_data() : nullptr,
-                      call.n_tokens,
-                      *type};
-  arguments.workspace = workspace->typed_data();
+  arguments.sources = call.sources;
+  arguments.tokens = {tokens.indices,     tokens.physical, tokens.position,
+                      tokens.slot_counts, tokens.n,        IndexTypeOf(tokens.type)};
+  arguments.workspace = tokens.workspace;
   arguments.batch = call.batch;
-  arguments.n_tiles = static_cast<int32_t>(FromEnd(workspace->dimensions(), 2));
-  arguments.workspace_words = FromEnd(workspace->dimensions(), 1);
+  arguments.n_tiles = tokens.n_tiles;
+  arguments.workspace_words = tokens.words;
   return arguments;
 }
 

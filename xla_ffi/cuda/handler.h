@@ -1,0 +1,51 @@
+// Handlers of CUDA devices.
+#ifndef LPLB_XLA_FFI_CUDA_HANDLER_H_
+#define LPLB_XLA_FFI_CUDA_HANDLER_H_
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "cuda/solver.h"
+#include "xla_ffi/handler.h"
+
+namespace lplb {
+
+// Where a call runs.
+struct OnDevice {
+  int32_t ordinal;
+  cudaStream_t stream;
+};
+
+// The handler that reads a Call and launches it; XLA may capture the launch into a command buffer.
+template <typename Call, ffi::Error (*run)(const Call&, const OnDevice&)>
+XLA_FFI_Error* CudaHandler(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_DEFINE_HANDLER(
+      handler,
+      [](ffi::RemainingArgs operands, ffi::RemainingRets results, ffi::Dictionary attributes,
+         int32_t ordinal, cudaStream_t stream) {
+        return ReadAndRun<Call>(run, operands, results, attributes, OnDevice{ordinal, stream});
+      },
+      FrameBinding().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::PlatformStream<cudaStream_t>>(),
+      {ffi::Traits::kCmdBufferCompatible});
+  return handler(frame);
+}
+
+inline ffi::Error CheckSolves(const Problem& problem) {
+  if (cuda::FitsOneBlock(problem)) return ffi::Error::Success();
+  return Invalid("r2o: the CUDA solver takes groups of at most " +
+                 std::to_string(cuda::kMaxGroupSize) +
+                 " ranks whose experts fit a block's shared memory, got " +
+                 std::to_string(problem.group_size) + " ranks with " +
+                 std::to_string(problem.n_local) + " experts each");
+}
+
+inline ffi::Error FromCuda(cudaError_t error, const char* step) {
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kInternal,
+                    std::string("lplb_jax: ") + step + ": " + cudaGetErrorString(error));
+}
+
+}  // namespace lplb
+
+#endif  // LPLB_XLA_FFI_CUDA_HANDLER_H_
