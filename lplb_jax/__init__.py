@@ -4,6 +4,7 @@ from lplb_jax import metrics, moe, reference, topologies
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
 from lplb_jax.comm import Comm, init_comm
+from lplb_jax.exporting import export_checks
 from lplb_jax.loads import count_loads, sync_loads
 from lplb_jax.placement import Placement, place_experts
 from lplb_jax.solver import Split, solve
@@ -19,6 +20,7 @@ __all__ = [
     "Status",
     "assign",
     "count_loads",
+    "export_checks",
     "init_comm",
     "metrics",
     "moe",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
+from jax.interpreters import ad, batching, mlir
 
 # FFI platform name -> extension. `_cpu` is always built, `_cuda` where nvcc was found.
 _EXTENSIONS = {"cpu": "lplb_jax._cpu", "CUDA": "lplb_jax._cuda"}
@@ -39,18 +43,20 @@ def _as_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
 
 
-def _register() -> frozenset[str]:
-    available = set()
+def _register() -> dict[str, tuple[str, ...]]:
+    registered = {}
     for platform, name in _EXTENSIONS.items():
         extension = _load(name)
         if extension is None:
             continue
-        for target, handler in extension.handlers().items():
+        handlers = extension.handlers()
+        for target, handler in handlers.items():
             jax.ffi.register_ffi_target(target, handler, platform=platform)
-        available.add(platform)
-    return frozenset(available)
+        registered[platform] = tuple(handlers)
+    return registered
 
 
+# FFI platform name -> the targets that are registered for it.
 AVAILABLE = _register()
 
 
@@ -59,56 +65,180 @@ def cuda() -> ModuleType | None:
     return _load(_EXTENSIONS["CUDA"]) if "CUDA" in AVAILABLE else None
 
 
-@functools.cache
-def _missing_on(backend: str) -> str | None:
-    """Why there is no native code for the default backend, or None where there is."""
-    if backend == "cpu":
-        platform = "cpu"
-    elif backend == "gpu" and "rocm" not in jax.devices()[0].client.platform_version.lower():
-        platform = "CUDA"
-    else:
-        return f"lplb_jax has no native code for backend {backend!r}"
-    if platform in AVAILABLE:
-        return None
-    remedy = {
-        "cpu": "reinstall it with: pip install --force-reinstall lplb_jax",
-        "CUDA": "rebuild it where nvcc is found, or with: LPLB_CUDA=pypi pip install .",
-    }[platform]
-    return f"lplb_jax was installed without its {platform} module; {remedy}"
-
-
 def call(
     target: str,
     reference: Callable[..., Any],
     *operands: Any,
+    axis_name: Any = None,
     workspace: tuple[int, ...] | None = None,
-    vmap_method: str | None = "broadcast_all",
+    only_cuda: str | None = None,
     **attributes: int,
 ) -> Any:
-    """Runs `target` natively, or `reference` where the backend has no native code.
+    """Runs `target` natively, or `reference` where the platform has no native code.
 
-    The result types, device-varying axes included, are those of `reference`. `workspace` is the
-    shape of an int32 buffer that the kernels may use: command buffers forbid to allocate one. With
-    it, `reference` returns a tuple.
+    That is decided when the program is lowered: only then is the platform known for certain, as an
+    array may lie on another one than JAX's default.
+
+    Args:
+      target: name of the FFI target. It takes leading batch axes, the same on all operands.
+      reference: the specification, which takes `operands` and `attributes`. The result types,
+        device-varying axes included, are those of its results.
+      operands: arrays.
+      axis_name: mapped axes of a target that waits for other ranks; `reference` takes them, too.
+        `vmap` over such a call raises.
+      workspace: shape of an int32 buffer that the kernels may use: command buffers forbid to
+        allocate one. With it, `reference` returns a tuple.
+      only_cuda: what to say where the program is lowered for another platform than CUDA; None
+        where it may be.
+      attributes: integers for `target` and `reference`.
     """
-    operands = tuple(jnp.asarray(operand) for operand in operands)
-    missing = _missing_on(jax.default_backend())
-    if missing is not None:
-        _warn_once(missing)
-        return jax.jit(reference, static_argnames=tuple(attributes))(*operands, **attributes)
-
-    def results(*operands: jax.Array) -> Any:
-        result = reference(*operands, **attributes)
-        if workspace is None:
-            return result
-        return *result, jnp.broadcast_to(result[0].sum(dtype=jnp.int32), workspace)
-
-    result = jax.ffi.ffi_call(target, jax.eval_shape(results, *operands), vmap_method=vmap_method)(
-        *operands, **{name: np.int64(value) for name, value in attributes.items()}
+    operation = _Operation(
+        target, reference, tuple(sorted(attributes.items())), axis_name, workspace, only_cuda
     )
-    return result if workspace is None else result[:-1]
+    results = _call.bind(*map(jnp.asarray, operands), operation=operation, n_batch=0)
+    if workspace is not None:
+        return tuple(results[:-1])
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """A call without its operands, see `call`. Hashable: equal ones share traces and programs."""
+
+    target: str
+    reference: Callable[..., Any]
+    attributes: tuple[tuple[str, int], ...]
+    axis_name: Any
+    workspace: tuple[Any, ...] | None
+    only_cuda: str | None
+
+    def __repr__(self) -> str:
+        attributes = ", ".join(f"{name}={value}" for name, value in self.attributes)
+        return f"{self.target}({attributes})"
+
+
+# One primitive for all targets, rather than jax.ffi.ffi_call: that one knows no other way to
+# compute a result than its target.
+_call = jax.extend.core.Primitive("lplb_call")
+_call.multiple_results = True
+
+
+@functools.lru_cache(maxsize=1024)
+def _specification(operation: _Operation, n_batch: int) -> Callable[..., Sequence[jax.Array]]:
+    """The reference over `n_batch` leading axes, with a result in the place of the workspace."""
+    options: dict[str, Any] = dict(operation.attributes)
+    if operation.axis_name is not None:
+        options["axis_name"] = operation.axis_name
+
+    def results(*operands: jax.Array) -> Sequence[jax.Array]:
+        result = operation.reference(*operands, **options)
+        result = list(result) if isinstance(result, tuple) else [result]
+        if operation.workspace is not None:
+            varying = result[0].sum(dtype=jnp.int32)
+            result.append(jnp.broadcast_to(varying, operation.workspace))
+        return result
+
+    for _ in range(n_batch):
+        results = jax.vmap(results)
+    return jax.jit(results)
+
+
+@_call.def_abstract_eval
+def _(*operands: Any, operation: _Operation, n_batch: int) -> Sequence[Any]:
+    return jax.make_jaxpr(_specification(operation, n_batch))(*operands).out_avals
+
+
+@_call.def_impl
+def _(*operands: jax.Array, operation: _Operation, n_batch: int) -> Sequence[jax.Array]:
+    with jax.disable_jit(False):  # What runs here is one operation, jit or not.
+        return _program(operation, n_batch)(*operands)
+
+
+@functools.lru_cache(maxsize=1024)
+def _program(operation: _Operation, n_batch: int) -> Callable[..., Sequence[jax.Array]]:
+    return jax.jit(functools.partial(_call.bind, operation=operation, n_batch=n_batch))
+
+
+def _batch(
+    operands: Sequence[jax.Array],
+    axes: Sequence[int | None],
+    *,
+    operation: _Operation,
+    n_batch: int,
+) -> tuple[Sequence[jax.Array], Sequence[int]]:
+    """All operands get the new axis, in front."""
+    pairs = list(zip(operands, axes, strict=True))
+    (size,) = {operand.shape[axis] for operand, axis in pairs if axis is not None}
+    if operation.axis_name is not None:
+        raise ValueError(
+            f"comm: a call that waits for other ranks cannot be mapped by vmap (here over {size} "
+            f"elements); use jax.lax.map or scan, or put vmap around the steps that do not wait"
+        )
+    operands = [
+        jnp.broadcast_to(operand, (size, *operand.shape))
+        if axis is None
+        else jnp.moveaxis(operand, axis, 0)
+        for operand, axis in pairs
+    ]
+    results = _call.bind(*operands, operation=operation, n_batch=n_batch + 1)
+    return results, (0,) * len(results)
+
+
+batching.primitive_batchers[_call] = _batch
+
+
+def _differentiate(_: Any, __: Any, *, operation: _Operation, n_batch: int) -> Any:
+    raise ValueError(
+        f"{operation.target}: a split has no derivative; apply jax.lax.stop_gradient to the loads "
+        f"and weights that it depends on"
+    )
+
+
+ad.primitive_jvps[_call] = _differentiate
+
+
+def _lowering(ffi_platform: str | None) -> Callable[..., Any]:
+    """How to lower for a platform with an extension, or, where that is None, for any other."""
+
+    def lower(ctx: Any, *operands: Any, operation: _Operation, n_batch: int) -> Any:
+        if operation.only_cuda is not None and ffi_platform != "CUDA":
+            raise ValueError(operation.only_cuda)
+        if ffi_platform in AVAILABLE:
+            attributes = {name: np.int64(value) for name, value in operation.attributes}
+            return jax.ffi.ffi_lowering(operation.target)(ctx, *operands, **attributes)
+        platforms = ctx.platforms or ctx.module_context.platforms
+        _warn_once(_why_missing(ffi_platform, ", ".join(platforms)))
+        return mlir.lower_fun(_specification(operation, n_batch))(ctx, *operands)
+
+    return lower
+
+
+mlir.register_lowering(_call, _lowering(None))
+mlir.register_lowering(_call, _lowering("cpu"), platform="cpu")
+mlir.register_lowering(_call, _lowering("CUDA"), platform="cuda")
+
+
+def _why_missing(ffi_platform: str | None, platform: str) -> str:
+    """Why there is no native code, and what to do."""
+    if ffi_platform is None:
+        return f"lplb_jax has no native code for platform {platform!r}"
+    remedy = {
+        "cpu": "reinstall it in its source tree with: pip install --force-reinstall --no-deps .",
+        "CUDA": "reinstall it in its source tree, where nvcc is found or with: "
+        "LPLB_CUDA=pypi pip install --force-reinstall --no-deps .",
+    }[ffi_platform]
+    return f"lplb_jax was installed without its {ffi_platform} module; {remedy}"
 
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"{reason}. Running the slower plain-JAX reference.", stacklevel=4)
+    """A warning that points at the first caller outside this library and JAX."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] not in _NOT_THE_CALLER:
+            break
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"{reason}. Running the slower plain-JAX reference.", stacklevel=level)
+
+
+_NOT_THE_CALLER = ("lplb_jax", "jax", "contextlib")

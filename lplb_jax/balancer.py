@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from lplb_jax._problem import (
     choose_solver,
 )
 from lplb_jax.assignment import Assignment, assign_tokens, check_sources, shaped, workspace_shape
-from lplb_jax.comm import Comm, alone, check_comm
+from lplb_jax.comm import Comm, check_comm
 from lplb_jax.loads import count, gather
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split, split_loads
@@ -124,14 +123,12 @@ def _rebalance_at_once(
     if comm is None:
         results = _native.call("lplb_rebalance", reference.rebalance, *operands, **common)
     else:
-        first, *others = operands
         results = _native.call(
             "lplb_synced_rebalance",
-            functools.partial(reference.synced_rebalance, axis_name=axis_name),
-            alone(first),
-            *others,
+            reference.synced_rebalance,
+            *operands,
             lax.axis_index(axis_name),
-            vmap_method=None,
+            axis_name=axis_name,
             comm=comm.identifier,
             **common,
         )

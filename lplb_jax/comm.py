@@ -207,20 +207,6 @@ def check_comm(comm: Any, axis_name: Any, n_logical: int) -> None:
         )
 
 
-@jax.custom_batching.custom_vmap
-def alone(operand: jax.Array) -> jax.Array:
-    """`operand` of a collective, which there is one of at a time."""
-    return operand
-
-
-@alone.def_vmap
-def _(axis_size: int, *_: Any) -> Any:
-    raise ValueError(
-        f"comm: a call that waits for other ranks cannot be mapped by vmap (here over {axis_size} "
-        f"elements); use jax.lax.map or scan, or put vmap around the steps that do not wait"
-    )
-
-
 def _groups(mesh: Any, axis: Any) -> np.ndarray:
     """The mesh's devices `[n_groups, size]`; along a row, ranks as lax.axis_index counts them."""
     if not isinstance(mesh, Mesh):

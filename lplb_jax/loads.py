@@ -10,7 +10,7 @@ from jax import lax
 
 from lplb_jax import _native, reference
 from lplb_jax._problem import check_axis, check_count, check_indices
-from lplb_jax.comm import Comm, alone, check_comm
+from lplb_jax.comm import Comm, check_comm
 
 
 def count_loads(indices: Any, n_logical: int) -> jax.Array:
@@ -77,10 +77,10 @@ def gather(counts: jax.Array, axis_name: Any, comm: Comm | None) -> jax.Array:
         return lax.all_gather(counts, axis_name, to="invarying")
     return _native.call(
         "lplb_sync",
-        lambda counts, _, comm: lax.all_gather(counts, axis_name, to="invarying"),
-        alone(counts),
+        reference.sync,
+        counts,
         lax.axis_index(axis_name),
-        vmap_method=None,
+        axis_name=axis_name,
         comm=comm.identifier,
     )
 

@@ -118,5 +118,9 @@ def split_loads(
             weighted=int(weights is not None),
             repair=int(repair),
             cusolverdx=int(cusolverdx),
+            only_cuda="factor: expected 'elimination' where the program does not run on an NVIDIA "
+            "GPU, got 'cusolverdx'"
+            if cusolverdx
+            else None,
         )
     return Split(*split)

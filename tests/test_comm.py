@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from unittest import mock
 
 import comm_process
 import jax
@@ -21,7 +22,17 @@ from jax.sharding import PartitionSpec as P
 from steps import assert_same
 
 import lplb_jax.comm
-from lplb_jax import Comm, _nvshmem, count_loads, init_comm, rebalance, sync_loads, topologies
+from lplb_jax import (
+    Comm,
+    _native,
+    _nvshmem,
+    count_loads,
+    export_checks,
+    init_comm,
+    rebalance,
+    sync_loads,
+    topologies,
+)
 
 RANKS = P("ep")
 WITHOUT_GPUS = {"JAX_PLATFORMS": "cpu"}
@@ -254,13 +265,30 @@ def test_vmap_raises(mesh, jitted):
         sharded(lambda ids: jax.vmap(one)(ids.reshape(3, -1)), mesh)(jnp.zeros(24, jnp.int32))
 
 
+def test_vmap_over_placements_alone_raises(mesh, rng):
+    """What is mapped need not be the tokens."""
+    placements = [CASE.placement(rng) for _ in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *placements)
+
+    def step(ids):
+        def one(placement):
+            options = {"placement": placement, "axis_name": "ep", "comm": fake()}
+            return rebalance(ids, None, CASE.r2o, **options)[0]
+
+        return jax.vmap(one)(stacked)
+
+    with pytest.raises(ValueError, match=r"cannot be mapped by vmap .*over 3 elements"):
+        sharded(step, mesh)(jnp.zeros(24, jnp.int32))
+
+
 def exported(function, mesh, out_specs=RANKS):
-    """The program for CUDA, made on the CPU's devices."""
-    safe = [export.DisabledSafetyCheck.custom_call(f"lplb_{name}") for name in TARGETS]
-    made = export.export(
-        sharded(function, mesh, out_specs), platforms=["cuda"], disabled_checks=safe
-    )
-    return made(jnp.zeros(8 * 30, jnp.int32)).mlir_module()
+    """The program for CUDA, made on the CPU's devices, with or without the CUDA module."""
+    targets = {"CUDA": tuple(f"lplb_{name}" for name in TARGETS)}
+    with mock.patch.dict(_native.AVAILABLE, targets):
+        made = export.export(
+            sharded(function, mesh, out_specs), platforms=["cuda"], disabled_checks=export_checks()
+        )
+        return made(jnp.zeros(8 * 30, jnp.int32)).mlir_module()
 
 
 TARGETS = ["sync", "synced_rebalance", "count", "solve", "assign", "ipm", "rebalance"]

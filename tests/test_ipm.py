@@ -1,6 +1,7 @@
 """The interior point: feasible always, near the optimum, its bound never above it, repair exact."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,15 @@ def test_equal_weights_are_no_weights(rng):
 def test_messages(options, error, message):
     with pytest.raises(error, match=message):
         solve(np.ones(16, np.int32), topologies.cube(), **options)
+
+
+def test_a_factor_for_gpus_alone(monkeypatch):
+    """On a machine that has it, too, a program may be meant for the CPU."""
+    gpu = types.SimpleNamespace(has_cusolverdx=lambda: True)
+    monkeypatch.setattr(_native, "cuda", lambda: gpu)
+    run = jax.jit(lambda loads: solve(loads, topologies.cube(), factor="cusolverdx"))
+    with pytest.raises(ValueError, match=r"^factor: expected 'elimination' .* got 'cusolverdx'"):
+        run.trace(np.ones(16, np.float32)).lower(lowering_platforms=("cpu",))
 
 
 def test_the_exact_solver_refuses_real_loads():

@@ -15,19 +15,19 @@ import pytest
 from cases import Case, counts_of, tokens
 from steps import assert_same
 
-from lplb_jax import _native, rebalance, topologies
+from lplb_jax import _native, export_checks, rebalance, solve, topologies
 
 TARGETS = {"lplb_count", "lplb_solve", "lplb_assign", "lplb_rebalance"}
 
 
 @pytest.fixture
-def fresh_caches():
-    """What the platform has is looked up once per process; forget it before and after."""
-    for _ in range(2):
-        _native._missing_on.cache_clear()
-        _native._warn_once.cache_clear()
-        if _ == 0:
-            yield
+def warned():
+    """Reasons are given once per process; forget them before and after."""
+    _native._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught
+    _native._warn_once.cache_clear()
 
 
 def test_the_cpu_module_is_installed():
@@ -91,45 +91,71 @@ def test_a_module_that_lacks_something_is_an_error(monkeypatch):
         _native._load("lplb_jax._cpu")
 
 
-def fallen_back(words):
-    """Results by way of the reference, and the one warning that says why."""
+def balance(case, loads):
+    """A new function each time: what was lowered before is not reused."""
+    return jax.jit(lambda ids: rebalance(ids, loads, case.r2o))
+
+
+def assert_warned_here(warned, *words):
+    """Once, at a line of this file, with the reason and the remedy."""
+    assert len(warned) == 1, [str(warning.message) for warning in warned]
+    assert warned[0].filename == __file__
+    for word in (*words, "reference"):
+        assert word in str(warned[0].message)
+
+
+def test_without_the_module_the_reference_runs_and_says_so_once(rng, monkeypatch, warned):
     case = Case(topologies.ring(4), 2)
-    ids = tokens(np.random.default_rng(), case, 30)
+    ids = tokens(rng, case, 30)
     loads = counts_of(ids, case.n_logical)
     expected = rebalance(ids, loads, case.r2o)
-    _native._missing_on.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-        for _ in range(3):
-            balance = jax.jit(lambda ids: rebalance(ids, loads, case.r2o))
-            assert_same(balance(ids), expected)
-    assert len(caught) == 1, [str(warning.message) for warning in caught]
-    for word in (*words, "reference"):
-        assert word in str(caught[0].message)
+    monkeypatch.setattr(_native, "AVAILABLE", {})
+    for _ in range(3):
+        assert_same(balance(case, loads)(ids), expected)
+    assert_warned_here(warned, "was installed without its cpu module", "pip install", " .")
+    assert "lplb_jax;" not in str(warned[0].message).split("pip install")[1]
 
 
-def test_without_the_module_the_reference_runs_and_says_so_once(monkeypatch, fresh_caches):
-    """Never silently: one warning that names the reason and the remedy."""
-    runs = fallen_back(["was installed without its", "module", "install"])
-    next(runs)
-    monkeypatch.setattr(_native, "AVAILABLE", frozenset())
-    for _ in runs:
-        pass
+@pytest.mark.parametrize(
+    ("platform", "words"),
+    [
+        ("tpu", ["no native code for platform 'tpu'"]),
+        ("rocm", ["no native code for platform 'rocm'"]),
+        ("cuda", ["was installed without its CUDA module", "LPLB_CUDA=pypi pip install"]),
+    ],
+)
+def test_the_platform_is_that_of_the_program(monkeypatch, warned, platform, words):
+    """Not JAX's default one: a program for a platform without native code runs the reference."""
+    case = Case(topologies.ring(4), 2)
+    monkeypatch.setattr(_native, "AVAILABLE", {"cpu": _native.AVAILABLE["cpu"]})
+    traced = balance(case, np.ones((4, 8), np.int32)).trace(np.zeros((4, 30), np.int32))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "lplb_" not in text.replace("lplb_call", "")
+    assert "stablehlo.while" in text
+    assert_warned_here(warned, *words)
+    text = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "@lplb_solve" in text
+    assert "stablehlo.while" not in text
+    assert len(warned) == 1
 
 
-def test_a_backend_without_native_code_runs_the_reference(monkeypatch, fresh_caches):
-    runs = fallen_back(["no native code for backend 'tpu'"])
-    next(runs)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    for _ in runs:
-        pass
+def test_one_program_for_several_platforms(monkeypatch, warned):
+    """Native where there is an extension, the reference elsewhere."""
+    case = Case(topologies.ring(4), 2)
+    monkeypatch.setattr(_native, "AVAILABLE", dict.fromkeys(["cpu", "CUDA"], ("lplb_solve",)))
+    run = jax.jit(lambda loads: solve(loads, case.r2o))
+    platforms = ["cpu", "cuda", "tpu"]
+    exported = jax.export.export(run, platforms=platforms, disabled_checks=export_checks())
+    text = exported(np.ones(8, np.int32)).mlir_module()
+    assert "stablehlo.case" in text
+    assert "@lplb_solve" in text
+    assert "stablehlo.while" in text
+    assert_warned_here(warned, "no native code for platform 'tpu'")
 
 
-def test_no_warning_where_there_is_native_code(fresh_caches):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        rebalance(np.zeros((2, 1), np.int32), np.ones((2, 2), np.int32), topologies.ring(2))
+def test_no_warning_where_there_is_native_code(warned):
+    rebalance(np.zeros((2, 1), np.int32), np.ones((2, 2), np.int32), topologies.ring(2))
+    assert not warned
 
 
 def int32(*shape):

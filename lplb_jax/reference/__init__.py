@@ -8,7 +8,7 @@ bit, except that the interior point is float32 and equals it to rounding.
 from lplb_jax.reference.assignment import assign
 from lplb_jax.reference.balancer import rebalance, synced_rebalance
 from lplb_jax.reference.ipm import ipm
-from lplb_jax.reference.loads import count
+from lplb_jax.reference.loads import count, sync
 from lplb_jax.reference.solver import solve
 
-__all__ = ["assign", "count", "ipm", "rebalance", "solve", "synced_rebalance"]
+__all__ = ["assign", "count", "ipm", "rebalance", "solve", "sync", "synced_rebalance"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Int32, Integer
 
 from lplb_jax.reference.assignment import assign
-from lplb_jax.reference.loads import count
+from lplb_jax.reference.loads import count, sync
 from lplb_jax.reference.solver import solve
 
 
@@ -41,8 +41,8 @@ def synced_rebalance(
     positions: int,
 ) -> tuple[Int32[Array, "..."], ...]:
     """The same inside shard_map, where the other ranks of `axis_name` have tokens too."""
-    del comm  # How the counts get there makes no difference.
-    counts = lax.all_gather(count(indices, n_logical=log2phy.shape[0]), axis_name, to="invarying")
+    own = count(indices, n_logical=log2phy.shape[0])
+    counts = sync(own, rank, axis_name=axis_name, comm=comm)
     return _solve_and_assign(indices, counts, phy2log, log2phy, r2o, rank, ep_size, positions)
 
 

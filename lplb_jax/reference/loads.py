@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Int32, Integer
 
 
@@ -12,6 +14,14 @@ def count(indices: Integer[Array, " tokens"], *, n_logical: int) -> Int32[Array,
     bins = expert_or_none(indices, n_logical)
     bins = jnp.where(bins >= 0, bins, jnp.where(is_absent(indices), n_logical + 1, n_logical))
     return jnp.zeros(n_logical + 2, jnp.int32).at[bins].add(1)[: n_logical + 1]
+
+
+def sync(
+    counts: Int32[Array, " row"], rank: Int32[Array, ""], *, axis_name: Any, comm: int
+) -> Int32[Array, "ep_size row"]:
+    """The counts of all ranks of `axis_name`, by rank."""
+    del rank, comm  # How the counts get there makes no difference.
+    return lax.all_gather(counts, axis_name, to="invarying")
 
 
 def expert_or_none(indices: Integer[Array, "..."], n_logical: int) -> Int32[Array, "..."]:
