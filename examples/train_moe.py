@@ -21,7 +21,7 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import model
@@ -31,18 +31,28 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from lplb_jax import Placement, metrics, moe, place_experts, topologies
-from lplb_jax.demo import find_devices
+from lplb_jax import Placement, metrics, moe, place_experts
+from lplb_jax.cli import at_least
+from lplb_jax.demo import PICTURES, check_output, choose_topology, find_devices
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Runs the program; returns the records of its log."""
-    options = parse(arguments)
+    parser = command_line()
+    options = parser.parse_args(arguments)
     mesh = make_mesh(options.ranks)
-    if options.batch % mesh.size:
-        raise SystemExit(f"--batch: expected a multiple of {mesh.size} ranks, got {options.batch}")
+    try:
+        check(options, mesh.size)
+        text = read(options.text, options.context)
+    except ValueError as error:
+        parser.error(f"argument {error}")
+    except OSError as error:
+        parser.error(f"argument text: {error.strerror}: {error.filename}")
+    batches = sample(text, options.batch, options.context, options.seed)
     training = Training(options, mesh)
-    batches = sample(read(options.text), options.batch, options.context, options.seed)
     records = []
     with open(options.log, "w") as log, tqdm(total=options.steps, unit="step") as bar:
         for step in range(options.steps):
@@ -63,31 +73,62 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     return records
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line; the model's sizes have the names of `model.Config`."""
+def command_line() -> argparse.ArgumentParser:
+    """The options; the model's sizes have the names of `model.Config`."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    choices = {"balance": ["lplb", "eplb", "none"], "dtype": ["float32", "bfloat16"]}
+    numbers = {"aux_loss": at_least(0, float), "capacity_factor": at_least(1, float)}
     for field in dataclasses.fields(model.Config):
-        choices = {"balance": ["lplb", "eplb", "none"], "dtype": ["float32", "bfloat16"]}
+        kind = at_least(1) if isinstance(field.default, int) else str
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
-            type=type(field.default),
+            type=numbers.get(field.name, kind),
             default=field.default,
             choices=choices.get(field.name),
         )
-    parser.add_argument("--ranks", type=int, help="None for all GPUs, or else 8 CPU devices")
-    parser.add_argument("--redundants", type=int, help="slots per rank, None for one per column")
-    parser.add_argument("--batch", type=int, default=16, help="sequences, over all ranks")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--refresh", type=int, default=20, help="steps between placements")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    count = {"type": at_least(1)}
+    parser.add_argument(
+        "--ranks", type=at_least(2), help="None for all GPUs, or else 8 CPU devices"
+    )
+    parser.add_argument("--redundants", **count, help="slots per rank, None for one per column")
+    parser.add_argument("--batch", **count, default=16, help="sequences, over all ranks")
+    parser.add_argument("--steps", **count, default=300)
+    parser.add_argument("--refresh", **count, default=20, help="steps between placements")
+    parser.add_argument("--learning-rate", type=at_least(0, float), default=2e-3)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--log", default="train_moe.jsonl")
     parser.add_argument("--picture", default="train_moe.png", help="empty for none")
     parser.add_argument("--traces", help="where to write the router's last decisions (.npz)")
     parser.add_argument("text", nargs="*", type=Path, help="None for Python's standard library")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def check(options: argparse.Namespace, ranks: int) -> None:
+    """Raises `ValueError` with a flag and a reason where options do not fit one another."""
+    for flag, value, factor, what in (
+        ("--hidden", options.hidden, options.heads, "heads"),
+        ("--experts", options.experts, ranks, "ranks"),
+        ("--batch", options.batch, ranks, "ranks"),
+    ):
+        if value % factor:
+            raise ValueError(f"{flag}: expected a multiple of the {factor} {what}, got {value}")
+    if options.top_k > options.experts:
+        raise ValueError(
+            f"--top-k: expected at most the {options.experts} experts, got {options.top_k}"
+        )
+    if options.seed >= 2**32:
+        raise ValueError(f"--seed: expected a number below 2³², got {options.seed}")
+    try:
+        topology(options, ranks)
+    except ValueError as error:
+        raise ValueError(str(error).replace("redundants_per_rank", "--redundants")) from None
+    check_output("--log", options.log)
+    if options.picture:
+        check_output("--picture", options.picture, PICTURES)
+    if options.traces is not None:
+        check_output("--traces", options.traces, [".npz"])
 
 
 def make_mesh(ranks: int | None) -> Mesh:
@@ -101,21 +142,25 @@ def make_mesh(ranks: int | None) -> Mesh:
     return Mesh(np.array(find_devices(ranks)), model.AXIS)
 
 
-def topology(ranks: int) -> np.ndarray:
-    """Who holds copies of whose experts."""
-    return topologies.cube() if ranks == 8 else topologies.ring(ranks)
+def topology(options: argparse.Namespace, ranks: int) -> tuple[np.ndarray, int]:
+    """Who holds copies of whose experts, and how many a rank holds."""
+    _, r2o, _ = choose_topology(
+        ranks, options.experts // ranks, redundants_per_rank=options.redundants
+    )
+    return r2o, options.redundants or r2o.shape[1]
 
 
-def read(paths: list[Path]) -> np.ndarray:
-    """The bytes of all files, one after the other: uint8 `[bytes]`."""
+def read(paths: list[Path], context: int = 0) -> np.ndarray:
+    """The bytes of all files, one after the other: uint8 `[bytes]`, more than `context`."""
     paths = paths or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return np.concatenate([np.frombuffer(path.read_bytes(), np.uint8) for path in paths])
+    text = np.concatenate([np.frombuffer(path.read_bytes(), np.uint8) for path in paths])
+    if len(text) <= context:
+        raise ValueError(f"text: expected more than {context} bytes, got {len(text)}")
+    return text
 
 
 def sample(text: np.ndarray, batch: int, context: int, seed: int) -> Iterator[np.ndarray]:
     """Random pieces of the text, uint8 `[batch, context + 1]`, forever."""
-    if len(text) <= context:
-        raise SystemExit(f"text: expected more than {context} bytes, got {len(text)}")
     rng = np.random.default_rng(seed)
     while True:
         starts = rng.integers(0, len(text) - context, batch)
@@ -128,8 +173,8 @@ class Training:
     def __init__(self, options: argparse.Namespace, mesh: Mesh) -> None:
         names = [field.name for field in dataclasses.fields(model.Config)]
         self.config = model.Config(**{name: getattr(options, name) for name in names})
-        self.mesh, self.r2o = mesh, topology(mesh.size)
-        self.redundants = options.redundants or self.r2o.shape[1]
+        self.mesh = mesh
+        self.r2o, self.redundants = topology(options, mesh.size)
         self.tokens_per_step = options.batch * options.context
         self.placements = self._placed(None)
         self.optimizer = optax.adamw(
@@ -243,32 +288,32 @@ def report(options: argparse.Namespace, records: list[dict[str, Any]]) -> None:
     print(f"{overflow:,} rows found no room" + (": raise --capacity-factor" if overflow else ""))
     print(f"log: {options.log}")
     if options.picture:
-        draw(options, records)
+        draw(options, records).savefig(options.picture, dpi=150)
         print(f"picture: {options.picture}")
 
 
-def draw(options: argparse.Namespace, records: list[dict[str, Any]]) -> None:
+def draw(options: argparse.Namespace, records: list[dict[str, Any]]) -> Figure:
     """Two curves over one another: what is learnt, and how loaded the busiest rank is."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     steps = [record["step"] for record in records]
-    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(7, 6), layout="constrained")
-    top.plot(steps, [record["bits_per_byte"] for record in records], color="black")
+    few = "." if len(steps) < 20 else None  # of a single step there is no line to see
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True)
+    top.plot(steps, [record["bits_per_byte"] for record in records], color="black", marker=few)
     top.set_ylabel("bits per byte")
     top.set_title("What it has learnt", loc="left")
+    # Labels stand beside the frame: the upper curve's above its height, the lower one's below.
     lines = [
-        ("imbalance_before", "tab:red", "without copies"),
-        ("imbalance_after", "tab:blue", f"with {options.balance}"),
+        ("imbalance_before", "tab:red", "without copies", "bottom", 1),
+        ("imbalance_after", "tab:blue", f"with {options.balance}", "top", -1),
     ]
-    for key, color, label in lines[: 1 if options.balance == "none" else 2]:
+    for key, color, label, va, up in lines[: 1 if options.balance == "none" else 2]:
         curve = [record[key] for record in records]
-        bottom.plot(steps, curve, color=color)
+        bottom.plot(steps, curve, color=color, marker=few)
         bottom.annotate(
-            label, (steps[-1], np.mean(curve[-20:])), (6, 0), textcoords="offset points",
-            color=color, va="center", annotation_clip=False,
+            label, (1, np.mean(curve[-20:])), (6, up), bottom.get_yaxis_transform(),
+            textcoords="offset points", color=color, va=va, annotation_clip=False,
         )  # fmt: skip
     for step in range(options.refresh, options.steps, options.refresh):
         bottom.axvline(step, color="lightgray", linewidth=1, zorder=0)
@@ -276,8 +321,9 @@ def draw(options: argparse.Namespace, records: list[dict[str, Any]]) -> None:
     bottom.set_ylabel("busiest rank's tokens / mean")
     bottom.set_title("Load, mean over layers; experts placed anew at the gray lines", loc="left")
     bottom.set_xlabel("step")
-    figure.savefig(options.picture, dpi=150)
-    plt.close(figure)
+    bottom.set_xlim(-0.5, steps[-1] + 0.5)
+    bottom.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    return figure
 
 
 if __name__ == "__main__":

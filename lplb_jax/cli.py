@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lplb_jax
@@ -89,13 +90,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     command.add_argument(
         FLAGS["redundants_per_rank"],
         dest="redundants_per_rank",
-        type=_at_least_one,
+        type=at_least(1),
         metavar="N",
         help="redundant slots per rank, a multiple of the topology's columns (default: two each)",
     )
     command.add_argument(
         "--repeats",
-        type=_at_least_one,
+        type=at_least(1),
         default=30,
         metavar="N",
         help="timed calls per layer (default: %(default)s)",
@@ -110,7 +111,22 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     return parser, command
 
 
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+def at_least(least: int, kind: type = int) -> Callable[[str], Any]:
+    """Type of an option that is a finite number, in `kind`, of at least `least`.
+
+    >>> from lplb_jax.cli import at_least
+    >>> at_least(1)("30"), at_least(0, float)("2e-3")
+    (30, 0.002)
+    """
+    what = "whole number" if kind is int else "number"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a {what} of at least {least}, got {text!r}")
+        return value
+
+    return parse

@@ -70,11 +70,8 @@ def demonstrate(
     """Runs the demonstration: prints a table, writes a picture, checks every result.
 
     Args:
-      topology: a name that `topologies.named(8)` has: "cube", "ring", "torus" (2 × 4), "complete".
-        None for the cube, or the ring where the cube's two columns do not fit a rank's experts or
-        `redundants_per_rank`.
-      redundants_per_rank: redundant slots, a multiple of the topology's columns; None for two per
-        column, or one where a rank has too few experts for that.
+      topology: "cube", "ring", "torus" or "complete", see `choose_topology`.
+      redundants_per_rank: redundant slots, see `choose_topology`.
       aux_loss: which of the packaged traces, see `lplb_jax.data.load_traces`; None for "1e-3".
       traces: a file of traces to take instead, see `lplb_jax.data.read_traces`; tokens and experts
         are multiples of 8.
@@ -99,8 +96,11 @@ def demonstrate(
     indices, history = _routing(aux_loss, traces)
     n_layers, n_tokens, top_k = indices.shape
     n_logical = history.shape[1]
-    topology, r2o, redundants_per_rank = _copies(
-        topology, redundants_per_rank, n_logical // EP_SIZE
+    topology, r2o, redundants_per_rank = choose_topology(
+        EP_SIZE,
+        n_logical // EP_SIZE,
+        topology=topology,
+        redundants_per_rank=redundants_per_rank,
     )
     placements = [
         place_experts(
@@ -185,13 +185,62 @@ def find_devices(n: int) -> list[jax.Device]:
     return devices[:n]
 
 
-def check_output(name: str, path: str, endings: Sequence[str]) -> None:
+def choose_topology(
+    n_ranks: int,
+    n_local: int,
+    *,
+    topology: str | None = None,
+    redundants_per_rank: int | None = None,
+) -> tuple[str, np.ndarray, int]:
+    """A topology and a number of redundant slots that fit each other and the experts.
+
+    Args:
+      n_ranks: ranks of a group, at least 2.
+      n_local: experts of a rank.
+      topology: a name that `topologies.named(n_ranks)` has. None for the first that fits, of the
+        cube for 8 ranks and the ring for any number.
+      redundants_per_rank: redundant slots, a multiple of the topology's columns and at most
+        `n_local`. None for two per column, or one where `n_local` is too small for that.
+
+    Returns:
+      `(topology, r2o, redundants_per_rank)`.
+
+    Raises:
+      ValueError: there is none; the message begins with the name of the argument to change.
+
+    >>> from lplb_jax.demo import choose_topology
+    >>> choose_topology(8, 4)[::2], choose_topology(8, 1)[::2]
+    (('cube', 4), ('ring', 1))
+    """
+    named = _named(n_ranks)
+    if topology is not None and topology not in named:
+        raise ValueError(f"topology: expected one of {', '.join(named)}, got {topology!r}")
+    candidates = [topology] if topology else [name for name in ("cube", "ring") if name in named]
+    fitting = {name: named[name] for name in candidates if named[name].shape[1] <= n_local}
+    if not fitting:
+        raise ValueError(
+            f"topology: expected one with at most {n_local} columns, as a rank has {n_local} "
+            f"experts, got {topology} with {named[topology].shape[1]}"
+        )
+    for name, r2o in fitting.items():
+        n_columns, slots = r2o.shape[1], redundants_per_rank
+        if slots is None:
+            slots = n_columns * (2 if 2 * n_columns <= n_local else 1)
+        if 1 <= slots <= n_local and slots % n_columns == 0:
+            return name, r2o, slots
+    raise ValueError(
+        f"redundants_per_rank: expected a multiple of the {n_columns} columns of the {name}, at "
+        f"most the {n_local} experts of a rank, got {redundants_per_rank}"
+    )
+
+
+def check_output(name: str, path: str, endings: Sequence[str] = ()) -> None:
     """Raises `ValueError` where a program could not write `path` at its end.
 
     Args:
       name: what the message calls it.
       path: a file, which may exist already.
-      endings: those that its name may have, in lower case.
+      endings: those that its name may have, in lower case; none for any.
 
     >>> from lplb_jax.demo import check_output
     >>> check_output("picture", "loads", (".png", ".pdf"))
@@ -200,7 +249,7 @@ def check_output(name: str, path: str, endings: Sequence[str]) -> None:
     ValueError: picture: expected a file name that ends in .png or .pdf, got 'loads'
     """
     file = Path(path)
-    if file.suffix.lower() not in endings:
+    if endings and file.suffix.lower() not in endings:
         expected = " or ".join(filter(None, [", ".join(endings[:-1]), endings[-1]]))
         raise ValueError(f"{name}: expected a file name that ends in {expected}, got {path!r}")
     if not file.parent.is_dir():
@@ -339,34 +388,9 @@ def _routing(aux_loss: str | None, traces: str | None) -> Traces:
     return read
 
 
-def _copies(
-    topology: str | None, redundants_per_rank: int | None, n_local: int
-) -> tuple[str, np.ndarray, int]:
-    """Name and array of the topology, and redundant slots per rank, of `n_local` experts."""
-    named = _named()
-    if topology is not None and topology not in named:
-        raise ValueError(f"topology: expected one of {', '.join(named)}, got {topology!r}")
-    candidates = [topology] if topology is not None else ["cube", "ring"]
-    fitting = [name for name in candidates if named[name].shape[1] <= n_local]
-    if not fitting:
-        raise ValueError(
-            f"topology: expected one with at most {n_local} columns, as a rank has {n_local} "
-            f"experts, got {topology} with {named[topology].shape[1]}"
-        )
-    for name in fitting:
-        n_columns = named[name].shape[1]
-        slots = redundants_per_rank
-        if slots is None:
-            slots = n_columns * (2 if 2 * n_columns <= n_local else 1)
-        if 1 <= slots <= n_local and slots % n_columns == 0:
-            return name, named[name], slots
-    raise ValueError(
-        f"redundants_per_rank: expected a multiple of the {n_columns} columns of the {name}, at "
-        f"most the {n_local} experts of a rank, got {redundants_per_rank}"
-    )
-
-
-def _named() -> dict[str, np.ndarray]:
+def _named(n_ranks: int) -> dict[str, np.ndarray]:
+    if n_ranks != EP_SIZE:
+        return {"ring": topologies.ring(n_ranks)}
     return {
         "cube": topologies.cube(),
         "ring": topologies.ring(EP_SIZE),

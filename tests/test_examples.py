@@ -1,7 +1,9 @@
 """The training example: balance changes where tokens go, and nothing of what is learnt."""
 
+import itertools
 import json
 import pathlib
+import re
 import shlex
 import sys
 
@@ -57,7 +59,7 @@ def test_balance_does_not_change_what_is_learnt(rng):
 
 def test_experts_move_exactly(rng):
     """Every expert's weights and optimiser state, bit for bit; all else stays as it is."""
-    options = train_moe.parse([*SMALL, "--steps", "5", "text"])
+    options = train_moe.command_line().parse_args([*SMALL, "--steps", "5", "text"])
     training = train_moe.Training(options, train_moe.make_mesh(8))
     batches = train_moe.sample(train_moe.read(options.text), 16, 32, 0)
     for _ in range(3):
@@ -105,3 +107,92 @@ def test_default_text_is_the_standard_library():
     text = train_moe.read([])
     assert text.dtype == np.uint8
     assert len(text) > 1_000_000
+
+
+COUNTS = shlex.split(
+    "layers hidden heads experts top-k width context redundants batch steps refresh"
+)
+# Options that nothing can be trained with, the flag that the message names, and its reason.
+BAD = [
+    *(
+        (f"--{flag} {value}", f"--{flag}", "at least 1, got")
+        for flag in COUNTS
+        for value in ("0", "-1", "1.5", "x")
+    ),
+    ("--ranks 1", "--ranks", "at least 2, got '1'"),
+    ("--ranks x", "--ranks", "at least 2, got 'x'"),
+    ("--seed -1", "--seed", "at least 0, got '-1'"),
+    ("--seed 4294967296", "--seed", "below 2³², got 4294967296"),
+    ("--learning-rate nan", "--learning-rate", "at least 0, got 'nan'"),
+    ("--learning-rate inf", "--learning-rate", "at least 0, got 'inf'"),
+    ("--aux-loss -1", "--aux-loss", "at least 0, got '-1'"),
+    ("--capacity-factor 0.5", "--capacity-factor", "at least 1, got '0.5'"),
+    ("--balance all", "--balance", "invalid choice: 'all'"),
+    ("--dtype int8", "--dtype", "invalid choice: 'int8'"),
+    ("--hidden 33", "--hidden", "multiple of the 2 heads, got 33"),
+    ("--experts 10", "--experts", "multiple of the 8 ranks, got 10"),
+    ("--batch 12", "--batch", "multiple of the 8 ranks, got 12"),
+    ("--top-k 99", "--top-k", "at most the 16 experts, got 99"),
+    ("--redundants 3", "--redundants", "at most the 2 experts of a rank, got 3"),
+    ("--log absent/log", "--log", "folder that exists, got 'absent/log'"),
+    ("--log .", "--log", "can be written, got '.'"),
+    ("--picture noext", "--picture", r"ends in \.png.*got 'noext'"),
+    ("--picture absent/a.png", "--picture", "folder that exists, got 'absent/a.png'"),
+    ("--traces traces", "--traces", r"ends in \.npz, got 'traces'"),
+    ("--traces absent/a.npz", "--traces", "folder that exists, got 'absent/a.npz'"),
+    ("--context 999999", "text", "more than 999999 bytes, got"),
+    ("absent", "text", "No such file or directory: absent"),
+    (".", "text", r"Is a directory: \."),
+]
+
+
+@pytest.mark.parametrize(("given", "flag", "words"), BAD, ids=[bad[0] for bad in BAD])
+def test_bad_options(capsys, given, flag, words):
+    """Status 2 and a sentence that names the flag, before anything is written."""
+    before = sorted(pathlib.Path().iterdir())
+    with pytest.raises(SystemExit) as exit_:
+        trained(*given.split())
+    assert exit_.value.code == 2
+    *_, sentence = capsys.readouterr().err.strip().split("\n")
+    assert f"argument {flag}: " in sentence
+    assert re.search(words, sentence), sentence
+    assert sorted(pathlib.Path().iterdir()) == before
+
+
+def test_every_option_has_a_bad_value():
+    """A new one is not forgotten above."""
+    flags = {flag for _, flag, _ in BAD}
+    for action in train_moe.command_line()._actions:
+        assert {"-h", *action.option_strings, action.dest} & {"--help", *flags}, action.dest
+
+
+@pytest.mark.parametrize("experts", ["8", "16"])
+def test_the_topology_fits_the_experts(experts):
+    options = train_moe.command_line().parse_args([*SMALL, "--experts", experts])
+    train_moe.check(options, ranks=8)
+    r2o, redundants = train_moe.topology(options, ranks=8)
+    assert redundants == r2o.shape[1] == {"8": 1, "16": 2}[experts]
+
+
+@pytest.mark.parametrize("balance", ["lplb", "none"])
+@pytest.mark.parametrize("n_steps", [1, 2, 5, 300])
+def test_labels_are_beside_the_frame(rng, balance, n_steps):
+    """Not over it, not over one another, and within the picture; also where curves coincide."""
+    pytest.importorskip("matplotlib")
+    options = train_moe.command_line().parse_args(
+        ["--steps", str(n_steps), "--balance", balance, "--refresh", "1"]
+    )
+    keys = ("bits_per_byte", "imbalance_before", "imbalance_after")
+    records = [
+        {"step": step, **dict.fromkeys(keys, 1 + rng.random())} for step in range(options.steps)
+    ]
+    figure = train_moe.draw(options, records)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[1].texts]
+    assert len(boxes) == (1 if balance == "none" else 2)
+    for box in boxes:
+        assert box.x0 > figure.axes[1].get_window_extent().x1
+        assert box.x1 < figure.bbox.x1
+    assert all(not a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    ticks = figure.axes[1].get_xticks()
+    assert all(tick == round(tick) for tick in ticks)
