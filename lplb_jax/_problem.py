@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lplb_jax import _native, topologies
-from lplb_jax.placement import Placement, check_fits, given_order
+from lplb_jax import _native
+from lplb_jax.placement import Placement, check_fits, choose_topology, given_order
+from lplb_jax.topologies import Topology
 
 _INDEX_DTYPES = ("int32", "int64", "uint8", "uint16")
 SOLVERS = ("auto", "exact", "ipm")
@@ -22,7 +23,7 @@ FACTORS = ("elimination", "cusolverdx")
 class Problem:
     """The checked static description of one balancing problem, and its placement."""
 
-    r2o: np.ndarray
+    r2o: Topology
     placement: Placement
 
     @property
@@ -38,8 +39,7 @@ def check_problem(
     loads: jax.Array | None, r2o: Any, placement: Placement | None, axis_name: Any
 ) -> Problem:
     """Finds ep_size and n_logical, and raises where the arguments contradict one another."""
-    r2o = topologies.validate(r2o)
-    group_size = r2o.shape[0]
+    topology = choose_topology(r2o, placement)
     axis_size = None if axis_name is None else check_axis(axis_name)
     if placement is None:
         if loads is None:
@@ -47,10 +47,10 @@ def check_problem(
                 "placement: expected a Placement where loads is None (it holds the number of "
                 "experts), got None; make one with place_experts(None, r2o, ...)"
             )
-        rows = loads.shape[0] if loads.ndim == 2 else group_size
-        placement = given_order(r2o, loads.shape[-1], axis_size or rows)
+        rows = loads.shape[0] if loads.ndim == 2 else topology.group_size
+        placement = given_order(topology, loads.shape[-1], axis_size or rows)
     else:
-        check_fits(placement, r2o)
+        check_fits(placement, topology)
     ep_size = placement.ep_size
     if axis_size is not None and axis_size != ep_size:
         raise ValueError(
@@ -65,7 +65,7 @@ def check_problem(
             f"loads: expected shape [n_logical] = [{placement.n_logical}] or [ep_size, n_logical] "
             f"= [{ep_size}, {placement.n_logical}], got {list(loads.shape)}"
         )
-    return Problem(r2o, placement)
+    return Problem(topology, placement)
 
 
 def check_axis(axis_name: Any) -> int:

@@ -35,7 +35,7 @@ def assign(
     indices: Any,
     loads: Any,
     split: Split,
-    r2o: Any,
+    r2o: Any = None,
     *,
     placement: Placement | None = None,
     axis_name: Any = None,
@@ -55,7 +55,7 @@ def assign(
         ep_size, one row per source rank. int32 `[n_logical]`: estimates; each source then splits
         its own tokens in proportion. None: `indices` are all tokens there are.
       split: result of `solve`.
-      r2o: static topology, see `lplb_jax.topologies`.
+      r2o: static topology, see `lplb_jax.topologies`; None for the placement's.
       placement: where the experts are; None for the given order.
       axis_name: the expert-parallel mesh axis inside `jax.shard_map`; tells which source this is.
       positions: also return every token's place in its slot's list.

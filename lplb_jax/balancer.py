@@ -28,7 +28,7 @@ from lplb_jax.status import Status
 def rebalance(
     indices: Any,
     loads: Any,
-    r2o: Any,
+    r2o: Any = None,
     *,
     placement: Placement | None = None,
     axis_name: Any = None,
@@ -48,8 +48,9 @@ def rebalance(
         int32 `[ep_size, n_logical]`: the counts of every source rank. Without `axis_name`,
         `indices` then has a leading axis of ep_size, one row per source rank.
         int32 `[n_logical]`: given statistics; each source keeps its proportional share.
-      r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`. ep_size is a
-        multiple of group_size; each group of consecutive ranks is solved on its own.
+      r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`; None for the
+        placement's. ep_size is a multiple of group_size; each group of consecutive ranks is solved
+        on its own.
       placement: where the experts are, see `place_experts`; None for the given order with one
         redundant slot per column (not where `loads` is None: it tells the number of experts).
       axis_name: the expert-parallel mesh axis (or a tuple of axes) inside `jax.shard_map`; None

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lplb_jax
-from lplb_jax import demo
+from lplb_jax import demo, topologies
 from lplb_jax.data import AUX_LOSSES
 
-# Those of 8 ranks: the demonstration's expert-parallel size.
-TOPOLOGIES = ("cube", "ring", "torus", "complete")
+TOPOLOGIES = tuple(topologies.named(demo.EP_SIZE))
 
 # Of arguments of `demo.demonstrate` whose flag is not their name.
 FLAGS = {"aux_loss": "--aux-loss", "redundants_per_rank": "--redundants"}

@@ -191,7 +191,7 @@ def choose_topology(
     *,
     topology: str | None = None,
     redundants_per_rank: int | None = None,
-) -> tuple[str, np.ndarray, int]:
+) -> tuple[str, topologies.Topology, int]:
     """A topology and a number of redundant slots that fit each other and the experts.
 
     Args:
@@ -212,7 +212,7 @@ def choose_topology(
     >>> choose_topology(8, 4)[::2], choose_topology(8, 1)[::2]
     (('cube', 4), ('ring', 1))
     """
-    named = _named(n_ranks)
+    named = topologies.named(n_ranks)
     if topology is not None and topology not in named:
         raise ValueError(f"topology: expected one of {', '.join(named)}, got {topology!r}")
     candidates = [topology] if topology else [name for name in ("cube", "ring") if name in named]
@@ -263,7 +263,7 @@ def check(
     physical: np.ndarray,
     split: Split,
     placement: Placement,
-    r2o: np.ndarray,
+    r2o: topologies.Topology,
 ) -> list[str]:
     """What is wrong with a result of `rebalance` over one group, judged by the tokens alone.
 
@@ -310,7 +310,7 @@ def check(
     return faults
 
 
-def largest_cut(loads: np.ndarray, placement: Placement, r2o: np.ndarray) -> int:
+def largest_cut(loads: np.ndarray, placement: Placement, r2o: topologies.Topology) -> int:
     """The fewest tokens the busiest rank can have, found by trying every set of ranks.
 
     Tokens of a set S of ranks can leave it only over columns that are copied outside S. What is
@@ -388,17 +388,6 @@ def _routing(aux_loss: str | None, traces: str | None) -> Traces:
     return read
 
 
-def _named(n_ranks: int) -> dict[str, np.ndarray]:
-    if n_ranks != EP_SIZE:
-        return {"ring": topologies.ring(n_ranks)}
-    return {
-        "cube": topologies.cube(),
-        "ring": topologies.ring(EP_SIZE),
-        "torus": topologies.torus(2, EP_SIZE // 2),
-        "complete": topologies.complete(EP_SIZE),
-    }
-
-
 def _describe(devices: list[jax.Device]) -> str:
     if devices[0].platform == "cpu":
         return f"{len(devices)} virtual CPU devices ({len(os.sched_getaffinity(0))} cores)"
@@ -412,7 +401,7 @@ def _progress(text: str) -> None:
 
 
 def _compile(
-    mesh: Mesh, r2o: np.ndarray, comm: Comm, indices: np.ndarray, placement: Placement
+    mesh: Mesh, r2o: topologies.Topology, comm: Comm, indices: np.ndarray, placement: Placement
 ) -> jax.stages.Compiled:
     """rebalance() as one program for all ranks. The placement is an argument: it may change."""
 
@@ -438,7 +427,7 @@ def _run_layer(
     mesh: Mesh,
     indices: np.ndarray,
     placement: Placement,
-    r2o: np.ndarray,
+    r2o: topologies.Topology,
     repeats: int,
 ) -> Layer:
     arguments = _put(mesh, indices, placement)

@@ -11,6 +11,7 @@ from lplb_jax.assignment import Assignment
 from lplb_jax.moe import Experts, Traffic
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split
+from lplb_jax.topologies import Topology
 
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:
@@ -42,9 +43,29 @@ for result in (Assignment, Split, Experts, Traffic):
     jax.export.register_namedtuple_serialization(
         result, serialized_name=f"lplb_jax.{result.__name__}"
     )
+
+
+def _written(meta: tuple[int, Topology | None, int]) -> bytes:
+    """What is static in a placement, as JSON."""
+    ep_size, topology, n_nodes = meta
+    table = None if topology is None else topology.tolist()
+    return json.dumps([int(ep_size), table, int(n_nodes)]).encode()
+
+
+def _read(text: bytes | bytearray) -> tuple[int, Topology | None, int]:
+    ep_size, table, n_nodes = json.loads(text)
+    return ep_size, None if table is None else Topology(table), n_nodes
+
+
 jax.export.register_pytree_node_serialization(
     Placement,
     serialized_name="lplb_jax.Placement",
-    serialize_auxdata=lambda meta: json.dumps(meta).encode(),
-    deserialize_auxdata=lambda meta: tuple(json.loads(meta)),
+    serialize_auxdata=_written,
+    deserialize_auxdata=_read,
+)
+jax.export.register_pytree_node_serialization(
+    Topology,
+    serialized_name="lplb_jax.Topology",
+    serialize_auxdata=lambda topology: json.dumps(topology.tolist()).encode(),
+    deserialize_auxdata=lambda text: Topology(json.loads(text)),
 )

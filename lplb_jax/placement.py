@@ -10,12 +10,13 @@ import jax
 import numpy as np
 
 from lplb_jax import topologies
+from lplb_jax.topologies import Topology
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["phy2log", "log2phy", "logcnt"],
-    meta_fields=["ep_size"],
+    meta_fields=["ep_size", "topology", "n_nodes"],
 )
 @dataclasses.dataclass(frozen=True)
 class Placement:
@@ -32,12 +33,29 @@ class Placement:
         padded with −1.
       logcnt: int32 `[n_logical]`, slots per expert, at least 1.
       ep_size: ranks of the expert-parallel axis (static).
+      topology: the `Topology` along which the redundant slots copy, or None (static). Functions
+        that take `r2o` use it where `r2o` is None.
+      n_nodes: nodes, each with `ep_size / n_nodes` consecutive ranks (static).
+
+    Raises:
+      TypeError, ValueError: `ep_size`, `topology` or `n_nodes` is not as above. The arrays are
+        checked where they are used: JAX rebuilds placements with other leaves.
     """
 
     phy2log: Any
     log2phy: Any
     logcnt: Any
     ep_size: int
+    topology: Topology | None = None
+    n_nodes: int = 1
+
+    def __post_init__(self) -> None:
+        check_nodes(self.ep_size, self.n_nodes)
+        if self.topology is not None and not isinstance(self.topology, Topology):
+            raise TypeError(
+                f"topology: expected a Topology or None, got {type(self.topology).__name__}; "
+                f"convert with lplb_jax.topologies.validate"
+            )
 
     @property
     def n_logical(self) -> int:
@@ -95,21 +113,19 @@ def place_experts(
     >>> placement.phy2log.tolist()  # rank 0: experts 2 and 3 and a copy of 0, rank 1: 0, 1 and 2
     [2, 3, 0, 0, 1, 2]
     """
-    r2o = topologies.validate(r2o)
-    sizes = {
-        "n_logical": n_logical,
-        "ep_size": ep_size,
-        "redundants_per_rank": redundants_per_rank,
-        "n_nodes": n_nodes,
-    }
-    for name, size in sizes.items():
-        if not isinstance(size, int | np.integer):
-            raise TypeError(f"{name}: expected an integer, got {size!r}")
-    check_sizes(r2o, n_logical, ep_size, redundants_per_rank)
-    if n_nodes < 1 or ep_size % n_nodes:
-        raise ValueError(f"n_nodes: expected a divisor of ep_size = {ep_size}, got {n_nodes}")
+    topology = topologies.validate(r2o)
+    check_integers(n_logical=n_logical, redundants_per_rank=redundants_per_rank)
+    check_nodes(ep_size, n_nodes)
+    check_sizes(topology, n_logical, ep_size, redundants_per_rank)
+    along = functools.partial(
+        _along_topology,
+        topology=topology,
+        ep_size=int(ep_size),
+        redundants_per_rank=redundants_per_rank,
+        n_nodes=int(n_nodes),
+    )
     if history is None:
-        return _along_topology(np.arange(n_logical), r2o, ep_size, redundants_per_rank)
+        return along(np.arange(n_logical))
 
     loads = np.asarray(history, dtype=np.float64)
     if loads.ndim not in (1, 2) or loads.shape[-1] != n_logical:
@@ -119,31 +135,63 @@ def place_experts(
         )
     if not np.all(np.isfinite(loads)) or np.any(loads < 0):
         raise ValueError("history: expected finite loads of at least 0, got NaN, inf or negative")
-    placements = [
-        _along_topology(_pack_ranks(row, ep_size, n_nodes), r2o, ep_size, redundants_per_rank)
-        for row in np.atleast_2d(loads)
-    ]
+    placements = [along(_pack_ranks(row, ep_size, n_nodes)) for row in np.atleast_2d(loads)]
     if loads.ndim == 1:
         return placements[0]
     return jax.tree.map(lambda *layers: np.stack(layers), *placements)
 
 
 @functools.lru_cache(maxsize=64)
-def _given_order(r2o_bytes: bytes, group_size: int, n_logical: int, ep_size: int) -> Placement:
-    r2o = np.frombuffer(r2o_bytes, np.int32).reshape(group_size, -1)
-    return _along_topology(np.arange(n_logical), r2o, ep_size, r2o.shape[1])
-
-
-def given_order(r2o: np.ndarray, n_logical: int, ep_size: int) -> Placement:
+def given_order(topology: Topology, n_logical: int, ep_size: int) -> Placement:
     """The default placement: experts in the given order, one redundant slot per column."""
-    check_sizes(r2o, n_logical, ep_size, r2o.shape[1])
-    return _given_order(r2o.tobytes(), r2o.shape[0], n_logical, ep_size)
+    check_sizes(topology, n_logical, ep_size, topology.n_columns)
+    return _along_topology(np.arange(n_logical), topology, ep_size, topology.n_columns)
 
 
-def check_sizes(r2o: np.ndarray, n_logical: int, ep_size: int, redundants_per_rank: int) -> None:
+def choose_topology(r2o: Any, placement: Placement | None) -> Topology:
+    """`r2o`, or where that is None the topology that `placement` carries."""
+    if placement is not None and not isinstance(placement, Placement):
+        raise TypeError(
+            f"placement: expected a lplb_jax.Placement or None, got {type(placement).__name__}"
+        )
+    carried = None if placement is None else placement.topology
+    if r2o is None:
+        if carried is None:
+            given = "no placement" if placement is None else "a placement that carries none"
+            raise ValueError(
+                f"r2o: expected a topology, got None with {given}; pass one of "
+                f"lplb_jax.topologies, or a placement made by place_experts"
+            )
+        return carried
+    topology = topologies.validate(r2o)
+    if carried is not None and carried != topology:
+        raise ValueError(
+            f"r2o: expected placement.topology, {carried}, got {topology}; pass None, or a "
+            f"placement made along this r2o"
+        )
+    return topology
+
+
+def check_integers(**sizes: Any) -> None:
+    """Raises `TypeError` where a size is not an integer."""
+    for name, size in sizes.items():
+        if not isinstance(size, int | np.integer):
+            raise TypeError(f"{name}: expected an integer, got {size!r}")
+
+
+def check_nodes(ep_size: Any, n_nodes: Any) -> None:
+    """Raises where ranks do not fill the nodes evenly."""
+    check_integers(ep_size=ep_size, n_nodes=n_nodes)
+    if ep_size < 1:
+        raise ValueError(f"ep_size: expected at least 1 rank, got {ep_size}")
+    if n_nodes < 1 or ep_size % n_nodes:
+        raise ValueError(f"n_nodes: expected a divisor of ep_size = {ep_size}, got {n_nodes}")
+
+
+def check_sizes(r2o: Topology, n_logical: int, ep_size: int, redundants_per_rank: int) -> None:
     """Raises `ValueError` where the sizes of a placement along `r2o` do not go together."""
     group_size, n_columns = r2o.shape
-    if ep_size < 1 or ep_size % group_size:
+    if ep_size % group_size:
         raise ValueError(
             f"ep_size: expected a multiple of the group size {group_size} of r2o, got {ep_size}"
         )
@@ -157,12 +205,8 @@ def check_sizes(r2o: np.ndarray, n_logical: int, ep_size: int, redundants_per_ra
         )
 
 
-def check_fits(placement: Placement, r2o: np.ndarray) -> None:
+def check_fits(placement: Placement, r2o: Topology) -> None:
     """Raises where `placement` was not made for `r2o`; values are checked where they are known."""
-    if not isinstance(placement, Placement):
-        raise TypeError(
-            f"placement: expected a lplb_jax.Placement or None, got {type(placement).__name__}"
-        )
     names = ("phy2log", "log2phy", "logcnt")
     arrays = {name: getattr(placement, name) for name in names}
     for name, array in arrays.items():
@@ -234,10 +278,14 @@ def _pack(loads: np.ndarray, experts: np.ndarray, n_packs: int) -> list[np.ndarr
 
 
 def _along_topology(
-    order: np.ndarray, r2o: np.ndarray, ep_size: int, redundants_per_rank: int
+    order: np.ndarray,
+    topology: Topology,
+    ep_size: int,
+    redundants_per_rank: int,
+    n_nodes: int = 1,
 ) -> Placement:
-    """The placement with experts `order` on the ranks and replicas along `r2o`."""
-    group_size, n_columns = r2o.shape
+    """The placement with experts `order` on the ranks and replicas along `topology`."""
+    group_size, n_columns = topology.shape
     n_logical = len(order)
     own = order.reshape(ep_size, -1)
     n_local = own.shape[1]
@@ -245,7 +293,7 @@ def _along_topology(
     first_of_group = rank - rank % group_size
     # Redundant slot k of a rank belongs to column k % D and copies local expert k of that source.
     local = np.arange(redundants_per_rank)
-    source = first_of_group[:, None] + r2o[rank % group_size][:, local % n_columns]
+    source = first_of_group[:, None] + topology[rank % group_size][:, local % n_columns]
     phy2log = np.concatenate([own, own[source, local]], axis=1)
 
     slots_per_rank = n_local + redundants_per_rank
@@ -258,4 +306,6 @@ def _along_topology(
         log2phy=log2phy.astype(np.int32),
         logcnt=(log2phy >= 0).sum(axis=1).astype(np.int32),
         ep_size=ep_size,
+        topology=topology,
+        n_nodes=n_nodes,
     )

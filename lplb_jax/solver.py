@@ -41,7 +41,7 @@ class Split(NamedTuple):
 
 def solve(
     loads: Any,
-    r2o: Any,
+    r2o: Any = None,
     *,
     placement: Placement | None = None,
     solver: str = "auto",
@@ -55,8 +55,8 @@ def solve(
       loads: int32 tokens per expert, 0 … 2³¹ − 1, `[n_logical]` or, by source rank,
         `[ep_size, n_logical]`. Negative loads count as 0 and set a status bit. float32 loads of
         any unit go to the interior point; NaN counts as 0, infinity is an overflow.
-      r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`. Each group of
-        group_size consecutive ranks is solved on its own.
+      r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`; None for the
+        placement's. Each group of group_size consecutive ranks is solved on its own.
       placement: where the experts are; None for the given order with one redundant slot per column
         (and, if `loads` is `[n_logical]`, a single group).
       solver: "exact", integer waves on the replica graph; "ipm", a float32 interior point; "auto",

@@ -1,6 +1,6 @@
 """Replication topologies: which rank's experts a rank holds copies of.
 
-A topology is a static int32 array `r2o [group_size, n_columns]` ("redundant to original"):
+A topology is a static int32 table `r2o [group_size, n_columns]` ("redundant to original"):
 redundant column `d` of rank `v` copies column `d` of rank `r2o[v, d]`. Every column is a
 permutation of the ranks of one group, so each rank lends and borrows one copy per column. `cube`,
 `hypercube` and `torus` are the topologies of DeepSeek's LPLB.
@@ -8,13 +8,96 @@ permutation of the ranks of one group, so each rank lends and borrows one copy p
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 
-def ring(n: int) -> np.ndarray:
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Topology:
+    """A checked `r2o` table: immutable, hashable, and an array to NumPy and `jnp.asarray`.
+
+    Topologies with equal tables are equal, so they share compiled code. JAX treats a topology as
+    static: it may be an argument of a jitted function, which is traced once per topology. Indexing,
+    iteration, and an array's attributes and methods are those of the table.
+
+    Attributes:
+      r2o: read-only int32 `[group_size, n_columns]`, copied from the constructor's argument.
+
+    Raises:
+      TypeError, ValueError: as `validate`, which lists what is accepted.
+
+    >>> swap = Topology([[1], [0]])
+    >>> swap == ring(2), swap == ring(3), swap[0, 0].item(), np.asarray(swap).shape
+    (True, False, 1, (2, 1))
+    """
+
+    r2o: np.ndarray
+    _key: tuple[tuple[int, ...], bytes] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        table = _checked(self.r2o)
+        object.__setattr__(self, "r2o", table)
+        # Bytes remember their hash. JAX asks for it at every call of a jitted function.
+        object.__setattr__(self, "_key", (table.shape, table.tobytes()))
+
+    @property
+    def group_size(self) -> int:
+        """Ranks in a group."""
+        return self.r2o.shape[0]
+
+    @property
+    def n_columns(self) -> int:
+        """Ranks that each rank copies from."""
+        return self.r2o.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(group_size, n_columns)`."""
+        return self.r2o.shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.r2o, dtype=dtype, copy=copy)
+
+    def __getattr__(self, name: str) -> Any:
+        # What else an array has: dtype, T, tolist, astype, … Protocols are for the class to define.
+        if name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.r2o, name)
+
+    def __getitem__(self, item: Any) -> Any:
+        return self.r2o[item]
+
+    def __len__(self) -> int:
+        return len(self.r2o)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(self.r2o)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Topology):
+            return NotImplemented
+        return self is other or self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled arrays come back writable.
+        return Topology, (self.r2o,)
+
+    def __repr__(self) -> str:
+        table = np.array2string(self.r2o, separator=", ", threshold=32, edgeitems=2)
+        return f"Topology({' '.join(table.split())})"
+
+
+def ring(n: int) -> Topology:
     """Every rank copies from the next one: `r2o[v] = [(v + 1) mod n]`.
 
     Args:
@@ -27,10 +110,10 @@ def ring(n: int) -> np.ndarray:
     [[1], [2], [3], [0]]
     """
     _at_least(2, n=n)
-    return _frozen(np.roll(np.arange(n), -1)[:, None])
+    return Topology(np.roll(np.arange(n), -1)[:, None])
 
 
-def cube() -> np.ndarray:
+def cube() -> Topology:
     """Eight ranks with two columns each, along the edges and diagonals of a cube (LPLB).
 
     Returns:
@@ -39,10 +122,10 @@ def cube() -> np.ndarray:
     >>> cube()[0].tolist()
     [3, 6]
     """
-    return _frozen(np.array([[3, 0, 1, 2, 7, 4, 5, 6], [6, 7, 4, 5, 0, 1, 2, 3]]).T)
+    return Topology(np.array([[3, 0, 1, 2, 7, 4, 5, 6], [6, 7, 4, 5, 0, 1, 2, 3]]).T)
 
 
-def hypercube() -> np.ndarray:
+def hypercube() -> Topology:
     """Sixteen ranks with two columns each, along a four-dimensional hypercube (LPLB).
 
     Returns:
@@ -53,10 +136,10 @@ def hypercube() -> np.ndarray:
     """
     within_face = [3, 0, 1, 2, 7, 4, 5, 6, 11, 8, 9, 10, 15, 12, 13, 14]
     across_faces = np.roll(np.arange(16), 4)
-    return _frozen(np.stack([within_face, across_faces], axis=1))
+    return Topology(np.stack([within_face, across_faces], axis=1))
 
 
-def torus(m: int, n: int) -> np.ndarray:
+def torus(m: int, n: int) -> Topology:
     """An m × n grid that wraps around; rank i·n + j copies from the next row and the next column.
 
     Args:
@@ -71,10 +154,10 @@ def torus(m: int, n: int) -> np.ndarray:
     """
     _at_least(2, m=m, n=n)
     grid = np.arange(m * n).reshape(m, n)
-    return _frozen(np.stack([np.roll(grid, -1, 0).ravel(), np.roll(grid, -1, 1).ravel()], axis=1))
+    return Topology(np.stack([np.roll(grid, -1, 0).ravel(), np.roll(grid, -1, 1).ravel()], axis=1))
 
 
-def complete(n: int) -> np.ndarray:
+def complete(n: int) -> Topology:
     """Every rank copies from every other: column d of rank v is rank (v + d + 1) mod n.
 
     Args:
@@ -87,18 +170,50 @@ def complete(n: int) -> np.ndarray:
     [[1, 2], [2, 0], [0, 1]]
     """
     _at_least(2, n=n)
-    return _frozen((np.arange(n)[:, None] + np.arange(1, n)) % n)
+    return Topology((np.arange(n)[:, None] + np.arange(1, n)) % n)
 
 
-def validate(r2o: Any) -> np.ndarray:
-    """Returns `r2o` as a read-only int32 array, or says what is wrong with it.
+class Named(NamedTuple):
+    """A topology by its name.
+
+    Attributes:
+      make: builds the topology for a given number of ranks.
+      fits: whether it exists for that number of ranks.
+    """
+
+    make: Callable[[int], Topology]
+    fits: Callable[[int], bool]
+
+
+def named(n_ranks: int) -> dict[str, Topology]:
+    """The topologies in `NAMED` that fit a group of `n_ranks`.
 
     Args:
-      r2o: integers `[group_size, n_columns]`, known at trace time; every column a permutation of
-        0 … group_size − 1. A rank may copy from itself: that slot then stays unused.
+      n_ranks: ranks in the group, at least 1.
 
     Returns:
-      int32 `[group_size, n_columns]`.
+      name → `Topology`, in the order of `NAMED`.
+
+    Raises:
+      ValueError: `n_ranks` is not a positive integer.
+
+    >>> list(named(8)), list(named(3))
+    (['cube', 'ring', 'torus', 'complete'], ['ring', 'complete'])
+    """
+    _at_least(1, n_ranks=n_ranks)
+    return {name: entry.make(n_ranks) for name, entry in NAMED.items() if entry.fits(n_ranks)}
+
+
+def validate(r2o: Any) -> Topology:
+    """Returns `r2o` as a `Topology`, or says what is wrong with it.
+
+    Args:
+      r2o: a `Topology`, which is returned as it is, or integers `[group_size, n_columns]`, known at
+        trace time; every column a permutation of 0 … group_size − 1. A rank may copy from itself:
+        that slot then stays unused.
+
+    Returns:
+      `Topology`, an int32 array `[group_size, n_columns]` to NumPy.
 
     Raises:
       TypeError: `r2o` is traced, or not of integers.
@@ -107,10 +222,15 @@ def validate(r2o: Any) -> np.ndarray:
     >>> validate([[1], [0]]).shape
     (2, 1)
     """
+    return r2o if isinstance(r2o, Topology) else Topology(r2o)
+
+
+def _checked(r2o: Any) -> np.ndarray:
+    """`r2o` as a read-only copy, or what is wrong with it."""
     if isinstance(r2o, jax.core.Tracer):
         raise TypeError(
             "r2o: expected a static array (NumPy, or lplb_jax.topologies), got a traced value; "
-            "close over r2o instead of passing it as an argument of the jitted function"
+            "close over r2o, or pass it to the jitted function as a lplb_jax.topologies.Topology"
         )
     array = np.asarray(r2o)
     if array.dtype.kind not in "iu":
@@ -126,7 +246,18 @@ def validate(r2o: Any) -> np.ndarray:
                 f"r2o: expected every column to be a permutation of 0 … {len(ranks) - 1}, "
                 f"got column {d} = {column.tolist()}"
             )
-    return _frozen(array)
+    array = np.array(array, dtype=np.int32)
+    array.setflags(write=False)
+    return array
+
+
+def _squarest_torus(n_ranks: int) -> Topology:
+    return torus(n_ranks // _columns(n_ranks), _columns(n_ranks))
+
+
+def _columns(n_ranks: int) -> int:
+    """The shorter side of the grid of `n_ranks` that is nearest to a square."""
+    return max(n for n in range(1, math.isqrt(n_ranks) + 1) if n_ranks % n == 0)
 
 
 def _at_least(least: int, **sizes: int) -> None:
@@ -135,7 +266,13 @@ def _at_least(least: int, **sizes: int) -> None:
             raise ValueError(f"{name}: expected an integer of at least {least}, got {size!r}")
 
 
-def _frozen(array: np.ndarray) -> np.ndarray:
-    array = np.array(array, dtype=np.int32)
-    array.setflags(write=False)
-    return array
+NAMED: Mapping[str, Named] = types.MappingProxyType(
+    {
+        "cube": Named(lambda n_ranks: cube(), lambda n_ranks: n_ranks == 8),
+        "hypercube": Named(lambda n_ranks: hypercube(), lambda n_ranks: n_ranks == 16),
+        "ring": Named(ring, lambda n_ranks: n_ranks >= 2),
+        "torus": Named(_squarest_torus, lambda n_ranks: _columns(n_ranks) >= 2),
+        "complete": Named(complete, lambda n_ranks: n_ranks >= 2),
+    }
+)
+"""Every topology by name, with the group sizes it fits. `named(n_ranks)` builds those that fit."""

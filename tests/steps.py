@@ -16,6 +16,7 @@ from lplb_jax.assignment import assign_tokens
 from lplb_jax.balancer import _rebalance_at_once as rebalance_at_once
 from lplb_jax.loads import count
 from lplb_jax.solver import split_loads
+from lplb_jax.topologies import Topology
 
 
 def on_cpu(function):
@@ -111,8 +112,12 @@ def spec_count(indices, n_logical):
 
 
 def repeated(tree, times):
-    """The same for every instance of a batch."""
-    return jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], times, axis=0), tree)
+    """The same for every instance of a batch, topologies outside of placements included."""
+
+    def stacked(x):
+        return np.repeat(np.asarray(x)[None], times, axis=0)
+
+    return jax.tree.map(stacked, tree, is_leaf=lambda x: isinstance(x, Topology))
 
 
 def assert_same(left, right) -> None:

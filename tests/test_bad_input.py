@@ -1,5 +1,7 @@
 """Every error is raised at trace time and names the argument, what was expected and what came."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,11 @@ def swapped():
     return phy2log
 
 
+def reversed_without_topology():
+    """Along another topology, and telling nothing of it."""
+    return dataclasses.replace(Case(RING[::-1], 4).placement(), topology=None)
+
+
 BAD_INDICES = [
     (IDS.astype(np.float32), TypeError, "float32"),
     (IDS.astype(bool), TypeError, "bool"),
@@ -56,7 +63,6 @@ BAD_R2O = [
     (np.array([[0], [0], [1], [2]]), ValueError, "permutation .* got column 0"),
     (np.zeros(4, int), ValueError, r"\[group_size, n_columns\].*got \(4,\)"),
     (RING.astype(float), TypeError, "integers, got dtype float64"),
-    (None, TypeError, "integers"),
 ]
 BAD_PLACEMENTS = [
     (PLACEMENT.phy2log, TypeError, "^placement: expected a lplb_jax.Placement.* got ndarray"),
@@ -66,12 +72,21 @@ BAD_PLACEMENTS = [
     (changed(logcnt=PLACEMENT.logcnt[:-1]), ValueError, r"logcnt \[16\].*got logcnt \[15\]"),
     (changed(log2phy=PLACEMENT.log2phy[:, :1]), ValueError, r"max_replicas.*got \[16, 1\]"),
     (changed(ep_size=5), ValueError, "placement|ep_size"),
-    (changed(ep_size=2), ValueError, "ep_size: expected a multiple .* 4 of r2o, got 2"),
+    (
+        changed(ep_size=2, topology=None),
+        ValueError,
+        "ep_size: expected a multiple .* 4 of r2o, got 2",
+    ),
     (repeated(PLACEMENT, 3), ValueError, r"1, 2 and 1 dimensions.*got \(2, 3, 2\).*jax.vmap"),
     (changed(phy2log=swapped()), ValueError, "placement: expected every expert once"),
     (changed(logcnt=PLACEMENT.logcnt + 1), ValueError, "placement: expected every expert once"),
     (changed(phy2log=PLACEMENT.phy2log * 0), ValueError, "placement: expected every expert once"),
-    (Case(RING[::-1], 4).placement(), ValueError, "another arrangement"),
+    (
+        Case(RING[::-1], 4).placement(),
+        ValueError,
+        r"^r2o: expected placement.topology, Topology\(.*got T",
+    ),
+    (reversed_without_topology(), ValueError, "another arrangement"),
 ]
 
 
@@ -141,9 +156,23 @@ def test_r2o(r2o, error, words):
     refused(error, words, lambda: place_experts(None, r2o, **sizes))
 
 
+def test_no_r2o():
+    """It is found at the placement, unless that tells nothing."""
+    words = "^r2o: expected a topology, got None with no placement; pass one"
+    refused(ValueError, words, lambda: solve(LOADS))
+    refused(ValueError, words, lambda: rebalance(IDS, LOADS))
+    refused(ValueError, words, lambda: assign(IDS, LOADS, SPLIT))
+    words = "^r2o: expected a topology, got None with a placement that carries none"
+    options = {"placement": changed(topology=None)}
+    refused(ValueError, words, lambda: solve(LOADS, **options))
+    refused(ValueError, words, lambda: rebalance(IDS, None, **options))
+    refused(ValueError, words, lambda: assign(IDS, LOADS, SPLIT, **options))
+
+
 def test_traced_r2o():
     run = jax.jit(lambda r2o: solve(LOADS, r2o))
-    refused(TypeError, "^r2o: expected a static array .* got a traced value; close over", run, RING)
+    words = "^r2o: expected a static array .* got a traced value; close over"
+    refused(TypeError, words, run, np.asarray(RING))
 
 
 @pytest.mark.parametrize(("placement", "error", "words"), BAD_PLACEMENTS)
@@ -161,7 +190,8 @@ def test_traced_placement_shapes():
 
     refused(ValueError, "dimensions", run, repeated(PLACEMENT, 2))
     refused(ValueError, "n_physical = 19", run, changed(phy2log=PLACEMENT.phy2log[:-1]))
-    refused(ValueError, "^ep_size", run, PLACEMENT, topologies.cube())
+    refused(ValueError, "^r2o: expected placement.topology", run, PLACEMENT, topologies.cube())
+    refused(ValueError, "^ep_size", run, changed(topology=None), topologies.cube())
 
 
 def test_placement_is_needed_to_count():

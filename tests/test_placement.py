@@ -1,11 +1,18 @@
 """place_experts: EPLB's packing, the numbering of the slots, and Placement as a pytree."""
 
+import dataclasses
+import pickle
+
 import jax
+import jax.export
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, Case, layers
 
-from lplb_jax import Placement, place_experts, topologies
+from lplb_jax import Placement, assign, export_checks, place_experts, rebalance, solve, topologies
+
+CUBE = topologies.cube()
 
 
 def greedy(loads, experts, n_packs):
@@ -115,10 +122,116 @@ def test_placement_is_a_pytree_of_int32_with_static_ep_size():
     leaves, structure = jax.tree.flatten(placement)
     assert [leaf.dtype for leaf in leaves] == [np.int32] * 3
     again = jax.tree.unflatten(structure, leaves)
-    assert again.ep_size == 8
-    other = Case(topologies.ring(8), 4).placement()
-    assert jax.tree.structure(other) == structure
-    assert jax.tree.structure(Case(topologies.ring(4), 4).placement()) != structure
+    assert (again.ep_size, again.topology, again.n_nodes) == (8, topologies.cube(), 1)
+
+
+def test_what_is_static_in_a_placement():
+    """Placements of one topology share compiled code, however it was given."""
+    sizes = {"n_logical": 32, "ep_size": 8, "redundants_per_rank": 2}
+
+    def structure(r2o=CUBE, history=None, **change):
+        return jax.tree.structure(place_experts(history, r2o, **sizes | change))
+
+    table = np.array(CUBE)
+    for same in (table, table.tolist(), np.asfortranarray(table), table.astype(np.uint8)):
+        assert structure(same) == structure()
+    assert structure(table[:, ::-1]) != structure()
+    assert structure(topologies.ring(8)) != structure()
+    assert structure(n_nodes=2) != structure()
+    assert structure(n_logical=64, ep_size=16) != structure()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_r2o_is_the_placements_unless_given(rng, name):
+    case = CASES[name](rng)
+    placement = case.placement(rng)
+    loads = rng.integers(0, 1000, case.n_logical).astype(np.int32)
+    ids = rng.integers(0, case.n_logical, (case.ep_size, 7)).astype(np.int32)
+    assert placement.topology == topologies.validate(case.r2o)
+    bare = dataclasses.replace(placement, topology=None)
+    split = solve(loads, case.r2o, placement=bare)
+    expected = (
+        split,
+        assign(ids, loads, split, case.r2o, placement=bare),
+        rebalance(ids, None, case.r2o, placement=bare),
+    )
+    for r2o in (None, case.r2o, placement.topology, np.asarray(case.r2o).tolist()):
+        got = (
+            solve(loads, r2o, placement=placement),
+            assign(ids, loads, split, r2o, placement=placement),
+            rebalance(ids, None, r2o, placement=placement),
+        )
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_one_compilation_for_equal_topologies(rng):
+    traces = []
+
+    @jax.jit
+    def step(loads, placement):
+        traces.append(placement.topology)
+        return solve(loads, placement=placement)
+
+    loads = rng.integers(0, 1000, 32).astype(np.int32)
+    for r2o in (CUBE, np.array(CUBE), CUBE.tolist()):
+        history = rng.random(32)
+        placement = place_experts(history, r2o, n_logical=32, ep_size=8, redundants_per_rank=2)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            step(loads, placement),
+            solve(loads, CUBE, placement=placement),
+        )
+    assert traces == [CUBE]
+
+
+def test_placements_made_by_hand(rng):
+    """Their positional form is older than `topology` and `n_nodes`; so are pickles without them."""
+    made = Case(CUBE, 4).placement(rng)
+    by_hand = Placement(made.phy2log, made.log2phy, made.logcnt, 8)
+    assert (by_hand.topology, by_hand.n_nodes) == (None, 1)
+    old = Placement.__new__(Placement)
+    old.__dict__.update(
+        {name: getattr(made, name) for name in ("phy2log", "log2phy", "logcnt", "ep_size")}
+    )
+    old = pickle.loads(pickle.dumps(old))
+    loads = rng.integers(0, 1000, 32).astype(np.int32)
+    expected = solve(loads, placement=made)
+    for placement in (by_hand, old, jax.tree.map(jnp.asarray, old)):
+        got = solve(loads, CUBE, placement=placement)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"ep_size": 0}, ValueError, "^ep_size: expected at least 1 rank, got 0"),
+        ({"ep_size": -8}, ValueError, "^ep_size: expected at least 1 rank, got -8"),
+        ({"ep_size": "2"}, TypeError, "^ep_size: expected an integer, got '2'"),
+        ({"ep_size": 8.0}, TypeError, "^ep_size: expected an integer, got 8.0"),
+        ({"ep_size": None}, TypeError, "^ep_size: expected an integer, got None"),
+        ({"n_nodes": 0}, ValueError, "^n_nodes: expected a divisor of ep_size = 8, got 0"),
+        ({"n_nodes": 3}, ValueError, "^n_nodes: expected a divisor of ep_size = 8, got 3"),
+        ({"n_nodes": "2"}, TypeError, "^n_nodes: expected an integer, got '2'"),
+        ({"topology": np.array(CUBE)}, TypeError, "^topology: expected a Topology .*got ndarray"),
+    ],
+)
+def test_bad_static_fields(change, error, words):
+    made = Case(CUBE, 4).placement()
+    with pytest.raises(error, match=words):
+        dataclasses.replace(made, **change)
+    with pytest.raises(error, match=words):
+        Placement(**{**vars(made), **change})
+
+
+def test_jax_rebuilds_placements_with_any_leaves():
+    """None, marks and tracers stand where arrays do; only what is static is checked there."""
+    made = Case(CUBE, 4).placement()
+    for leaf in (None, object(), 0, jax.ShapeDtypeStruct((3,), jnp.float32)):
+        rebuilt = jax.tree.map(lambda _, leaf=leaf: leaf, made)
+        assert rebuilt.phy2log is leaf
+        assert rebuilt.topology is made.topology
+    shapes = jax.eval_shape(lambda placement: placement, made)
+    assert shapes.phy2log.shape == made.phy2log.shape
 
 
 GOOD = {"n_logical": 16, "ep_size": 8, "redundants_per_rank": 2}
@@ -157,3 +270,19 @@ def test_bad_arguments(history, change, argument):
 def test_sizes_are_integers(name, value):
     with pytest.raises((TypeError, ValueError), match=f"^{name}: expected .* got "):
         place_experts(None, topologies.cube(), **(GOOD | {name: value}))
+
+
+@pytest.mark.parametrize("topology", [CUBE, None])
+def test_exported_programs_keep_what_is_static(rng, topology):
+    sizes = {"n_logical": 16, "ep_size": np.int64(8), "redundants_per_rank": 2, "n_nodes": 2}
+    placement = dataclasses.replace(place_experts(None, CUBE, **sizes), topology=topology)
+    loads = rng.integers(0, 1000, 16).astype(np.int32)
+    step = jax.jit(lambda loads, r2o, placement: solve(loads, r2o, placement=placement))
+    program = jax.export.export(step, disabled_checks=export_checks())(loads, CUBE, placement)
+    again = jax.export.deserialize(program.serialize())
+    assert again.in_tree == program.in_tree
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        again.call(loads, CUBE, placement),
+        solve(loads, CUBE, placement=placement),
+    )

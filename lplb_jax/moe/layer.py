@@ -49,7 +49,7 @@ def moe_layer(
     indices: Any,
     gates: jax.Array,
     experts: Experts,
-    r2o: Any,
+    r2o: Any = None,
     *,
     placement: Placement,
     axis_name: Any,
@@ -75,7 +75,7 @@ def moe_layer(
       experts: of `tokens`' dtype. `[n_local, …]`, the rank's own experts in the order of its
         slots: copies are fetched here, and all are copied once. Or `[slots_per_rank, …]`: what
         `replicate_weights` gave, where you fetched them earlier. Or see `in_place`.
-      r2o: static topology, see `lplb_jax.topologies`.
+      r2o: static topology, see `lplb_jax.topologies`; None for the placement's.
       placement: where the experts are, see `place_experts`.
       axis_name: the expert-parallel mesh axis (or a tuple of axes).
       balance: "lplb": `rebalance`. "eplb": every source splits an expert's tokens evenly over its
@@ -130,6 +130,7 @@ def moe_layer(
     if balance not in BALANCES:
         raise ValueError(f"balance: expected one of {', '.join(BALANCES)}, got {balance!r}")
     problem = check_problem(None, r2o, placement, axis_name)
+    r2o = problem.r2o
     if indices.ndim != 2 or gates.shape != indices.shape:
         raise ValueError(
             f"gates: expected the shape of indices, [tokens, top_k], got {list(gates.shape)} for "

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lplb_jax import topologies
 from lplb_jax._problem import check_axis
-from lplb_jax.placement import Placement
+from lplb_jax.placement import Placement, choose_topology
+from lplb_jax.topologies import Topology
 
 
 def replicate_weights(
@@ -20,6 +20,7 @@ def replicate_weights(
     r2o: Any,
     axis_name: Any,
     *,
+    placement: Placement | None = None,
     redundants_per_rank: int | None = None,
     in_place: bool = False,
 ) -> Any:
@@ -33,10 +34,12 @@ def replicate_weights(
       local_weights: a pytree of arrays `[n_local, …]`, the rank's own experts in the order of its
         slots. With `in_place`: `[n_local + redundants_per_rank, …]`, own experts first, then room
         for the copies, which is overwritten and has no gradient.
-      r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`.
+      r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`; None for the
+        placement's.
       axis_name: the expert-parallel mesh axis (or a tuple of axes).
-      redundants_per_rank: redundant slots of each rank, a multiple of the columns; None for one
-        per column.
+      placement: where the experts are; not needed where `r2o` is given.
+      redundants_per_rank: redundant slots of each rank, a multiple of the columns; None for the
+        placement's, or without one a single slot per column.
       in_place: the arrays have room for the copies. No copy of the own weights is made where XLA
         may reuse their buffer: donate them to `jax.jit` and return what comes out of here.
 
@@ -54,6 +57,14 @@ def replicate_weights(
     >>> slots(jnp.array([10, 11, 20, 21])).tolist()  # two experts on each rank, and one copy
     [10, 11, 20, 20, 21, 10]
     """
+    r2o = choose_topology(r2o, placement)
+    if placement is not None:
+        if redundants_per_rank not in (None, placement.redundants_per_rank):
+            raise ValueError(
+                f"redundants_per_rank: expected the placement's {placement.redundants_per_rank}, "
+                f"or None, got {redundants_per_rank!r}"
+            )
+        redundants_per_rank = placement.redundants_per_rank
     fetch = Fetch(r2o, axis_name, redundants_per_rank)
 
     def replicate(weights: jax.Array) -> jax.Array:
@@ -78,8 +89,7 @@ class Fetch:
       n_copies: redundant slots of each rank.
     """
 
-    def __init__(self, r2o: Any, axis_name: Any, redundants_per_rank: int | None) -> None:
-        r2o = topologies.validate(r2o)
+    def __init__(self, r2o: Topology, axis_name: Any, redundants_per_rank: int | None) -> None:
         group_size, n_columns = r2o.shape
         axis_size = check_axis(axis_name)
         if axis_size % group_size:
