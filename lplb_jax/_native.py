@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 # FFI platform name -> extension. `_cpu` is always built, `_cuda` where nvcc was found.
 _EXTENSIONS = {"cpu": "lplb_jax._cpu", "CUDA": "lplb_jax._cuda"}
@@ -95,10 +96,27 @@ def call(
     operation = _Operation(
         target, reference, tuple(sorted(attributes.items())), axis_name, workspace, only_cuda
     )
-    results = _call.bind(*map(jnp.asarray, operands), operation=operation, n_batch=0)
+    results = _call.bind(*map(whole, operands), operation=operation, n_batch=0)
     if workspace is not None:
         return tuple(results[:-1])
     return tuple(results) if len(results) > 1 else results[0]
+
+
+def whole(array: Any) -> jax.Array:
+    """`array` without explicit sharding: native code sees all of it."""
+    array = jnp.asarray(array)
+    sharding = jax.typeof(array).sharding
+    if all(axes is None for axes in sharding.spec):
+        return array
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def sharded_as(array: jax.Array, like: Any) -> jax.Array:
+    """`array` with the explicit sharding of `like`, which has the same shape."""
+    sharding = jax.typeof(like).sharding
+    if all(axes is None for axes in sharding.spec):
+        return array
+    return jax.sharding.reshard(array, sharding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +195,7 @@ def _batch(
     operands = [
         jnp.broadcast_to(operand, (size, *operand.shape))
         if axis is None
-        else jnp.moveaxis(operand, axis, 0)
+        else whole(jnp.moveaxis(operand, axis, 0))
         for operand, axis in pairs
     ]
     results = _call.bind(*operands, operation=operation, n_batch=n_batch + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -69,7 +70,8 @@ def check_problem(
 
 
 def check_axis(axis_name: Any) -> int:
-    """Size of a mapped axis in scope."""
+    """Size of a mapped axis in scope, or of several."""
+    check_axis_names("axis_name", axis_name)
     try:
         return lax.axis_size(axis_name)
     except NameError:
@@ -81,7 +83,20 @@ def check_axis(axis_name: Any) -> int:
 
 def axis_names(axis_name: Any) -> tuple[Any, ...]:
     """One mapped axis or several, as a tuple."""
-    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def check_axis_names(argument: str, axis_name: Any) -> tuple[Any, ...]:
+    """`axis_names`; raises where that is not a tuple of different names."""
+    names = axis_names(axis_name)
+    # JAX takes an integer for a dimension of the array, and not every collective takes a list.
+    named = all(isinstance(name, Hashable) and not isinstance(name, int) for name in names)
+    if not named or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"{argument}: expected a mesh axis's name or a tuple of different names, got "
+            f"{axis_name!r}"
+        )
+    return names
 
 
 def varying_over(array: jax.Array, axis_name: Any) -> jax.Array:
@@ -111,7 +126,7 @@ def check_indices(indices: Any) -> jax.Array:
     if isinstance(indices, np.ndarray) and dtype == np.int64 and not jax.config.jax_enable_x64:
         # JAX would cut wide ids down to 32 bits, where they could name an expert.
         indices = np.clip(indices, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
-    return jnp.asarray(indices)
+    return _native.whole(indices)
 
 
 def check_loads(loads: Any, *, floats: bool = False) -> jax.Array:
@@ -126,7 +141,7 @@ def check_loads(loads: Any, *, floats: bool = False) -> jax.Array:
         raise ValueError(
             f"loads: expected shape [n_logical] or [ep_size, n_logical], got {list(loads.shape)}"
         )
-    return jnp.asarray(loads)
+    return _native.whole(loads)
 
 
 def choose_solver(solver: str, loads: jax.Array | None, rank_weights: Any) -> str:

@@ -72,7 +72,7 @@ def assign(
     >>> assign(ids, loads, solve(loads, ring), ring).tolist()  # slots 0 and 1 are on rank 0
     [[0, 0, 2], [0, 3, 2]]
     """
-    indices = check_indices(indices)
+    given, indices = indices, check_indices(indices)
     loads = None if loads is None else check_loads(loads)
     problem = check_problem(loads, r2o, placement, axis_name)
     if not isinstance(split, Split) or split.quota.shape != (problem.placement.n_physical,):
@@ -87,7 +87,7 @@ def assign(
         )
     check_sources(indices, loads, problem, axis_name)
     assigned = assign_tokens(indices, loads, split.quota, problem, axis_name, positions=positions)
-    return assigned if positions else assigned.physical_indices
+    return returned(given, assigned, positions)
 
 
 def check_sources(
@@ -157,6 +157,14 @@ def shaped(
     if positions:
         position = position.reshape(indices.shape)
     return Assignment(physical.reshape(indices.shape), position, counts)
+
+
+def returned(given: Any, assigned: Assignment, positions: bool) -> jax.Array | Assignment:
+    """What the caller of `assign` gets, with the explicit sharding of the indices that he gave."""
+    physical = _native.sharded_as(assigned.physical_indices, given)
+    if not positions:
+        return physical
+    return Assignment(physical, _native.sharded_as(assigned.position, given), assigned.counts)
 
 
 def workspace_shape(n_tokens: int, n_logical: int) -> tuple[int, int]:

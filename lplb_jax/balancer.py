@@ -17,7 +17,14 @@ from lplb_jax._problem import (
     check_weights,
     choose_solver,
 )
-from lplb_jax.assignment import Assignment, assign_tokens, check_sources, shaped, workspace_shape
+from lplb_jax.assignment import (
+    Assignment,
+    assign_tokens,
+    check_sources,
+    returned,
+    shaped,
+    workspace_shape,
+)
 from lplb_jax.comm import Comm, check_comm
 from lplb_jax.loads import count, gather
 from lplb_jax.placement import Placement
@@ -82,7 +89,7 @@ def rebalance(
     >>> split.max_load.tolist()
     [3]
     """
-    indices = check_indices(indices)
+    given, indices = indices, check_indices(indices)
     loads = None if loads is None else check_loads(loads)
     method = choose_solver(solver, loads, rank_weights)
     problem = check_problem(loads, r2o, placement, axis_name)
@@ -107,7 +114,7 @@ def rebalance(
             invalid = jnp.where(own[-1] > 0, jnp.int32(Status.INVALID_INDEX), 0)
             split = split._replace(status=split.status | invalid)
         assigned = assign_tokens(indices, loads, split.quota, problem, axis_name, own, positions)
-    return (assigned if positions else assigned.physical_indices), split
+    return returned(given, assigned, positions), split
 
 
 def _rebalance_at_once(

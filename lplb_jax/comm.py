@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lplb_jax import _native, _nvshmem
-from lplb_jax._problem import axis_names, check_count
+from lplb_jax._problem import axis_names, check_axis_names, check_count
 from lplb_jax._rendezvous import Rendezvous
 
 TRANSPORTS = ("auto", "xla", "p2p", "nvshmem", "nvshmem_put")
@@ -211,8 +211,8 @@ def _groups(mesh: Any, axis: Any) -> np.ndarray:
     """The mesh's devices `[n_groups, size]`; along a row, ranks as lax.axis_index counts them."""
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
-    names = axis_names(axis)
-    if not names or len(set(names)) < len(names) or not set(names) <= set(mesh.axis_names):
+    names = check_axis_names("axis", axis)
+    if not set(names) <= set(mesh.axis_names):
         raise ValueError(f"axis: expected axes of the mesh, {mesh.axis_names}, got {axis!r}")
     places = [mesh.axis_names.index(name) for name in names]
     devices = np.moveaxis(mesh.devices, places, range(-len(places), 0))

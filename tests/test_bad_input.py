@@ -11,7 +11,16 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from steps import repeated
 
-from lplb_jax import assign, count_loads, place_experts, rebalance, solve, sync_loads, topologies
+from lplb_jax import (
+    assign,
+    count_loads,
+    init_comm,
+    place_experts,
+    rebalance,
+    solve,
+    sync_loads,
+    topologies,
+)
 
 RING = topologies.ring(4)
 CASE = Case(RING, 4)
@@ -233,6 +242,27 @@ def test_axis_out_of_scope():
     refused(ValueError, words, lambda: rebalance(IDS, None, RING, **options))
     refused(ValueError, words, lambda: jax.jit(lambda: sync_loads(LOADS[0], "ep"))())
     refused(ValueError, words, lambda: assign(IDS, LOADS, SPLIT, RING, **options))
+
+
+NO_AXIS_NAMES = [3, ["ep"], (), ("ep", "ep"), ("ep", 3), {"ep"}, (["ep"],), True]
+
+
+@pytest.mark.parametrize("axis_name", NO_AXIS_NAMES)
+def test_axis_that_is_no_name(cpu_devices, axis_name):
+    """The same sentence everywhere, at the start of each call and inside and outside shard_map."""
+    words = "^axis_name: expected a mesh axis's name or a tuple of different names, got "
+    options = {"placement": PLACEMENT, "axis_name": axis_name}
+    calls = [
+        lambda ids: sync_loads(count_loads(ids, 16), axis_name),
+        lambda ids: rebalance(ids, None, RING, **options)[0],
+        lambda ids: assign(ids, LOADS, SPLIT, RING, **options),
+    ]
+    for call in calls:
+        refused(ValueError, words, lambda call=call: call(IDS))
+        refused(ValueError, words, in_shard_map(cpu_devices, call))
+    words = words.replace("axis_name", "axis")
+    mesh = Mesh(cpu_devices, "ep")
+    refused(ValueError, words, lambda: init_comm(mesh, axis_name, max_experts=16))
 
 
 def in_shard_map(cpu_devices, function):
