@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -84,10 +85,11 @@ def place_experts(
 ) -> Placement:
     """Places experts on ranks from past loads, on the host.
 
-    Experts are packed onto nodes and then onto the ranks of each node so that the packs' loads are
-    even (EPLB's hierarchical reordering, without its replication: heaviest expert first, each onto
-    the lightest pack that has room). The experts of a rank are sorted by load and the heaviest
-    `redundants_per_rank` are replicated along `r2o`.
+    Experts are packed onto groups, whose tokens cannot leave them, then onto the nodes within a
+    group, then onto ranks, so that the packs' loads are even (EPLB's hierarchical reordering,
+    without its replication: heaviest expert first, each onto the lightest pack that has room). If
+    nodes hold several groups, groups are packed onto nodes in the same way. The experts of a rank
+    are sorted by load and the heaviest `redundants_per_rank` are replicated along `r2o`.
 
     Args:
       history: loads `[n_logical]`, or `[layers, n_logical]` for a placement per layer; finite and
@@ -127,15 +129,23 @@ def place_experts(
     if history is None:
         return along(np.arange(n_logical))
 
-    loads = np.asarray(history, dtype=np.float64)
-    if loads.ndim not in (1, 2) or loads.shape[-1] != n_logical:
+    try:
+        loads = np.asarray(history).astype(np.float64, casting="same_kind")
+    except (TypeError, ValueError) as error:  # ragged, traced, or no real numbers
+        raise TypeError(
+            f"history: expected an array of real numbers, known on the host, got {history!r}"
+        ) from error
+    if loads.ndim not in (1, 2) or loads.shape[-1] != n_logical or len(loads) < 1:
         raise ValueError(
             f"history: expected shape [n_logical] or [layers, n_logical] with n_logical = "
-            f"{n_logical}, got {loads.shape}"
+            f"{n_logical} and at least one layer, got {loads.shape}"
         )
     if not np.all(np.isfinite(loads)) or np.any(loads < 0):
         raise ValueError("history: expected finite loads of at least 0, got NaN, inf or negative")
-    placements = [along(_pack_ranks(row, ep_size, n_nodes)) for row in np.atleast_2d(loads)]
+    placements = [
+        along(_pack_ranks(row, ep_size, topology.group_size, n_nodes))
+        for row in np.atleast_2d(loads)
+    ]
     if loads.ndim == 1:
         return placements[0]
     return jax.tree.map(lambda *layers: np.stack(layers), *placements)
@@ -255,12 +265,21 @@ def check_fits(placement: Placement, r2o: Topology) -> None:
     )
 
 
-def _pack_ranks(loads: np.ndarray, ep_size: int, n_nodes: int) -> np.ndarray:
+def _pack_ranks(loads: np.ndarray, ep_size: int, group_size: int, n_nodes: int) -> np.ndarray:
     """Order of the experts by rank, heaviest first on each rank."""
+    node_size = ep_size // n_nodes
+    groups = _pack(loads, np.arange(len(loads)), ep_size // group_size)
+    if node_size % group_size == 0:
+        of_groups = np.array([loads[group].sum() for group in groups])
+        nodes = _pack(of_groups, np.arange(len(groups)), n_nodes)
+        groups = [groups[i] for node in nodes for i in node]
+    # Ranks that share both their group and their node, where neither size divides the other too.
+    block_size = math.gcd(group_size, node_size)
     order = []
-    for node in _pack(loads, np.arange(len(loads)), n_nodes):
-        for rank in _pack(loads, node, ep_size // n_nodes):
-            order.extend(rank[np.argsort(-loads[rank], kind="stable")])
+    for group in groups:
+        for block in _pack(loads, group, group_size // block_size):
+            for rank in _pack(loads, block, block_size):
+                order.extend(rank[np.argsort(-loads[rank], kind="stable")])
     return np.array(order)
 
 

@@ -77,6 +77,60 @@ def test_packing_is_greedy_by_node_then_by_rank(rng, n_nodes):
     np.testing.assert_array_equal(ranks_of(placement)[:, :8], expected)
 
 
+# Of 16 ranks: the sizes of groups and nodes divide each other in either direction, or in neither.
+@pytest.mark.parametrize("n_nodes", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("group_size", [2, 4, 8, 16])
+def test_packing_is_greedy_by_group_first(rng, group_size, n_nodes):
+    loads = rng.integers(0, 50, 64)  # with ties
+    placement = place_experts(
+        loads,
+        topologies.ring(group_size),
+        n_logical=64,
+        ep_size=16,
+        redundants_per_rank=1,
+        n_nodes=n_nodes,
+    )
+    groups = greedy(loads, range(64), 16 // group_size)
+    groups_per_node = 16 // n_nodes // group_size
+    if groups_per_node:
+        totals = [sum(loads[e] for e in group) for group in groups]
+        groups = [groups[i] for node in greedy(totals, range(len(groups)), n_nodes) for i in node]
+    nodes_per_group = max(1, group_size // (16 // n_nodes))
+    expected = [
+        sorted(rank, key=lambda e: (-loads[e], rank.index(e)))
+        for group in groups
+        for node in greedy(loads, group, nodes_per_group)
+        for rank in greedy(loads, node, group_size // nodes_per_group)
+    ]
+    np.testing.assert_array_equal(ranks_of(placement)[:, :4], expected)
+
+
+@pytest.mark.parametrize("n_nodes", [1, 2, 4, 8, 16, 64])
+def test_groups_are_level(rng, n_nodes):
+    """No token leaves its group, so the heaviest group bounds what the solver can reach."""
+    loads = np.exp(rng.normal(0, 0.6, 256))
+    placement = place_experts(
+        loads, CUBE, n_logical=256, ep_size=64, redundants_per_rank=2, n_nodes=n_nodes
+    )
+    groups = loads[ranks_of(placement)[:, :4]].reshape(8, -1).sum(axis=1)
+    assert groups.max() <= 1.02 * groups.mean()
+
+
+def test_groups_and_nodes_that_do_not_divide_each_other(rng):
+    """Six ranks a group and four a node: pairs of ranks that share both are packed first."""
+    loads = rng.integers(0, 50, 48)
+    placement = place_experts(
+        loads, topologies.ring(6), n_logical=48, ep_size=12, redundants_per_rank=1, n_nodes=3
+    )
+    expected = [
+        sorted(rank, key=lambda e: (-loads[e], rank.index(e)))
+        for group in greedy(loads, range(48), 2)
+        for pair in greedy(loads, group, 3)
+        for rank in greedy(loads, pair, 2)
+    ]
+    np.testing.assert_array_equal(ranks_of(placement)[:, :4], expected)
+
+
 def test_each_ranks_experts_are_sorted_and_the_heaviest_replicated(rng):
     loads = rng.lognormal(3, 2, 48)
     placement = place_experts(
@@ -255,6 +309,7 @@ GOOD = {"n_logical": 16, "ep_size": 8, "redundants_per_rank": 2}
         (None, {"n_nodes": 0}, "n_nodes"),
         (np.ones(15), {}, r"history: expected shape .* got \(15,\)"),
         (np.ones((2, 2, 16)), {}, "history: expected shape"),
+        (np.ones((0, 16)), {}, r"history: .*at least one layer, got \(0, 16\)"),
         (np.full(16, np.nan), {}, "history: expected finite"),
         (np.full(16, np.inf), {}, "history: expected finite"),
         (-np.ones(16), {}, "history: expected finite loads of at least 0"),
@@ -263,6 +318,29 @@ GOOD = {"n_logical": 16, "ep_size": 8, "redundants_per_rank": 2}
 def test_bad_arguments(history, change, argument):
     with pytest.raises(ValueError, match=f"^{argument}"):
         place_experts(history, topologies.cube(), **(GOOD | change))
+
+
+@pytest.mark.parametrize(
+    "history", [["hot"] * 16, [[1.0] * 16, [2.0] * 15], np.ones(16, complex), object(), {1: 2}]
+)
+def test_history_is_of_numbers(history):
+    with pytest.raises(TypeError, match=r"^history: expected an array of real numbers"):
+        place_experts(history, CUBE, **GOOD)
+
+
+def test_history_is_known_on_the_host():
+    with pytest.raises(TypeError, match=r"^history: expected .* known on the host, got .*float32"):
+        jax.jit(lambda history: place_experts(history, CUBE, **GOOD))(np.ones(16, np.float32))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int32, np.float16, jnp.bfloat16])
+def test_history_of_any_real_type(rng, dtype):
+    history = rng.integers(0, 2, 16)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        place_experts(jnp.asarray(history).astype(dtype), CUBE, **GOOD),
+        place_experts(history.astype(float), CUBE, **GOOD),
+    )
 
 
 @pytest.mark.parametrize("name", ["n_logical", "ep_size", "redundants_per_rank", "n_nodes"])
