@@ -2,14 +2,13 @@
 
 #include "cuda/ipm.cuh"
 #include "cuda/ipm.h"
+#include "cuda/launch.cuh"
 #include "cuda/solver.h"
 
 namespace lplb::cuda {
 namespace {
 
 __global__ void EmptyKernel() {}
-
-constexpr int64_t kMostSharedBytes = 160 << 10;  // Every supported chip has a little more.
 
 IpmChoice Choose(const Problem& p, const IpmOptions& options) {
 #ifdef LPLB_MATHDX
@@ -32,11 +31,10 @@ bool HasCuSolverDx() {
 #endif
 }
 
-bool IpmFitsOneBlock(const Problem& problem, const IpmOptions& options) {
-  if (problem.group_size > kMaxGroupSize) return false;
+int64_t IpmSharedBytes(const Problem& problem, const IpmOptions& options) {
+  constexpr int64_t kStatic = 1024;  // At most, of every kernel.
   const IpmChoice choice = Choose(problem, options);
-  return choice.kernel != nullptr &&
-         IpmMemory::Bytes(problem) + choice.bytes + 1024 <= kMostSharedBytes;
+  return choice.kernel == nullptr ? 0 : IpmMemory::Bytes(problem) + choice.bytes + kStatic;
 }
 
 cudaError_t LaunchIpm(const Problem& problem, const Sources& sources, const IpmOptions& options,
@@ -44,24 +42,16 @@ cudaError_t LaunchIpm(const Problem& problem, const Sources& sources, const IpmO
                       cudaStream_t stream) {
   if (batch == 0) return cudaSuccess;
   const IpmChoice choice = Choose(problem, options);
-  const int64_t bytes = choice.bytes + IpmMemory::Bytes(problem);
-  if (bytes > (47 << 10)) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (error != cudaSuccess) return error;
-  }
   // A thread per expert, and at least two warps for what needs no plan where there is room.
   const int32_t experts = problem.group_size << problem.tile_log2;
-  const int32_t threads =
+  LaunchShape launch = {};
+  launch.grid = dim3(static_cast<unsigned>(batch), problem.n_groups);
+  launch.threads =
       std::min(std::max((experts + 31) / 32 * 32 + 32, choice.threads + 64), choice.most_threads);
-  const dim3 grid(static_cast<unsigned>(batch), problem.n_groups);
-  choice.kernel<<<grid, threads, bytes, stream>>>(problem, sources, options, in, out);
-  return cudaGetLastError();
+  launch.shared_bytes = choice.bytes + IpmMemory::Bytes(problem);
+  return Launch(choice.kernel, launch, stream, problem, sources, options, in, out);
 }
 
-cudaError_t LaunchEmpty(cudaStream_t stream) {
-  EmptyKernel<<<1, 32, 0, stream>>>();
-  return cudaGetLastError();
-}
+cudaError_t LaunchEmpty(cudaStream_t stream) { return Launch(EmptyKernel, {dim3(1), 32}, stream); }
 
 }  // namespace lplb::cuda

@@ -14,11 +14,12 @@ namespace lplb::cuda {
 // Whether this was built with cuSolverDx.
 bool HasCuSolverDx();
 
-// Whether one block can hold a group of the problem.
-bool IpmFitsOneBlock(const Problem& problem, const IpmOptions& options);
+// Shared memory of the block that solves a group of at most kMaxGroupSize ranks; 0 where no kernel
+// takes its shape.
+int64_t IpmSharedBytes(const Problem& problem, const IpmOptions& options);
 
-// Solves every group of every batch element, one block each. `problem` must fit, and cuSolverDx be
-// there where it is asked for.
+// Solves every group of every batch element, one block each. The current device must have room for
+// IpmSharedBytes, and cuSolverDx be there where it is asked for.
 cudaError_t LaunchIpm(const Problem& problem, const Sources& sources, const IpmOptions& options,
                       int64_t batch, const IpmOperands& in, const SolveResults& out,
                       cudaStream_t stream);

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "cuda/launch.cuh"
 #include "cuda/loads.h"
 #include "cuda/problem.h"
 
@@ -39,10 +40,11 @@ cudaError_t LaunchCount(const Index* indices, int64_t batch, int64_t n_tokens, i
       cudaMemsetAsync(counts, 0, batch * row * static_cast<int64_t>(sizeof(int32_t)), stream);
   if (error != cudaSuccess || n_tokens == 0) return error;
   const int64_t tiles = std::clamp<int64_t>(n_tokens / (8 * kThreads), 1, 264);
-  const dim3 grid(static_cast<unsigned>(batch), static_cast<unsigned>(tiles));
-  CountKernel<<<grid, kThreads, row * sizeof(int32_t), stream>>>(indices, n_tokens, n_logical,
-                                                                 counts);
-  return cudaGetLastError();
+  LaunchShape launch = {};
+  launch.grid = dim3(static_cast<unsigned>(batch), static_cast<unsigned>(tiles));
+  launch.threads = kThreads;
+  launch.shared_bytes = row * static_cast<int64_t>(sizeof(int32_t));
+  return Launch(CountKernel<Index>, launch, stream, indices, n_tokens, n_logical, counts);
 }
 
 #define LPLB_INSTANTIATE(Index)                                                              \

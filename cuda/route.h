@@ -11,8 +11,15 @@
 
 namespace lplb::cuda {
 
-// Experts whose tables fit a block's shared memory.
 constexpr int32_t kMaxExperts = 2048;
+constexpr int32_t kMaxSlots = 0xfffe;   // Tables hold them in 16 bits.
+constexpr int32_t kRouteThreads = 512;  // of a block, that hold tokens, at most
+
+// Words of a tile's part of the workspace: its tokens per expert, and those of the warps before
+// each of its warps.
+constexpr int64_t WorkspaceWords(int32_t n_logical) {
+  return (kRouteThreads / 32 + 1) * (int64_t{n_logical} + 1);
+}
 
 enum class IndexType : int32_t { kInt32, kInt64, kUint8, kUint16 };
 
@@ -40,7 +47,7 @@ struct RouteArguments {
   SolveOperands solve_in;  // of rebalance; loads unused
   SolveResults solve_out;  // of rebalance
   Peers peers;             // of a rebalance with other ranks
-  int32_t* workspace;      // [batch, n_tiles, workspace_words]
+  int32_t* workspace;      // [batch, n_tiles, workspace_words ≥ WorkspaceWords]
   int64_t batch;
   int64_t workspace_words;
   int64_t tokens_per_warp;  // set by the launcher
@@ -56,10 +63,8 @@ enum class Quotas {
   kSynced,  // for the tokens of all ranks
 };
 
-// Whether the shared memory of a block and the workspace suffice.
-bool FitsRoute(const RouteArguments& arguments, Quotas quotas);
-
-// Gives every token its slot from given quotas.
+// Gives every token its slot from given quotas. Here and below, ChooseShape must have found a
+// shape for the current device.
 cudaError_t LaunchAssign(const RouteArguments& arguments, cudaStream_t stream);
 
 // Counts, solves and assigns.

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "cuda/launch.cuh"
 #include "cuda/solver.cuh"
 #include "cuda/solver.h"
 
@@ -65,37 +66,25 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
 }
 
-constexpr int64_t kDefaultSharedBytes = 48 << 10;
-constexpr int64_t kMaxSharedBytes = 96 << 10;  // Every supported chip has more.
-
-int64_t SharedBytes(const Problem& problem) {
-  return static_cast<int64_t>(problem.n_logical) * sizeof(int2) +
-         static_cast<int64_t>(GroupMemory::Words(problem, 1)) * sizeof(int32_t);
-}
-
 }  // namespace
 
-bool FitsOneBlock(const Problem& problem) {
-  return problem.group_size <= kMaxGroupSize && SharedBytes(problem) <= kMaxSharedBytes;
+int64_t SolveSharedBytes(const Problem& problem) {
+  return static_cast<int64_t>(problem.n_logical) * sizeof(int2) +
+         static_cast<int64_t>(GroupMemory::Words(problem, 1)) * sizeof(int32_t);
 }
 
 cudaError_t LaunchSolve(const Problem& problem, const Sources& sources, int64_t batch,
                         const SolveOperands& in, const SolveResults& out, cudaStream_t stream) {
   if (batch == 0) return cudaSuccess;
-  const int64_t bytes = SharedBytes(problem);
   // A thread per expert, and a warp for what needs no loads.
   const int32_t experts = problem.group_size << problem.tile_log2;
-  const int32_t threads = std::clamp((experts + 31) / 32 * 32, 128, kMaxThreads - 32) + 32;
-  const dim3 grid(static_cast<unsigned>(batch), problem.n_groups);
+  LaunchShape launch = {};
+  launch.grid = dim3(static_cast<unsigned>(batch), problem.n_groups);
+  launch.threads = std::clamp((experts + 31) / 32 * 32, 128, kMaxThreads - 32) + 32;
+  launch.shared_bytes = SolveSharedBytes(problem);
   return WithSolverShape(problem, [&](auto shape) {
-    const auto kernel = SolveKernel<decltype(shape)::kWords, decltype(shape)::kColumns>;
-    if (bytes > kDefaultSharedBytes) {
-      const cudaError_t error = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-      if (error != cudaSuccess) return error;
-    }
-    kernel<<<grid, threads, bytes, stream>>>(problem, sources, in, out);
-    return cudaGetLastError();
+    return Launch(SolveKernel<decltype(shape)::kWords, decltype(shape)::kColumns>, launch, stream,
+                  problem, sources, in, out);
   });
 }
 

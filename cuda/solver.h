@@ -10,11 +10,13 @@
 
 namespace lplb::cuda {
 
-// Ranks of a group and experts of a group that one block can hold.
 constexpr int32_t kMaxGroupSize = 128;
-bool FitsOneBlock(const Problem& problem);
 
-// Solves every group of every batch element, one block each. `problem` must fit.
+// Shared memory of the block that solves a group.
+int64_t SolveSharedBytes(const Problem& problem);
+
+// Solves every group of every batch element, one block each. A group has at most kMaxGroupSize
+// ranks, and the current device room for SolveSharedBytes.
 cudaError_t LaunchSolve(const Problem& problem, const Sources& sources, int64_t batch,
                         const SolveOperands& in, const SolveResults& out, cudaStream_t stream);
 

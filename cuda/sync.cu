@@ -1,6 +1,8 @@
 // sync_loads: every rank's counts on all ranks, by one block that writes to its peers' memory.
 #include <algorithm>
 
+#include "cuda/device.h"
+#include "cuda/launch.cuh"
 #include "cuda/sync.cuh"
 
 namespace lplb::cuda {
@@ -48,9 +50,8 @@ cudaError_t LaunchSync(const Peers& peers, const int32_t* rank, const int32_t* c
   while (1 << width_log2 < std::min(n, kSyncThreads)) ++width_log2;
   const int32_t n_parts = kSyncThreads >> width_log2;
   const int32_t sources_each = (peers.size + n_parts - 1) / n_parts;
-  SyncKernel<<<1, kSyncThreads, 0, stream>>>(peers, rank, counts, n, matrix, width_log2,
-                                             sources_each);
-  return cudaGetLastError();
+  return Launch(SyncKernel, {dim3(1), kSyncThreads}, stream, peers, rank, counts, n, matrix,
+                width_log2, sources_each);
 }
 
 cudaError_t LaunchSyncPut(const void* kernel, const Peers& peers, const PutPeers& put,
@@ -62,6 +63,9 @@ cudaError_t LaunchSyncPut(const void* kernel, const Peers& peers, const PutPeers
 }
 
 cudaError_t PreloadSync() {
+  Device device;  // Asking for it loads a kernel, too.
+  const cudaError_t error = CurrentDevice(&device);
+  if (error != cudaSuccess) return error;
   cudaFuncAttributes attributes;
   return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(SyncKernel));
 }

@@ -167,11 +167,16 @@ def returned(given: Any, assigned: Assignment, positions: bool) -> jax.Array | A
     return Assignment(physical, _native.sharded_as(assigned.position, given), assigned.counts)
 
 
+# As kRouteThreads in cuda/route.h says. The workspace is part of the program, which may be traced
+# or exported where there is no CUDA module to ask; tests/test_device.py compares the two.
+_MOST_WARPS = 16
+
+
 def workspace_shape(n_tokens: int, n_logical: int) -> tuple[int, int]:
     """Tiles, and int32 words of each, for the kernels that assign large batches tile by tile.
 
-    A tile keeps its tokens per expert, and those of the warps before each of its 16 warps.
+    A tile keeps its tokens per expert, and those of the warps before each of its warps.
     """
     # More tiles count and assign faster, but each sums the counts of all others.
     most = 64 if n_tokens <= 1 << 19 else 128 if n_tokens <= 1 << 22 else 256
-    return max(1, min(n_tokens // 4096, most)), 17 * (n_logical + 1)
+    return max(1, min(n_tokens // 4096, most)), (_MOST_WARPS + 1) * (n_logical + 1)

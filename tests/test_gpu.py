@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from cases import FAMILIES, Case, batch, counts_of, random_topology, repeated_edges, spoiled
+from chips import CHIPS, chip
 from oracles import assert_hosted, tokens_at_slots
 from steps import (
     assert_same,
@@ -403,3 +404,90 @@ def test_too_large_groups_are_refused():
     ring = topologies.ring(200)
     with pytest.raises(Exception, match=r"r2o: .*at most 128 ranks"):
         jax.block_until_ready(solve(np.ones(200, np.int32), ring))
+
+
+def test_the_device_is_asked():
+    """Not assumed: what the driver says of this GPU."""
+    device = _native.cuda().current_device()
+    major, minor = jax.devices()[0].compute_capability.split(".")
+    assert device.capability == 10 * int(major) + int(minor)
+    if device.capability in (80, 90):  # All of the chip, not a part of it.
+        expected = CHIPS[{80: "A100", 90: "H100"}[device.capability]]
+        got = (device.shared_bytes, device.largest_cluster, device.dependent_launch)
+        assert got == expected[1:]
+
+
+@pytest.fixture
+def assume():
+    """Has the launches chosen as if the first GPU were a smaller chip."""
+    real = _native.cuda().current_device()
+
+    def choose(capability, shared_bytes, largest_cluster, dependent_launch):
+        _native.cuda().assume_device(
+            chip(
+                capability,
+                min(shared_bytes, real.shared_bytes),
+                min(largest_cluster, real.largest_cluster),
+                dependent_launch and real.dependent_launch,
+            )
+        )
+
+    yield choose
+    _native.cuda().assume_device(None)
+
+
+@pytest.mark.parametrize("name", CHIPS)
+@pytest.mark.parametrize("n_tokens", [3000, 40_000])
+@pytest.mark.parametrize(
+    "case",
+    [
+        lambda rng: Case(topologies.cube(), 32),
+        lambda rng: Case(random_topology(rng, 64, 2), 16),
+        lambda rng: Case(random_topology(rng, 128, 8), 8),
+        lambda rng: Case(random_topology(rng, 64, 2), 32),
+    ],
+    ids=["256", "1024", "1024 on 128x8", "2048"],
+)
+def test_launches_of_other_chips(rng, assume, case, n_tokens, name):
+    """Smaller clusters, fewer warps, no dependent launch: the same bits."""
+    case = case(rng)
+    assume(*CHIPS[name])
+    ids = random_ids(rng, "int32", case.n_logical, case.ep_size, n_tokens // case.ep_size)
+    stacked, r2o = repeated((case.placement(rng), case.r2o), 1)
+    rows = ids.reshape(1, -1)
+    results = native_rebalance(rows, r2o, stacked)
+    assert_same(results, on_cpu(native_rebalance)(rows, r2o, stacked))
+    loads = counts_of(ids, case.n_logical)[None]
+    solved = native_solve(loads, r2o, stacked)
+    assert_same(solved, on_cpu(native_solve)(loads, r2o, stacked))
+    operands = (ids[None], loads, solved[0], stacked)
+    assigned = native_assign(*operands, proportional=False)
+    assert_same(assigned, on_cpu(native_assign)(*operands, proportional=False))
+
+
+def test_what_a_chip_has_no_room_for_is_refused(assume):
+    """By every call, with a sentence, before the launch fails."""
+    ids, ring = np.zeros((8, 5), np.int32), topologies.ring(8)
+    placement = place_experts(None, ring, n_logical=64, ep_size=8, redundants_per_rank=1)
+    split = solve(np.ones(64, np.int32), ring, placement=placement)
+    assume(86, 1024, 0, False)
+    for call in (
+        lambda: solve(np.ones(64, np.int32), ring, placement=placement),
+        lambda: solve(np.ones(64, np.float32), ring, placement=placement),
+        lambda: assign(ids, None, split, ring, placement=placement),
+        lambda: rebalance(ids, None, ring, placement=placement),
+    ):
+        with pytest.raises(Exception, match=r"need \d+ bytes .* 8\.6\) has 1024: use"):
+            jax.block_until_ready(call())
+
+
+def test_every_device_has_limits_of_its_own(assume):
+    if len(jax.devices()) < 2:
+        pytest.skip("takes two GPUs")
+    assume(86, 1024, 0, False)
+    balance = jax.jit(lambda ids: rebalance(ids, None, topologies.cube(), placement=placement))
+    placement = Case(topologies.cube(), 2).placement()
+    ids = np.zeros((8, 5), np.int32)
+    jax.block_until_ready(balance(jax.device_put(ids, jax.devices()[1])))
+    with pytest.raises(Exception, match=r"has 1024: use"):
+        jax.block_until_ready(balance(jax.device_put(ids, jax.devices()[0])))

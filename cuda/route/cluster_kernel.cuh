@@ -195,7 +195,7 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
   for (int j = 0; j < kMaxRounds; ++j) {
     if (j >= a.rounds) break;
     const int32_t expert = code[j] == p.n_logical ? -1 : code[j];
-    const int32_t ordinal = Rank(expert, cells);
+    const int32_t ordinal = OrdinalOf(expert, cells);
     code[j] = expert < 0 ? -1 : expert | ordinal << 16;
   }
   sync();

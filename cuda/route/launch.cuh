@@ -3,61 +3,53 @@
 #ifndef LPLB_CUDA_ROUTE_LAUNCH_CUH_
 #define LPLB_CUDA_ROUTE_LAUNCH_CUH_
 
+#include "cuda/launch.cuh"
 #include "cuda/route/cluster_kernel.cuh"
 #include "cuda/route/shape.h"
 #include "cuda/route/tile_kernels.cuh"
 
 namespace lplb::cuda {
 
-// Launches the kernels for a.batch elements.
+// One launch per batch: a cluster of blocks for every element.
 template <int kWords, int kColumns, Quotas kQuotas>
-cudaError_t LaunchRoute(RouteArguments a, cudaStream_t stream) {
-  const RouteShape shape = ChooseShape(a);
+cudaError_t LaunchCluster(RouteArguments a, const RouteShape& shape, cudaStream_t stream) {
+  a.rounds = shape.rounds;
+  LaunchShape launch = {};
+  launch.grid = dim3(static_cast<unsigned>(a.batch * shape.cluster));
+  launch.threads = kPlanThreads + shape.threads;
+  launch.shared_bytes = shape.shared_bytes;
+  launch.cluster = shape.cluster;
+  return Launch(ClusterKernel<kWords, kColumns, kQuotas>, launch, stream, a);
+}
+
+// Two launches. Where the chip can, the second starts beside the first and waits on the device.
+template <int kWords, int kColumns, Quotas kQuotas>
+cudaError_t LaunchTiles(RouteArguments a, const RouteShape& shape, const Device& device,
+                        cudaStream_t stream) {
   const int32_t n_warps = shape.threads / 32;
-  const int32_t bytes = RouteMemory::Bytes(a.problem, n_warps, shape.cluster, kQuotas);
-  cudaError_t error;
-  if (shape.cluster > 0) {
-    const auto kernel = ClusterKernel<kWords, kColumns, kQuotas>;
-    error = AllowSharedMemory(reinterpret_cast<const void*>(kernel), bytes, shape.cluster > 8);
-    if (error != cudaSuccess) return error;
-    a.rounds = shape.rounds;
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(a.batch * shape.cluster));
-    config.blockDim = dim3(kPlanThreads + shape.threads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, a);
-  }
-  const auto kernel = TileRouteKernel<kWords, kColumns, kQuotas>;
-  const auto count_kernel = TileCountKernel<kQuotas>;
-  const int32_t count_bytes = 4 * n_warps * (a.problem.n_logical + 1);
-  error = AllowSharedMemory(reinterpret_cast<const void*>(kernel), bytes, false);
-  if (error != cudaSuccess) return error;
-  error = AllowSharedMemory(reinterpret_cast<const void*>(count_kernel), count_bytes, false);
-  if (error != cudaSuccess) return error;
   const int64_t warps = static_cast<int64_t>(a.n_tiles) * n_warps;
   a.tokens_per_warp = ((a.tokens.n_tokens + warps - 1) / warps + 31) / 32 * 32;
-  const dim3 grid(static_cast<unsigned>(a.batch), a.n_tiles);
-  count_kernel<<<grid, shape.threads, count_bytes, stream>>>(a);
-  error = cudaGetLastError();
+  LaunchShape launch = {};
+  launch.grid = dim3(static_cast<unsigned>(a.batch), a.n_tiles);
+  launch.threads = shape.threads;
+  launch.shared_bytes = 4 * n_warps * (a.problem.n_logical + 1);
+  const cudaError_t error = Launch(TileCountKernel<kQuotas>, launch, stream, a);
   if (error != cudaSuccess) return error;
-  // Where the chip can, the second kernel starts beside the first and waits for it on the device.
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(shape.threads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = HasClusters() ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, a);
+  launch.shared_bytes = shape.shared_bytes;
+  launch.dependent_launch = device.dependent_launch;
+  return Launch(TileRouteKernel<kWords, kColumns, kQuotas>, launch, stream, a);
+}
+
+// Launches the kernels for a.batch elements.
+template <int kWords, int kColumns, Quotas kQuotas>
+cudaError_t LaunchRoute(const RouteArguments& a, cudaStream_t stream) {
+  Device device;
+  const cudaError_t error = CurrentDevice(&device);
+  if (error != cudaSuccess) return error;
+  const RouteShape shape = ChooseShape(a.problem, kQuotas, a.tokens.n_tokens, device);
+  if (shape.threads == 0) return cudaErrorInvalidConfiguration;
+  return shape.cluster > 0 ? LaunchCluster<kWords, kColumns, kQuotas>(a, shape, stream)
+                           : LaunchTiles<kWords, kColumns, kQuotas>(a, shape, device, stream);
 }
 
 }  // namespace lplb::cuda

@@ -1,4 +1,3 @@
-// How the kernels of assign and rebalance are launched.
 #include <algorithm>
 
 #include "cuda/route/shape.h"
@@ -7,67 +6,72 @@
 namespace lplb::cuda {
 namespace {
 
-constexpr int32_t kMaxSharedBytes = 227 << 10;
-
-// Large tables leave room for fewer warps and blocks.
-int32_t ThreadsFor(const Problem& problem) {
-  return problem.n_logical <= 1024 ? kRouteThreads : kRouteThreads / 2;
+// At least one round, so that a batch without tokens gets its split too.
+RouteShape ClusterOf(int32_t cluster, int32_t threads, int64_t n_tokens) {
+  const int64_t at_once = int64_t{cluster} * threads;
+  const int64_t rounds = std::max<int64_t>((n_tokens + at_once - 1) / at_once, 1);
+  return {cluster, threads, static_cast<int32_t>(rounds), 0};
 }
 
-int32_t MaxClusterFor(const Problem& problem) {
-  return problem.n_logical <= 512 ? 16 : problem.n_logical <= 1024 ? 8 : 4;
+// The fastest cluster of at most so many blocks and threads; of none where they do not suffice.
+RouteShape FastestCluster(int32_t max_cluster, int32_t max_threads, int64_t n_tokens) {
+  // Blocks of 256 as long as eight rounds do, and a cluster of 16, which takes longer to start,
+  // only where one of 8 would need more than four. Blocks send to others: there are two at least.
+  const int32_t small = std::min(256, max_threads);
+  if (n_tokens <= int64_t{max_cluster} * small * 8) {
+    const int32_t most = std::min(max_cluster, n_tokens <= 8 * small * 4 ? 8 : 16);
+    int32_t cluster = 2;
+    while (cluster < most && cluster * small < n_tokens) cluster *= 2;
+    return ClusterOf(cluster, small, n_tokens);
+  }
+  const RouteShape largest = ClusterOf(max_cluster, max_threads, n_tokens);
+  return largest.rounds <= kMaxRounds ? largest : RouteShape{};
 }
 
-// At least one, so that a batch without tokens gets its split too.
-int32_t RoundsFor(int64_t n_tokens, int32_t threads) {
-  return static_cast<int32_t>(std::max<int64_t>((n_tokens + threads - 1) / threads, 1));
+int32_t MaxThreads(const Problem& p) {
+  return p.n_logical <= 1024 ? kRouteThreads : kRouteThreads / 2;
+}
+
+int32_t MaxCluster(const Problem& p, const Device& device) {
+  const int32_t useful = p.n_logical <= 512 ? 16 : p.n_logical <= 1024 ? 8 : 4;
+  int32_t cluster = 1;
+  while (2 * cluster <= std::min(useful, device.largest_cluster)) cluster *= 2;
+  return cluster;
+}
+
+// ScanWarps takes a tile's warps in two halves, and BlockWaves has a thread for every rank.
+int32_t MinThreads(const Problem& p) {
+  int32_t threads = 64;
+  while (threads < p.group_size) threads *= 2;
+  return threads;
 }
 
 }  // namespace
 
-// Hopper and later.
-bool HasClusters() {
-  int device = 0;
-  int major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major >= 9;
+// Where shared memory does not suffice for the fastest shape, blocks of fewer warps come first:
+// their tables take most of it.
+RouteShape ChooseShape(const Problem& problem, Quotas quotas, int64_t n_tokens,
+                       const Device& device) {
+  const auto fits = [&](RouteShape& shape) {
+    shape.shared_bytes = RouteMemory::Bytes(problem, shape.threads / 32, shape.cluster, quotas);
+    return shape.threads > 0 && shape.shared_bytes <= device.shared_bytes;
+  };
+  const int32_t min_threads = MinThreads(problem);
+  for (int32_t cluster = MaxCluster(problem, device); cluster >= 2; cluster /= 2) {
+    for (int32_t threads = MaxThreads(problem); threads >= min_threads; threads /= 2) {
+      RouteShape shape = FastestCluster(cluster, threads, n_tokens);
+      if (fits(shape)) return shape;
+    }
+  }
+  for (int32_t threads = MaxThreads(problem); threads >= min_threads; threads /= 2) {
+    RouteShape shape = {0, threads, 0, 0};
+    if (fits(shape)) return shape;
+  }
+  return {};
 }
 
-RouteShape ChooseShape(const RouteArguments& arguments) {
-  const int64_t n_tokens = arguments.tokens.n_tokens;
-  const int32_t threads = ThreadsFor(arguments.problem);
-  const int32_t max_cluster = MaxClusterFor(arguments.problem);
-  if (!HasClusters() || n_tokens > static_cast<int64_t>(max_cluster) * kMaxRounds * threads) {
-    return {0, threads, 0};
-  }
-  // Blocks of 256 as long as eight rounds do, and a cluster of 16, which takes longer to start,
-  // only where one of 8 would need more than four. Blocks send to others: there are two at least.
-  constexpr int32_t kSmall = 256;
-  if (n_tokens <= static_cast<int64_t>(max_cluster) * kSmall * 8) {
-    const int32_t most = std::min(max_cluster, n_tokens <= 8 * kSmall * 4 ? 8 : 16);
-    int32_t cluster = 2;
-    while (cluster < most && cluster * kSmall < n_tokens) cluster *= 2;
-    return {cluster, kSmall, RoundsFor(n_tokens, cluster * kSmall)};
-  }
-  return {max_cluster, threads, RoundsFor(n_tokens, max_cluster * threads)};
-}
-
-cudaError_t AllowSharedMemory(const void* kernel, int32_t bytes, bool large_cluster) {
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess && large_cluster) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  return error;
-}
-
-bool FitsRoute(const RouteArguments& arguments, Quotas quotas) {
-  const Problem& p = arguments.problem;
-  const int32_t n_warps = ThreadsFor(p) / 32;
-  return p.n_logical <= kMaxExperts && p.n_physical < 0xffff &&
-         RouteMemory::Bytes(p, n_warps, MaxClusterFor(p), quotas) <= kMaxSharedBytes &&
-         arguments.n_tiles >= 1 && arguments.workspace_words >= (n_warps + 1) * (p.n_logical + 1);
+int32_t LeastSharedBytes(const Problem& problem, Quotas quotas) {
+  return RouteMemory::Bytes(problem, MinThreads(problem) / 32, 0, quotas);
 }
 
 }  // namespace lplb::cuda

@@ -8,10 +8,9 @@
 
 namespace lplb::cuda {
 
-constexpr int32_t kRouteThreads = 512;  // that hold tokens, at most
-constexpr int32_t kPlanThreads = 256;   // of a cluster's block, besides those
-constexpr int32_t kMaxRounds = 16;      // Tokens that a lane holds in registers.
-constexpr int32_t kAtOnce = 8;          // Tokens of a tile that a lane has on their way.
+constexpr int32_t kPlanThreads = 256;  // of a cluster's block, besides kRouteThreads
+constexpr int32_t kMaxRounds = 16;     // Tokens that a lane holds in registers.
+constexpr int32_t kAtOnce = 8;         // Tokens of a tile that a lane has on their way.
 
 // A warp's state of one expert.
 struct Cell {
@@ -20,6 +19,7 @@ struct Cell {
 };
 
 constexpr int32_t kNoSlot = 0xffff;
+static_assert(kMaxSlots < kNoSlot);
 
 // Where an expert's tokens go, in 8 bytes: every token reads it.
 struct PackedRoute {

@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
   Cell* cells = memory.CellsOf(p, threadIdx.x / 32);
   const Span span = SpanOf(a, tile);
   WithIndices(tokens, [&](auto* indices) {
-  // All lanes stay in the loop for Rank.
+  // All lanes stay in the loop for OrdinalOf.
 #pragma unroll 1
     for (int64_t begin = span.begin; begin < span.end; begin += 32 * kAtOnce) {
       std::decay_t<decltype(*indices)> id[kAtOnce];
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
         const int64_t i = first + 32 * j;
         int32_t expert = i < span.end ? ExpertOf(id[j], p.n_logical) : -1;
         if (expert == p.n_logical) expert = -1;
-        const int32_t ordinal = Rank(expert, cells);
+        const int32_t ordinal = OrdinalOf(expert, cells);
         if (i < span.end) WriteToken(tokens, i, expert, ordinal, memory.routes);
       }
     }

@@ -37,7 +37,7 @@ __device__ __forceinline__ TokenBuffers TokensOf(const RouteArguments& a, int64_
 
 // Counts this lane's token of `expert` (−1: none) into its warp's cells; returns how many earlier
 // tokens the cell had. All lanes call it.
-__device__ __forceinline__ int32_t Rank(int32_t expert, Cell* cells) {
+__device__ __forceinline__ int32_t OrdinalOf(int32_t expert, Cell* cells) {
   const uint32_t lane = threadIdx.x & 31;
   const bool valid = expert >= 0;
   Cell* cell = cells + (valid ? expert : 0);

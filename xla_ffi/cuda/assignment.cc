@@ -2,6 +2,7 @@
 #include "xla_ffi/assignment.h"
 
 #include "xla_ffi/cuda/handler.h"
+#include "xla_ffi/cuda/limits.h"
 #include "xla_ffi/cuda/route.h"
 
 namespace lplb {
@@ -11,7 +12,7 @@ ffi::Error RunAssign(const AssignCall& call, const OnDevice& on) {
   cuda::RouteArguments arguments = RouteArgumentsOf(call);
   arguments.given = call.in;
   arguments.proportional = call.proportional;
-  if (auto error = CheckRoute(arguments, cuda::Quotas::kGiven); error.failure()) return error;
+  if (auto error = CheckRouteFits(arguments, cuda::Quotas::kGiven); error.failure()) return error;
   return FromCuda(cuda::LaunchAssign(arguments, on.stream), "assign");
 }
 

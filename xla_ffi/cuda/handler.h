@@ -6,7 +6,6 @@
 
 #include <string>
 
-#include "cuda/solver.h"
 #include "xla_ffi/handler.h"
 
 namespace lplb {
@@ -29,15 +28,6 @@ XLA_FFI_Error* CudaHandler(XLA_FFI_CallFrame* frame) {
       FrameBinding().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::PlatformStream<cudaStream_t>>(),
       {ffi::Traits::kCmdBufferCompatible});
   return handler(frame);
-}
-
-inline ffi::Error CheckSolves(const Problem& problem) {
-  if (cuda::FitsOneBlock(problem)) return ffi::Error::Success();
-  return Invalid("r2o: the CUDA solver takes groups of at most " +
-                 std::to_string(cuda::kMaxGroupSize) +
-                 " ranks whose experts fit a block's shared memory, got " +
-                 std::to_string(problem.group_size) + " ranks with " +
-                 std::to_string(problem.n_local) + " experts each");
 }
 
 inline ffi::Error FromCuda(cudaError_t error, const char* step) {

@@ -3,6 +3,7 @@
 
 #include "cuda/ipm.h"
 #include "xla_ffi/cuda/handler.h"
+#include "xla_ffi/cuda/limits.h"
 
 namespace lplb {
 namespace {
@@ -12,13 +13,7 @@ ffi::Error RunIpm(const IpmCall& call, const OnDevice& on) {
   if (call.options.cusolverdx && !cuda::HasCuSolverDx()) {
     return Invalid("factor: this lplb_jax was built without cuSolverDx");
   }
-  if (!cuda::IpmFitsOneBlock(p, call.options)) {
-    return Invalid(
-        "r2o: the CUDA interior point takes groups of at most 128 ranks whose edges and "
-        "experts fit into 160 KiB of shared memory, got " +
-        std::to_string(p.group_size) + " ranks with " + std::to_string(p.n_columns) +
-        " columns and " + std::to_string(p.n_local) + " experts each");
-  }
+  if (auto error = CheckIpmFits(p, call.options); error.failure()) return error;
   return FromCuda(
       cuda::LaunchIpm(p, call.sources, call.options, call.batch, call.in, call.out, on.stream),
       "ipm");

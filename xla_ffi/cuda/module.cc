@@ -9,6 +9,7 @@
 #include "cuda/route.h"
 #include "cuda/solver.h"
 #include "xla_ffi/cuda/comm.h"
+#include "xla_ffi/cuda/limits.h"
 
 // Besides the handlers, the launchers on raw device pointers and a raw stream, for benchmarks that
 // time kernels without XLA around them.
@@ -109,6 +110,7 @@ void LaunchEmpty(Pointer stream) { ThrowIf(cuda::LaunchEmpty(As<CUstream_st>(str
 NB_MODULE(_cuda, m) {
   lplb::DefineModule(m);
   lplb::DefineComm(m);
+  lplb::DefineLimits(m);
   m.def("launch_solve", lplb::LaunchSolve);
   m.def("launch_ipm", lplb::LaunchIpm);
   m.def("has_cusolverdx", lplb::cuda::HasCuSolverDx);

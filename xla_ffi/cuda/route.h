@@ -36,15 +36,6 @@ cuda::RouteArguments RouteArgumentsOf(const Call& call) {
   return arguments;
 }
 
-inline ffi::Error CheckRoute(const cuda::RouteArguments& arguments, cuda::Quotas quotas) {
-  if (cuda::FitsRoute(arguments, quotas)) return ffi::Error::Success();
-  const Problem& p = arguments.problem;
-  return Invalid("the CUDA kernels take at most " + std::to_string(cuda::kMaxExperts) +
-                 " experts whose tables fit a block's shared memory, got n_logical = " +
-                 std::to_string(p.n_logical) + ", n_physical = " + std::to_string(p.n_physical) +
-                 ", ep_size = " + std::to_string(p.ep_size));
-}
-
 }  // namespace lplb
 
 #endif  // LPLB_XLA_FFI_CUDA_ROUTE_H_

@@ -1,13 +1,15 @@
 // solve on the GPU.
 #include "xla_ffi/solver.h"
 
+#include "cuda/solver.h"
 #include "xla_ffi/cuda/handler.h"
+#include "xla_ffi/cuda/limits.h"
 
 namespace lplb {
 namespace {
 
 ffi::Error RunSolve(const SolveCall& call, const OnDevice& on) {
-  if (auto error = CheckSolves(call.problem); error.failure()) return error;
+  if (auto error = CheckSolverFits(call.problem); error.failure()) return error;
   return FromCuda(
       cuda::LaunchSolve(call.problem, call.sources, call.batch, call.in, call.out, on.stream),
       "solve");

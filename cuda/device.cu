@@ -1,0 +1,96 @@
+#include <map>
+#include <mutex>
+
+#include "cuda/device.h"
+
+namespace lplb::cuda {
+namespace {
+
+constexpr int32_t kMostThreads = 1024;  // Of a block, on every chip.
+
+// Compiled as all kernels are. With all of a block's shared memory and threads, a cluster of it is
+// as hard to place as any.
+__global__ void __launch_bounds__(kMostThreads, 1) ProbeKernel() {}
+
+// Clusters of more than 8 blocks are possible on some chips only, and on a part of a chip (MIG)
+// maybe not even those: the driver knows.
+cudaError_t AskLargestCluster(int32_t shared_bytes, int32_t* largest) {
+  cudaError_t error =
+      cudaFuncSetAttribute(ProbeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(ProbeKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(16);
+  config.blockDim = dim3(kMostThreads);
+  config.dynamicSmemBytes = shared_bytes;
+  return cudaOccupancyMaxPotentialClusterSize(largest, ProbeKernel, &config);
+}
+
+cudaError_t AskDevice(int ordinal, Device* device) {
+  int major = 0;
+  int minor = 0;
+  int clusters = 0;
+  const struct {
+    cudaDeviceAttr attribute;
+    int* value;
+  } questions[] = {{cudaDevAttrComputeCapabilityMajor, &major},
+                   {cudaDevAttrComputeCapabilityMinor, &minor},
+                   {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes},
+                   {cudaDevAttrClusterLaunch, &clusters}};
+  for (const auto& [attribute, value] : questions) {
+    const cudaError_t error = cudaDeviceGetAttribute(value, attribute, ordinal);
+    if (error != cudaSuccess) return error;
+  }
+  cudaFuncAttributes probe;
+  const cudaError_t error = cudaFuncGetAttributes(&probe, ProbeKernel);
+  if (error != cudaSuccess) return error;
+  // Kernels that were compiled for older chips only have no code for either.
+  const bool compiled = probe.ptxVersion >= 90;
+  device->capability = 10 * major + minor;
+  device->dependent_launch = compiled && major >= 9;
+  device->largest_cluster = 0;
+  if (!compiled || clusters == 0) return cudaSuccess;
+  return AskLargestCluster(device->shared_bytes, &device->largest_cluster);
+}
+
+// By ordinal.
+std::mutex mutex;
+std::map<int, Device> known;
+
+}  // namespace
+
+cudaError_t CurrentDevice(Device* device) {
+  int ordinal = 0;
+  cudaError_t error = cudaGetDevice(&ordinal);
+  if (error != cudaSuccess) return error;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(ordinal);
+    if (found != known.end()) {
+      *device = found->second;
+      return cudaSuccess;
+    }
+  }
+  // Unlocked: others need not wait for the driver. Whoever asks at the same time gets the same.
+  error = AskDevice(ordinal, device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  known.emplace(ordinal, *device);
+  return cudaSuccess;
+}
+
+cudaError_t AssumeDevice(const Device* device) {
+  int ordinal = 0;
+  const cudaError_t error = cudaGetDevice(&ordinal);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (device == nullptr) {
+    known.erase(ordinal);
+  } else {
+    known[ordinal] = *device;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace lplb::cuda

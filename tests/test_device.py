@@ -1,0 +1,196 @@
+"""What the kernels ask of a chip, for chips that are made up: it takes the CUDA module, no GPU."""
+
+import re
+
+import pytest
+from chips import CHIPS, chip
+
+from lplb_jax import _native
+from lplb_jax.assignment import workspace_shape
+
+pytestmark = pytest.mark.skipif(
+    _native.cuda() is None, reason="no CUDA module in this installation"
+)
+
+QUOTAS = ["given", "solved", "synced"]
+
+
+def sizes_of(ep_size, group_size, n_columns, n_local, n_redundant, quotas="solved"):
+    """As the module takes them; assign has no r2o."""
+    group = (0, 0) if quotas == "given" else (group_size, n_columns)
+    return (ep_size, *group, ep_size * n_local, ep_size * (n_local + n_redundant), 2)
+
+
+def random_sizes(rng):
+    """Everything from one expert on one rank to more than any chip takes."""
+    group_size = int(rng.choice([1, 2, 5, 8, 16, 32, 33, 64, 128]))
+    ep_size = group_size * int(rng.choice([1, 1, 2, 4]))
+    n_columns = int(rng.choice([1, 2, 3, 4, 5, 8]))
+    n_local = int(rng.integers(1, max(2, 2 ** rng.integers(1, 13) // ep_size)))
+    n_redundant = n_columns * int(rng.integers(0, n_local // n_columns + 1))
+    return ep_size, group_size, n_columns, n_local, n_redundant
+
+
+# By experts: tokens up to which a shape is taken, blocks of its cluster (0: tiles) and threads; as
+# measured on the H100 and the H200.
+FASTEST = {
+    512: [(512, 2, 256), (1024, 4, 256), (8192, 8, 256), (32_768, 16, 256), (131_072, 16, 512)],
+    1024: [(512, 2, 256), (1024, 4, 256), (16_384, 8, 256), (65_536, 8, 512)],
+    2048: [(512, 2, 256), (16_384, 4, 256)],
+}
+
+
+@pytest.mark.parametrize("name", ["H100", "B200"])
+@pytest.mark.parametrize("quotas", QUOTAS)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (8, 8, 1, 1, 1),
+        (8, 8, 2, 32, 4),
+        (32, 32, 4, 8, 4),
+        (64, 64, 2, 8, 2),
+        (8, 8, 2, 65, 2),
+        (64, 64, 2, 16, 2),
+        (128, 128, 8, 8, 8),
+        (8, 8, 2, 129, 4),
+        (64, 64, 8, 32, 8),
+        (8, 8, 1, 256, 256),
+    ],
+)
+def test_large_chips_get_the_fastest_shapes(rng, sizes, quotas, name):
+    sizes = sizes_of(*sizes, quotas)
+    n_logical = sizes[3]
+    shapes = FASTEST[min(most for most in FASTEST if n_logical <= most)]
+    shapes = [*shapes, (20_000_000, 0, 512 if n_logical <= 1024 else 256)]
+    first = 0
+    for last, cluster, threads in shapes:
+        for n_tokens in {first, last, *rng.integers(first, last, 5).tolist(), min(first + 1, last)}:
+            rounds = max(-(-n_tokens // (cluster * threads)), 1) if cluster else 0
+            got = _native.cuda().route_shape(sizes, quotas, n_tokens, chip(*CHIPS[name]))
+            assert tuple(got[:3]) == (cluster, threads, rounds), n_tokens
+        first = last + 1
+
+
+def shape_or_refusal(sizes, quotas, n_tokens, device):
+    try:
+        return _native.cuda().route_shape(sizes, quotas, n_tokens, device)
+    except ValueError as refusal:
+        return str(refusal)
+
+
+@pytest.mark.parametrize("quotas", QUOTAS)
+@pytest.mark.parametrize("name", CHIPS)
+def test_every_shape_fits_its_chip(rng, name, quotas):
+    """And every problem without a shape gets a sentence with the sizes, the limit and a remedy."""
+    capability, shared_bytes, largest_cluster, _ = CHIPS[name]
+    for _ in range(300):
+        sizes = sizes_of(*random_sizes(rng), quotas)
+        n_tokens = int(rng.integers(0, 2 ** rng.integers(1, 24)))
+        got = shape_or_refusal(sizes, quotas, n_tokens, chip(*CHIPS[name]))
+        if isinstance(got, str):
+            assert f"n_logical = {sizes[3]}" in got
+            assert f"n_physical = {sizes[4]}" in got
+            assert re.search(r": use .* or the CPU$", got), got
+            if "at most 2048 experts" not in got:
+                assert f"{capability // 10}.{capability % 10}) has {shared_bytes}" in got
+                assert int(re.search(r"need (\d+) bytes", got)[1]) > shared_bytes
+            continue
+        cluster, threads, rounds, used = got
+        assert used <= shared_bytes
+        assert cluster == 0 or 2 <= cluster <= largest_cluster
+        assert cluster.bit_count() <= 1
+        assert threads.bit_count() == 1
+        assert 64 <= threads <= 512
+        if cluster == 0:
+            assert threads >= sizes[1]  # A thread for every rank of a group.
+        else:
+            # A lane has room for 16 tokens, and no round is empty.
+            assert 1 <= rounds <= 16
+            assert cluster * threads * rounds >= n_tokens
+            assert rounds == 1 or cluster * threads * (rounds - 1) < n_tokens
+
+
+@pytest.mark.parametrize("quotas", QUOTAS)
+def test_the_bytes_of_a_refusal_are_the_least(rng, quotas):
+    """A chip with as many takes the problem, and one with a byte less does not."""
+    for _ in range(100):
+        sizes = sizes_of(*random_sizes(rng), quotas)
+        n_tokens = int(rng.integers(0, 2 ** rng.integers(1, 24)))
+        refusal = shape_or_refusal(sizes, quotas, n_tokens, chip(90, 0, 16, True))
+        if "at most 2048 experts" in refusal:
+            assert sizes[3] > 2048
+            continue
+        least = int(re.search(r"need (\d+) bytes", refusal)[1])
+        shape = shape_or_refusal(sizes, quotas, n_tokens, chip(90, least, 16, True))
+        assert not isinstance(shape, str)
+        assert shape[3] == least
+        assert shape_or_refusal(sizes, quotas, n_tokens, chip(90, least - 1, 16, True)) == (
+            refusal.replace("has 0", f"has {least - 1}")
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "quotas", "expected"),
+    [
+        ("A100", (64, 64, 2, 16, 2), "solved", (0, 512)),
+        ("A100", (64, 64, 2, 16, 2), "synced", (0, 256)),
+        ("A100", (64, 64, 2, 32, 2), "given", (0, 128)),
+        ("A100", (64, 64, 2, 32, 2), "solved", (0, 128)),
+        ("A100", (64, 64, 2, 32, 2), "synced", (0, 128)),
+        ("L40", (64, 64, 2, 16, 2), "solved", (0, 256)),
+        ("L40", (128, 128, 8, 8, 8), "synced", (0, 128)),
+        ("RTX 5090", (64, 64, 2, 16, 2), "solved", (8, 128)),
+        ("L40", (64, 64, 2, 32, 2), "given", (0, 64)),
+        ("L40", (64, 64, 8, 32, 8), "synced", "has 101376: use fewer experts"),
+        ("RTX 3090", (8, 8, 1, 512, 8), "given", "at most 2048 experts .* n_logical = 4096"),
+    ],
+)
+def test_large_problems_on_small_chips(name, sizes, quotas, expected):
+    """1,024 and 2,048 experts work with fewer warps, or are refused before the launch is."""
+    got = shape_or_refusal(sizes_of(*sizes, quotas), quotas, 16_384, chip(*CHIPS[name]))
+    if isinstance(expected, str):
+        assert re.search(expected, got)
+    else:
+        assert tuple(got[:2]) == expected
+
+
+def solver_bytes(solver, sizes, device, options=(False, False, False)):
+    if solver == "exact":
+        return _native.cuda().solve_bytes(sizes, device)
+    return _native.cuda().ipm_bytes(sizes, (*options, False), device)
+
+
+@pytest.mark.parametrize("solver", ["exact", "interior point"])
+def test_solvers_fit_or_are_refused(rng, solver):
+    """A group that needs more than a block has gets a sentence; exactly as much is enough."""
+    for _ in range(200):
+        sizes = sizes_of(*random_sizes(rng))
+        options = tuple(rng.integers(2, size=3).astype(bool).tolist())
+        needed = solver_bytes(solver, sizes, chip(89, 1 << 30, 0, False), options)
+        assert solver_bytes(solver, sizes, chip(89, needed, 0, False), options) == needed
+        words = rf"^r2o: .* {sizes[1]} ranks .* need {needed} bytes .* 8.9\) has {needed - 1}: use"
+        with pytest.raises(ValueError, match=words):
+            solver_bytes(solver, sizes, chip(89, needed - 1, 0, False), options)
+
+
+def test_the_exact_solver_takes_what_a_chip_has():
+    sizes = sizes_of(128, 128, 8, 64, 64)
+    for name in ("A100", "H100"):
+        assert solver_bytes("exact", sizes, chip(*CHIPS[name])) > 101_376
+    with pytest.raises(ValueError, match=r"128 ranks with 8 columns and 64 experts .* has 101376"):
+        solver_bytes("exact", sizes, chip(*CHIPS["L40"]))
+
+
+@pytest.mark.parametrize("solver", ["exact", "interior point"])
+def test_too_large_groups_are_refused(solver):
+    sizes, device = sizes_of(200, 200, 1, 1, 1), chip(*CHIPS["H100"])
+    with pytest.raises(ValueError, match=r"^r2o: .*at most 128 ranks.* use smaller groups"):
+        solver_bytes(solver, sizes, device)
+
+
+def test_the_workspace_is_as_large_as_the_kernels_take_it(rng):
+    """Python makes it where programs are traced, maybe on a machine without the CUDA module."""
+    for n_logical in [1, 256, *rng.integers(1, 2049, 20).tolist()]:
+        n_tiles, n_words = workspace_shape(int(rng.integers(0, 1 << 24)), n_logical)
+        assert n_tiles >= 1
+        assert n_words == _native.cuda().workspace_words(n_logical)
