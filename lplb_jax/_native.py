@@ -31,7 +31,7 @@ def _load(name: str) -> ModuleType | None:
             raise
         return None
     built_for = extension.jaxlib_version()
-    if _as_numbers(jaxlib.__version__) < _as_numbers(built_for):
+    if as_numbers(jaxlib.__version__) < as_numbers(built_for):
         raise ImportError(
             f"{name} was built against jaxlib {built_for} (XLA FFI {extension.ffi_version()}) and "
             f"does not run on the older jaxlib {jaxlib.__version__}: upgrade jaxlib, or rebuild "
@@ -40,7 +40,7 @@ def _load(name: str) -> ModuleType | None:
     return extension
 
 
-def _as_numbers(version: str) -> tuple[int, ...]:
+def as_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
 
 
@@ -225,7 +225,8 @@ def _lowering(ffi_platform: str | None) -> Callable[..., Any]:
             attributes = {name: np.int64(value) for name, value in operation.attributes}
             return jax.ffi.ffi_lowering(operation.target)(ctx, *operands, **attributes)
         platforms = ctx.platforms or ctx.module_context.platforms
-        _warn_once(_why_missing(ffi_platform, ", ".join(platforms)))
+        missing = _why_missing(ffi_platform, ", ".join(platforms))
+        warn_once(f"{missing}. Running the slower plain-JAX reference.")
         return mlir.lower_fun(_specification(operation, n_batch))(ctx, *operands)
 
     return lower
@@ -249,14 +250,14 @@ def _why_missing(ffi_platform: str | None, platform: str) -> str:
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
+def warn_once(message: str) -> None:
     """A warning that points at the first caller outside this library and JAX."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None:
         if frame.f_globals.get("__name__", "").split(".")[0] not in _NOT_THE_CALLER:
             break
         frame, level = frame.f_back, level + 1
-    warnings.warn(f"{reason}. Running the slower plain-JAX reference.", stacklevel=level)
+    warnings.warn(message, stacklevel=level)
 
 
 _NOT_THE_CALLER = ("lplb_jax", "jax", "contextlib")

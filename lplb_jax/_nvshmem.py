@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.resources
-import importlib.util
 import os
 import pathlib
 import re
 
-from lplb_jax import _native
+from lplb_jax import _libraries, _native
 from lplb_jax._rendezvous import Rendezvous
 
 _SONAME = "libnvshmem_host.so.3"
@@ -49,28 +48,14 @@ def _version(structure: type[ctypes.Structure]) -> int:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The library that is already loaded, else the one of the wheel: two would not know each other.
-
-    JAX's CUDA plugin may have loaded it.
-    """
-    candidates = [(_SONAME, os.RTLD_NOLOAD | os.RTLD_NOW | os.RTLD_GLOBAL)]
-    spec = importlib.util.find_spec("nvidia")
-    for path in (spec.submodule_search_locations or []) if spec else []:
-        file = pathlib.Path(path) / "nvshmem" / "lib" / _SONAME
-        if file.exists():
-            candidates.append((str(file), os.RTLD_NOW | os.RTLD_GLOBAL))
-    for name, mode in candidates:
-        try:
-            library = ctypes.CDLL(name, mode=mode)
-        except OSError:
-            continue
+    library = _libraries.find(_SONAME, "nvshmem")
+    if library is not None:
         library.nvshmem_malloc.restype = ctypes.c_void_p
         library.nvshmem_malloc.argtypes = [ctypes.c_size_t]
         library.nvshmem_free.argtypes = [ctypes.c_void_p]
         library.nvshmem_ptr.restype = ctypes.c_void_p
         library.nvshmem_ptr.argtypes = [ctypes.c_void_p, ctypes.c_int]
-        return library
-    return None
+    return library
 
 
 def missing() -> str | None:

@@ -24,9 +24,8 @@ from jax import lax
 from lplb_jax._problem import check_axis, check_count, varying_as, varying_over
 from lplb_jax.assignment import Assignment
 from lplb_jax.loads import sync_loads
+from lplb_jax.moe import transports
 from lplb_jax.moe.copies import Copies, add, choice_at, copy
-
-TRANSPORTS = ("auto", "padded", "ragged")
 
 
 @functools.partial(
@@ -170,9 +169,10 @@ def dispatch(
       capacity: rows that every rank has room for, see `capacity_for`. What is above it is dropped,
         last slots first, and counted in `Plan.overflow`. Kernels want a multiple of 8.
       transport: "ragged": `lax.ragged_all_to_all`, exactly the tokens there are; for GPUs of one
-        process. "padded": `lax.all_to_all` of as many for every pair as a source could send; for
-        all backends. "auto": "ragged" where the default backend is a GPU and JAX has one process;
-        with several, of which each holds all ranks of the axis, ask for "ragged".
+        process, or of several processes of one host where JAX and NCCL can (jaxlib 0.11.1, NCCL
+        2.29.7, at most 32 ranks). "padded": `lax.all_to_all` of as many for every pair as a source
+        could send; for all backends. "auto": "ragged" where the default backend is a GPU and JAX
+        has one process, else "padded".
 
     Returns:
       `(rows, row_gates, plan)`: `[capacity, hidden]`, the rows of this rank's slots,
@@ -222,17 +222,7 @@ def make_plan(
         raise ValueError(
             f"capacity: expected less than 2³¹ rows on all {n_ranks} ranks, got {capacity} on each"
         )
-    if transport not in TRANSPORTS:
-        raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
-    # Between processes XLA refuses ragged_all_to_all, but only when the program runs.
-    alone, n_here = jax.process_count() == 1, jax.local_device_count()
-    if transport == "auto":
-        transport = "ragged" if jax.default_backend() == "gpu" and alone else "padded"
-    elif transport == "ragged" and not alone and n_ranks > n_here:
-        raise ValueError(
-            f"transport: expected 'padded' or 'auto' between processes, got 'ragged' for an axis "
-            f"of {n_ranks} ranks, of which this process has at most {n_here}"
-        )
+    transport = transports.choose(transport, n_ranks)
     me = lax.axis_index(axis_name)
     physical, position, counts = assignment
     n_tokens, top_k = physical.shape

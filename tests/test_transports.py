@@ -1,0 +1,107 @@
+"""Which way the tokens of the layer go, by what is loaded and how many processes there are."""
+
+import types
+
+import jax
+import jaxlib
+import pytest
+
+from lplb_jax.moe import transports
+
+HOSTS_OF_ONE = [types.SimpleNamespace(slice_index=0)] * 4
+HOSTS_OF_TWO = [types.SimpleNamespace(slice_index=i // 2) for i in range(4)]
+
+
+@pytest.fixture
+def between(monkeypatch):
+    """Several processes with all that ragged_all_to_all needs, but for what is given."""
+    for name in transports._WITHOUT_WINDOWS:
+        monkeypatch.delenv(name, raising=False)
+
+    def make(*, backend="gpu", jaxlib_="0.11.1", nccl=(2, 29, 7), devices=HOSTS_OF_ONE, here=1):
+        monkeypatch.setattr(jax, "process_count", lambda: 4)
+        monkeypatch.setattr(jax, "local_device_count", lambda: here)
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        monkeypatch.setattr(jaxlib, "__version__", jaxlib_)
+        monkeypatch.setattr(transports, "nccl_version", lambda: nccl)
+        monkeypatch.setattr(jax, "devices", lambda: devices)
+
+    return make
+
+
+REASONS = {
+    "jaxlib": ({"jaxlib_": "0.11.0"}, 4, "jaxlib 0.11.1 or newer, and this is 0.11.0"),
+    "NCCL": ({"nccl": (2, 28, 9)}, 4, r"NCCL 2\.29\.7 or newer, and 2\.28\.9 is.*pip install"),
+    "no NCCL": ({"nccl": None}, 4, "and none is loaded.*nvidia-nccl-cu13>=2.29.7"),
+    "ranks": ({}, 33, "at most 32 ranks"),
+    "hosts": ({"devices": HOSTS_OF_TWO}, 4, "several hosts"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_without_something_it_is_refused(between, name):
+    given, n_ranks, words = REASONS[name]
+    between(**given)
+    with pytest.raises(ValueError, match=f"^transport: .*got 'ragged'.*: .*{words}"):
+        transports.choose("ragged", n_ranks)
+    assert transports.choose("auto", n_ranks) == "padded"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "runs"),
+    [
+        ("NCCL_HOSTID", "rank 1", False),
+        ("NCCL_P2P_DISABLE", "1", False),
+        ("NCCL_P2P_DISABLE", "0", True),
+        ("NCCL_CUMEM_ENABLE", "0", False),
+        ("NCCL_CUMEM_ENABLE", "1", True),
+        ("NCCL_WIN_ENABLE", "0", False),
+    ],
+)
+def test_settings_of_nccl(between, monkeypatch, name, value, runs):
+    between()
+    monkeypatch.setenv(name, value)
+    reason = transports.why_not_ragged(4)
+    assert reason is None if runs else f"{name}={value}" in reason
+
+
+@pytest.mark.parametrize("version", ["0.11.1", "0.12.0.1", "1.0.0"])
+@pytest.mark.parametrize("nccl", [(2, 29, 7), (2, 32, 3), (3, 0, 0)])
+def test_with_everything_it_is_ragged(between, version, nccl):
+    between(jaxlib_=version, nccl=nccl)
+    assert transports.choose("ragged", 32) == "ragged"
+    assert transports.choose("padded", 4) == "padded"
+
+
+def test_on_cpus_it_is_padded(between):
+    between(backend="cpu")
+    assert transports.choose("auto", 4) == "padded"
+    with pytest.raises(ValueError, match=r"got 'ragged'.*for GPUs"):
+        transports.choose("ragged", 4)
+
+
+def test_a_process_with_all_ranks_needs_nothing(between, monkeypatch):
+    """Of several where it is asked for, as JAX does not tell whose ranks an axis has."""
+    between(nccl=(2, 28, 9), here=4)
+    assert transports.choose("ragged", 4) == "ragged"
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    assert transports.choose("auto", 4) == "ragged"
+
+
+def test_version_of_nccl(monkeypatch):
+    """As NCCL has them in one number since 2.9."""
+
+    def get(code):
+        code._obj.value = 23203
+        return 0
+
+    library = types.SimpleNamespace(ncclGetVersion=get)
+    monkeypatch.setattr(transports._libraries, "find", lambda *_: library)
+    assert transports.nccl_version.__wrapped__() == (2, 32, 3)
+    monkeypatch.setattr(transports._libraries, "find", lambda *_: None)
+    assert transports.nccl_version.__wrapped__() is None
+
+
+def test_another_transport(between):
+    with pytest.raises(ValueError, match="transport: expected one of auto, padded, ragged, got 1"):
+        transports.choose(1, 4)
