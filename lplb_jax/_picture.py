@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from lplb_jax.demo import Layer
+from lplb_jax._report import Layer
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 STAGES = {"no replicas": "#7f7f7f", "even split": "#d55e00", "rebalance": "#0072b2"}

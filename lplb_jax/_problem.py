@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from lplb_jax import _native
+from lplb_jax._axes import check_axis
 from lplb_jax.placement import Placement, check_fits, choose_topology, given_order
 from lplb_jax.topologies import Topology
 
@@ -69,49 +68,6 @@ def check_problem(
     return Problem(topology, placement)
 
 
-def check_axis(axis_name: Any) -> int:
-    """Size of a mapped axis in scope, or of several."""
-    check_axis_names("axis_name", axis_name)
-    try:
-        return lax.axis_size(axis_name)
-    except NameError:
-        raise ValueError(
-            f"axis_name: expected an axis of an enclosing jax.shard_map, got {axis_name!r}, which "
-            f"is not in scope here"
-        ) from None
-
-
-def axis_names(axis_name: Any) -> tuple[Any, ...]:
-    """One mapped axis or several, as a tuple."""
-    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
-
-
-def check_axis_names(argument: str, axis_name: Any) -> tuple[Any, ...]:
-    """`axis_names`; raises where that is not a tuple of different names."""
-    names = axis_names(axis_name)
-    # JAX takes an integer for a dimension of the array, and not every collective takes a list.
-    named = all(isinstance(name, Hashable) and not isinstance(name, int) for name in names)
-    if not named or not names or len(set(names)) < len(names):
-        raise ValueError(
-            f"{argument}: expected a mesh axis's name or a tuple of different names, got "
-            f"{axis_name!r}"
-        )
-    return names
-
-
-def varying_over(array: jax.Array, axis_name: Any) -> jax.Array:
-    """`array` typed as one that may differ along this mapped axis (or a tuple of axes)."""
-    varying = jax.typeof(array).manual_axis_type.varying
-    missing = tuple(axis for axis in axis_names(axis_name) if axis not in varying)
-    return lax.pcast(array, missing, to="varying") if missing else array
-
-
-def varying_as(tree: Any, array: jax.Array) -> Any:
-    """`tree` typed as leaves that may differ along all axes that `array` does."""
-    axes = tuple(sorted(jax.typeof(array).manual_axis_type.varying))
-    return jax.tree.map(lambda leaf: varying_over(leaf, axes), tree)
-
-
 def check_indices(indices: Any) -> jax.Array:
     """`indices` as an array of an accepted integer type."""
     dtype = getattr(indices, "dtype", None)
@@ -142,6 +98,19 @@ def check_loads(loads: Any, *, floats: bool = False) -> jax.Array:
             f"loads: expected shape [n_logical] or [ep_size, n_logical], got {list(loads.shape)}"
         )
     return _native.whole(loads)
+
+
+def check_sources(
+    indices: jax.Array, loads: jax.Array | None, problem: Problem, axis_name: Any
+) -> None:
+    """Raises where the loads of several sources meet indices that do not tell them apart."""
+    if loads is None or loads.ndim == 1 or axis_name is not None:
+        return
+    if indices.ndim < 1 or indices.shape[0] != problem.ep_size:
+        raise ValueError(
+            f"indices: expected a leading axis of ep_size = {problem.ep_size} source ranks, got "
+            f"shape {list(indices.shape)}"
+        )
 
 
 def choose_solver(solver: str, loads: jax.Array | None, rank_weights: Any) -> str:

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from lplb_jax import _native, reference
-from lplb_jax._problem import Problem, check_indices, check_loads, check_problem
+from lplb_jax._problem import (
+    Problem,
+    check_indices,
+    check_loads,
+    check_problem,
+    check_sources,
+)
 from lplb_jax.loads import count
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split
@@ -88,19 +94,6 @@ def assign(
     check_sources(indices, loads, problem, axis_name)
     assigned = assign_tokens(indices, loads, split.quota, problem, axis_name, positions=positions)
     return returned(given, assigned, positions)
-
-
-def check_sources(
-    indices: jax.Array, loads: jax.Array | None, problem: Problem, axis_name: Any
-) -> None:
-    """Raises where the loads of several sources meet indices that do not tell them apart."""
-    if loads is None or loads.ndim == 1 or axis_name is not None:
-        return
-    if indices.ndim < 1 or indices.shape[0] != problem.ep_size:
-        raise ValueError(
-            f"indices: expected a leading axis of ep_size = {problem.ep_size} source ranks, got "
-            f"shape {list(indices.shape)}"
-        )
 
 
 def assign_tokens(

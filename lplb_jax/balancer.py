@@ -14,13 +14,13 @@ from lplb_jax._problem import (
     check_indices,
     check_loads,
     check_problem,
+    check_sources,
     check_weights,
     choose_solver,
 )
 from lplb_jax.assignment import (
     Assignment,
     assign_tokens,
-    check_sources,
     returned,
     shaped,
     workspace_shape,

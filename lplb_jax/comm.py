@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lplb_jax import _native, _nvshmem
-from lplb_jax._problem import axis_names, check_axis_names, check_count
+from lplb_jax._axes import axis_names, check_axis_names
+from lplb_jax._problem import check_count
 from lplb_jax._rendezvous import Rendezvous
 
 TRANSPORTS = ("auto", "xla", "p2p", "nvshmem", "nvshmem_put")

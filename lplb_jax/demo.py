@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.extend.backend
@@ -30,32 +29,11 @@ from lplb_jax import (
     topologies,
 )
 from lplb_jax._problem import check_count
+from lplb_jax._report import Layer
 from lplb_jax.data import AUX_LOSSES, Traces, load_traces, read_traces
 
 EP_SIZE = 8
 PICTURES = (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
-
-
-class Layer(NamedTuple):
-    """What one layer's batch came to. Loads are int `[ep_size]`, in tokens per rank.
-
-    Attributes:
-      home: loads without replicas.
-      even: loads where every replicated expert's tokens are split evenly over its slots.
-      balanced: loads after `rebalance`, counted from the physical indices it returned.
-      lower_bound: what no routing over these replicas can bring the busiest rank below.
-      moved: tokens that a replica serves.
-      seconds: median time of a call.
-      faults: what is wrong with the result, in words; empty if all is well.
-    """
-
-    home: np.ndarray
-    even: np.ndarray
-    balanced: np.ndarray
-    lower_bound: int
-    moved: int
-    seconds: float
-    faults: list[str]
 
 
 def demonstrate(

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lplb_jax import _native, reference
-from lplb_jax._problem import check_axis, check_count, check_indices
+from lplb_jax._axes import check_axis
+from lplb_jax._problem import check_count, check_indices
 from lplb_jax.comm import Comm, check_comm
 
 

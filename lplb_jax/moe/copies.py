@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lplb_jax._problem import varying_as
+from lplb_jax._axes import varying_as
 
 
 class Copies(NamedTuple):

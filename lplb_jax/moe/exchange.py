@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lplb_jax._problem import check_axis, check_count, varying_as, varying_over
+from lplb_jax._axes import check_axis, varying_as, varying_over
+from lplb_jax._problem import check_count
 from lplb_jax.assignment import Assignment
 from lplb_jax.loads import sync_loads
 from lplb_jax.moe import transports

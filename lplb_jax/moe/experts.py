@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lplb_jax._problem import varying_as
+from lplb_jax._axes import varying_as
 
 GEMMS = ("auto", "xla", "mosaic")
 _BLOCK_K = 64  # rows or columns that a kernel multiplies at a time

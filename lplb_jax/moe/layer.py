@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from lplb_jax import metrics
-from lplb_jax._problem import check_indices, check_problem, varying_as, varying_over
+from lplb_jax._axes import varying_as, varying_over
+from lplb_jax._problem import check_indices, check_problem
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
 from lplb_jax.comm import Comm

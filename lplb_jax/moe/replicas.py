@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lplb_jax._problem import check_axis
+from lplb_jax._axes import check_axis
 from lplb_jax.placement import Placement, choose_topology
 from lplb_jax.topologies import Topology
 

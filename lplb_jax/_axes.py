@@ -1,0 +1,52 @@
+"""Mapped axes: their names and sizes, and the types of what varies along them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+from jax import lax
+
+
+def check_axis(axis_name: Any) -> int:
+    """Size of a mapped axis in scope, or of several."""
+    check_axis_names("axis_name", axis_name)
+    try:
+        return lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"axis_name: expected an axis of an enclosing jax.shard_map, got {axis_name!r}, which "
+            f"is not in scope here"
+        ) from None
+
+
+def axis_names(axis_name: Any) -> tuple[Any, ...]:
+    """One mapped axis or several, as a tuple."""
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def check_axis_names(argument: str, axis_name: Any) -> tuple[Any, ...]:
+    """`axis_names`; raises where that is not a tuple of different names."""
+    names = axis_names(axis_name)
+    # JAX takes an integer for a dimension of the array, and not every collective takes a list.
+    named = all(isinstance(name, Hashable) and not isinstance(name, int) for name in names)
+    if not named or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"{argument}: expected a mesh axis's name or a tuple of different names, got "
+            f"{axis_name!r}"
+        )
+    return names
+
+
+def varying_over(array: jax.Array, axis_name: Any) -> jax.Array:
+    """`array` typed as one that may differ along this mapped axis (or a tuple of axes)."""
+    varying = jax.typeof(array).manual_axis_type.varying
+    missing = tuple(axis for axis in axis_names(axis_name) if axis not in varying)
+    return lax.pcast(array, missing, to="varying") if missing else array
+
+
+def varying_as(tree: Any, array: jax.Array) -> Any:
+    """`tree` typed as leaves that may differ along all axes that `array` does."""
+    axes = tuple(sorted(jax.typeof(array).manual_axis_type.varying))
+    return jax.tree.map(lambda leaf: varying_over(leaf, axes), tree)

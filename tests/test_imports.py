@@ -1,0 +1,34 @@
+"""Dependencies between the package's modules go one way."""
+
+import ast
+import graphlib
+import pathlib
+
+import lplb_jax
+
+ROOT = pathlib.Path(lplb_jax.__file__).parent
+FILES = {
+    ".".join(("lplb_jax", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): file
+    for file in ROOT.rglob("*.py")
+}
+
+
+def imported_by(file: pathlib.Path) -> set[str]:
+    """Modules of the package that are imported with the file, or for its types."""
+    modules = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            # What is no module of its own is a name in the one that it comes from.
+            inside = {f"{node.module}.{name.name}" for name in node.names}
+            modules |= inside & FILES.keys()
+            if not inside <= FILES.keys():
+                modules.add(node.module)
+    return modules & FILES.keys()
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graphlib.TopologicalSorter({name: imported_by(file) for name, file in FILES.items()}).prepare()
