@@ -3,6 +3,7 @@
 from lplb_jax import metrics, moe, reference, topologies
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
+from lplb_jax.certificate import verify
 from lplb_jax.comm import Comm, init_comm
 from lplb_jax.exporting import export_checks
 from lplb_jax.loads import count_loads, sync_loads
@@ -30,4 +31,5 @@ __all__ = [
     "solve",
     "sync_loads",
     "topologies",
+    "verify",
 ]

@@ -21,12 +21,12 @@ from lplb_jax import (
     Comm,
     Placement,
     Split,
-    Status,
     init_comm,
     metrics,
     place_experts,
     rebalance,
     topologies,
+    verify,
 )
 from lplb_jax._problem import check_count
 from lplb_jax._report import Layer
@@ -103,10 +103,10 @@ def demonstrate(
     layers = []
     with init_comm(mesh, "ep", max_experts=n_logical) as comm:
         _progress("compiling one step for all layers")
-        step = _compile(mesh, r2o, comm, indices[0], placements[0])
+        step = _compile(mesh, comm, indices[0], placements[0])
         for i, (chosen, placement) in enumerate(zip(indices, placements, strict=True)):
             _progress(f"layer {i + 1} of {n_layers}: {repeats} timed calls")
-            layers.append(_run_layer(step, mesh, chosen, placement, r2o, repeats))
+            layers.append(_run_layer(step, mesh, chosen, placement, repeats))
     _progress("")
 
     print(table(layers))
@@ -236,93 +236,6 @@ def check_output(name: str, path: str, endings: Sequence[str] = ()) -> None:
         raise ValueError(f"{name}: expected a file that can be written, got {path!r}")
 
 
-def check(
-    indices: np.ndarray,
-    physical: np.ndarray,
-    split: Split,
-    placement: Placement,
-    r2o: topologies.Topology,
-) -> list[str]:
-    """What is wrong with a result of `rebalance` over one group, judged by the tokens alone.
-
-    Args:
-      indices: integers of any shape, the logical ids of all ranks.
-      physical: integers of the same shape, the slots they were given.
-      split: the `Split` that came with them.
-      placement: where the experts are.
-      r2o: the topology, of as many ranks as the placement.
-
-    Returns:
-      One sentence per fault; an empty list if all is well.
-
-    >>> import jax.numpy as jnp
-    >>> from lplb_jax import place_experts, rebalance, topologies
-    >>> from lplb_jax.demo import check
-    >>> ring, ids = topologies.ring(2), jnp.array([0, 0, 0, 1])
-    >>> placement = place_experts(None, ring, n_logical=2, ep_size=2, redundants_per_rank=1)
-    >>> physical, split = rebalance(ids, None, ring, placement=placement)
-    >>> check(ids, physical, split, placement, ring)
-    []
-    """
-    indices, physical = np.asarray(indices), np.asarray(physical)
-    quota, bound = np.asarray(split.quota), int(split.lower_bound[0])
-    status = Status(int(split.status[0]))
-    in_range = (physical >= 0) & (physical < placement.n_physical)
-    wrong = ~in_range | (np.asarray(placement.phy2log)[np.where(in_range, physical, 0)] != indices)
-    counted = np.bincount(physical[in_range], minlength=placement.n_physical)
-    off_quota = np.count_nonzero(counted != quota)
-    max_load = int(counted.reshape(placement.ep_size, -1).sum(axis=1).max())
-    cut = largest_cut(np.bincount(indices.ravel(), minlength=placement.n_logical), placement, r2o)
-
-    faults = []
-    if status:
-        faults.append(f"status is {status!r}, expected 0")
-    if wrong.any():
-        faults.append(f"{wrong.sum():,} tokens were sent to a slot without their expert")
-    if off_quota:
-        faults.append(f"{off_quota} slots got another number of tokens than their quota")
-    if max_load != bound:
-        faults.append(f"the busiest rank has {max_load:,} tokens, the lower bound is {bound:,}")
-    if cut != bound:
-        faults.append(f"the lower bound is {bound:,}, but the largest cut proves {cut:,}")
-    return faults
-
-
-def largest_cut(loads: np.ndarray, placement: Placement, r2o: topologies.Topology) -> int:
-    """The fewest tokens the busiest rank can have, found by trying every set of ranks.
-
-    Tokens of a set S of ranks can leave it only over columns that are copied outside S. What is
-    left, divided by |S|, is a lower bound; the largest of them is the optimum (max-flow min-cut).
-    It knows nothing of the solver, and takes 2^group_size steps.
-
-    Args:
-      loads: integers `[n_logical]`, tokens per expert.
-      placement: where the experts are; its ranks are one group.
-      r2o: the topology `[group_size, n_columns]`.
-
-    Returns:
-      Tokens.
-
-    >>> from lplb_jax import place_experts, topologies
-    >>> from lplb_jax.demo import largest_cut
-    >>> ring = topologies.ring(2)
-    >>> placement = place_experts(None, ring, n_logical=4, ep_size=2, redundants_per_rank=1)
-    >>> largest_cut(np.array([9, 1, 1, 1]), placement, ring)
-    6
-    """
-    group_size, n_columns = r2o.shape
-    slots = np.asarray(placement.phy2log).reshape(group_size, -1)
-    own = np.asarray(loads, np.int64)[slots[:, : placement.n_logical // group_size]]
-    columns = own[:, : placement.redundants_per_rank].reshape(group_size, -1, n_columns).sum(axis=1)
-    in_set = np.arange(1, 2**group_size)[:, None] >> np.arange(group_size) & 1
-    stays = in_set @ own.sum(axis=1)
-    for column in range(n_columns):
-        # Rank r2o[v] owns what v copies.
-        source = r2o[:, column]
-        stays -= (in_set[:, source] * (1 - in_set)) @ columns[source, column]
-    return int((-(-stays // in_set.sum(axis=1))).max())
-
-
 def table(layers: list[Layer]) -> str:
     """The results as text, at most 100 columns wide.
 
@@ -379,14 +292,14 @@ def _progress(text: str) -> None:
 
 
 def _compile(
-    mesh: Mesh, r2o: topologies.Topology, comm: Comm, indices: np.ndarray, placement: Placement
+    mesh: Mesh, comm: Comm, indices: np.ndarray, placement: Placement
 ) -> jax.stages.Compiled:
     """rebalance() as one program for all ranks. The placement is an argument: it may change."""
 
     @jax.jit
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("ep"), P()), out_specs=(P("ep"), P()))
     def step(indices: jax.Array, placement: Placement) -> tuple[jax.Array, Split]:
-        return rebalance(indices, None, r2o, placement=placement, axis_name="ep", comm=comm)
+        return rebalance(indices, None, placement=placement, axis_name="ep", comm=comm)
 
     # Compiled once, ahead: another layer could not recompile it even if it had to.
     return step.lower(*_put(mesh, indices, placement)).compile()
@@ -405,7 +318,6 @@ def _run_layer(
     mesh: Mesh,
     indices: np.ndarray,
     placement: Placement,
-    r2o: topologies.Topology,
     repeats: int,
 ) -> Layer:
     arguments = _put(mesh, indices, placement)
@@ -429,7 +341,7 @@ def _run_layer(
         lower_bound=int(split.lower_bound[0]),
         moved=int(metrics.tokens_moved(counted, placement)),
         seconds=statistics.median(seconds),
-        faults=check(indices, physical, split, placement, r2o),
+        faults=verify(None, split, placement=placement, indices=indices, physical_indices=physical),
     )
 
 
