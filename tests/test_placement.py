@@ -1,6 +1,7 @@
 """place_experts: EPLB's packing, the numbering of the slots, and Placement as a pytree."""
 
 import dataclasses
+import functools
 import pickle
 
 import jax
@@ -9,8 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, Case, layers
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from lplb_jax import Placement, assign, export_checks, place_experts, rebalance, solve, topologies
+from lplb_jax import (
+    Placement,
+    assign,
+    export_checks,
+    moe,
+    place_experts,
+    rebalance,
+    solve,
+    topologies,
+)
 
 CUBE = topologies.cube()
 
@@ -364,3 +376,61 @@ def test_exported_programs_keep_what_is_static(rng, topology):
         again.call(loads, CUBE, placement),
         solve(loads, CUBE, placement=placement),
     )
+
+
+def test_layers_of_experts_find_the_topology_too(rng, cpu_devices):
+    """moe_layer and replicate_weights: as if r2o were given, with all slots of the placement."""
+    case = Case(CUBE, 3, combined=1)
+    placement = case.placement(rng)
+    spec, mesh = P("ep"), Mesh(cpu_devices, "ep")
+    weights = rng.random((case.n_logical, 4)).astype(np.float32)
+    tokens = rng.random((64, 8), np.float32)
+    ids = rng.integers(0, case.n_logical, (64, 2)).astype(np.int32)
+    experts = moe.Experts(
+        rng.random((case.n_logical, 8, 8), np.float32),
+        rng.random((case.n_logical, 4, 8), np.float32),
+    )
+
+    def slots(r2o, **options):
+        fetch = functools.partial(moe.replicate_weights, r2o=r2o, axis_name="ep", **options)
+        return jax.shard_map(fetch, mesh=mesh, in_specs=spec, out_specs=spec)(weights)
+
+    def layer(r2o):
+        def rank(tokens, ids, experts):
+            gates = jnp.ones_like(ids, jnp.float32)
+            return moe.moe_layer(
+                tokens, ids, gates, experts, r2o, placement=placement, axis_name="ep"
+            )
+
+        run = jax.shard_map(rank, mesh=mesh, in_specs=spec, out_specs=(spec, P()))
+        return jax.jit(run)(tokens, ids, experts)
+
+    expected = slots(CUBE, redundants_per_rank=placement.redundants_per_rank)
+    np.testing.assert_array_equal(slots(None, placement=placement), expected)
+    np.testing.assert_array_equal(slots(CUBE, placement=placement), expected)
+    jax.tree.map(np.testing.assert_array_equal, layer(None), layer(CUBE))
+    with pytest.raises(ValueError, match=r"^r2o: expected a topology, got None with no placement"):
+        slots(None)
+    with pytest.raises(ValueError, match=r"^r2o: expected placement.topology, .* got Topology"):
+        slots(topologies.ring(8), placement=placement)
+    with pytest.raises(ValueError, match=r"^redundants_per_rank: expected the placement's 2, or"):
+        slots(None, placement=placement, redundants_per_rank=4)
+
+
+def test_stacked_placements_under_vmap_and_scan(rng):
+    """Layers share what is static: one trace, each with its own arrays, r2o from the placement."""
+    history = rng.lognormal(3, 1, (3, 32))
+    stacked = place_experts(history, CUBE, n_logical=32, ep_size=8, redundants_per_rank=2)
+    loads = rng.integers(0, 1000, (3, 32)).astype(np.int32)
+
+    def one(loads, placement):
+        return solve(loads, placement=placement)
+
+    def step(carry, layer):
+        return carry, one(*layer)
+
+    expected = [one(*layer) for layer in zip(loads, layers(stacked), strict=True)]
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *expected)
+    jax.tree.map(np.testing.assert_array_equal, jax.vmap(one)(loads, stacked), expected)
+    scanned = jax.lax.scan(step, None, (loads, stacked))[1]
+    jax.tree.map(np.testing.assert_array_equal, scanned, expected)
