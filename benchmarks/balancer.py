@@ -24,7 +24,7 @@ from graph import check, microseconds, pointer
 from rebalance_call import RebalanceCall
 from wall import median_seconds
 
-from lplb_jax import _cuda, place_experts, rebalance, topologies
+from lplb_jax import _bench, place_experts, rebalance, topologies
 from lplb_jax.data import load_traces
 
 N_LOGICAL = 256
@@ -55,7 +55,7 @@ def kernel_time(r2o: np.ndarray, indices: np.ndarray) -> float:
     problem, *rest = call.arguments
 
     def launch(stream: int) -> None:
-        _cuda.launch_rebalance(problem, 1, *rest, stream)
+        _bench.launch_rebalance(problem, 1, *rest, stream)
 
     median = microseconds(launch)
     got = jax.tree.map(np.asarray, call.results)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lplb_jax
-from lplb_jax import _cuda, place_experts, topologies
+from lplb_jax import _bench, _cuda, place_experts, topologies
 from lplb_jax.reference.ipm import interior_point, inverse
 
 # name: topology, experts per rank, redundant slots per rank
@@ -131,12 +131,12 @@ class Bench:
         solve_in = [graph.pointer(a) for a in (self.loads, *self.inputs)]
         out = [graph.pointer(a) for a in self.outputs]
         if name == "exact":
-            return lambda stream: _cuda.launch_solve(
+            return lambda stream: _bench.launch_solve(
                 self.sizes, sources, batch, solve_in, out, stream
             )
         options = (False, False, name == "ipm, repaired", name == "ipm, cuSolverDx")
         ipm_in = [*solve_in, graph.pointer(self.weights)]
-        return lambda stream: _cuda.launch_ipm(
+        return lambda stream: _bench.launch_ipm(
             self.sizes, sources, options, batch, ipm_in, out, stream
         )
 
@@ -190,7 +190,7 @@ def main() -> None:
 
     properties = graph.check(graph.runtime.cudaGetDeviceProperties(0))
     machine = f"{properties.name.decode().rstrip(chr(0))}, jax {jax.__version__}"
-    empty = graph.microseconds(_cuda.launch_empty)
+    empty = graph.microseconds(_bench.launch_empty)
     results = {"machine": machine, "empty kernel": round(empty, 3)}
     print(f"{machine}; an empty kernel: {empty:.2f} µs")
     names = ["exact", "ipm", "ipm, repaired"]

@@ -14,7 +14,7 @@ from cuda.bindings import runtime
 from graph import check, pointer
 from rebalance_call import RebalanceCall
 
-from lplb_jax import Placement, _native
+from lplb_jax import Placement, _bench, _native
 
 
 class VirtualRanks:
@@ -85,12 +85,12 @@ class VirtualRanks:
         """Launches `sync_loads` as this rank; `claimed` is another rank, to see it refused."""
         claimed = self._claimed[rank] if claimed is None else claimed
         pointers = pointer(claimed), pointer(counts), counts.size, pointer(matrix)
-        self._native.launch_sync(*self._who(rank), *pointers, self._on(rank, stream))
+        _bench.launch_sync(*self._who(rank), *pointers, self._on(rank, stream))
 
     def rebalance(self, rank: int, call: RebalanceCall, stream: int | None = None) -> None:
         """Launches `rebalance` as this rank."""
         claimed = pointer(self._claimed[rank])
-        self._native.launch_synced_rebalance(
+        _bench.launch_synced_rebalance(
             *self._who(rank), claimed, *call.arguments, self._on(rank, stream)
         )
 

@@ -180,9 +180,10 @@ def test_p2p_missing_rank(mesh):
         for a in (np.int32(0), np.ones(4, np.int32), np.zeros((mesh.devices.size, 4), np.int32))
     )
     pointers = [a.unsafe_buffer_pointer() for a in jax.block_until_ready([rank, counts, matrix])]
-    native = _native.cuda()
-    native.comm_use_device(device.local_hardware_id)
-    native.launch_sync(comm.identifier, device.local_hardware_id, *pointers[:2], 4, pointers[2], 0)
+    from lplb_jax import _bench
+
+    _native.cuda().comm_use_device(device.local_hardware_id)
+    _bench.launch_sync(comm.identifier, device.local_hardware_id, *pointers[:2], 4, pointers[2], 0)
     time.sleep(2)
     assert "rank 0 waited 1000 ms" in comm.failure()
     error, _ = sync_checks.run_until_error(mesh, comm)

@@ -1,0 +1,117 @@
+// The launchers on raw device pointers and a raw stream, for benchmarks and tests that time or
+// order kernels without XLA around them. The kernels are those of _cuda, which lends its launchers.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+
+#include <array>
+#include <stdexcept>
+
+#include "xla_ffi/cuda/launchers.h"
+
+namespace lplb {
+namespace {
+
+using Pointer = uintptr_t;
+
+template <typename T = int32_t>
+T* As(Pointer pointer) {
+  return reinterpret_cast<T*>(pointer);
+}
+
+const Launchers& Lent() {
+  static const auto* launchers =
+      static_cast<const Launchers*>(PyCapsule_Import(Launchers::kCapsule, 0));
+  if (launchers == nullptr) throw nanobind::python_error();
+  return *launchers;
+}
+
+void ThrowIf(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(Lent().error_string(error));
+}
+
+Problem ProblemOf(const std::array<int32_t, 6>& sizes) {
+  return Problem(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]);
+}
+
+void LaunchSolve(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources, int64_t batch,
+                 std::array<Pointer, 4> in, std::array<Pointer, 4> out, Pointer stream) {
+  ThrowIf(Lent().solve(ProblemOf(problem), {sources[0], sources[1]}, batch,
+                       {As(in[0]), As(in[1]), As(in[2]), As(in[3])},
+                       {As(out[0]), As(out[1]), As(out[2]), As(out[3])}, As<CUstream_st>(stream)));
+}
+
+// in: indices (int32), phy2log, log2phy, r2o; out: physical, position, slot counts, quota,
+// max_load, lower_bound, status, workspace [n_tiles, words].
+cuda::RouteArguments ArgumentsOf(std::array<int32_t, 6> problem, int64_t batch, int64_t n_tokens,
+                                 std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
+                                 std::array<Pointer, 8> out) {
+  cuda::RouteArguments arguments = {};
+  arguments.problem = ProblemOf(problem);
+  arguments.sources = {1, arguments.problem.n_logical + 1};
+  arguments.tokens = {As<const void>(in[0]),  As(out[0]), As(out[1]), As(out[2]), n_tokens,
+                      cuda::IndexType::kInt32};
+  arguments.solve_in = {nullptr, As(in[1]), As(in[2]), As(in[3])};
+  arguments.solve_out = {As(out[3]), As(out[4]), As(out[5]), As(out[6])};
+  arguments.workspace = As(out[7]);
+  arguments.batch = batch;
+  arguments.n_tiles = static_cast<int32_t>(tiles[0]);
+  arguments.workspace_words = tiles[1];
+  return arguments;
+}
+
+void LaunchRebalance(std::array<int32_t, 6> problem, int64_t batch, int64_t n_tokens,
+                     std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
+                     std::array<Pointer, 8> out, Pointer stream) {
+  ThrowIf(Lent().rebalance(ArgumentsOf(problem, batch, n_tokens, tiles, in, out),
+                           As<CUstream_st>(stream)));
+}
+
+CommRank RankOf(int64_t comm, int32_t device) {
+  const auto found = Lent().find_rank(comm, device);
+  if (found.has_error()) throw std::runtime_error(found.error().message());
+  return *found;
+}
+
+// As the rank that `device` is in communicator `comm`.
+void LaunchSyncedRebalance(int64_t comm, int32_t device, Pointer rank,
+                           std::array<int32_t, 6> problem, int64_t n_tokens,
+                           std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
+                           std::array<Pointer, 8> out, Pointer stream) {
+  cuda::RouteArguments arguments = ArgumentsOf(problem, 1, n_tokens, tiles, in, out);
+  arguments.given.rank = As(rank);
+  arguments.peers = RankOf(comm, device).peers;
+  ThrowIf(Lent().synced_rebalance(arguments, As<CUstream_st>(stream)));
+}
+
+// Likewise for the interior point; `in` has the weights last, `options` are floats, weighted,
+// repair, cusolverdx.
+void LaunchIpm(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources,
+               std::array<bool, 4> options, int64_t batch, std::array<Pointer, 5> in,
+               std::array<Pointer, 4> out, Pointer stream) {
+  ThrowIf(Lent().ipm(ProblemOf(problem), {sources[0], sources[1]},
+                     {options[0], options[1], options[2], options[3]}, batch,
+                     {{As(in[0]), As(in[1]), As(in[2]), As(in[3])}, As<const float>(in[4])},
+                     {As(out[0]), As(out[1]), As(out[2]), As(out[3])}, As<CUstream_st>(stream)));
+}
+
+// sync_loads as the rank that `device` is in communicator `comm`.
+void LaunchSyncOf(int64_t comm, int32_t device, Pointer rank, Pointer counts, int32_t n,
+                  Pointer matrix, Pointer stream) {
+  ThrowIf(Lent().sync(RankOf(comm, device), As(rank), As(counts), n, As(matrix),
+                      As<CUstream_st>(stream)));
+}
+
+// What a launch costs by itself.
+void LaunchEmpty(Pointer stream) { ThrowIf(Lent().empty(As<CUstream_st>(stream))); }
+
+}  // namespace
+}  // namespace lplb
+
+NB_MODULE(_bench, m) {
+  m.def("launch_solve", lplb::LaunchSolve);
+  m.def("launch_ipm", lplb::LaunchIpm);
+  m.def("launch_sync", lplb::LaunchSyncOf);
+  m.def("launch_empty", lplb::LaunchEmpty);
+  m.def("launch_rebalance", lplb::LaunchRebalance);
+  m.def("launch_synced_rebalance", lplb::LaunchSyncedRebalance);
+}
