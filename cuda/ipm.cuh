@@ -140,7 +140,11 @@ __device__ __forceinline__ void CheckSlots(const Problem& p, const SolveOperands
     const bool copy = k >= p.n_local;
     const int32_t expert = in.phy2log[first_slot + i];
     const int32_t known = KnownExpert(p, expert);
-    bool good = expert == known && in.log2phy[known * p.max_replicas + copy] == first_slot + i;
+    const int32_t* named = in.log2phy + known * p.max_replicas;
+    bool good = expert == known && named[copy] == first_slot + i;
+    for (int32_t j = k < p.n_redundant ? 2 : 1; !copy && j < p.max_replicas; ++j) {
+      good &= named[j] == -1;
+    }
     if (copy) {
       const int32_t local = k - p.n_local;
       const int32_t source = memory.src[rank * p.n_columns + p.by_columns.Remainder(local)];
@@ -392,6 +396,7 @@ __global__ void __launch_bounds__(MostThreads<Solver>(), 1)
   if (thread >= n_threads - 32) {
     const int32_t lane = thread & 31;
     LoadTopology(p, in.r2o, group, lane, 32);
+    DropBrokenTopology(p, group);
     LoadWeights(p, options, operands.weights, memory, solver_memory.w);
     for (int32_t i = n_edges + lane; i < PaddedEdges(n_edges); i += 32) {
       memory.ends[i] = make_float4(0, 0, 0, 0);

@@ -113,6 +113,7 @@ struct SolveResults {
 struct AssignOperands {
   const int32_t* counts;   // [n_sources, row]
   const int32_t* quota;    // [n_physical]
+  const int32_t* phy2log;  // [n_physical]
   const int32_t* log2phy;  // [n_logical, max_replicas]
   const int32_t* rank;     // []
 };
@@ -140,7 +141,8 @@ LPLB_HOST_DEVICE SolveResults BatchElement(const Problem& p, const SolveResults&
 LPLB_HOST_DEVICE AssignOperands BatchElement(const Problem& p, const Sources& sources,
                                              const AssignOperands& first, int64_t b) {
   return {first.counts + b * (sources.n_sources * sources.row), first.quota + b * p.n_physical,
-          first.log2phy + b * (p.n_logical * p.max_replicas), first.rank + b};
+          first.phy2log + b * p.n_physical, first.log2phy + b * (p.n_logical * p.max_replicas),
+          first.rank + b};
 }
 
 // The expert an id names; −1 where the token chose none; n_logical where the id is invalid.
@@ -176,7 +178,7 @@ LPLB_HOST_DEVICE bool ComesBefore(int32_t source, int32_t rank, int32_t home, in
 }
 
 // Where the tokens of one expert on one source go: the first `keep` to slot `home`, the rest to
-// slot `replica`; −1 where log2phy names no slot.
+// slot `replica`; −1 where log2phy names no slot, or one that holds another expert.
 struct Route {
   int32_t keep;
   int32_t home;
@@ -184,11 +186,13 @@ struct Route {
 };
 
 // The slots of an expert; keep is what it is where no quota changes it.
-LPLB_HOST_DEVICE Route SlotsOf(const Problem& p, const int32_t* log2phy, int32_t expert) {
-  const int32_t home = log2phy[expert * p.max_replicas];
-  const int32_t replica = log2phy[expert * p.max_replicas + 1];
-  return {kInt32Max, home >= 0 && home < p.n_physical ? home : -1,
-          replica >= 0 && replica < p.n_physical ? replica : -1};
+LPLB_HOST_DEVICE Route SlotsOf(const Problem& p, const int32_t* phy2log, const int32_t* log2phy,
+                               int32_t expert) {
+  const auto own = [&](int32_t slot) {
+    return slot >= 0 && slot < p.n_physical && phy2log[slot] == expert ? slot : -1;
+  };
+  const int32_t* slots = log2phy + expert * p.max_replicas;
+  return {kInt32Max, own(slots[0]), own(slots[1])};
 }
 
 // keep of an expert's route on source rank `rank`.
@@ -196,10 +200,13 @@ LPLB_HOST_DEVICE int32_t KeepOf(const Problem& p, const Sources& sources, const 
                                 const int32_t* quota, int32_t rank, bool proportional,
                                 int32_t expert, const Route& route) {
   if (route.home < 0 || route.replica < 0) return kInt32Max;
-  const int32_t stay = quota[route.home];
+  // The solvers' quotas are never negative, nor is a sum of two above int32; others may be.
+  const int32_t stay = quota[route.home] > 0 ? quota[route.home] : 0;
   if (proportional) {
     const int32_t count = counts[expert] > 0 ? counts[expert] : 0;
-    return ProportionalShare(count, stay, stay + quota[route.replica], rank, p.ep_size);
+    const int32_t away = quota[route.replica] > 0 ? quota[route.replica] : 0;
+    const int32_t load = away < kInt32Max - stay ? stay + away : kInt32Max;
+    return ProportionalShare(count, stay, load, rank, p.ep_size);
   }
   int64_t keep = stay;
   if (sources.n_sources > 1) {

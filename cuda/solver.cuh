@@ -113,10 +113,11 @@ __device__ __forceinline__ uint32_t TileSum(const Problem& p, uint32_t value) {
   return value;
 }
 
-// Stores edge i of r2o both ways.
+// Stores edge i of r2o both ways; addresses stay in range whatever r2o holds.
 __device__ __forceinline__ void StoreEdge(const Problem& p, const GroupMemory& memory, int32_t i,
                                           int32_t source) {
   const int32_t rank = p.by_columns.Quotient(i);
+  source = min(max(source, 0), p.group_size - 1);
   memory.src[i] = source;
   memory.dst[source * p.n_columns + i - rank * p.n_columns] = rank;
 }
@@ -130,6 +131,27 @@ __device__ __forceinline__ void LoadTopology(const Problem& p, const int32_t* r2
   for (int32_t i = first; i < p.group_size * p.n_columns; i += stride) {
     StoreEdge(p, memory, i, r2o[i]);
   }
+}
+
+// Where a column of r2o is no permutation, takes all edges away and says so; `dst` is then not even
+// set everywhere. For the warp that has called LoadTopology alone.
+__device__ __forceinline__ void DropBrokenTopology(const Problem& p, const GroupMemory& memory) {
+  const int32_t lane = threadIdx.x & 31;
+  const int32_t n_edges = p.group_size * p.n_columns;
+  bool broken = false;
+  __syncwarp();
+#pragma unroll 1
+  for (int32_t i = lane; i < n_edges; i += 32) {
+    const int32_t rank = p.by_columns.Quotient(i);
+    const int32_t column = i - rank * p.n_columns;
+    broken |= memory.dst[memory.src[i] * p.n_columns + column] != rank;
+  }
+  if (!__any_sync(kFullWarp, broken)) return;
+#pragma unroll 1
+  for (int32_t i = lane; i < n_edges; i += 32) {
+    memory.src[i] = memory.dst[i] = p.by_columns.Quotient(i);
+  }
+  if (lane == 0) atomicOr(memory.status, kBadPlacement);
 }
 
 // The first own slot that this thread will load, fetched while the totals are made.
@@ -242,7 +264,9 @@ __device__ __forceinline__ Copy PrepareCopy(const Problem& p, const GroupMemory&
   const int32_t column = p.by_columns.Remainder(k);
   const int32_t group = p.by_group.Quotient(rank);
   const int32_t in_group = rank - group * p.group_size;
-  const int32_t holder = group * p.group_size + memory.dst[in_group * p.n_columns + column];
+  // dst is in range unless r2o is no permutation, which the solver finds while this runs.
+  const int32_t found = memory.dst[in_group * p.n_columns + column];
+  const int32_t holder = group * p.group_size + min(max(found, 0), p.group_size - 1);
   const int32_t* own = memory.own + rank * p.n_local;
   uint32_t before = 0;  // Stays at 2³¹ − 1, beyond which no plan moves anything.
 #pragma unroll 1
@@ -258,25 +282,30 @@ __device__ __forceinline__ Copy PrepareCopy(const Problem& p, const GroupMemory&
   return copy;
 }
 
-// Checks that every own slot is the first one of its expert, except the slots in Ahead. Threads
-// first, first + stride, … take the slots.
+// Checks that every own slot is the first one of its expert, unless all of them are in Ahead, and
+// that log2phy names no slots besides an expert's own and copy. Threads first, first + stride, …
+// take the slots.
 template <typename Threads>
 __device__ __forceinline__ void CheckOwnSlots(const Problem& p, const SolveOperands& in,
                                               Groups groups, const GroupMemory& memory,
                                               int32_t first, int32_t stride) {
   const Tile tile(p, Threads::Size());
   const int32_t n_ranks = groups.n * p.group_size;
-  if (tile.n >= n_ranks && tile.width >= p.n_local) return;  // They are all in Ahead.
+  const bool all_ahead = tile.n >= n_ranks && tile.width >= p.n_local;
   const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
 #pragma unroll 1
   for (int32_t i = first; i < n_ranks * p.slots_per_rank; i += stride) {
     const int32_t rank = p.by_slots.Quotient(i);
-    if (i - rank * p.slots_per_rank >= p.n_local) continue;
+    const int32_t k = i - rank * p.slots_per_rank;
+    const int32_t n_named = k < p.n_redundant ? 2 : 1;
+    if (k >= p.n_local || (all_ahead && n_named == p.max_replicas)) continue;
     const int32_t expert = in.phy2log[first_slot + i];
     const int32_t known = KnownExpert(p, expert);
-    if (expert != known || in.log2phy[known * p.max_replicas] != first_slot + i) {
-      atomicOr(&memory.status[p.by_group.Quotient(rank)], kBadPlacement);
-    }
+    const int32_t* named = in.log2phy + known * p.max_replicas;
+    bool wrong = expert != known || named[0] != first_slot + i;
+#pragma unroll 1
+    for (int32_t place = n_named; place < p.max_replicas; ++place) wrong |= named[place] != -1;
+    if (wrong) atomicOr(&memory.status[p.by_group.Quotient(rank)], kBadPlacement);
   }
 }
 
@@ -370,18 +399,20 @@ __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
   // A plan's rank loads never pass this sum, so where it fits nothing in the waves overflows. What
   // has overflowed before, base −1, is above 2³¹ as it stands.
   bool overflow = false;
+  bool broken = false;  // No edges lead back: r2o is no permutation.
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
     uint32_t most = graph.load[w];
 #pragma unroll
     for (int d = 0; d < kColumns; ++d) {
       most = min(most, 1u << 31) + static_cast<uint32_t>(ValueOf(graph.cap[d], graph.src[d][w]));
+      broken |= ValueOf(graph.dst[d], graph.src[d][w]) != 32 * w + lane;
     }
     overflow |= most > static_cast<uint32_t>(kInt32Max);
   }
-  overflow = __any_sync(kFullWarp, overflow);
   Proof proof = {kInt32Max, 0};
-  if (!overflow) {  // Else nothing moves and nothing is proven.
+  const bool solvable = !__any_sync(kFullWarp, overflow || broken);
+  if (solvable) {  // Else nothing moves and nothing is proven.
     proof.lower_bound = proof.max_load = WarpWaves(p.group_size, target, graph);
   }
 #pragma unroll
@@ -394,7 +425,9 @@ __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
       }
     }
   }
-  if (overflow && lane == 0) atomicOr(&memory.status[group], kLoadOverflow);
+  if (!solvable && (overflow || broken)) {
+    atomicOr(&memory.status[group], (overflow ? kLoadOverflow : 0) | (broken ? kBadPlacement : 0));
+  }
   return proof;
 }
 
@@ -410,24 +443,25 @@ __device__ inline Proof SolveInBlock(const Problem& p, int32_t group, const Grou
     moved[i] = 0;
   }
   Threads::Sync();
-  bool overflow = false;
+  int32_t found = 0;
   for (int32_t r = threadIdx.x; r < p.group_size; r += Threads::Size()) {
     int64_t most = static_cast<uint32_t>(load[r]);  // −1 has overflowed before.
     for (int32_t d = 0; d < p.n_columns; ++d) {
-      most += memory.cap[memory.src[r * p.n_columns + d] * p.n_columns + d];
+      const int32_t edge = memory.src[r * p.n_columns + d] * p.n_columns + d;
+      most += memory.cap[edge];
+      if (memory.dst[edge] != r) found |= kBadPlacement;  // r2o is no permutation.
     }
-    overflow |= most > kInt32Max;
+    if (most > kInt32Max) found |= kLoadOverflow;
   }
   Proof proof = {kInt32Max, 0};
-  overflow = Threads::Any(overflow);
-  if (!overflow) {
+  if (!Threads::Any(found != 0)) {
     const BlockGraph graph = {p.group_size, p.n_columns,  memory.src,
                               memory.dst,   memory.cap,   moved,
                               load,         memory.level, reinterpret_cast<uint32_t*>(memory.sums)};
     proof.lower_bound = proof.max_load =
         BlockWaves<Threads>(graph, BlockFirstTarget<Threads>(graph));
-  } else if (threadIdx.x == 0) {
-    atomicOr(&memory.status[group], kLoadOverflow);
+  } else if (found != 0) {
+    atomicOr(&memory.status[group], found);
   }
   Threads::Sync();
   return proof;

@@ -116,8 +116,10 @@ def assign_tokens(
     else:
         counts = loads
 
+    placement = problem.placement
+
     def of_source(tokens: jax.Array, rank: jax.Array) -> tuple[jax.Array, ...]:
-        operands = (tokens, counts, quota, problem.placement.log2phy, rank)
+        operands = (tokens, counts, quota, placement.phy2log, placement.log2phy, rank)
         return _native.call(
             "lplb_assign",
             reference.assign,

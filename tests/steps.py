@@ -78,7 +78,7 @@ def spec_assign(indices, counts, quota, placement, *, proportional, positions):
     rank = jax.lax.axis_index("ep")
     counts = counts[rank][None] if proportional else counts
     options = {"proportional": int(proportional), "positions": int(positions)}
-    operands = (indices, counts, quota, placement.log2phy, rank)
+    operands = (indices, counts, quota, placement.phy2log, placement.log2phy, rank)
     return reference.assign(*operands, ep_size=placement.ep_size, **options)
 
 

@@ -1,5 +1,7 @@
 """assign: exact to the token, in the documented order, judged by the outputs alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,16 @@ from oracles import (
 )
 from steps import assert_same, native_assign, repeated, spec_assign
 
-from lplb_jax import Assignment, Split, assign, count_loads, solve, topologies
+from lplb_jax import (
+    Assignment,
+    Split,
+    Status,
+    assign,
+    count_loads,
+    rebalance,
+    solve,
+    topologies,
+)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -56,6 +67,52 @@ def test_equals_the_specification(rng, name, proportional):
     operands = (*repeated((ids, loads), 4), quota, repeated(placement, 4))
     options = {"proportional": proportional, "positions": bool(rng.integers(2))}
     assert_same(native_assign(*operands, **options), spec_assign(*operands, **options))
+
+
+@pytest.mark.parametrize("kind", ["all here", "by source", "estimates"])
+def test_no_token_goes_to_another_experts_slot(rng, kind):
+    """Also where a traced placement says so: then the tokens get none, and the status tells."""
+    case = Case(topologies.ring(4), 3, n_groups=2)
+    placement = case.placement(rng)
+    ids = tokens(rng, case, 100)
+    counts = counts_of(ids, case.n_logical)
+    loads = {
+        "all here": None,
+        "by source": counts,
+        "estimates": counts.sum(axis=0, dtype=np.int32),
+    }[kind]
+
+    @jax.jit
+    def balance(log2phy):
+        traced = dataclasses.replace(placement, log2phy=log2phy)
+        return rebalance(ids, loads, case.r2o, placement=traced)
+
+    for _ in range(5):
+        log2phy = placement.log2phy.copy()
+        expert, other = rng.permutation(case.n_logical)[:2]
+        log2phy[expert, rng.integers(2)] = log2phy[other, 0]
+        physical, split = balance(log2phy)
+        assert (split.status == Status.BAD_PLACEMENT).any()
+        slot = np.asarray(physical)
+        assert (placement.phy2log[slot] == ids)[slot >= 0].all()
+        others = (ids >= 0) & (ids < case.n_logical) & (ids != expert)
+        assert (slot >= 0)[others].all()
+
+
+def test_quotas_of_no_solver(rng):
+    """Negative ones count as 0, and where two pass int32 nothing wraps."""
+    case = Case(topologies.ring(4), 2)
+    placements = repeated(case.placement(rng), 20)
+    ids = repeated(tokens(rng, case, 60), 20)
+    counts = repeated(counts_of(ids[0], case.n_logical), 20)
+    kinds = [-(2**31), -5, 0, 3, 2**30, INT32_MAX - 1, INT32_MAX]
+    quota = rng.choice(kinds, placements.phy2log.shape).astype(np.int32)
+    for proportional in (False, True):
+        operands = (ids, counts, quota, placements)
+        assigned = native_assign(*operands, proportional=proportional)
+        assert_same(assigned, spec_assign(*operands, proportional=proportional))
+        clipped = native_assign(ids, counts, quota.clip(0), placements, proportional=proportional)
+        assert_same(assigned, clipped)
 
 
 @pytest.mark.parametrize("proportional", [False, True])

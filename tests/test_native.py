@@ -8,7 +8,6 @@ import types
 import warnings
 
 import jax
-import jax.numpy as jnp
 import jaxlib
 import numpy as np
 import pytest
@@ -156,42 +155,6 @@ def test_one_program_for_several_platforms(monkeypatch, warned):
 def test_no_warning_where_there_is_native_code(warned):
     rebalance(np.zeros((2, 1), np.int32), np.ones((2, 2), np.int32), topologies.ring(2))
     assert not warned
-
-
-def int32(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-SOLVED = [int32(8), int32(1), int32(1), int32(1)]
-SOLVE = [int32(4, 4), int32(8), int32(4, 2), int32(4, 1)]  # loads, phy2log, log2phy, r2o
-
-
-def with_operand(i, operand):
-    return [*SOLVE[:i], operand, *SOLVE[i + 1 :]]
-
-
-@pytest.mark.parametrize(
-    ("target", "results", "operands", "attribute", "words"),
-    [
-        ("count", int32(5), [int32(3)], {"n_logical": 5}, "counts"),
-        ("count", int32(1), [int32(3)], {"n_logical": 0}, "n_logical"),
-        ("count", int32(2, 6), [int32(3)], {"n_logical": 5}, r"counts: .*got \[2, 6\]"),
-        ("count", int32(6), [jax.ShapeDtypeStruct((3,), jnp.float32)], {"n_logical": 5}, "indices"),
-        ("solve", SOLVED, with_operand(0, int32(2, 4)), {"ep_size": 4}, r"loads: .*got \[2, 4\]"),
-        ("solve", SOLVED, with_operand(1, int32(2, 8)), {"ep_size": 4}, r"phy2log: .*got \[2, 8\]"),
-        ("solve", SOLVED, with_operand(1, int32(9)), {"ep_size": 4}, "n_physical = 9"),
-        ("solve", SOLVED, with_operand(2, int32(4, 1)), {"ep_size": 4}, "do not fit together"),
-        ("solve", SOLVED, with_operand(3, int32(3, 1)), {"ep_size": 4}, "do not fit together"),
-        ("solve", SOLVED, SOLVE, {"ep_size": 0}, "ep_size: expected 1 to .*got 0"),
-    ],
-)
-def test_handlers_check_shapes(target, results, operands, attribute, words):
-    """Called without the checks of the public functions: an error with a sentence, not a crash."""
-    attribute = {name: np.int64(value) for name, value in attribute.items()}
-    handler = jax.ffi.ffi_call(f"lplb_{target}", results)
-    zeros = [jnp.zeros(operand.shape, operand.dtype) for operand in operands]
-    with pytest.raises(Exception, match=f"lplb_jax: .*{words}"):
-        jax.block_until_ready(handler(*zeros, **attribute))
 
 
 @pytest.mark.skipif(

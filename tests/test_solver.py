@@ -1,5 +1,6 @@
 """solve: optimal by outside proof, feasible, and equal bit for bit to the specification."""
 
+import dataclasses
 import functools
 
 import jax
@@ -203,6 +204,28 @@ def test_contradictory_placement_under_jit_sets_the_status_of_its_group(rng):
         bad = type(placement)(**{**vars(placement), field: array})
         status = run(loads, bad).status
         assert status[group] == Status.BAD_PLACEMENT, field
+
+
+@pytest.mark.parametrize("solver", ["exact", "ipm"])
+def test_slots_that_log2phy_names_besides_contradict_the_placement(rng, solver):
+    """−1 in every place beyond an expert's own slot and its copy, whatever the number of places."""
+    case = Case(topologies.ring(4), 3, n_groups=2)
+    placement = case.placement(rng)
+    wide = np.pad(placement.log2phy, [(0, 0), (0, int(rng.integers(3)))], constant_values=-1)
+    loads = rng.integers(0, 100, case.n_logical).astype(np.int32)
+
+    @jax.jit
+    def status(log2phy):
+        traced = dataclasses.replace(placement, log2phy=log2phy)
+        return solve(loads, case.r2o, placement=traced, solver=solver).status
+
+    assert status(wide).tolist() == [0, 0]
+    for _ in range(10):
+        expert, place = rng.choice(np.argwhere(wide == -1))
+        spoiled = wide.copy()
+        spoiled[expert, place] = rng.choice([*rng.integers(0, placement.n_physical, 2), -2, 10**6])
+        group = placement.log2phy[expert, 0] // (placement.n_physical // 2)
+        assert (status(spoiled) == Status.BAD_PLACEMENT).tolist() == [group == 0, group == 1]
 
 
 @pytest.mark.parametrize("name", ["ring 4, two groups", "cube, three combined", "random 5x3"])

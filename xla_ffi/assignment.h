@@ -23,6 +23,7 @@ struct AssignCall {
     batch = frame.batch();
     frame.Operand("loads", {&source_sizes.n_sources, &source_sizes.row}, &in.counts);
     frame.Operand("split.quota", {&sizes.n_physical}, &in.quota);
+    frame.Operand("placement.phy2log", {&sizes.n_physical}, &in.phy2log);
     frame.Operand("placement.log2phy", {&sizes.n_logical, &sizes.max_replicas}, &in.log2phy);
     frame.Operand("rank", {}, &in.rank);
     problem = ProblemOf(frame, sizes);

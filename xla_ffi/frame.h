@@ -22,6 +22,13 @@ inline ffi::Error Invalid(const std::string& message) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "lplb_jax: " + message);
 }
 
+// Returns from the function with the error of `expression`, if it has one.
+#define LPLB_RETURN_IF_ERROR(expression)                           \
+  if (::xla::ffi::Error error_ = (expression); error_.failure()) { \
+    return error_;                                                 \
+  }                                                                \
+  static_assert(true, "")
+
 // A dimension that buffers share: the first buffer that has it defines it, unless it is known.
 struct Size {
   static constexpr int64_t kUnknown = -1;

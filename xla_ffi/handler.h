@@ -51,8 +51,8 @@ ffi::Error ReadAndRun(Run run, ffi::RemainingArgs operands, ffi::RemainingRets r
   return WithoutExceptions([&] {
     Frame frame(operands, results, attributes);
     const Call call(frame);
-    ffi::Error error = frame.Finish();
-    return error.failure() ? error : run(call, context...);
+    LPLB_RETURN_IF_ERROR(frame.Finish());
+    return run(call, context...);
   });
 }
 

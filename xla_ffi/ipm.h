@@ -7,6 +7,8 @@
 
 namespace lplb {
 
+constexpr int32_t kMostIpmRanks = 46340;  // Its matrix has the square of that, an int32.
+
 struct IpmCall {
   int64_t batch;
   Problem problem;
@@ -28,6 +30,11 @@ struct IpmCall {
     batch = frame.batch();
     ReadPlacement(frame, sizes, in.solve);
     frame.Operand("rank_weights", {&sizes.group_size}, &in.weights);
+    if (sizes.group_size.value > kMostIpmRanks) {
+      frame.Fail("r2o: the interior point takes groups of at most " +
+                 std::to_string(kMostIpmRanks) + " ranks, got " +
+                 std::to_string(sizes.group_size.value));
+    }
     problem = ProblemOf(frame, sizes);
     sources = SourcesOf(frame, source_sizes, problem);
     ReadSplit(frame, problem, sizes, type,

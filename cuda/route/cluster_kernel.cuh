@@ -103,9 +103,8 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
   ForgetInvalid<kQuotas>(p, memory);
   AnnounceStart();
   const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
-  const int32_t* log2phy =
-      kQuotas != Quotas::kGiven ? in.log2phy : BatchElement(p, a.sources, a.given, element).log2phy;
-  Prefetched fetched = Prefetch<kQuotas, Threads>(a, in, log2phy);
+  const Tables tables = TablesOf<kQuotas>(a, in, element);
+  Prefetched fetched = Prefetch<kQuotas, Threads>(a, in, tables);
   SyncCall call;
   uint64_t* inbox;  // of the first rank that this block sends to
   if constexpr (kQuotas == Quotas::kSynced) {
@@ -116,7 +115,7 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < row / 4; i += kPlanThreads) counts[i] = {0, 0, 0, 0};
   Announce<Event::kCleared>();
-  StorePrefetched<kQuotas, Threads>(a, in, log2phy, fetched, memory);
+  StorePrefetched<kQuotas, Threads>(a, in, tables, fetched, memory);
   AwaitStarts();
 
   Await<Event::kCounted>();

@@ -14,22 +14,40 @@ namespace lplb::cuda {
 struct Prefetched {
   Ahead ahead;     // its home is fetched later
   int32_t source;  // this thread's edge of r2o
+  int32_t held;    // the expert in this thread's slot
   Route slots;     // of this thread's expert
 };
 
+// The placement of a batch element, whichever operands have it.
+struct Tables {
+  const int32_t* phy2log;
+  const int32_t* log2phy;
+};
+
+template <Quotas kQuotas>
+__device__ __forceinline__ Tables TablesOf(const RouteArguments& a, const SolveOperands& in,
+                                           int64_t element) {
+  if constexpr (kQuotas != Quotas::kGiven) return {in.phy2log, in.log2phy};
+  const AssignOperands given = BatchElement(a.problem, a.sources, a.given, element);
+  return {given.phy2log, given.log2phy};
+}
+
 template <Quotas kQuotas, typename Threads>
 __device__ __forceinline__ Prefetched Prefetch(const RouteArguments& a, const SolveOperands& in,
-                                               const int32_t* log2phy) {
+                                               const Tables& tables) {
   const Problem& p = a.problem;
   const int32_t i = threadIdx.x;
-  Prefetched fetched = {{-1, 0, -1}, 0, {0, -1, -1}};
+  Prefetched fetched = {{-1, 0, -1}, 0, -1, {0, -1, -1}};
   if constexpr (kQuotas != Quotas::kGiven) {
     fetched.ahead = AheadOf<Threads>(p, in, {0, p.n_groups});
     if (i < p.group_size * p.n_columns) fetched.source = in.r2o[i];
   }
+  if constexpr (kQuotas == Quotas::kGiven) {
+    if (i < p.n_physical) fetched.held = tables.phy2log[i];
+  }
   if (i < p.n_logical) {
-    fetched.slots.home = log2phy[i * p.max_replicas];
-    fetched.slots.replica = log2phy[i * p.max_replicas + 1];
+    fetched.slots.home = tables.log2phy[i * p.max_replicas];
+    fetched.slots.replica = tables.log2phy[i * p.max_replicas + 1];
   }
   return fetched;
 }
@@ -45,14 +63,22 @@ __device__ __forceinline__ void StoreSlots(const Problem& p, int32_t expert, int
 // Puts what was fetched, and what of it is more than one per thread, into shared memory.
 template <Quotas kQuotas, typename Threads>
 __device__ __forceinline__ void StorePrefetched(const RouteArguments& a, const SolveOperands& in,
-                                                const int32_t* log2phy, Prefetched& fetched,
+                                                const Tables& tables, Prefetched& fetched,
                                                 const RouteMemory& memory) {
   const Problem& p = a.problem;
   const int32_t i = threadIdx.x;
   if (i < p.n_logical) StoreSlots(p, i, fetched.slots.home, fetched.slots.replica, memory);
 #pragma unroll 1
   for (int32_t e = i + Threads::Size(); e < p.n_logical; e += Threads::Size()) {
-    StoreSlots(p, e, log2phy[e * p.max_replicas], log2phy[e * p.max_replicas + 1], memory);
+    const int32_t* slots = tables.log2phy + e * p.max_replicas;
+    StoreSlots(p, e, slots[0], slots[1], memory);
+  }
+  if constexpr (kQuotas == Quotas::kGiven) {
+    if (i < p.n_physical) memory.held[i] = fetched.held;
+#pragma unroll 1
+    for (int32_t s = i + Threads::Size(); s < p.n_physical; s += Threads::Size()) {
+      memory.held[s] = tables.phy2log[s];
+    }
   }
   if constexpr (kQuotas != Quotas::kGiven) {
     const GroupMemory groups(p, p.n_groups, memory.groups);
@@ -113,6 +139,13 @@ __device__ __forceinline__ void ReceiveTotals(const RouteArguments& a, const Syn
   }
 }
 
+// Forgets slots that log2phy gives an expert and phy2log another one.
+__device__ __forceinline__ void KeepOwnSlots(const int32_t* phy2log, int32_t expert,
+                                             PackedRoute& route) {
+  if (route.home != kNoSlot && phy2log[route.home] != expert) route.home = kNoSlot;
+  if (route.replica != kNoSlot && phy2log[route.replica] != expert) route.replica = kNoSlot;
+}
+
 // From the experts' totals to their routes: solves, or takes the quotas that are given. All threads
 // of the team call it behind a barrier; another must follow.
 template <int kWords, int kColumns, Quotas kQuotas, typename Threads>
@@ -122,6 +155,7 @@ __device__ __forceinline__ void MakeRoutes(const RouteArguments& a, const SolveO
   const Problem& p = a.problem;
   const AssignOperands given = BatchElement(p, a.sources, a.given, element);
   int32_t rank = 0;
+  bool misplaced = false;
   if constexpr (kQuotas != Quotas::kGiven) {
     const Groups groups = {0, p.n_groups};
     const SolveResults out = BatchElement(p, a.solve_out, element);
@@ -136,6 +170,10 @@ __device__ __forceinline__ void MakeRoutes(const RouteArguments& a, const SolveO
                                              out.lower_bound[g] = proof.lower_bound;
                                            });
     Threads::Sync();
+    // Where no group's status says so, every slot is its expert's own.
+#pragma unroll 1
+    for (int32_t g = 0; g < p.n_groups; ++g)
+      misplaced |= (group_memory.status[g] & kBadPlacement) != 0;
   } else {
     rank = *given.rank;
   }
@@ -146,6 +184,11 @@ __device__ __forceinline__ void MakeRoutes(const RouteArguments& a, const SolveO
       if (GroupMemory(p, p.n_groups, memory.groups).status[0] & kSyncFailed) {
         packed = {0, kNoSlot, kNoSlot};
       }
+    }
+    if constexpr (kQuotas == Quotas::kGiven) {
+      KeepOwnSlots(memory.held, e, packed);
+    } else {
+      if (misplaced) KeepOwnSlots(in.phy2log, e, packed);
     }
     if (packed.home == kNoSlot || packed.replica == kNoSlot) continue;
     if constexpr (kQuotas == Quotas::kSolved) {

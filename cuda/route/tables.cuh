@@ -38,6 +38,7 @@ struct RouteMemory {
   int32_t* own;         // [row], this rank's; the same as total where there is no other
   int32_t* before;      // [n_logical], where there are others: tokens that come before this rank's
   int32_t* quota;       // [n_physical]
+  int32_t* held;        // [n_physical], phy2log, in the place of quotas that are given
   int32_t* groups;      // GroupMemory
   // Of a cluster's blocks:
   int32_t* counts;     // [row], the block's histogram
@@ -78,7 +79,7 @@ struct RouteMemory {
     earlier = reinterpret_cast<int32_t*>(routes + p.n_logical);
     total = earlier + row;
     own = total + (quotas == Quotas::kSynced ? row : 0);
-    quota = own + row;
+    quota = held = own + row;
     groups = quota + p.n_physical;
     if (quotas == Quotas::kSynced) before = groups + GroupMemory::Words(p, p.n_groups);
   }

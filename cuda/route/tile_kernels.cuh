@@ -110,16 +110,15 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
   const RouteMemory memory(p, n_warps, 0, kQuotas, shared);
   const TokenBuffers tokens = TokensOf(a, element);
   const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
-  const int32_t* log2phy =
-      kQuotas != Quotas::kGiven ? in.log2phy : BatchElement(p, a.sources, a.given, element).log2phy;
+  const Tables tables = TablesOf<kQuotas>(a, in, element);
 
-  Prefetched fetched = Prefetch<kQuotas, Block>(a, in, log2phy);
+  Prefetched fetched = Prefetch<kQuotas, Block>(a, in, tables);
   for (int32_t e = threadIdx.x; e <= p.n_logical; e += blockDim.x) {
     memory.own[e] = 0;
     if (e < p.n_logical) memory.earlier[e] = 0;
   }
   ForgetInvalid<kQuotas>(p, memory);
-  StorePrefetched<kQuotas, Block>(a, in, log2phy, fetched, memory);
+  StorePrefetched<kQuotas, Block>(a, in, tables, fetched, memory);
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();  // From here on the tiles' counts are there.
 #endif

@@ -13,6 +13,7 @@ def assign(
     indices: Integer[Array, " tokens"],
     counts: Int32[Array, "n_sources row"],
     quota: Int32[Array, " n_physical"],
+    phy2log: Int32[Array, " n_physical"],
     log2phy: Int32[Array, "n_logical max_replicas"],
     rank: Int32[Array, ""],
     *,
@@ -27,21 +28,24 @@ def assign(
 
     `counts` are the tokens per expert of all source ranks, of which `indices` is number `rank`;
     or, with one row, of `indices` alone. With one row the tokens are the whole batch, or, if
-    `proportional`, this source's part of a batch whose loads were only estimated.
+    `proportional`, this source's part of a batch whose loads were only estimated. A slot that
+    log2phy gives an expert counts only if phy2log has that expert there: where a placement
+    contradicts itself, tokens may get no slot, but never that of another expert.
     """
     n_logical = log2phy.shape[0]
     counts = jnp.maximum(counts[:, :n_logical], 0)
-    home, replica = log2phy[:, 0], log2phy[:, 1]
-    has_home, has_replica = is_slot(home, quota.size), is_slot(replica, quota.size)
+    (home, has_home), (replica, has_replica) = (own_slot(phy2log, log2phy[:, k]) for k in (0, 1))
+    # The solvers' quotas are never negative, nor is a sum of two above int32; others may be.
+    quota = jnp.maximum(quota, 0)
     stay, away = quota[jnp.where(has_home, home, 0)], quota[jnp.where(has_replica, replica, 0)]
     if proportional:
-        keep = proportional_share(counts[0], stay, stay + away, rank, ep_size)
+        load = stay + jnp.minimum(away, jnp.iinfo(jnp.int32).max - stay)
+        keep = proportional_share(counts[0], stay, load, rank, ep_size)
     elif counts.shape[0] == 1:
         keep = stay
     else:
         slots_per_rank = quota.size // ep_size
         before = tokens_before(counts, home // slots_per_rank, replica // slots_per_rank, rank)
-        # A slot's quota is never negative, so this cannot wrap.
         keep = jnp.maximum(stay - before, 0)
     # An expert with one slot has nowhere else to go.
     keep = jnp.where(has_home & has_replica, keep, jnp.iinfo(jnp.int32).max)
@@ -50,7 +54,7 @@ def assign(
     ordinal = ordinals(expert)
     stays = ordinal < keep[expert]
     slot = jnp.where(stays, home[expert], replica[expert])
-    known = (expert >= 0) & is_slot(slot, quota.size)
+    known = (expert >= 0) & (slot >= 0)
     slot = jnp.where(known, slot, -1)
     if not positions:
         return slot, slot[:0], quota[:0]
@@ -59,9 +63,13 @@ def assign(
     return slot, position, jnp.zeros_like(quota).at[bins].add(1, mode="drop")
 
 
-def is_slot(slot: Int32[Array, "..."], n_physical: int) -> Bool[Array, "..."]:
-    """Whether log2phy names a slot here, rather than padding."""
-    return (slot >= 0) & (slot < n_physical)
+def own_slot(
+    phy2log: Int32[Array, " n_physical"], slot: Int32[Array, " n_logical"]
+) -> tuple[Int32[Array, " n_logical"], Bool[Array, " n_logical"]]:
+    """Every expert's slot, −1 where log2phy names none that holds the expert; and where it does."""
+    expert = jnp.arange(slot.size, dtype=jnp.int32)
+    known = (slot >= 0) & (phy2log.at[slot].get(mode="fill", fill_value=-1) == expert)
+    return jnp.where(known, slot, -1), known
 
 
 def tokens_before(

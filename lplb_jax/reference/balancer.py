@@ -49,4 +49,4 @@ def synced_rebalance(
 def _solve_and_assign(indices, counts, phy2log, log2phy, r2o, rank, ep_size, positions):
     split = solve(counts, phy2log, log2phy, r2o, ep_size=ep_size)
     sizes = {"ep_size": ep_size, "proportional": 0, "positions": positions}
-    return *assign(indices, counts, split[0], log2phy, rank, **sizes), *split
+    return *assign(indices, counts, split[0], phy2log, log2phy, rank, **sizes), *split

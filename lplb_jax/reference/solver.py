@@ -267,18 +267,21 @@ def misplaced(
     """Whether phy2log, log2phy and r2o contradict one another in a group.
 
     Every own slot must be the first slot of its expert, every redundant slot the second one of the
-    expert it copies along r2o.
+    expert it copies along r2o, and log2phy name no others: −1 in all further places.
     """
     n_groups, group_size, slots_per_rank = slots.shape
     n_local = log2phy.shape[0] // (n_groups * group_size)
     local = jnp.arange(slots_per_rank - n_local)
     slot = jnp.arange(slots.size).reshape(slots.shape)
     own, copies = slots[:, :, :n_local], slots[:, :, n_local:]
+    n_named = jnp.where(jnp.arange(n_local) < local.size, 2, 1)
+    is_padding = jnp.arange(log2phy.shape[1]) >= n_named[:, None]
     known = (slots >= 0) & (slots < log2phy.shape[0])
     wrong = (
         ~known.all(axis=2)
         | (log2phy[own, 0] != slot[:, :, :n_local]).any(axis=2)
         | (log2phy[copies, 1] != slot[:, :, n_local:]).any(axis=2)
+        | (is_padding & (log2phy[own] != -1)).any(axis=(2, 3))
         | (copies != own[:, r2o[:, local % r2o.shape[1]], local]).any(axis=2)
     )
     return wrong.any(axis=1)

@@ -15,7 +15,7 @@ void Assign(const Problem& problem, const Sources& sources, const AssignOperands
   const int32_t n_logical = problem.n_logical;
   std::vector<Route> routes(n_logical);
   for (int32_t e = 0; e < n_logical; ++e) {
-    routes[e] = SlotsOf(problem, in.log2phy, e);
+    routes[e] = SlotsOf(problem, in.phy2log, in.log2phy, e);
     routes[e].keep =
         KeepOf(problem, sources, in.counts, in.quota, *in.rank, proportional, e, routes[e]);
   }

@@ -11,18 +11,19 @@ namespace {
 
 ffi::Error RunRebalance(const RebalanceCall& call) {
   const Problem& p = call.problem;
-  std::vector<int32_t> counts(call.sources.row);
+  LPLB_RETURN_IF_ERROR(CheckTopology(p, call.batch, call.in.r2o));
   const int32_t rank = 0;
   return WithIndexType(call.tokens.type, [&](auto* type) {
     auto* indices = static_cast<decltype(type)>(call.tokens.indices);
     for (int64_t b = 0; b < call.batch; ++b) {
       auto* first = indices + b * call.tokens.n;
+      std::vector<int32_t> counts(call.sources.row);
       Count(first, call.tokens.n, p.n_logical, counts.data());
       SolveOperands in = BatchElement(p, call.sources, call.in, b);
       in.loads = counts.data();
       const SolveResults split = BatchElement(p, call.out, b);
       Solve(p, call.sources, in, split);
-      Assign(p, call.sources, {counts.data(), split.quota, in.log2phy, &rank},
+      Assign(p, call.sources, {counts.data(), split.quota, in.phy2log, in.log2phy, &rank},
              /*proportional=*/false, first, call.tokens.n, ResultsOf(call.tokens, p, b));
     }
     return ffi::Error::Success();

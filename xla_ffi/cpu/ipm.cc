@@ -8,6 +8,7 @@
 
 #include "xla_ffi/cpu/handler.h"
 #include "xla_ffi/cpu/interior.h"
+#include "xla_ffi/cpu/steps.h"
 #include "xla_ffi/cpu/waves.h"
 
 namespace lplb {
@@ -255,6 +256,7 @@ void SolveOne(const Problem& p, const Sources& sources, const IpmOptions& option
 
 ffi::Error RunIpm(const IpmCall& call) {
   if (call.options.cusolverdx) return Invalid("factor: cuSolverDx is for GPUs");
+  LPLB_RETURN_IF_ERROR(CheckTopology(call.problem, call.batch, call.in.solve.r2o));
   const auto solve = call.options.floats ? SolveOne<float, float> : SolveOne<int32_t, int64_t>;
   for (int64_t b = 0; b < call.batch; ++b) {
     solve(call.problem, call.sources, call.options,

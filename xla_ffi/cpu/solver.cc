@@ -85,6 +85,7 @@ void Solve(const Problem& p, const Sources& sources, const SolveOperands& in,
 namespace {
 
 ffi::Error RunSolve(const SolveCall& call) {
+  LPLB_RETURN_IF_ERROR(CheckTopology(call.problem, call.batch, call.in.r2o));
   for (int64_t b = 0; b < call.batch; ++b) {
     Solve(call.problem, call.sources, BatchElement(call.problem, call.sources, call.in, b),
           BatchElement(call.problem, call.out, b));

@@ -4,6 +4,8 @@
 #define LPLB_XLA_FFI_CPU_STEPS_H_
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "cuda/problem.h"
 #include "xla_ffi/checks.h"
@@ -16,6 +18,28 @@ void Count(const Index* indices, int64_t n_tokens, int32_t n_logical, int32_t* c
 
 void Solve(const Problem& problem, const Sources& sources, const SolveOperands& in,
            const SolveResults& out);
+
+// An error unless every column of r2o is a permutation of the group's ranks: the solvers index with
+// it and its inverse.
+inline ffi::Error CheckTopology(const Problem& p, int64_t batch, const int32_t* r2o) {
+  std::vector<int64_t> seen(p.group_size, -1);
+  int64_t column = 0;
+  for (int64_t b = 0; b < batch; ++b, r2o += p.group_size * p.n_columns) {
+    for (int32_t d = 0; d < p.n_columns; ++d, ++column) {
+      for (int32_t v = 0; v < p.group_size; ++v) {
+        const int32_t source = r2o[v * p.n_columns + d];
+        if (source >= 0 && source < p.group_size && seen[source] != column) {
+          seen[source] = column;
+          continue;
+        }
+        return Invalid("r2o: expected a permutation of 0 to " + std::to_string(p.group_size - 1) +
+                       " in every column, got " + std::to_string(source) + " in row " +
+                       std::to_string(v) + " of column " + std::to_string(d));
+      }
+    }
+  }
+  return ffi::Error::Success();
+}
 
 struct AssignResults {
   int32_t* physical;     // [n_tokens]

@@ -140,8 +140,14 @@ inline bool Misplaced(const Problem& p, const SolveOperands& in, int32_t g) {
       const int32_t expert = in.phy2log[first + k];
       if (expert < 0 || expert >= p.n_logical) return true;
       const bool copy = k >= n_local;
-      if (in.log2phy[expert * p.max_replicas + copy] != first + k) return true;
-      if (!copy) continue;
+      const int32_t* named = in.log2phy + expert * p.max_replicas;
+      if (named[copy] != first + k) return true;
+      if (!copy) {
+        const int32_t n_named = k < p.n_redundant ? 2 : 1;
+        if (std::any_of(named + n_named, named + p.max_replicas, [](int32_t s) { return s != -1; }))
+          return true;
+        continue;
+      }
       const int32_t source = in.r2o[r * p.n_columns + (k - n_local) % p.n_columns];
       if (expert != in.phy2log[(g * p.group_size + source) * slots + k - n_local]) return true;
     }

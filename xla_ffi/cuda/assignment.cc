@@ -12,7 +12,7 @@ ffi::Error RunAssign(const AssignCall& call, const OnDevice& on) {
   cuda::RouteArguments arguments = RouteArgumentsOf(call);
   arguments.given = call.in;
   arguments.proportional = call.proportional;
-  if (auto error = CheckRouteFits(arguments, cuda::Quotas::kGiven); error.failure()) return error;
+  LPLB_RETURN_IF_ERROR(CheckRouteFits(arguments, cuda::Quotas::kGiven));
   return FromCuda(cuda::LaunchAssign(arguments, on.stream), "assign");
 }
 

@@ -18,8 +18,8 @@ cuda::RouteArguments ArgumentsOf(const RebalanceCall& call) {
 
 ffi::Error RunRebalance(const RebalanceCall& call, const OnDevice& on) {
   const cuda::RouteArguments arguments = ArgumentsOf(call);
-  if (auto error = CheckSolverFits(call.problem); error.failure()) return error;
-  if (auto error = CheckRouteFits(arguments, cuda::Quotas::kSolved); error.failure()) return error;
+  LPLB_RETURN_IF_ERROR(CheckSolverFits(call.problem));
+  LPLB_RETURN_IF_ERROR(CheckRouteFits(arguments, cuda::Quotas::kSolved));
   return FromCuda(cuda::LaunchRebalance(arguments, on.stream), "rebalance");
 }
 
@@ -38,8 +38,8 @@ struct SyncedRebalanceCall {
 ffi::Error RunSyncedRebalance(const SyncedRebalanceCall& call, const OnDevice& on) {
   cuda::RouteArguments arguments = ArgumentsOf(call.rebalance);
   const Problem& p = arguments.problem;
-  if (auto error = CheckSolverFits(p); error.failure()) return error;
-  if (auto error = CheckRouteFits(arguments, cuda::Quotas::kSynced); error.failure()) return error;
+  LPLB_RETURN_IF_ERROR(CheckSolverFits(p));
+  LPLB_RETURN_IF_ERROR(CheckRouteFits(arguments, cuda::Quotas::kSynced));
   const auto found = FindRank(call.comm, on.ordinal);
   if (found.has_error()) return found.error();
   const cuda::Peers& peers = found->peers;

@@ -13,7 +13,7 @@ ffi::Error RunIpm(const IpmCall& call, const OnDevice& on) {
   if (call.options.cusolverdx && !cuda::HasCuSolverDx()) {
     return Invalid("factor: this lplb_jax was built without cuSolverDx");
   }
-  if (auto error = CheckIpmFits(p, call.options); error.failure()) return error;
+  LPLB_RETURN_IF_ERROR(CheckIpmFits(p, call.options));
   return FromCuda(
       cuda::LaunchIpm(p, call.sources, call.options, call.batch, call.in, call.out, on.stream),
       "ipm");

@@ -9,7 +9,7 @@ namespace lplb {
 namespace {
 
 ffi::Error RunSolve(const SolveCall& call, const OnDevice& on) {
-  if (auto error = CheckSolverFits(call.problem); error.failure()) return error;
+  LPLB_RETURN_IF_ERROR(CheckSolverFits(call.problem));
   return FromCuda(
       cuda::LaunchSolve(call.problem, call.sources, call.batch, call.in, call.out, on.stream),
       "solve");
