@@ -39,8 +39,7 @@ def draw(layers: list[Layer], topology: str) -> Figure:
     for panel in panels[len(layers) :]:
         panel.axis("off")
 
-    stages = ([_busiest(layer, stage) for layer in layers] for stage in range(3))
-    home, even, balanced = (np.mean(stage) for stage in stages)
+    home, even, balanced = np.mean([layer.busiest for layer in layers], axis=0)
     figure.text(
         0.015,
         0.98,
@@ -67,7 +66,7 @@ def _draw_layer(panel: Axes, layer: Layer, title: str, *, explain: bool) -> None
     bound = layer.lower_bound / layer.home.mean()
     starts = np.arange(3) * (n_ranks + 3)
     for stage, (start, (name, colour)) in enumerate(zip(starts, STAGES.items(), strict=True)):
-        loads = layer[stage] / layer.home.mean()
+        loads = layer.over_mean[stage]
         ranks = start + np.arange(n_ranks)
         panel.vlines(ranks, 1, loads, color=colour, linewidth=2.5)
         panel.plot(ranks, loads, "o", color=colour, markersize=6.5)
@@ -105,7 +104,7 @@ def _draw_layer(panel: Axes, layer: Layer, title: str, *, explain: bool) -> None
         panel.text(right + 0.3, bound, "lower\nbound", va="bottom", fontsize=8.5, color=INK)
         panel.text(right + 0.3, 1, "mean", va="top", fontsize=8.5, color=INK)
     panel.set_title(
-        f"{title}: busiest rank {_busiest(layer, 0):.2f} → {_busiest(layer, 2):.2f} × mean",
+        f"{title}: busiest rank {layer.busiest[0]:.2f} → {layer.busiest[2]:.2f} × mean",
         loc="left",
         fontsize=10.5,
         color=INK,
@@ -117,7 +116,3 @@ def _draw_layer(panel: Axes, layer: Layer, title: str, *, explain: bool) -> None
     panel.spines[:].set_visible(False)
     panel.grid(axis="y", color="#e8e8e8", linewidth=0.8)
     panel.set_axisbelow(True)
-
-
-def _busiest(layer: Layer, stage: int) -> float:
-    return layer[stage].max() / layer.home.mean()

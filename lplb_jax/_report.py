@@ -27,3 +27,13 @@ class Layer(NamedTuple):
     moved: int
     seconds: float
     faults: list[str]
+
+    @property
+    def over_mean(self) -> list[np.ndarray]:
+        """`home`, `even` and `balanced`, divided by the mean load."""
+        return [loads / self.home.mean() for loads in (self.home, self.even, self.balanced)]
+
+    @property
+    def busiest(self) -> list[float]:
+        """The largest load of each stage in `over_mean`."""
+        return [float(loads.max()) for loads in self.over_mean]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 
 from lplb_jax._problem import check_problem

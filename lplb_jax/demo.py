@@ -251,7 +251,7 @@ def table(layers: list[Layer]) -> str:
         "layer  no replicas  even split  rebalance    / mean    tokens     moved  per call",
     ]
     for i, layer in enumerate(layers):
-        home, even, balanced = (_over_mean(loads).max() for loads in layer[:3])
+        home, even, balanced = layer.busiest
         bound = layer.lower_bound / layer.home.mean()
         lines.append(
             f"{i:5}{home:13.3f}{even:12.3f}{balanced:11.3f}{bound:10.3f}{layer.lower_bound:10,}"
@@ -343,10 +343,6 @@ def _run_layer(
         seconds=statistics.median(seconds),
         faults=verify(None, split, placement=placement, indices=indices, physical_indices=physical),
     )
-
-
-def _over_mean(loads: np.ndarray) -> np.ndarray:
-    return loads / loads.mean()
 
 
 def _write_picture(path: str, layers: list[Layer], topology: str) -> None:

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 
 from lplb_jax import topologies
