@@ -20,7 +20,7 @@ from lplb_jax.topologies import Topology
     data_fields=["phy2log", "log2phy", "logcnt"],
     meta_fields=["ep_size", "topology", "n_nodes"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Placement:
     """Which logical expert every physical slot holds; a pytree, so a new one needs no recompiling.
 
@@ -58,6 +58,13 @@ class Placement:
                 f"topology: expected a Topology or None, got {type(self.topology).__name__}; "
                 f"convert with lplb_jax.topologies.validate"
             )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether arrays and static fields are equal, on the host."""
+        if not isinstance(other, Placement):
+            return NotImplemented
+        (mine, static), (theirs, other_static) = jax.tree.flatten(self), jax.tree.flatten(other)
+        return static == other_static and all(map(np.array_equal, mine, theirs))
 
     @property
     def n_logical(self) -> int:

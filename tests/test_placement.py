@@ -289,6 +289,24 @@ def test_bad_static_fields(change, error, words):
         Placement(**{**vars(made), **change})
 
 
+def test_placements_are_equal_by_value(rng):
+    made = Case(CUBE, 4).placement(rng)
+    again = pickle.loads(pickle.dumps(made))
+    assert made == made
+    assert made == again
+    assert jax.tree.map(jnp.asarray, made) == again
+    for field in ("phy2log", "log2phy", "logcnt"):
+        other = getattr(made, field).copy()
+        other.flat[-1] += 1
+        assert made != dataclasses.replace(made, **{field: other})
+        assert made != dataclasses.replace(made, **{field: other[:-1]})
+    for change in ({"ep_size": 4}, {"topology": None}, {"n_nodes": 2}):
+        assert made != dataclasses.replace(made, **change)
+    assert made != tuple(vars(made).values())
+    with pytest.raises(TypeError, match="unhashable type: 'Placement'"):
+        hash(made)
+
+
 def test_jax_rebuilds_placements_with_any_leaves():
     """None, marks and tracers stand where arrays do; only what is static is checked there."""
     made = Case(CUBE, 4).placement()
