@@ -10,7 +10,7 @@ On GPUs of one host the counts go by NVSHMEM (pip install nvidia-nvshmem-cu13); 
 without NVSHMEM, by lax.all_gather.
 """
 
-import sys
+import argparse
 
 import jax
 import numpy as np
@@ -18,30 +18,44 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lplb_jax import init_comm, place_experts, rebalance, topologies
+from lplb_jax.cli import at_least
 
-N_LOGICAL, N_TOKENS = 64, 4096
+N_LOCAL, N_TOKENS = 32, 4096  # experts and tokens of a rank
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        coordinator, n_processes, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-        jax.distributed.initialize(coordinator, n_processes, process, local_device_ids=[process])
-    else:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("coordinator", nargs="?", help="host:port of process 0")
+    parser.add_argument("n_processes", nargs="?", type=at_least(2))
+    parser.add_argument("process", nargs="?", type=at_least(0), help="this one's number, from 0")
+    options = parser.parse_args()
+    if options.coordinator is None:
         jax.distributed.initialize()
+    elif options.process is None:
+        parser.error("coordinator, n_processes and process go together")
+    elif options.process >= options.n_processes:
+        parser.error(
+            f"argument process: expected less than {options.n_processes} processes, got "
+            f"{options.process}"
+        )
+    else:
+        mine = [options.process]
+        jax.distributed.initialize(*vars(options).values(), local_device_ids=mine)
 
     mesh = Mesh(np.array(jax.devices()), "ep")
     size = mesh.devices.size
+    n_logical = N_LOCAL * size
     ring = topologies.ring(size)
     placement = place_experts(
-        None, ring, n_logical=N_LOGICAL, ep_size=size, redundants_per_rank=N_LOGICAL // size
+        None, ring, n_logical=n_logical, ep_size=size, redundants_per_rank=N_LOCAL
     )
     rng = np.random.default_rng(0)
-    chosen = (rng.zipf(1.4, (size, N_TOKENS)) % N_LOGICAL).astype(np.int32)
+    chosen = (rng.zipf(1.4, (size, N_TOKENS)) % n_logical).astype(np.int32)
     indices = jax.make_array_from_callback(
         chosen.shape, NamedSharding(mesh, P("ep")), lambda index: chosen[index]
     )
 
-    with init_comm(mesh, "ep", max_experts=N_LOGICAL) as comm:
+    with init_comm(mesh, "ep", max_experts=n_logical) as comm:
 
         @jax.jit
         @jax.shard_map(mesh=mesh, in_specs=P("ep"), out_specs=(P("ep"), P()))

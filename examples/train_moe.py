@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from lplb_jax import Placement, metrics, moe, place_experts
+from lplb_jax import Placement, metrics, moe, place_experts, topologies
 from lplb_jax.cli import at_least
 from lplb_jax.demo import PICTURES, check_output, choose_topology, find_devices
 
@@ -88,14 +88,14 @@ def command_line() -> argparse.ArgumentParser:
             default=field.default,
             choices=choices.get(field.name),
         )
-    count = {"type": at_least(1)}
+    count = at_least(1)
     parser.add_argument(
         "--ranks", type=at_least(2), help="None for all GPUs, or else 8 CPU devices"
     )
-    parser.add_argument("--redundants", **count, help="slots per rank, None for one per column")
-    parser.add_argument("--batch", **count, default=16, help="sequences, over all ranks")
-    parser.add_argument("--steps", **count, default=300)
-    parser.add_argument("--refresh", **count, default=20, help="steps between placements")
+    parser.add_argument("--redundants", type=count, help="slots per rank, None for one per column")
+    parser.add_argument("--batch", type=count, default=16, help="sequences, over all ranks")
+    parser.add_argument("--steps", type=count, default=300)
+    parser.add_argument("--refresh", type=count, default=20, help="steps between placements")
     parser.add_argument("--learning-rate", type=at_least(0, float), default=2e-3)
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--log", default="train_moe.jsonl")
@@ -142,7 +142,7 @@ def make_mesh(ranks: int | None) -> Mesh:
     return Mesh(np.array(find_devices(ranks)), model.AXIS)
 
 
-def topology(options: argparse.Namespace, ranks: int) -> tuple[np.ndarray, int]:
+def topology(options: argparse.Namespace, ranks: int) -> tuple[topologies.Topology, int]:
     """Who holds copies of whose experts, and how many a rank holds."""
     _, r2o, _ = choose_topology(
         ranks, options.experts // ranks, redundants_per_rank=options.redundants
@@ -312,8 +312,8 @@ def draw(options: argparse.Namespace, records: list[dict[str, Any]]) -> Figure:
         curve = [record[key] for record in records]
         bottom.plot(steps, curve, color=color, marker=few)
         bottom.annotate(
-            label, (1, np.mean(curve[-20:])), (6, up), bottom.get_yaxis_transform(),
-            textcoords="offset points", color=color, va=va, annotation_clip=False,
+            label, (1, float(np.mean(curve[-20:]))), xycoords=bottom.get_yaxis_transform(),
+            xytext=(6, up), textcoords="offset points", color=color, va=va, annotation_clip=False,
         )  # fmt: skip
     for step in range(options.refresh, options.steps, options.refresh):
         bottom.axvline(step, color="lightgray", linewidth=1, zorder=0)

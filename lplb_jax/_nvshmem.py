@@ -65,6 +65,13 @@ def missing() -> str | None:
     return None
 
 
+def _loaded() -> ctypes.CDLL:
+    """Where `missing` has said that it is there."""
+    library = _library()
+    assert library is not None
+    return library
+
+
 Version = tuple[int, int, int]
 
 
@@ -109,17 +116,19 @@ def _dotted(version: Version) -> str:
 def host_version() -> Version:
     """Of the library that `missing` has found."""
     parts = [ctypes.c_int() for _ in range(3)]
-    _library().nvshmemx_vendor_get_version_info(*map(ctypes.byref, parts))
-    return tuple(part.value for part in parts)
+    _loaded().nvshmemx_vendor_get_version_info(*map(ctypes.byref, parts))
+    major, minor, patch = (part.value for part in parts)
+    return major, minor, patch
 
 
 def built_version(put: pathlib.Path) -> Version:
     """Of the device library that the file was linked with; cmake/nvshmem.cmake names it so."""
-    return tuple(map(int, re.search(r"nvshmem-(\d+)\.(\d+)\.(\d+)", put.name).groups()))
+    major, minor, patch = re.findall(r"\d+", put.name)
+    return int(major), int(minor), int(patch)
 
 
 def _put_file() -> pathlib.Path | None:
-    files = importlib.resources.files("lplb_jax").iterdir()
+    files = (pathlib.Path(str(file)) for file in importlib.resources.files("lplb_jax").iterdir())
     return next((file for file in files if file.name.startswith("sync_put-")), None)
 
 
@@ -128,11 +137,11 @@ class Job:
 
     def __init__(self, ordinal: int):
         self._ordinal = ordinal
-        self.pe = _library().nvshmem_my_pe()
+        self.pe = _loaded().nvshmem_my_pe()
 
     def allocate(self, n_bytes: int) -> int:
         """Zeroed memory on the heap of every process, which all must ask for."""
-        address = _library().nvshmem_malloc(n_bytes)
+        address = _loaded().nvshmem_malloc(n_bytes)
         if not address:
             raise MemoryError(
                 f"init_comm: NVSHMEM has no {n_bytes} bytes left; raise NVSHMEM_SYMMETRIC_SIZE"
@@ -147,7 +156,7 @@ class Job:
         if reason is not None:
             raise RuntimeError(reason)
         library = _native.cuda().comm_load_library(self._ordinal, str(_put_file()))
-        error = _library().nvshmemx_culibrary_init(ctypes.c_void_p(library))
+        error = _loaded().nvshmemx_culibrary_init(ctypes.c_void_p(library))
         if error:
             raise RuntimeError(
                 f"NVSHMEM {_dotted(host_version())} cannot use {_put_file()} (error {error}); "
@@ -157,11 +166,11 @@ class Job:
 
     def free(self, address: int) -> None:
         """All processes must call it."""
-        _library().nvshmem_free(address)
+        _loaded().nvshmem_free(address)
 
     def pointer(self, address: int, pe: int) -> int:
         """Where this GPU reaches the memory of another; 0 where it cannot."""
-        return _library().nvshmem_ptr(address, pe) or 0
+        return _loaded().nvshmem_ptr(address, pe) or 0
 
 
 @functools.cache
@@ -171,7 +180,7 @@ def _job(ordinal: int) -> Job:
 
 def join(ordinal: int, rendezvous: Rendezvous) -> Job:
     """Initialises NVSHMEM on GPU `ordinal` for the processes of `rendezvous`, or reuses it."""
-    library = _library()
+    library = _loaded()
     _native.cuda().comm_use_device(ordinal)  # NVSHMEM takes the GPU of the current context.
     status = library.nvshmemx_init_status()
     n_processes = len(rendezvous.processes)

@@ -193,23 +193,25 @@ def choose_topology(
     named = topologies.named(n_ranks)
     if topology is not None and topology not in named:
         raise ValueError(f"topology: expected one of {', '.join(named)}, got {topology!r}")
-    candidates = [topology] if topology else [name for name in ("cube", "ring") if name in named]
-    fitting = {name: named[name] for name in candidates if named[name].shape[1] <= n_local}
-    if not fitting:
-        raise ValueError(
-            f"topology: expected one with at most {n_local} columns, as a rank has {n_local} "
-            f"experts, got {topology} with {named[topology].shape[1]}"
-        )
-    for name, r2o in fitting.items():
-        n_columns, slots = r2o.shape[1], redundants_per_rank
+    problems = []
+    for name in [topology] if topology else [name for name in ("cube", "ring") if name in named]:
+        r2o, slots = named[name], redundants_per_rank
+        n_columns = r2o.shape[1]
+        if n_columns > n_local:
+            problems.append(
+                f"topology: expected one with at most as many columns as a rank has experts, "
+                f"{n_local}, got {name} with {n_columns}"
+            )
+            continue
         if slots is None:
             slots = n_columns * (2 if 2 * n_columns <= n_local else 1)
         if 1 <= slots <= n_local and slots % n_columns == 0:
             return name, r2o, slots
-    raise ValueError(
-        f"redundants_per_rank: expected a multiple of the {n_columns} columns of the {name}, at "
-        f"most the {n_local} experts of a rank, got {redundants_per_rank}"
-    )
+        problems.append(
+            f"redundants_per_rank: expected a multiple of the columns of the {name}, {n_columns}, "
+            f"and at most the experts of a rank, {n_local}, got {slots}"
+        )
+    raise ValueError(problems[-1])
 
 
 def check_output(name: str, path: str, endings: Sequence[str] = ()) -> None:

@@ -137,12 +137,12 @@ BAD = {
     "cube for few experts": (
         lambda rng: ["--topology", "cube", *options(rng, n_logical=8)],
         "--topology",
-        "at most 1 columns.*got cube with 2",
+        "as a rank has experts, 1, got cube with 2",
     ),
     "complete for few experts": (
         lambda rng: ["--topology", "complete", *options(rng, n_logical=48)],
         "--topology",
-        "at most 6 columns.*got complete with 7",
+        "as a rank has experts, 6, got complete with 7",
     ),
     "redundants 0": (["--redundants", "0"], "--redundants", "at least 1, got '0'"),
     "redundants -2": (["--redundants", "-2"], "--redundants", "at least 1, got '-2'"),
@@ -150,9 +150,13 @@ BAD = {
     "redundants for one column": (
         ["--topology", "cube", "--redundants", "3"],
         "--redundants",
-        "multiple of the 2 columns of the cube.*got 3",
+        "multiple of the columns of the cube, 2, .*got 3",
     ),
-    "redundants for most experts": (["--redundants", "33"], "--redundants", "at most the 32.*33"),
+    "redundants for most experts": (
+        ["--redundants", "33"],
+        "--redundants",
+        "at most the experts of a rank, 32, got 33",
+    ),
     "repeats 0": (["--repeats", "0"], "--repeats", "at least 1, got '0'"),
     "repeats x": (["--repeats", "many"], "--repeats", "at least 1, got 'many'"),
     "picture without ending": (["--picture", "noext"], "--picture", r"ends in \.png.*'noext'"),
@@ -217,10 +221,10 @@ def test_a_picture_that_cannot_be_written_at_the_end(capsys, rng, monkeypatch):
 
     def remove_folder(*_):
         pathlib.Path("out").rmdir()
-        return []
+        return ""
 
     pathlib.Path("out").mkdir()
-    monkeypatch.setattr(demo, "check", remove_folder)
+    monkeypatch.setattr(demo, "table", remove_folder)
     given = ["demo", *options(rng, n_layers=1), "--repeats", "1", "--picture", "out/a.png"]
     with pytest.raises(SystemExit) as exit_:
         cli.main(given)

@@ -360,3 +360,21 @@ def test_the_example_of_several_processes():
     example = pathlib.Path(__file__).parent.parent / "examples" / "processes.py"
     outputs = processes.run(2, str(example), **WITHOUT_GPUS)
     assert "2 ranks, counts by xla: busiest 4096, bound 4096" in outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["host:1"], "go together"),
+        (["host:1", "2"], "go together"),
+        (["host:1", "1", "0"], "argument n_processes: .*at least 2, got '1'"),
+        (["host:1", "2", "x"], "argument process: .*at least 0, got 'x'"),
+        (["host:1", "2", "2"], "argument process: .*less than 2 processes, got 2"),
+    ],
+)
+def test_bad_arguments_of_the_example(given, words):
+    example = pathlib.Path(__file__).parent.parent / "examples" / "processes.py"
+    run = subprocess.run([sys.executable, "-P", example, *given], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert re.search(words, run.stderr.splitlines()[-1]), run.stderr
+    assert "Traceback" not in run.stderr

@@ -133,7 +133,7 @@ BAD = [
     ("--experts 10", "--experts", "multiple of the 8 ranks, got 10"),
     ("--batch 12", "--batch", "multiple of the 8 ranks, got 12"),
     ("--top-k 99", "--top-k", "at most the 16 experts, got 99"),
-    ("--redundants 3", "--redundants", "at most the 2 experts of a rank, got 3"),
+    ("--redundants 3", "--redundants", "at most the experts of a rank, 2, got 3"),
     ("--log absent/log", "--log", "folder that exists, got 'absent/log'"),
     ("--log .", "--log", "can be written, got '.'"),
     ("--picture noext", "--picture", r"ends in \.png.*got 'noext'"),
