@@ -173,9 +173,10 @@ class Bench:
         group_size, n_columns = self.r2o.shape
         own = loads.reshape(len(loads), group_size, self.n_local).astype(np.float32)
         cap = own[:, :, : self.n_redundant].reshape(*own.shape[:2], -1, n_columns).sum(axis=2)
-        dst = inverse(jnp.asarray(self.r2o))
+        r2o = jnp.asarray(self.r2o)
+        dst = inverse(r2o)
         weights = jnp.ones(group_size)
-        one = functools.partial(interior_point, w=weights, r2o=self.r2o, dst=dst)
+        one = functools.partial(interior_point, w=weights, r2o=r2o, dst=dst)
         with jax.default_device(jax.devices("cpu")[0]):
             return np.asarray(jax.jit(jax.vmap(one))(own.sum(axis=2), cap).steps)
 

@@ -105,17 +105,25 @@ def test_signatures_are_the_contract():
     """What everything later builds on: names, order and defaults of the arguments."""
     expected = {
         "rebalance": (
-            "(indices, loads, r2o, *, placement=None, axis_name=None, comm=None, "
+            "(indices, loads, r2o=None, *, placement=None, axis_name=None, comm=None, "
             "solver='auto', rank_weights=None, positions=False)"
         ),
         "count_loads": "(indices, n_logical)",
         "sync_loads": "(counts, axis_name, *, comm=None)",
         "init_comm": "(mesh, axis='ep', *, max_experts, transport='auto', timeout_s=30.0)",
         "solve": (
-            "(loads, r2o, *, placement=None, solver='auto', rank_weights=None, repair=True, "
+            "(loads, r2o=None, *, placement=None, solver='auto', rank_weights=None, repair=True, "
             "factor='elimination')"
         ),
         "place_experts": ("(history, r2o, *, n_logical, ep_size, redundants_per_rank, n_nodes=1)"),
+        "assign": (
+            "(indices, loads, split, r2o=None, *, placement=None, axis_name=None, positions=False)"
+        ),
+        "verify": (
+            "(loads, split, r2o=None, *, placement=None, indices=None, physical_indices=None)"
+        ),
+        "topologies.validate": "(r2o)",
+        "topologies.named": "(n_ranks)",
         "topologies.ring": "(n)",
         "topologies.cube": "()",
         "topologies.hypercube": "()",

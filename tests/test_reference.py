@@ -20,7 +20,8 @@ def test_is_plain_jax():
     """No native code: it is what the native code is held against."""
     placement = Case(topologies.cube(), 2).placement()
     solve = jax.jit(reference.solve, static_argnames="ep_size")
-    operands = (np.ones((1, 16), np.int32), placement.phy2log, placement.log2phy, topologies.cube())
+    r2o = np.asarray(placement.topology)
+    operands = (np.ones((1, 16), np.int32), placement.phy2log, placement.log2phy, r2o)
     assert "custom_call" not in solve.lower(*operands, ep_size=8).as_text()
 
 
@@ -34,6 +35,7 @@ def test_shapes_in_signatures_are_checked():
         reference.assign(
             jnp.zeros((2, 3), jnp.int32),  # must be flat
             counts,
+            jnp.zeros(8, jnp.int32),
             jnp.zeros(8, jnp.int32),
             jnp.zeros((4, 2), jnp.int32),
             jnp.int32(0),
