@@ -46,8 +46,10 @@ struct Divisor {
   }
 };
 
-// Slots are numbered rank by rank; on each rank the n_local own experts come first. Redundant slot
-// k of rank v copies local expert k of rank r2o[v, k % n_columns] of v's group.
+// Slots are numbered rank by rank. Along a topology, on each rank the n_local own experts come
+// first, and redundant slot k of rank v copies local expert k of rank r2o[v, k % n_columns] of v's
+// group. Any other placement has no columns and one group of all ranks; it is in phy2log, and of
+// log2phy only the homes count.
 struct Problem {
   int32_t ep_size;
   int32_t group_size;
@@ -55,6 +57,9 @@ struct Problem {
   int32_t n_logical;
   int32_t n_physical;
   int32_t max_replicas;
+  // Ranks of a node, within which tokens of any placement stay if they can. 0 along a topology,
+  // where the order of the sources does not depend on nodes.
+  int32_t node_size;
 
   // Derived, since a division is a good part of a kernel of three microseconds.
   int32_t n_groups;
@@ -79,6 +84,7 @@ struct Problem {
         n_logical(n_logical_),
         n_physical(n_physical_),
         max_replicas(max_replicas_),
+        node_size(0),
         n_groups(group_size_ > 0 ? ep_size_ / group_size_ : 0),
         n_local(n_logical_ / ep_size_),
         slots_per_rank(n_physical_ / ep_size_),

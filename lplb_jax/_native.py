@@ -61,6 +61,11 @@ def _register() -> dict[str, tuple[str, ...]]:
 AVAILABLE = _register()
 
 
+def cpu() -> ModuleType | None:
+    """The CPU extension, or None where it was not built."""
+    return _load(_EXTENSIONS["cpu"]) if "cpu" in AVAILABLE else None
+
+
 def cuda() -> ModuleType | None:
     """The CUDA extension, or None where it was not built."""
     return _load(_EXTENSIONS["CUDA"]) if "CUDA" in AVAILABLE else None

@@ -22,9 +22,12 @@ FACTORS = ("elimination", "cusolverdx")
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The checked static description of one balancing problem, and its placement."""
+    """The checked static description of one balancing problem, and its placement.
 
-    r2o: Topology
+    Without a topology, r2o has no columns and a row per rank: any placement, one group of all.
+    """
+
+    r2o: Topology | np.ndarray
     placement: Placement
 
     @property
@@ -35,12 +38,21 @@ class Problem:
     def n_logical(self) -> int:
         return self.placement.n_logical
 
+    @property
+    def node_size(self) -> int:
+        """Ranks of a node, 0 along a topology: there the order of the sources knows no nodes."""
+        along_topology = self.r2o is None or self.r2o.shape[1] > 0
+        return 0 if along_topology else self.ep_size // self.placement.n_nodes
+
 
 def check_problem(
     loads: jax.Array | None, r2o: Any, placement: Placement | None, axis_name: Any
 ) -> Problem:
     """Finds ep_size and n_logical, and raises where the arguments contradict one another."""
-    topology = choose_topology(r2o, placement)
+    if r2o is None and isinstance(placement, Placement) and placement.topology is None:
+        topology = np.zeros((placement.ep_size, 0), np.int32)
+    else:
+        topology = choose_topology(r2o, placement)
     axis_size = None if axis_name is None else check_axis(axis_name)
     if placement is None:
         if loads is None:
@@ -48,7 +60,7 @@ def check_problem(
                 "placement: expected a Placement where loads is None (it holds the number of "
                 "experts), got None; make one with place_experts(None, r2o, ...)"
             )
-        rows = loads.shape[0] if loads.ndim == 2 else topology.group_size
+        rows = loads.shape[0] if loads.ndim == 2 else len(topology)
         placement = given_order(topology, loads.shape[-1], axis_size or rows)
     else:
         check_fits(placement, topology)
@@ -128,6 +140,15 @@ def choose_solver(solver: str, loads: jax.Array | None, rank_weights: Any) -> st
     if solver == "auto":
         return "ipm" if needs_ipm else "exact"
     return solver
+
+
+def check_solves(method: str, problem: Problem) -> None:
+    """Raises where there is no such solver for the problem."""
+    if method == "ipm" and problem.node_size:
+        raise ValueError(
+            "solver: expected 'exact', int32 loads and no rank_weights for a placement without a "
+            "topology, got a problem for the interior point; use a placement along a topology"
+        )
 
 
 def check_factor(factor: str, method: str) -> bool:

@@ -49,9 +49,13 @@ def assign(
 ) -> jax.Array | Assignment:
     """Turns logical expert indices into physical ones so that every slot gets its quota.
 
-    The tokens of an expert are taken in a fixed order: source ranks with the expert's home rank
-    first and its replica's rank last, tokens of a rank in the order of `indices`. The first
-    `quota[home]` go home and the rest to the replica: exact to the token, without further exchange.
+    The tokens of an expert are taken in a fixed order, exact to the token and without further
+    exchange. Along a topology: source ranks with the expert's home rank first and its replica's
+    rank last, tokens of a rank in the order of `indices`; the first `quota[home]` go home and the
+    rest to the replica. Without one: a rank that hosts the expert keeps its first tokens, up to its
+    quota; what is left meets the left quotas of its node, each in the order of the ranks, and then
+    those of all nodes. No other rule with these quotas keeps more tokens on their own rank, nor,
+    then, on their own node.
 
     Args:
       indices: int32, int64, uint8 or uint16 of any shape: logical expert ids of this source rank.
@@ -61,8 +65,8 @@ def assign(
         ep_size, one row per source rank. int32 `[n_logical]`: estimates; each source then splits
         its own tokens in proportion. None: `indices` are all tokens there are.
       split: result of `solve`.
-      r2o: static topology, see `lplb_jax.topologies`; None for the placement's.
-      placement: where the experts are; None for the given order.
+      r2o: static topology, see `lplb_jax.topologies`; None for the placement's, or for none.
+      placement: where the experts are; None for the given order along r2o.
       axis_name: the expert-parallel mesh axis inside `jax.shard_map`; tells which source this is.
       positions: also return every token's place in its slot's list.
 
@@ -106,6 +110,7 @@ def assign_tokens(
     positions: bool = False,
 ) -> Assignment:
     """`assign` of checked arguments; `own` are the counts of `indices` where they are known."""
+    placement = problem.placement
     proportional = loads is not None and loads.ndim == 1
     if proportional:
         own = count(indices, problem.n_logical) if own is None else own
@@ -126,6 +131,7 @@ def assign_tokens(
             *operands,
             workspace=workspace_shape(tokens.size, problem.n_logical),
             ep_size=problem.ep_size,
+            node_size=problem.node_size,
             proportional=int(proportional),
             positions=int(positions),
         )

@@ -14,6 +14,7 @@ from lplb_jax._problem import (
     check_indices,
     check_loads,
     check_problem,
+    check_solves,
     check_sources,
     check_weights,
     choose_solver,
@@ -57,9 +58,11 @@ def rebalance(
         int32 `[n_logical]`: given statistics; each source keeps its proportional share.
       r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`; None for the
         placement's. ep_size is a multiple of group_size; each group of consecutive ranks is solved
-        on its own.
-      placement: where the experts are, see `place_experts`; None for the given order with one
-        redundant slot per column (not where `loads` is None: it tells the number of experts).
+        on its own. If the placement carries none either, all ranks are one group, and an expert's
+        tokens may go to any of its slots.
+      placement: where the experts are, see `place_experts` and `Placement.from_phy2log`; None
+        for the given order with one redundant slot per column (not where `loads` is None: it tells
+        the number of experts).
       axis_name: the expert-parallel mesh axis (or a tuple of axes) inside `jax.shard_map`; None
         where there is no other rank.
       comm: from `init_comm`: the counts are shared within the kernels that count and solve, in one
@@ -93,6 +96,7 @@ def rebalance(
     loads = None if loads is None else check_loads(loads)
     method = choose_solver(solver, loads, rank_weights)
     problem = check_problem(loads, r2o, placement, axis_name)
+    check_solves(method, problem)
     weights = check_weights(rank_weights, len(problem.r2o))
     check_sources(indices, loads, problem, axis_name)
     if comm is not None:
@@ -126,6 +130,7 @@ def _rebalance_at_once(
     common = {
         "workspace": workspace_shape(indices.size, problem.n_logical),
         "ep_size": problem.ep_size,
+        "node_size": problem.node_size,
         "positions": int(positions),
     }
     if comm is None:

@@ -126,7 +126,7 @@ def gap(split: Split) -> jax.Array:
 
 
 def tokens_moved(quota: jax.Array, placement: Placement) -> jax.Array:
-    """Tokens that a replica serves instead of the expert's first slot.
+    """Tokens that a replica serves instead of the expert's home, its first slot.
 
     Args:
       quota: int32 `[n_physical]`, tokens per physical slot.
@@ -142,5 +142,6 @@ def tokens_moved(quota: jax.Array, placement: Placement) -> jax.Array:
     >>> int(tokens_moved(jnp.array([5, 0, 5, 2]), placement))
     2
     """
-    per_rank = jnp.asarray(quota).reshape(placement.ep_size, -1)
-    return per_rank[:, placement.n_logical // placement.ep_size :].sum(dtype=jnp.int32)
+    quota = jnp.asarray(quota)
+    at_home = quota[jnp.asarray(placement.log2phy)[:, 0]]
+    return quota.sum(dtype=jnp.int32) - at_home.sum(dtype=jnp.int32)

@@ -11,7 +11,7 @@ import jax
 import jax.core
 import numpy as np
 
-from lplb_jax import topologies
+from lplb_jax import _tables, topologies
 from lplb_jax.topologies import Topology
 
 
@@ -24,19 +24,22 @@ from lplb_jax.topologies import Topology
 class Placement:
     """Which logical expert every physical slot holds; a pytree, so a new one needs no recompiling.
 
-    Slots are numbered rank by rank: rank `p // (n_physical / ep_size)` hosts slot p. On each rank
-    its own logical experts come first, then its redundant slots; redundant slot j·D + d is a copy
-    of local expert j·D + d of rank `r2o[·, d]`. Leading axes (layers) may be added to all arrays
-    for `vmap`.
+    Slots are numbered rank by rank: rank `p // (n_physical / ep_size)` hosts slot p. Along a
+    topology, on each rank its own logical experts come first, then its redundant slots; redundant
+    slot j·D + d is a copy of local expert j·D + d of rank `r2o[·, d]`. Without one, any slot may
+    hold any expert, see `from_phy2log`. Leading axes (layers) may be added to all arrays for
+    `vmap`.
 
     Attributes:
-      phy2log: int32 `[n_physical]`, the logical expert in each slot.
-      log2phy: int32 `[n_logical, max_replicas]`, the slots of each expert, its own rank's first,
-        padded with −1.
+      phy2log: int32 `[n_physical]`, the logical expert in each slot; −1, in a placement without
+        topology, where it is empty.
+      log2phy: int32 `[n_logical, max_replicas]`, the slots of each expert, its home first, padded
+        with −1.
       logcnt: int32 `[n_logical]`, slots per expert, at least 1.
       ep_size: ranks of the expert-parallel axis (static).
       topology: the `Topology` along which the redundant slots copy, or None (static). Functions
-        that take `r2o` use it where `r2o` is None.
+        that take `r2o` use it where `r2o` is None; if both are, all ranks are one group and an
+        expert's tokens may go to any of its slots.
       n_nodes: nodes, each with `ep_size / n_nodes` consecutive ranks (static).
 
     Raises:
@@ -78,8 +81,47 @@ class Placement:
 
     @property
     def redundants_per_rank(self) -> int:
-        """Redundant slots of each rank."""
+        """Redundant slots of each rank, along a topology."""
         return (self.n_physical - self.n_logical) // self.ep_size
+
+    @classmethod
+    def from_phy2log(
+        cls, phy2log: Any, *, ep_size: int, n_logical: int | None = None, n_nodes: int = 1
+    ) -> Placement:
+        """A placement of any kind: any number of copies of an expert, on any ranks.
+
+        Every expert gets a home among its slots, so that the ranks are home of as even a number of
+        experts as the table allows. An expert that is twice on a rank is served there by its first
+        slot.
+
+        Args:
+          phy2log: integers, the logical expert in each slot, −1 where it is empty:
+            `[ep_size, slots_per_rank]`, or flat, `[n_physical]`, or for a placement per layer
+            `[layers, ep_size, slots_per_rank]`. May be traced; then the values are checked when
+            they are used, and a wrong table sets `Status.BAD_PLACEMENT`.
+          ep_size: ranks; n_physical is a multiple of it.
+          n_logical: experts, at most n_physical; it need not be a multiple of ep_size. None: the
+            largest id + 1 (not where phy2log is traced).
+          n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each: a token that cannot stay
+            on its rank stays on its node if it can.
+
+        Returns:
+          A `Placement` without topology, with log2phy `[n_logical, n_physical − n_logical + 1]`: an
+          expert's home, its first slots on other ranks in the order of the ranks, further slots on
+          ranks that have one already. NumPy arrays unless phy2log is traced.
+
+        Raises:
+          TypeError, ValueError: an argument is not as above, an id is out of range or an expert has
+            no slot; the message names the first one.
+
+        >>> placement = Placement.from_phy2log([[0, 1, 2], [0, 3, -1]], ep_size=2)
+        >>> placement.log2phy[:, :2].tolist()
+        [[3, 0], [1, -1], [2, -1], [4, -1]]
+        """
+        check_nodes(ep_size, n_nodes)
+        tables, n_logical = _tables.check_phy2log(phy2log, int(ep_size), n_logical)
+        log2phy, logcnt = _tables.other_tables(tables, int(ep_size), n_logical)
+        return cls(tables, log2phy, logcnt, int(ep_size), None, int(n_nodes))
 
 
 def place_experts(
@@ -223,8 +265,11 @@ def check_sizes(r2o: Topology, n_logical: int, ep_size: int, redundants_per_rank
         )
 
 
-def check_fits(placement: Placement, r2o: Topology) -> None:
-    """Raises where `placement` was not made for `r2o`; values are checked where they are known."""
+def check_fits(placement: Placement, r2o: Topology | np.ndarray) -> None:
+    """Raises where `placement` was not made for `r2o`; values are checked where they are known.
+
+    An `r2o` without columns is any placement.
+    """
     names = ("phy2log", "log2phy", "logcnt")
     arrays = {name: getattr(placement, name) for name in names}
     for name, array in arrays.items():
@@ -241,6 +286,8 @@ def check_fits(placement: Placement, r2o: Topology) -> None:
             f"a time"
         )
     n_logical, n_physical = placement.n_logical, placement.n_physical
+    if r2o.shape[1] == 0:
+        return check_any(placement)
     extra = n_physical - n_logical
     if placement.logcnt.shape != (n_logical,) or extra % placement.ep_size:
         raise ValueError(
@@ -271,6 +318,39 @@ def check_fits(placement: Placement, r2o: Topology) -> None:
         "placement: expected every expert once among the ranks' own slots and the redundant slots "
         "to copy them along r2o, got another arrangement; make it with place_experts and this r2o"
     )
+
+
+def check_any(placement: Placement) -> None:
+    """Raises where a placement without topology contradicts itself."""
+    n_logical, n_physical, ep_size = placement.n_logical, placement.n_physical, placement.ep_size
+    max_replicas = placement.log2phy.shape[1]
+    fits = n_logical >= 1 and n_physical >= n_logical and n_physical % ep_size == 0
+    if not fits or placement.logcnt.shape != (n_logical,) or max_replicas < 1:
+        raise ValueError(
+            f"placement: expected n_physical as a multiple of ep_size = {ep_size} and at least "
+            f"n_logical, logcnt [n_logical] and log2phy [n_logical, max_replicas], got n_physical "
+            f"= {n_physical}, logcnt {list(placement.logcnt.shape)} and log2phy "
+            f"{list(placement.log2phy.shape)}; make it with Placement.from_phy2log"
+        )
+    arrays = (placement.phy2log, placement.log2phy, placement.logcnt)
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return  # the values come with the batch; the solver then checks them and sets a status bit
+    phy2log, log2phy, logcnt = map(np.asarray, arrays)
+    _tables.check_phy2log(phy2log, ep_size, n_logical)
+    # Homes may be others than those of from_phy2log.
+    expected, count = _tables.log2phy_of(np, phy2log, log2phy[:, 0], ep_size, n_logical)
+    most = max(max_replicas, int(count.max()))
+    padding = [(0, 0), (0, most)]
+    rows = [np.pad(rows, padding, constant_values=-1)[:, :most] for rows in (expected, log2phy)]
+    wrong = (rows[0] != rows[1]).any(axis=1) | (log2phy[:, 0] < 0) | (count != logcnt)
+    if wrong.any():
+        expert = int(wrong.argmax())
+        slots = expected[expert, : count[expert]].tolist()
+        raise ValueError(
+            f"placement.log2phy: expected the slots of expert {expert}, home first and then in the "
+            f"order of the ranks, {slots}, got {log2phy[expert].tolist()} and logcnt "
+            f"{logcnt[expert]}; make it with Placement.from_phy2log"
+        )
 
 
 def _pack_ranks(loads: np.ndarray, ep_size: int, group_size: int, n_nodes: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from lplb_jax._problem import (
     check_factor,
     check_loads,
     check_problem,
+    check_solves,
     check_weights,
     choose_solver,
 )
@@ -56,11 +57,13 @@ def solve(
         `[ep_size, n_logical]`. Negative loads count as 0 and set a status bit. float32 loads of
         any unit go to the interior point; NaN counts as 0, infinity is an overflow.
       r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`; None for the
-        placement's. Each group of group_size consecutive ranks is solved on its own.
+        placement's. Each group of group_size consecutive ranks is solved on its own. If the
+        placement carries none either, all ranks are one group, and an expert's tokens may go to any
+        of its slots.
       placement: where the experts are; None for the given order with one redundant slot per column
         (and, if `loads` is `[n_logical]`, a single group).
-      solver: "exact", integer waves on the replica graph; "ipm", a float32 interior point; "auto",
-        exact for int32 loads without weights, else ipm.
+      solver: "exact", integer waves on the replica graph; "ipm", a float32 interior point, which
+        needs a topology; "auto", exact for int32 loads without weights, else ipm.
       rank_weights: float `[group_size]`, positive: how fast every rank of a group is, in any unit.
         Then the largest load / weight is what is made small. None: all ranks are equal.
       repair: what the interior point does with int32 loads after rounding its plan to tokens. True:
@@ -89,6 +92,7 @@ def solve(
     loads = check_loads(loads, floats=True)
     method = choose_solver(solver, loads, rank_weights)
     problem = check_problem(loads, r2o, placement, axis_name=None)
+    check_solves(method, problem)
     weights = check_weights(rank_weights, len(problem.r2o))
     cusolverdx = check_factor(factor, method)
     return split_loads(loads, problem, method, weights, repair, cusolverdx)

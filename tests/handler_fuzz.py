@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from cases import Case, random_topology
 
-from lplb_jax import reference
+from lplb_jax import Placement, reference
 
 WILD_WORDS = np.array([-(2**31), -(2**30), -2, -1, 0, 1, 2, 7, 1000, 2**30, 2**31 - 2, 2**31 - 1])
 WILD_FLOATS = np.array([np.nan, np.inf, -np.inf, -1, 0, 1e-45, 1e-20, 1e20, 3e38], np.float32)
@@ -62,19 +62,26 @@ def some_cases(rng: np.random.Generator) -> list[Case]:
 def valid_call(rng: np.random.Generator, case: Case) -> Call:
     """A call as the public functions make it."""
     placement = case.placement(rng)
+    anywhere = rng.integers(3) == 0
+    if anywhere:
+        sizes = {"ep_size": case.ep_size, "n_logical": case.n_logical}
+        placement = Placement.from_phy2log(rng.permutation(placement.phy2log), **sizes)
     n_logical, n_physical = placement.n_logical, placement.n_physical
     n_tokens = int(rng.choice([0, 33]))
     indices = rng.integers(0, n_logical + 1, n_tokens).astype(rng.choice(["int32", "uint8"]))
     loads = rng.integers(0, 100, (case.ep_size, n_logical + 1)).astype(np.int32)
-    r2o = np.asarray(case.r2o, np.int32)
+    r2o = np.zeros((case.ep_size, 0)) if anywhere else case.r2o
+    r2o = np.asarray(r2o, np.int32)
     placed = [placement.phy2log, placement.log2phy, r2o]
-    split = [(n_physical,), *[(case.n_groups,)] * 3]
+    split = [(n_physical,), *[(case.ep_size // len(r2o),)] * 3]
     positions = int(rng.integers(2))
     slots = [(n_tokens,), (n_tokens * positions,), (n_physical * positions,)]
     workspace = (1, 17 * (n_logical + 1))
     size = {"ep_size": case.ep_size}
+    nodes = {"node_size": case.ep_size // int(rng.integers(1, 3)) if anywhere else 0}
     types = [np.int32] * 8
-    target = str(rng.choice(["count", "solve", "ipm", "assign", "rebalance"]))
+    targets = ["count", "solve", "assign", "rebalance"] + ([] if anywhere else ["ipm"])
+    target = str(rng.choice(targets))
     if target == "count":
         operands, shapes, attributes = [indices], [(n_logical + 1,)], {"n_logical": n_logical}
     elif target == "solve":
@@ -92,10 +99,10 @@ def valid_call(rng: np.random.Generator, case: Case) -> Call:
         if proportional := int(rng.integers(2)):
             loads = loads[:1]
         operands, shapes = [indices, loads, quota, *placed[:2], rank], [*slots, workspace]
-        attributes = size | {"proportional": proportional, "positions": positions}
+        attributes = size | nodes | {"proportional": proportional, "positions": positions}
     else:
         operands, shapes = [indices, *placed], [*slots, *split, workspace]
-        attributes = size | {"positions": positions}
+        attributes = size | nodes | {"positions": positions}
     results = [
         jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, types, strict=False)
     ]

@@ -53,6 +53,12 @@ def spec_solve(loads, r2o, placement):
     return reference.solve(*operands, ep_size=placement.ep_size)
 
 
+def problem_of(placement):
+    """Along the placement's topology, or of any placement."""
+    no_columns = np.zeros((placement.ep_size, 0), np.int32)
+    return Problem(no_columns if placement.topology is None else placement.topology, placement)
+
+
 def _over_ranks(assign_of_rank):
     """All source ranks of all instances: indices `[batch, ep_size, tokens]` and counts likewise."""
 
@@ -66,7 +72,7 @@ def _over_ranks(assign_of_rank):
 
 @_over_ranks
 def native_assign(indices, counts, quota, placement, *, proportional, positions):
-    problem = Problem(None, placement)
+    problem = problem_of(placement)
     own = counts[jax.lax.axis_index("ep")] if proportional else None
     loads = counts[0] if proportional else counts
     return assign_tokens(indices, loads, quota, problem, "ep", own, positions)
@@ -79,7 +85,8 @@ def spec_assign(indices, counts, quota, placement, *, proportional, positions):
     counts = counts[rank][None] if proportional else counts
     options = {"proportional": int(proportional), "positions": int(positions)}
     operands = (indices, counts, quota, placement.phy2log, placement.log2phy, rank)
-    return reference.assign(*operands, ep_size=placement.ep_size, **options)
+    sizes = {"ep_size": placement.ep_size, "node_size": problem_of(placement).node_size}
+    return reference.assign(*operands, **sizes, **options)
 
 
 @functools.partial(jax.jit, static_argnames="positions")
@@ -97,8 +104,8 @@ def native_rebalance(indices, r2o, placement, *, positions=True):
 def spec_rebalance(indices, r2o, placement, *, positions=True):
     def one(indices, r2o, placement):
         operands = (indices, placement.phy2log, placement.log2phy, r2o)
-        sizes = {"ep_size": placement.ep_size, "positions": int(positions)}
-        return reference.rebalance(*operands, **sizes)
+        sizes = {"ep_size": placement.ep_size, "node_size": problem_of(placement).node_size}
+        return reference.rebalance(*operands, **sizes, positions=int(positions))
 
     return jax.vmap(one)(indices, r2o, placement)
 

@@ -52,6 +52,7 @@ def with_operand(i, operand):
         ("solve", SOLVED, with_operand(1, int32(9)), {"ep_size": 4}, "n_physical = 9"),
         ("solve", SOLVED, with_operand(2, int32(4, 1)), {"ep_size": 4}, "do not fit together"),
         ("solve", SOLVED, with_operand(3, int32(3, 1)), {"ep_size": 4}, "do not fit together"),
+        ("solve", SOLVED, with_operand(3, int32(3, 0)), {"ep_size": 4}, "do not fit together"),
         ("solve", SOLVED, SOLVE, {"ep_size": 0}, "ep_size: expected 1 to .*got 0"),
         ("solve", SOLVED, SOLVE, {}, "ep_size: expected an int64 attribute"),
         ("solve", SOLVED, SOLVE, {"ep_size": 4, "other": 1}, "attributes: expected 1, got 2"),

@@ -16,6 +16,7 @@ struct AssignCall {
 
   explicit AssignCall(Frame& frame) {
     ProblemSizes sizes(frame);
+    sizes.ReadNodes(frame);
     proportional = frame.Flag("proportional");
     const bool positions = frame.Flag("positions");
     SourceSizes source_sizes;

@@ -16,6 +16,7 @@ struct RebalanceCall {
 
   explicit RebalanceCall(Frame& frame) {
     ProblemSizes sizes(frame);
+    sizes.ReadNodes(frame);
     const bool positions = frame.Flag("positions");
     tokens.ReadIndices(frame);
     batch = frame.batch();

@@ -18,10 +18,14 @@ struct ProblemSizes {
   Size n_logical = {"n_logical"};
   Size n_physical = {"n_physical"};
   Size max_replicas = {"max_replicas"};
+  int64_t node_size = Size::kUnknown;
 
   explicit ProblemSizes(Frame& frame) {
     ep_size.value = frame.Attribute("ep_size", 1, Size::kMost);
   }
+
+  // For calls that have tokens; see Problem.
+  void ReadNodes(Frame& frame) { node_size = frame.Attribute("node_size", 0, ep_size.value); }
 };
 
 // A placement and r2o, in this order.
@@ -42,26 +46,36 @@ inline Problem ProblemOf(Frame& frame, const ProblemSizes& s) {
   const int64_t n_logical = s.n_logical.value;
   const int64_t n_physical = s.n_physical.value;
   const int64_t max_replicas = s.max_replicas.value;
-  bool fits = n_logical > 0 && n_logical % ep_size == 0 && n_physical % ep_size == 0 &&
-              n_physical >= n_logical && max_replicas >= 2 &&
+  const bool along_topology = has_r2o ? n_columns > 0 : s.node_size == 0;
+  const bool has_nodes = s.node_size != Size::kUnknown;
+  bool fits = n_logical > 0 && n_physical % ep_size == 0 && n_physical >= n_logical &&
               n_physical * max_replicas <= Size::kMost;
-  if (fits && has_r2o) {
+  if (along_topology) {
+    fits =
+        fits && n_logical % ep_size == 0 && max_replicas >= 2 && (!has_nodes || s.node_size == 0);
+  } else {
+    fits = fits && max_replicas >= 1 && (!has_r2o || group_size == ep_size) &&
+           (!has_nodes || (s.node_size > 0 && ep_size % s.node_size == 0));
+  }
+  if (fits && has_r2o && along_topology) {
     const int64_t n_redundant = (n_physical - n_logical) / ep_size;
-    fits = group_size > 0 && ep_size % group_size == 0 && n_columns > 0 &&
-           n_redundant % n_columns == 0 && n_redundant <= n_logical / ep_size &&
-           group_size * n_columns <= Size::kMost;
+    fits = group_size > 0 && ep_size % group_size == 0 && n_redundant % n_columns == 0 &&
+           n_redundant <= n_logical / ep_size && group_size * n_columns <= Size::kMost;
   }
   if (!fits) {
     const auto number = [](int64_t value) { return std::to_string(value); };
     frame.Fail("placement, r2o and ep_size do not fit together: ep_size = " + number(ep_size) +
                ", n_logical = " + number(n_logical) + ", n_physical = " + number(n_physical) +
                ", max_replicas = " + number(max_replicas) + ", r2o [" + number(group_size) + ", " +
-               number(n_columns) + "]");
+               number(n_columns) + "]" +
+               (has_nodes ? ", node_size = " + number(s.node_size) : std::string()));
     return Problem();
   }
-  return Problem(s.ep_size.narrow(), static_cast<int32_t>(group_size),
-                 static_cast<int32_t>(n_columns), s.n_logical.narrow(), s.n_physical.narrow(),
-                 s.max_replicas.narrow());
+  Problem problem(s.ep_size.narrow(), static_cast<int32_t>(group_size),
+                  static_cast<int32_t>(n_columns), s.n_logical.narrow(), s.n_physical.narrow(),
+                  s.max_replicas.narrow());
+  if (has_nodes) problem.node_size = static_cast<int32_t>(s.node_size);
+  return problem;
 }
 
 // The shape of loads: a row of counts per source rank, or one in all.

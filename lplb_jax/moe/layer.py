@@ -20,7 +20,7 @@ from lplb_jax.moe.copies import copy
 from lplb_jax.moe.exchange import capacity_for, combine, exchange, make_plan
 from lplb_jax.moe.experts import Experts, check_experts, expert_ffn
 from lplb_jax.moe.replicas import Fetch
-from lplb_jax.placement import Placement
+from lplb_jax.placement import Placement, choose_topology
 from lplb_jax.solver import Split
 
 BALANCES = ("lplb", "eplb", "none")
@@ -130,6 +130,7 @@ def moe_layer(
         )
     if balance not in BALANCES:
         raise ValueError(f"balance: expected one of {', '.join(BALANCES)}, got {balance!r}")
+    r2o = choose_topology(r2o, placement)
     problem = check_problem(None, r2o, placement, axis_name)
     r2o = problem.r2o
     if indices.ndim != 2 or gates.shape != indices.shape:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Int32, Integer
 
+from lplb_jax.reference import graph
 from lplb_jax.reference.loads import expert_or_none
+from lplb_jax.reference.sums import INT32_MAX, capped_add, exact_sum
 
 
 def assign(
@@ -18,6 +22,7 @@ def assign(
     rank: Int32[Array, ""],
     *,
     ep_size: int,
+    node_size: int,
     proportional: int,
     positions: int,
 ) -> tuple[Int32[Array, " tokens"], Int32[Array, " tokens_or_0"], Int32[Array, " physical_or_0"]]:
@@ -28,18 +33,62 @@ def assign(
 
     `counts` are the tokens per expert of all source ranks, of which `indices` is number `rank`;
     or, with one row, of `indices` alone. With one row the tokens are the whole batch, or, if
-    `proportional`, this source's part of a batch whose loads were only estimated. A slot that
-    log2phy gives an expert counts only if phy2log has that expert there: where a placement
-    contradicts itself, tokens may get no slot, but never that of another expert.
+    `proportional`, this source's part of a batch whose loads were only estimated. `node_size` is 0
+    along a topology; for any other placement, the ranks of a node.
+
+    A slot that log2phy gives an expert counts only if phy2log has that expert there: where a
+    placement contradicts itself, tokens may get no slot, but never that of another expert.
     """
     n_logical = log2phy.shape[0]
     counts = jnp.maximum(counts[:, :n_logical], 0)
-    (home, has_home), (replica, has_replica) = (own_slot(phy2log, log2phy[:, k]) for k in (0, 1))
-    # The solvers' quotas are never negative, nor is a sum of two above int32; others may be.
+    # The solvers' quotas are never negative, nor is an expert's sum above int32; others may be.
     quota = jnp.maximum(quota, 0)
+    if node_size:
+        cells = graph.cells_of(phy2log, log2phy, ep_size)
+        pieces = pieces_anywhere(counts, quota, cells, rank, node_size, bool(proportional))
+    else:
+        pieces = pieces_along_topology(
+            counts, quota, phy2log, log2phy, rank, ep_size, bool(proportional)
+        )
+
+    expert = expert_or_none(indices, n_logical)
+    ordinal = ordinals(expert)
+    which = (ordinal[:, None] >= pieces.end[expert, :-1]).sum(axis=1, dtype=jnp.int32)
+    slot = jnp.where(expert >= 0, pieces.slot[expert, which], -1)
+    known = is_slot(slot, quota.size)
+    slot = jnp.where(known, slot, -1)
+    if not positions:
+        return slot, slot[:0], quota[:0]
+    start = jnp.where(which > 0, pieces.end[expert, which - 1], 0)
+    bins = jnp.where(known, slot, quota.size)
+    counts = jnp.zeros_like(quota).at[bins].add(1, mode="drop")
+    return slot, jnp.where(known, ordinal - start, -1), counts
+
+
+class Pieces(NamedTuple):
+    """How a source deals an expert's tokens: the first to the first slot, up to its end, and so on.
+
+    The last slot takes all that are left.
+    """
+
+    slot: Int32[Array, "n_logical n_pieces"]  # out of range: the tokens get none
+    end: Int32[Array, "n_logical n_pieces"]  # never falls
+
+
+def pieces_along_topology(
+    counts: Int32[Array, "n_sources n_logical"],
+    quota: Int32[Array, " n_physical"],
+    phy2log: Int32[Array, " n_physical"],
+    log2phy: Int32[Array, "n_logical max_replicas"],
+    rank: Int32[Array, ""],
+    ep_size: int,
+    proportional: bool,
+) -> Pieces:
+    """Home and replica: home gets its quota less what the sources before `rank` sent there."""
+    (home, has_home), (replica, has_replica) = (own_slot(phy2log, log2phy[:, k]) for k in (0, 1))
     stay, away = quota[jnp.where(has_home, home, 0)], quota[jnp.where(has_replica, replica, 0)]
     if proportional:
-        load = stay + jnp.minimum(away, jnp.iinfo(jnp.int32).max - stay)
+        load = capped_add(stay, away)
         keep = proportional_share(counts[0], stay, load, rank, ep_size)
     elif counts.shape[0] == 1:
         keep = stay
@@ -48,19 +97,10 @@ def assign(
         before = tokens_before(counts, home // slots_per_rank, replica // slots_per_rank, rank)
         keep = jnp.maximum(stay - before, 0)
     # An expert with one slot has nowhere else to go.
-    keep = jnp.where(has_home & has_replica, keep, jnp.iinfo(jnp.int32).max)
-
-    expert = expert_or_none(indices, n_logical)
-    ordinal = ordinals(expert)
-    stays = ordinal < keep[expert]
-    slot = jnp.where(stays, home[expert], replica[expert])
-    known = (expert >= 0) & (slot >= 0)
-    slot = jnp.where(known, slot, -1)
-    if not positions:
-        return slot, slot[:0], quota[:0]
-    position = jnp.where(known, jnp.where(stays, ordinal, ordinal - keep[expert]), -1)
-    bins = jnp.where(known, slot, quota.size)
-    return slot, position, jnp.zeros_like(quota).at[bins].add(1, mode="drop")
+    keep = jnp.where(has_home & has_replica, keep, INT32_MAX)
+    return Pieces(
+        jnp.stack([home, replica], axis=1), jnp.stack([keep, jnp.full_like(keep, INT32_MAX)], 1)
+    )
 
 
 def own_slot(
@@ -70,6 +110,107 @@ def own_slot(
     expert = jnp.arange(slot.size, dtype=jnp.int32)
     known = (slot >= 0) & (phy2log.at[slot].get(mode="fill", fill_value=-1) == expert)
     return jnp.where(known, slot, -1), known
+
+
+def pieces_anywhere(
+    counts: Int32[Array, "n_sources n_logical"],
+    quota: Int32[Array, " n_physical"],
+    cells: graph.Cells,
+    rank: Int32[Array, ""],
+    node_size: int,
+    proportional: bool,
+) -> Pieces:
+    """A piece for every rank, most of them empty; tokens beyond all go on to the last that is not.
+
+    An expert's quotas count up to a running sum of 2³¹ − 1, which the solver's never pass.
+    """
+    ep_size = cells.slot.shape[1]
+    nth = jnp.arange(ep_size, dtype=jnp.int32)
+    quota = quota.at[cells.slot].get(mode="fill", fill_value=0)
+    upto = lax.associative_scan(capped_add, quota, axis=1)
+    order = nth
+    if proportional:
+        count, load = (jnp.broadcast_to(x[:, None], upto.shape) for x in (counts[0], upto[:, -1]))
+        share = proportional_share(count, upto, load, rank, ep_size)
+        take = jnp.where(load > 0, jnp.diff(share, axis=1, prepend=0), 0)
+    elif counts.shape[0] == 1:
+        take = jnp.diff(upto, axis=1, prepend=0)
+    else:
+        take = local_shares(counts.T, jnp.diff(upto, axis=1, prepend=0), rank, node_size)
+        # Own rank, own node, then the others; within each, in the order of the ranks.
+        far = (nth // node_size != rank // node_size).astype(jnp.int32)
+        order = jnp.argsort(far + (nth != rank).astype(jnp.int32), stable=True)
+    take = take[:, order]
+    last = jnp.where(take > 0, nth, 0).max(axis=1, keepdims=True)
+    end = jnp.where(nth < last, jnp.cumsum(take, axis=1, dtype=jnp.int32), INT32_MAX)
+    some = (take > 0).any(axis=1, keepdims=True)
+    return Pieces(jnp.where(some, cells.slot[:, order], cells.home[:, None]), end)
+
+
+def local_shares(
+    count: Int32[Array, "n_logical ep_size"],
+    quota: Int32[Array, "n_logical ep_size"],
+    rank: Int32[Array, ""],
+    node_size: int,
+) -> Int32[Array, "n_logical ep_size"]:
+    """Tokens that source `rank` sends to every rank, so that the quotas are met exactly.
+
+    First every source keeps what its own rank's quota takes. Then, in each node, the sources' left
+    tokens are laid end to end in the order of the ranks and meet the left quotas, laid end to end:
+    a token goes where the quota at its place is. The line ends where either side does. What is left
+    of either meets in the same way over all nodes. No rule with these quotas keeps more tokens on
+    their own rank, nor then on their own node, and no source needs another one's result.
+
+    Sums of tokens stay at 2³¹ − 1, above every sum of quotas.
+    """
+    n_logical, ep_size = count.shape
+    source = jnp.arange(ep_size, dtype=jnp.int32)
+    node = source // node_size
+    number, here = jnp.arange(ep_size // node_size, dtype=jnp.int32), rank // node_size
+    own = jnp.minimum(count, quota)
+    left, room = count - own, quota - own
+    in_nodes = (n_logical, ep_size // node_size, node_size)
+
+    # The line of every node: places of the rooms, and of this source's tokens in its own.
+    place = jnp.cumsum(room.reshape(in_nodes), axis=2, dtype=jnp.int32).reshape(room.shape)
+    demand = room.reshape(in_nodes).sum(axis=2, dtype=jnp.int32)
+    supply, _ = exact_sum(left.reshape(in_nodes), axis=2)
+    begin, _ = exact_sum(jnp.where((node == here) & (source < rank), left, 0), axis=1)
+    end = capped_add(begin, left[:, rank])
+    near = overlap(begin, end, place - room, place)
+
+    # The line over all nodes, of the tokens and of the rooms that are beyond the ends of theirs.
+    spare = jnp.maximum(demand - supply, 0)
+    excess = jnp.maximum(supply - demand, 0)
+    ahead, _ = exact_sum(jnp.where(number < here, excess, 0), axis=1)
+    line = demand[:, here]
+    beyond = jnp.maximum(end - jnp.maximum(begin, line), 0)
+    begin = capped_add(ahead, jnp.maximum(begin - line, 0))
+    first = (jnp.cumsum(spare, axis=1, dtype=jnp.int32) - spare)[:, node]
+    taken = supply[:, node]
+    far = overlap(
+        begin,
+        capped_add(begin, beyond),
+        first + jnp.maximum(place - room - taken, 0),
+        first + jnp.maximum(place - taken, 0),
+    )
+    return jnp.where(source == rank, own, jnp.where(node == here, near, far))
+
+
+def overlap(
+    begin: Int32[Array, " n_logical"],
+    end: Int32[Array, " n_logical"],
+    first: Int32[Array, "n_logical ep_size"],
+    last: Int32[Array, "n_logical ep_size"],
+) -> Int32[Array, "n_logical ep_size"]:
+    """Length of what [begin, end) and [first, last) share."""
+    shared = jnp.minimum(end[:, None], last) - jnp.maximum(begin[:, None], first)
+    return jnp.maximum(shared, 0)
+
+
+def is_slot(slot: Int32[Array, "..."], n_physical: int) -> Bool[Array, "..."]:
+    """Whether `slot` is one, rather than padding."""
+    return (slot >= 0) & (slot < n_physical)
 
 
 def tokens_before(
@@ -88,20 +229,17 @@ def tokens_before(
     def place(source):
         return jnp.where(source == home, -1, jnp.where(source == replica, len(counts), source))
 
-    ahead = jnp.where(place(source) < place(rank), counts, 0)
-    high = (ahead >> 16).sum(axis=0, dtype=jnp.int32)
-    low = (ahead & 0xFFFF).sum(axis=0, dtype=jnp.int32)
-    too_large = high + (low >> 16) >= 1 << 15
-    return jnp.where(too_large, jnp.iinfo(jnp.int32).max, ahead.sum(axis=0, dtype=jnp.int32))
+    ahead, _ = exact_sum(jnp.where(place(source) < place(rank), counts, 0), axis=0)
+    return ahead
 
 
 def proportional_share(
-    count: Int32[Array, " n_logical"],
-    stay: Int32[Array, " n_logical"],
-    load: Int32[Array, " n_logical"],
+    count: Int32[Array, "*n"],
+    stay: Int32[Array, "*n"],
+    load: Int32[Array, "*n"],
     rank: Int32[Array, ""],
     ep_size: int,
-) -> Int32[Array, " n_logical"]:
+) -> Int32[Array, "*n"]:
     """How many of `count` tokens stay at home: ⌊(count · stay + offset) / load⌋, exactly.
 
     The offset, load · (2·rank + 1) / (2·ep_size), spreads the rounding over the ranks: ranks with

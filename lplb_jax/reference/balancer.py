@@ -20,12 +20,14 @@ def rebalance(
     r2o: Int32[Array, "group_size n_columns"],
     *,
     ep_size: int,
+    node_size: int,
     positions: int,
 ) -> tuple[Int32[Array, "..."], ...]:
     """The results of `assign`, then those of `solve`, for tokens that are all there are."""
     counts = count(indices, n_logical=log2phy.shape[0])[None]
     rank = jnp.int32(0)
-    return _solve_and_assign(indices, counts, phy2log, log2phy, r2o, rank, ep_size, positions)
+    sizes = {"ep_size": ep_size, "node_size": node_size, "positions": positions}
+    return _solve_and_assign(indices, counts, phy2log, log2phy, r2o, rank, sizes)
 
 
 def synced_rebalance(
@@ -38,15 +40,17 @@ def synced_rebalance(
     axis_name: Any,
     comm: int,
     ep_size: int,
+    node_size: int,
     positions: int,
 ) -> tuple[Int32[Array, "..."], ...]:
     """The same inside shard_map, where the other ranks of `axis_name` have tokens too."""
     own = count(indices, n_logical=log2phy.shape[0])
     counts = sync(own, rank, axis_name=axis_name, comm=comm)
-    return _solve_and_assign(indices, counts, phy2log, log2phy, r2o, rank, ep_size, positions)
+    sizes = {"ep_size": ep_size, "node_size": node_size, "positions": positions}
+    return _solve_and_assign(indices, counts, phy2log, log2phy, r2o, rank, sizes)
 
 
-def _solve_and_assign(indices, counts, phy2log, log2phy, r2o, rank, ep_size, positions):
-    split = solve(counts, phy2log, log2phy, r2o, ep_size=ep_size)
-    sizes = {"ep_size": ep_size, "proportional": 0, "positions": positions}
-    return *assign(indices, counts, split[0], phy2log, log2phy, rank, **sizes), *split
+def _solve_and_assign(indices, counts, phy2log, log2phy, r2o, rank, sizes):
+    split = solve(counts, phy2log, log2phy, r2o, ep_size=sizes["ep_size"])
+    tokens = assign(indices, counts, split[0], phy2log, log2phy, rank, proportional=0, **sizes)
+    return *tokens, *split

@@ -16,13 +16,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Int32, Shaped
 
+from lplb_jax.reference import graph
+from lplb_jax.reference.sums import INT32_MAX, ceil_mean, exact_sum
 from lplb_jax.status import Status
-
-INT32_MAX = np.int32(2**31 - 1)
 
 
 def solve(
@@ -44,13 +43,21 @@ def solve(
     number of ids that named no expert in the last place (see `count`).
     """
     n_logical = log2phy.shape[0]
-    group_size = r2o.shape[0]
+    group_size, n_columns = r2o.shape
+    negative = (loads[:, :n_logical] < 0).any(axis=0)
+    invalid = (loads[:, n_logical:] != 0).any()
+    total, too_large = exact_sum(jnp.maximum(loads[:, :n_logical], 0), axis=0)
+    if n_columns == 0:
+        cells = graph.cells_of(phy2log, log2phy, ep_size)
+        quota, *values = graph.solve_any(total, too_large, cells)
+        max_load, bound, overflow = (value[None] for value in values)
+        wrong = graph.misplaced(phy2log, log2phy, cells)
+        status = status_of(overflow, negative.any(), invalid, wrong)
+        return quota, max_load, bound, status
+
     n_groups = ep_size // group_size
     n_local = n_logical // ep_size
     slots = phy2log.reshape(n_groups, group_size, -1)
-
-    negative = (loads[:, :n_logical] < 0).any(axis=0)
-    total, too_large = exact_sum(jnp.maximum(loads[:, :n_logical], 0), axis=0)
     experts = jnp.clip(slots[:, :, :n_local], 0, n_logical - 1)
     own = total[experts]
     group_too_large = too_large[experts].any(axis=(1, 2))
@@ -58,13 +65,26 @@ def solve(
     quota, max_load, bound, overflow = jax.vmap(
         lambda *group: solve_group(*group, r2o, slots.shape[2] - n_local)
     )(own, group_too_large)
+    status = status_of(
+        overflow, negative[experts].any(axis=(1, 2)), invalid, misplaced(slots, log2phy, r2o)
+    )
+    return quota.reshape(-1), max_load, bound, status
+
+
+def status_of(
+    overflow: Bool[Array, " n_groups"],
+    negative: Bool[Array, "*n_groups"],
+    invalid: Bool[Array, ""],
+    wrong: Bool[Array, "*n_groups"],
+) -> Int32[Array, " n_groups"]:
+    """The bits of what was found."""
     status = (
         jnp.where(overflow, Status.LOAD_OVERFLOW, 0)
-        | jnp.where(negative[experts].any(axis=(1, 2)), Status.NEGATIVE_LOAD, 0)
-        | jnp.where((loads[:, n_logical:] != 0).any(), Status.INVALID_INDEX, 0)
-        | jnp.where(misplaced(slots, log2phy, r2o), Status.BAD_PLACEMENT, 0)
+        | jnp.where(negative, Status.NEGATIVE_LOAD, 0)
+        | jnp.where(invalid, Status.INVALID_INDEX, 0)
+        | jnp.where(wrong, Status.BAD_PLACEMENT, 0)
     )
-    return quota.reshape(-1), max_load, bound, status.astype(jnp.int32)
+    return status.astype(jnp.int32)
 
 
 def solve_group(
@@ -239,24 +259,6 @@ def arrived(
 ) -> Shaped[Array, "group_size n_columns"]:
     """What a rank's redundant columns hold, from what the columns' owners sent."""
     return sent[r2o, jnp.arange(r2o.shape[1])]
-
-
-def exact_sum(
-    values: Int32[Array, "..."], axis: int
-) -> tuple[Int32[Array, "..."], Bool[Array, "..."]]:
-    """Sum of values ≥ 0, and whether it passes 2³¹ − 1, at which it then stays."""
-    high = (values >> 16).sum(axis=axis, dtype=jnp.int32)
-    low = (values & 0xFFFF).sum(axis=axis, dtype=jnp.int32)
-    too_large = high + (low >> 16) >= 1 << 15
-    return jnp.where(too_large, INT32_MAX, values.sum(axis=axis, dtype=jnp.int32)), too_large
-
-
-def ceil_mean(values: Int32[Array, " n"], chosen: Bool[Array, " n"]) -> Int32[Array, ""]:
-    """⌈sum of values / number chosen⌉ of values ≥ 0 that are 0 where not chosen."""
-    n = jnp.maximum(chosen.sum(dtype=jnp.int32), 1)
-    high = (values >> 16).sum(dtype=jnp.int32)
-    low = (values & 0xFFFF).sum(dtype=jnp.int32)
-    return ((high // n) << 16) + ((high % n << 16) + low + n - 1) // n
 
 
 def misplaced(

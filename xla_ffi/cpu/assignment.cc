@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "xla_ffi/cpu/handler.h"
+#include "xla_ffi/cpu/pieces.h"
 #include "xla_ffi/cpu/steps.h"
 
 namespace lplb {
@@ -13,23 +14,34 @@ template <typename Index>
 void Assign(const Problem& problem, const Sources& sources, const AssignOperands& in,
             bool proportional, const Index* indices, int64_t n_tokens, const AssignResults& out) {
   const int32_t n_logical = problem.n_logical;
-  std::vector<Route> routes(n_logical);
+  const Pieces pieces = problem.node_size > 0
+                            ? LocalPieces(problem, sources, in, proportional).Make()
+                            : PiecesAlongTopology(problem, sources, in, proportional);
+  // The piece that each expert's next token goes to.
+  struct Dealer {
+    int32_t slot;
+    int32_t position;
+    int32_t left;
+    int32_t piece;
+  };
+  std::vector<Dealer> dealers(n_logical);
   for (int32_t e = 0; e < n_logical; ++e) {
-    routes[e] = SlotsOf(problem, in.phy2log, in.log2phy, e);
-    routes[e].keep =
-        KeepOf(problem, sources, in.counts, in.quota, *in.rank, proportional, e, routes[e]);
+    const Piece& piece = *pieces.begin(e);
+    dealers[e] = {piece.slot, 0, piece.end, 0};
   }
-  std::vector<int32_t> seen(n_logical);
   for (int64_t i = 0; i < n_tokens; ++i) {
     const int32_t expert = ExpertOf(indices[i], n_logical);
     int32_t slot = -1;
     int32_t position = -1;
     if (expert >= 0 && expert < n_logical) {
-      const Route& route = routes[expert];
-      const int32_t ordinal = seen[expert]++;
-      const bool stays = ordinal < route.keep;
-      slot = stays ? route.home : route.replica;
-      if (slot >= 0) position = stays ? ordinal : ordinal - route.keep;
+      Dealer& dealer = dealers[expert];
+      if (dealer.left == 0) {
+        const Piece* ended = pieces.begin(expert) + dealer.piece;
+        dealer = {ended[1].slot, 0, ended[1].end - ended[0].end, dealer.piece + 1};
+      }
+      --dealer.left;
+      slot = dealer.slot;
+      position = slot >= 0 ? dealer.position++ : -1;
     }
     out.physical[i] = slot;
     if (out.position != nullptr) out.position[i] = position;
@@ -37,9 +49,13 @@ void Assign(const Problem& problem, const Sources& sources, const AssignOperands
   if (out.slot_counts == nullptr) return;
   std::fill_n(out.slot_counts, problem.n_physical, 0);
   for (int32_t e = 0; e < n_logical; ++e) {
-    const int32_t stays = std::min(routes[e].keep, seen[e]);
-    if (routes[e].home >= 0) out.slot_counts[routes[e].home] += stays;
-    if (routes[e].replica >= 0) out.slot_counts[routes[e].replica] += seen[e] - stays;
+    const Piece* piece = pieces.begin(e);
+    int32_t start = 0;
+    for (int32_t k = 0; k < dealers[e].piece; ++k) {
+      if (piece[k].slot >= 0) out.slot_counts[piece[k].slot] += piece[k].end - start;
+      start = piece[k].end;
+    }
+    if (dealers[e].slot >= 0) out.slot_counts[dealers[e].slot] += dealers[e].position;
   }
 }
 

@@ -2,6 +2,7 @@
 #ifndef LPLB_XLA_FFI_CPU_GRAPH_H_
 #define LPLB_XLA_FFI_CPU_GRAPH_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -51,6 +52,19 @@ struct ReplicaGraph {
   }
 
   int32_t Hosts(int32_t expert) const { return first[expert + 1] - first[expert]; }
+
+  // The slot that serves an expert where nothing else says which: `home`, what log2phy names first,
+  // if that is a cell of the expert, else the expert's first cell; −1 if it has none.
+  int32_t HomeOf(int32_t expert, int32_t home) const {
+    if (IsCell(expert, home)) return home;
+    return Hosts(expert) > 0 ? slot[first[expert]] : -1;
+  }
+
+  bool IsCell(int32_t expert, int32_t of_slot) const {
+    const auto begin = slot.begin();
+    return std::find(begin + first[expert], begin + first[expert + 1], of_slot) !=
+           begin + first[expert + 1];
+  }
 
   struct Shared {
     int32_t expert;

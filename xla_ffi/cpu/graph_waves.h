@@ -193,6 +193,19 @@ class GraphWaves {
   std::vector<int32_t> reached_;
 };
 
+// Where every expert is at home, −1 where it has no slot: the balanced loads of one token each, so
+// that the ranks are home of as even a number of experts as the placement allows.
+inline void FindHomes(const ReplicaGraph& graph, int32_t* homes) {
+  GraphWaves waves(graph);
+  waves.Run(std::vector<int32_t>(graph.n_logical, 1).data());
+  for (int32_t e = 0; e < graph.n_logical; ++e) {
+    homes[e] = -1;
+    for (int32_t c = graph.first[e]; c < graph.first[e + 1]; ++c) {
+      if (waves.tokens()[c] > 0) homes[e] = graph.slot[c];
+    }
+  }
+}
+
 }  // namespace lplb
 
 #endif  // LPLB_XLA_FFI_CPU_GRAPH_WAVES_H_

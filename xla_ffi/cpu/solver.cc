@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "xla_ffi/cpu/graph.h"
+#include "xla_ffi/cpu/graph_waves.h"
 #include "xla_ffi/cpu/handler.h"
 #include "xla_ffi/cpu/steps.h"
 #include "xla_ffi/cpu/waves.h"
@@ -64,6 +66,43 @@ void SolveGroup(const Problem& p, const SolveOperands& in, const std::vector<int
   WriteQuotas(p, waves, own, moved, out.quota + first_slot);
 }
 
+// Any placement: one group of all ranks.
+void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64_t>& total,
+              const std::vector<bool>& negative, int32_t status, const SolveResults& out) {
+  const ReplicaGraph graph(p.ep_size, p.n_logical, p.slots_per_rank, in.phy2log);
+  std::vector<int64_t> loads(p.n_logical);
+  std::vector<int64_t> most(p.ep_size);
+  bool overflow = false;
+  bool wrong = !graph.known;
+  for (int32_t e = 0; e < p.n_logical; ++e) {
+    if (negative[e]) status |= kNegativeLoad;
+    wrong |= !graph.IsCell(e, in.log2phy[e * p.max_replicas]);
+    loads[e] = std::min<int64_t>(total[e], kInt32Max);
+    for (int32_t c = graph.first[e]; c < graph.first[e + 1]; ++c) {
+      overflow |= total[e] > kInt32Max;
+      most[graph.rank[c]] += loads[e];
+    }
+  }
+  // A plan's rank loads never pass this sum.
+  for (const int64_t load : most) overflow |= load > kInt32Max;
+  if (overflow) {
+    status |= kLoadOverflow;
+    out.max_load[0] = kInt32Max;
+    out.lower_bound[0] = 0;
+    std::fill_n(out.quota, p.n_physical, 0);
+    for (int32_t e = 0; e < p.n_logical; ++e) {
+      const int32_t home = graph.HomeOf(e, in.log2phy[e * p.max_replicas]);
+      if (home >= 0) out.quota[home] = static_cast<int32_t>(loads[e]);
+    }
+  } else {
+    GraphWaves waves(graph);
+    out.max_load[0] = out.lower_bound[0] = static_cast<int32_t>(waves.Run(loads.data()));
+    waves.WriteQuotas(out.quota, p.n_physical);
+  }
+  if (wrong) status |= kBadPlacement;
+  out.status[0] = status;
+}
+
 }  // namespace
 
 void Solve(const Problem& p, const Sources& sources, const SolveOperands& in,
@@ -79,6 +118,7 @@ void Solve(const Problem& p, const Sources& sources, const SolveOperands& in,
     }
     if (sources.row > p.n_logical && row[p.n_logical] != 0) status |= kInvalidIndex;
   }
+  if (p.n_columns == 0) return SolveAny(p, in, total, negative, status, out);
   for (int32_t g = 0; g < p.n_groups; ++g) SolveGroup(p, in, total, negative, g, status, out);
 }
 

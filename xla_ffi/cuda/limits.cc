@@ -38,6 +38,7 @@ Refusal NeedsMemory(const std::string& what, int64_t bytes, const cuda::Device& 
 }
 
 Refusal RefuseSolve(const Problem& p, const cuda::Device& device) {
+  if (p.n_columns == 0) return "r2o: the CUDA solver needs a topology, got none: use the CPU";
   if (p.group_size > cuda::kMaxGroupSize) {
     return "r2o: the CUDA solver takes groups of at most " + Number(cuda::kMaxGroupSize) +
            " ranks, got " + Number(p.group_size) + ": use smaller groups, or the CPU";
@@ -47,6 +48,7 @@ Refusal RefuseSolve(const Problem& p, const cuda::Device& device) {
 }
 
 Refusal RefuseRoute(const Problem& p, cuda::Quotas quotas, const cuda::Device& device) {
+  if (p.node_size > 0) return "r2o: the CUDA kernels need a topology, got none: use the CPU";
   const std::string sizes =
       "n_logical = " + Number(p.n_logical) + " and n_physical = " + Number(p.n_physical);
   if (p.n_logical > cuda::kMaxExperts || p.n_physical > cuda::kMaxSlots) {

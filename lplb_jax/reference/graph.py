@@ -1,0 +1,217 @@
+"""Any placement: experts with any number of slots on any ranks, and the waves that balance them.
+
+A *cell* is an expert on a rank that hosts it. If the rank hosts it twice, the first slot serves all
+and the cell is that one. `tokens[e, r]` of expert e are served on rank r. We look for the integers
+that make the largest rank load as small as possible: a transportation network, so its optimum is
+max over sets S of ⌈(load of the experts all of whose hosts lie in S) / |S|⌉. As in `solver`, the
+waves raise a target to that value from below, so that it is a proven bound at any time.
+
+From rank r an arc leads to every host of every expert that r serves tokens of. All arcs of such an
+expert share its tokens on r; that is why this is no list of edges with capacities.
+
+All arithmetic is int32 in a fixed order, and ranks of one distance touch no common cell.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Int32
+
+from lplb_jax.reference.sums import INT32_MAX, ceil_mean, exact_sum
+
+# A push is divided among so many ranks at most: more take longer than the phases they save.
+MAX_SPREAD = 4
+
+
+class Cells(NamedTuple):
+    """What depends on the placement only."""
+
+    expert: Int32[Array, "ep_size slots_per_rank"]  # n_logical where the slot is no cell's
+    slot: Int32[Array, "n_logical ep_size"]  # n_physical where there is no cell
+    home: Int32[Array, " n_logical"]  # slot of a cell; n_physical where the expert has none
+
+    @property
+    def hosts(self) -> Bool[Array, "n_logical ep_size"]:
+        """Whether expert e is on rank r."""
+        return self.slot < self.expert.size
+
+
+def cells_of(
+    phy2log: Int32[Array, " n_physical"],
+    log2phy: Int32[Array, "n_logical max_replicas"],
+    ep_size: int,
+) -> Cells:
+    """The cells. Ids that name no expert leave their slot empty.
+
+    The home is what log2phy names first, if that is a cell of the expert, else the first cell.
+    """
+    n_logical, n_physical = log2phy.shape[0], phy2log.size
+    expert = jnp.where((phy2log >= 0) & (phy2log < n_logical), phy2log, n_logical)
+    number = jnp.arange(n_physical, dtype=jnp.int32)
+    rank = number // (n_physical // ep_size)
+    nowhere = jnp.full((n_logical, ep_size), n_physical, jnp.int32)
+    slot = nowhere.at[expert, rank].min(number, mode="drop")
+    first = slot.at[expert, rank].get(mode="fill", fill_value=n_physical) == number
+    home = jnp.where(names_cell(log2phy, slot, n_physical), log2phy[:, 0], slot.min(axis=1))
+    return Cells(jnp.where(first, expert, n_logical).reshape(ep_size, -1), slot, home)
+
+
+def names_cell(
+    log2phy: Int32[Array, "n_logical max_replicas"],
+    slot: Int32[Array, "n_logical ep_size"],
+    n_physical: int,
+) -> Bool[Array, " n_logical"]:
+    """Whether the first slot that log2phy names is a cell of the expert."""
+    return ((slot == log2phy[:, :1]) & (slot < n_physical)).any(axis=1)
+
+
+def misplaced(
+    phy2log: Int32[Array, " n_physical"],
+    log2phy: Int32[Array, "n_logical max_replicas"],
+    cells: Cells,
+) -> Bool[Array, ""]:
+    """Whether a slot holds no expert's id, or log2phy does not begin with a cell of the expert.
+
+    So is an expert without a slot.
+    """
+    known = (phy2log >= -1) & (phy2log < len(log2phy))
+    return ~(known.all() & names_cell(log2phy, cells.slot, phy2log.size).all())
+
+
+def solve_any(
+    total: Int32[Array, " n_logical"],
+    too_large: Bool[Array, " n_logical"],
+    cells: Cells,
+) -> tuple[
+    Int32[Array, " n_physical"],
+    Int32[Array, ""],
+    Int32[Array, ""],
+    Bool[Array, ""],
+]:
+    """Quotas, largest load, lower bound and overflow; `too_large`: the total passed 2³¹ − 1."""
+    # A plan's rank loads never pass this sum, so where it fits nothing in the waves overflows.
+    _, rank_too_large = exact_sum(jnp.where(cells.hosts, total[:, None], 0), axis=0)
+    overflow = (too_large & cells.hosts.any(axis=1)).any() | rank_too_large.any()
+    tokens, load, target = waves(jnp.where(overflow, 0, total), cells)
+
+    nothing = jnp.zeros(cells.expert.size, jnp.int32)
+    quota = nothing.at[cells.slot].set(tokens, mode="drop")
+    at_home = nothing.at[cells.home].set(total, mode="drop")
+    return (
+        jnp.where(overflow, at_home, quota),
+        jnp.where(overflow, INT32_MAX, load.max()),
+        target,
+        overflow,
+    )
+
+
+class Plan(NamedTuple):
+    """The state of the waves; every state is a legal plan."""
+
+    load: Int32[Array, " ep_size"]
+    tokens: Int32[Array, "n_logical ep_size"]
+    target: Int32[Array, ""]
+
+
+def waves(
+    total: Int32[Array, " n_logical"], cells: Cells
+) -> tuple[Int32[Array, "n_logical ep_size"], Int32[Array, " ep_size"], Int32[Array, ""]]:
+    """Tokens of every cell, rank loads, and the target, which is the lower bound."""
+
+    def phase(plan: Plan) -> Plan:
+        level, depth = levels(plan, cells)
+        unseen = level < 0
+        stuck = (unseen & (plan.load > plan.target)).any()
+        # Nothing more can leave the unseen ranks: their mean load is a new lower bound.
+        rise = ceil_mean(jnp.where(unseen, plan.load - plan.target, 0), unseen)
+        # With depth 0 nothing is pushed.
+        plan = push(plan, cells, level, jnp.where(stuck, 0, depth))
+        return plan._replace(target=plan.target + jnp.where(stuck, rise, 0))
+
+    plan = lax.while_loop(
+        lambda plan: (plan.load > plan.target).any(), phase, even_start(total, cells)
+    )
+    return plan.tokens, plan.load, plan.target
+
+
+def even_start(total: Int32[Array, " n_logical"], cells: Cells) -> Plan:
+    """Loads divided evenly among the hosts, the first ones get one more.
+
+    The target is the bound of the set of all ranks and of the sets of one rank.
+    """
+    hosts = cells.hosts
+    n_hosts = hosts.sum(axis=1, dtype=jnp.int32)[:, None]
+    each, more = jnp.divmod(total[:, None], jnp.maximum(n_hosts, 1))
+    nth = jnp.cumsum(hosts, axis=1, dtype=jnp.int32) - 1
+    tokens = jnp.where(hosts, each + (nth < more).astype(jnp.int32), 0)
+    load = tokens.sum(axis=0, dtype=jnp.int32)
+    stays = jnp.where(n_hosts == 1, tokens, 0).sum(axis=0, dtype=jnp.int32)
+    everyone = jnp.ones(load.shape, bool)
+    return Plan(load, tokens, jnp.maximum(ceil_mean(load, everyone), stays.max()))
+
+
+def levels(plan: Plan, cells: Cells) -> tuple[Int32[Array, " ep_size"], Int32[Array, ""]]:
+    """Distance of every rank to the nearest rank below the target, −1 where not reached.
+
+    Breadth first, until all ranks above the target are reached or nothing new is. Also returns the
+    largest distance.
+    """
+    serves, hosts = (plan.tokens > 0).astype(jnp.float32), cells.hosts.astype(jnp.float32)
+    arc = serves.T @ hosts > 0
+
+    def reach(state):
+        level, depth, _ = state
+        hit = (level < 0) & (arc & (level == depth)).any(axis=1)
+        found = hit.any()
+        return jnp.where(hit, depth + 1, level), depth + found.astype(jnp.int32), found
+
+    def unfinished(state):
+        level, _, progress = state
+        return ((plan.load > plan.target) & (level < 0)).any() & progress
+
+    level = jnp.where(plan.load < plan.target, 0, -1)
+    # From the plan, not fresh constants: under shard_map they must vary over the same axes.
+    depth = plan.target * 0
+    level, depth, _ = lax.while_loop(unfinished, reach, (level, depth, depth == 0))
+    return level, depth
+
+
+def push(
+    plan: Plan, cells: Cells, level: Int32[Array, " ep_size"], depth: Int32[Array, ""]
+) -> Plan:
+    """Every rank above the target pushes its excess one level down, the deepest level first."""
+    n_ranks, n_slots = cells.expert.shape
+    rank = jnp.arange(n_ranks, dtype=jnp.int32)
+    # Row r: the ranks in cyclic order, beginning after r.
+    after = (rank[:, None] + rank + 1) % n_ranks
+    hosts = cells.hosts
+
+    def push_slot(k, state):
+        tokens, load, excess, depth = state
+        e = cells.expert[:, k]
+        amount = jnp.minimum(excess, tokens.at[e, rank].get(mode="fill", fill_value=0))
+        to = hosts.at[e[:, None], after].get(mode="fill", fill_value=False)
+        to &= level[after] == depth - 1
+        nth = jnp.cumsum(to, axis=1, dtype=jnp.int32) - 1
+        n = jnp.minimum(nth[:, -1:] + 1, MAX_SPREAD)
+        each, more = jnp.divmod(amount[:, None], jnp.maximum(n, 1))
+        part = jnp.where(to & (nth < n), each + (nth < more).astype(jnp.int32), 0)
+        amount = part.sum(axis=1, dtype=jnp.int32)
+        tokens = tokens.at[e[:, None], after].add(part, mode="drop")
+        tokens = tokens.at[e, rank].add(-amount, mode="drop")
+        load = load.at[after].add(part) - amount
+        return tokens, load, excess - amount, depth
+
+    def push_level(state):
+        plan, depth = state
+        excess = jnp.where(level == depth, jnp.maximum(plan.load - plan.target, 0), 0)
+        tokens, load, _, _ = lax.fori_loop(
+            0, n_slots, push_slot, (plan.tokens, plan.load, excess, depth)
+        )
+        return Plan(load, tokens, plan.target), depth - 1
+
+    plan, _ = lax.while_loop(lambda state: state[1] > 0, push_level, (plan, depth))
+    return plan
