@@ -215,13 +215,13 @@ def _of_split(split: Split, n_physical: int, n_groups: int) -> Iterator[np.ndarr
 
 
 def _integers(name: str, array: Any) -> np.ndarray:
-    """An array of integers on the host."""
+    """An array of integers on the host, in a type that has −1 and every id and sum."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(array)):
         raise TypeError(f"{name}: expected an array known on the host, got a traced value")
     array = np.asarray(array)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
-    return array
+    return array.astype(np.int64)
 
 
 def _illegal(quota: np.ndarray, phy2log: np.ndarray, tokens: list[int]) -> Iterator[str]:

@@ -68,6 +68,22 @@ def test_the_exact_solver_passes(rng, name):
     assert verify(loads, split, np.asarray(case.r2o), placement=bare) == []
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8, np.uint16])
+def test_indices_of_every_type(rng, dtype):
+    """Also unsigned ones, in which no expert is a large number."""
+    case = Case(topologies.cube(), 4)
+    placement = case.placement(rng)
+    ids = rng.integers(0, case.n_logical, (case.ep_size, 99)).astype(dtype)
+    physical, split = rebalance(ids, None, placement=placement)
+    where = {"physical_indices": physical, "placement": placement}
+    assert verify(None, split, indices=ids, **where) == []
+    assert verify(None, split, indices=ids + dtype(1), **where)
+    ids = np.where(rng.random(ids.shape) < 0.1, np.array(-1).astype(dtype), ids)
+    physical, split = rebalance(ids, None, placement=placement)
+    where = {"physical_indices": physical, "placement": placement}
+    assert verify(None, split, indices=ids, **where) == []
+
+
 def test_what_it_accepts(rng):
     case = Case(topologies.cube(), 4, n_groups=2, combined=2)
     placement = case.placement(rng)
