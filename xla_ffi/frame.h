@@ -95,8 +95,14 @@ class Frame {
     if (batch_rank_ > 0) Fail(std::string(name) + ": expected no batch dimensions");
   }
 
-  // Batch elements; to be asked after the first buffer.
-  int64_t batch() const { return failed() ? 0 : batch_; }
+  // Batch elements, few enough for a grid of clusters; to be asked after the first buffer.
+  int64_t batch() {
+    if (batch_ > kInt32Max / 16) {
+      Fail("batch: expected at most " + std::to_string(kInt32Max / 16) + " elements, got " +
+           std::to_string(batch_));
+    }
+    return failed() ? 0 : batch_;
+  }
 
   // The first error, also where the call has more than was read.
   ffi::Error Finish() {

@@ -171,9 +171,10 @@ __device__ __forceinline__ void MakeRoutes(const RouteArguments& a, const SolveO
                                            });
     Threads::Sync();
     // Where no group's status says so, every slot is its expert's own.
+    int32_t status = 0;
 #pragma unroll 1
-    for (int32_t g = 0; g < p.n_groups; ++g)
-      misplaced |= (group_memory.status[g] & kBadPlacement) != 0;
+    for (int32_t g = threadIdx.x & 31; g < p.n_groups; g += 32) status |= group_memory.status[g];
+    misplaced = __any_sync(kFullWarp, status & kBadPlacement);
   } else {
     rank = *given.rank;
   }

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <string>
 
 #include "xla_ffi/handler.h"
@@ -28,6 +29,18 @@ XLA_FFI_Error* CudaHandler(XLA_FFI_CallFrame* frame) {
       FrameBinding().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::PlatformStream<cudaStream_t>>(),
       {ffi::Traits::kCmdBufferCompatible});
   return handler(frame);
+}
+
+// The kernels of solve and ipm find a batch element by 32-bit products; `call` is of either.
+template <typename Call>
+ffi::Error CheckElements(const Call& call) {
+  const Problem& p = call.problem;
+  const int64_t words =
+      std::max({int64_t{call.sources.n_sources} * call.sources.row,
+                int64_t{p.n_physical} * p.max_replicas, int64_t{p.group_size} * p.n_columns});
+  if (call.batch * words <= kInt32Max) return ffi::Error::Success();
+  return Invalid("batch: expected arrays of less than 2^31 numbers, got " +
+                 std::to_string(call.batch) + " elements of up to " + std::to_string(words));
 }
 
 inline ffi::Error FromCuda(cudaError_t error, const char* step) {

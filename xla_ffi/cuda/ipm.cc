@@ -13,6 +13,7 @@ ffi::Error RunIpm(const IpmCall& call, const OnDevice& on) {
   if (call.options.cusolverdx && !cuda::HasCuSolverDx()) {
     return Invalid("factor: this lplb_jax was built without cuSolverDx");
   }
+  LPLB_RETURN_IF_ERROR(CheckElements(call));
   LPLB_RETURN_IF_ERROR(CheckIpmFits(p, call.options));
   return FromCuda(
       cuda::LaunchIpm(p, call.sources, call.options, call.batch, call.in, call.out, on.stream),

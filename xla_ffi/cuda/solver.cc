@@ -9,6 +9,7 @@ namespace lplb {
 namespace {
 
 ffi::Error RunSolve(const SolveCall& call, const OnDevice& on) {
+  LPLB_RETURN_IF_ERROR(CheckElements(call));
   LPLB_RETURN_IF_ERROR(CheckSolverFits(call.problem));
   return FromCuda(
       cuda::LaunchSolve(call.problem, call.sources, call.batch, call.in, call.out, on.stream),
