@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import min_dim
 
 from lplb_jax import _native, reference
 from lplb_jax._problem import (
@@ -173,11 +174,14 @@ def returned(given: Any, assigned: Assignment, positions: bool) -> jax.Array | A
 _MOST_WARPS = 16
 
 
-def workspace_shape(n_tokens: int, n_logical: int) -> tuple[int, int]:
+def workspace_shape(n_tokens: Any, n_logical: int) -> tuple[Any, int]:
     """Tiles, and int32 words of each, for the kernels that assign large batches tile by tile.
 
     A tile keeps its tokens per expert, and those of the warps before each of its warps.
     """
+    words = (_MOST_WARPS + 1) * (n_logical + 1)
+    if not isinstance(n_tokens, int):  # Symbolic, under jax.export: comparisons have no answer.
+        return min_dim(n_tokens // 4096 + 1, 64), words
     # More tiles count and assign faster, but each sums the counts of all others.
     most = 64 if n_tokens <= 1 << 19 else 128 if n_tokens <= 1 << 22 else 256
-    return max(1, min(n_tokens // 4096, most)), (_MOST_WARPS + 1) * (n_logical + 1)
+    return max(1, min(n_tokens // 4096, most)), words

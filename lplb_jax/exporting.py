@@ -21,7 +21,8 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     compatible. Load a program with the version of this library that it was exported with. The
     process that loads it (`jax.export.deserialize`, which needs flatbuffers) imports `lplb_jax`,
     which registers the targets; on GPUs it needs the CUDA module. A `Comm` exists in one run only:
-    export programs without `comm`. The number of tokens may be symbolic.
+    export programs without `comm`. The number of tokens may be symbolic, except where JAX itself
+    fails, inside `jax.shard_map`.
 
     Returns:
       A check for every native target of this installation.
@@ -62,10 +63,4 @@ jax.export.register_pytree_node_serialization(
     serialized_name="lplb_jax.Placement",
     serialize_auxdata=_written,
     deserialize_auxdata=_read,
-)
-jax.export.register_pytree_node_serialization(
-    Topology,
-    serialized_name="lplb_jax.Topology",
-    serialize_auxdata=lambda topology: json.dumps(topology.tolist()).encode(),
-    deserialize_auxdata=lambda text: Topology(json.loads(text)),
 )
