@@ -466,6 +466,41 @@ def test_a_sub_axis_of_a_mesh(rng, cpu_devices):
         np.testing.assert_allclose(got, want, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "axes", "check_vma"),
+    [
+        ({"a": 2, "b": 4}, ("b", "a"), True),
+        ({"a": 2, "b": 2, "c": 2}, ("c", "a", "b"), False),
+    ],
+)
+def test_several_axes_in_any_order(rng, mesh, sizes, axes, check_vma):
+    """Ranks are numbered in the order in which the axes are given, not in the mesh's."""
+    case = Case(random_topology(rng, 8, 2), 4)
+    floats, ids, placement = problem(rng, case, skewed)
+    floats = *floats[:2], in_slots(floats[2], placement)
+    several = Mesh(mesh.devices.reshape(tuple(sizes.values())), tuple(sizes))
+
+    def results(mesh, axes):
+        def layer(tokens, gates, experts, ids):
+            return moe.moe_layer(
+                tokens, ids, gates, experts, case.r2o, placement=placement, axis_name=axes,
+                **PORTABLE, **ROOM,
+            )  # fmt: skip
+
+        def replicas(weights):
+            fetch = functools.partial(moe.replicate_weights, weights, case.r2o, axes)
+            return fetch(redundants_per_rank=2), fetch(redundants_per_rank=2, in_place=True)
+
+        over = functools.partial(jax.shard_map, mesh=mesh, in_specs=P(axes), check_vma=check_vma)
+        run = with_slopes(over(layer, out_specs=(P(axes), P())))
+        weights = floats[2].down
+        slots, pull = jax.vjp(over(replicas, out_specs=P(axes)), weights)
+        return run(floats, floats[0], ids), slots, pull(slots)
+
+    got, want = results(several, axes), results(mesh, "ep")
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_the_ragged_transport_has_the_same_types(rng, cpu_devices, check_vma):
     """CPUs cannot run it, but trace it: with experts that vary over fewer axes than tokens."""

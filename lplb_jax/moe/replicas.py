@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lplb_jax._axes import check_axis
+from lplb_jax._axes import axis_names, check_axis
 from lplb_jax.placement import Placement, choose_topology
 from lplb_jax.topologies import Topology
 
@@ -104,11 +105,11 @@ class Fetch:
                 f"{redundants_per_rank!r}"
             )
         self.n_copies = int(n_copies)
-        self._axis_name = axis_name
+        self._axes, number = _as_ppermute_counts(axis_name)
         # (from, to) for each column.
         self._pairs = [
             [
-                (first + int(r2o[v, d]), first + v)
+                (number[first + int(r2o[v, d])], number[first + v])
                 for first in range(0, axis_size, group_size)
                 for v in range(group_size)
             ]
@@ -121,7 +122,7 @@ class Fetch:
     def delivered(self, wanted: list[jax.Array]) -> list[jax.Array]:
         """What this rank gets when all have sent what is `wanted` of them, part by part."""
         return [
-            lax.ppermute(part, self._axis_name, pairs)
+            lax.ppermute(part, self._axes, pairs)
             for part, pairs in zip(wanted, self._pairs, strict=True)
         ]
 
@@ -155,6 +156,20 @@ class Fetch:
 
     def _parts(self, slots: jax.Array) -> list[jax.Array]:
         return [slots[d :: len(self._pairs)] for d in range(len(self._pairs))]
+
+
+def _as_ppermute_counts(axis_name: Any) -> tuple[tuple[Any, ...], list[int]]:
+    """The axes in the mesh's order, and the number of every rank of `axis_name` among them.
+
+    `lax.ppermute` numbers ranks in the order of the mesh's axes whatever order it is given (or
+    refuses another one, in newer versions); all other collectives, in the order given.
+    """
+    axes, mesh_axes = axis_names(axis_name), jax.sharding.get_abstract_mesh().axis_names
+    order = sorted(range(len(axes)), key=lambda i: mesh_axes.index(axes[i]))
+    sizes = [lax.axis_size(axis) for axis in axes]
+    # The ranks numbered as all others do it, laid out in the mesh's order; inverted.
+    ranks = np.arange(math.prod(sizes)).reshape(sizes).transpose(order).ravel()
+    return tuple(axes[i] for i in order), np.argsort(ranks).tolist()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
