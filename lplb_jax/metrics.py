@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from lplb_jax import _native
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split
 
@@ -13,27 +17,42 @@ def rank_loads(quota: jax.Array, ep_size: int) -> jax.Array:
     """Tokens per rank.
 
     Args:
-      quota: int32 `[n_physical]`, tokens per physical slot (a `Split.quota`, or counted tokens).
+      quota: int32 `[..., n_physical]`, tokens per physical slot (a `Split.quota`, or counted
+        tokens).
       ep_size: ranks; slots are numbered rank by rank.
 
     Returns:
-      int32 `[ep_size]`.
+      int32 `[..., ep_size]`.
+
+    Raises:
+      ValueError: n_physical is no multiple of `ep_size`.
 
     >>> rank_loads(jnp.array([1, 2, 3, 4]), 2).tolist()
     [3, 7]
     """
-    return jnp.asarray(quota).reshape(ep_size, -1).sum(axis=1, dtype=jnp.int32)
+    quota = _native.whole(quota)
+    if quota.ndim < 1 or quota.shape[-1] % ep_size:
+        raise ValueError(
+            f"quota: expected [..., n_physical], a multiple of ep_size = {ep_size}, got "
+            f"{list(quota.shape)}"
+        )
+    *layers, n_physical = quota.shape
+    by_rank = quota.reshape(*layers, ep_size, n_physical // ep_size)
+    return by_rank.sum(axis=-1, dtype=jnp.int32)
 
 
 def home_quota(loads: jax.Array, placement: Placement) -> jax.Array:
     """The quotas when no replica is used: every token goes to its expert's first slot.
 
     Args:
-      loads: int32 `[n_logical]`, tokens per expert.
-      placement: where the experts are.
+      loads: int32 `[..., n_logical]`, tokens per expert.
+      placement: where the experts are. Stacked, its layers are those of the first axis of loads.
 
     Returns:
-      int32 `[n_physical]`.
+      int32 `[..., n_physical]`.
+
+    Raises:
+      ValueError: loads do not have the placement's experts, or its layers.
 
     >>> from lplb_jax import place_experts, topologies
     >>> placement = place_experts(
@@ -42,20 +61,26 @@ def home_quota(loads: jax.Array, placement: Placement) -> jax.Array:
     >>> home_quota(jnp.array([6, 2]), placement).tolist()
     [6, 0, 2, 0]
     """
-    loads = jnp.asarray(loads)
-    empty = jnp.zeros(placement.n_physical, loads.dtype)
-    return empty.at[placement.log2phy[:, 0]].set(loads)
+
+    def of_layer(loads: jax.Array, placement: Placement) -> jax.Array:
+        empty = jnp.zeros(placement.n_physical, loads.dtype)
+        return empty.at[placement.log2phy[:, 0]].set(loads)
+
+    return _by_layer(of_layer, "loads", loads, placement, placement.n_logical)
 
 
 def even_quota(loads: jax.Array, placement: Placement) -> jax.Array:
     """The quotas when every expert's tokens are split evenly over its slots (what EPLB does).
 
     Args:
-      loads: int32 `[n_logical]`, tokens per expert.
-      placement: where the experts are.
+      loads: int32 `[..., n_logical]`, tokens per expert.
+      placement: where the experts are. Stacked, its layers are those of the first axis of loads.
 
     Returns:
-      int32 `[n_physical]`; of an odd token, the earlier slot gets one more.
+      int32 `[..., n_physical]`; of an odd token, the earlier slot gets one more.
+
+    Raises:
+      ValueError: loads do not have the placement's experts, or its layers.
 
     >>> from lplb_jax import place_experts, topologies
     >>> placement = place_experts(
@@ -64,12 +89,17 @@ def even_quota(loads: jax.Array, placement: Placement) -> jax.Array:
     >>> even_quota(jnp.array([6, 3]), placement).tolist()
     [3, 1, 2, 3]
     """
-    loads = jnp.asarray(loads)
-    log2phy, logcnt = jnp.asarray(placement.log2phy), jnp.asarray(placement.logcnt)
-    copy = jnp.arange(log2phy.shape[1])
-    share = loads[:, None] // logcnt[:, None] + (copy < (loads % logcnt)[:, None])
-    slot = jnp.where(copy < logcnt[:, None], log2phy, placement.n_physical)
-    return jnp.zeros(placement.n_physical, loads.dtype).at[slot].set(share, mode="drop")
+
+    def of_layer(loads: jax.Array, placement: Placement) -> jax.Array:
+        log2phy, logcnt = jnp.asarray(placement.log2phy), jnp.asarray(placement.logcnt)[:, None]
+        copy = jnp.arange(log2phy.shape[1], dtype=jnp.int32)[None]
+        slots = logcnt.astype(loads.dtype)
+        odd = copy.astype(loads.dtype) < loads[:, None] % slots
+        share = loads[:, None] // slots + odd.astype(loads.dtype)
+        slot = jnp.where(copy < logcnt, log2phy, placement.n_physical)
+        return jnp.zeros(placement.n_physical, loads.dtype).at[slot].set(share, mode="drop")
+
+    return _by_layer(of_layer, "loads", loads, placement, placement.n_logical)
 
 
 def imbalance(loads_of_ranks: jax.Array) -> jax.Array:
@@ -129,11 +159,14 @@ def tokens_moved(quota: jax.Array, placement: Placement) -> jax.Array:
     """Tokens that a replica serves instead of the expert's home, its first slot.
 
     Args:
-      quota: int32 `[n_physical]`, tokens per physical slot.
-      placement: where the experts are.
+      quota: int32 `[..., n_physical]`, tokens per physical slot.
+      placement: where the experts are. Stacked, its layers are those of the first axis of quota.
 
     Returns:
-      int32 scalar.
+      int32 `[...]`.
+
+    Raises:
+      ValueError: quota does not have the placement's slots, or its layers.
 
     >>> from lplb_jax import place_experts, topologies
     >>> placement = place_experts(
@@ -142,6 +175,27 @@ def tokens_moved(quota: jax.Array, placement: Placement) -> jax.Array:
     >>> int(tokens_moved(jnp.array([5, 0, 5, 2]), placement))
     2
     """
-    quota = jnp.asarray(quota)
-    at_home = quota[jnp.asarray(placement.log2phy)[:, 0]]
-    return quota.sum(dtype=jnp.int32) - at_home.sum(dtype=jnp.int32)
+
+    def of_layer(quota: jax.Array, placement: Placement) -> jax.Array:
+        at_home = quota[jnp.asarray(placement.log2phy)[:, 0]]
+        return quota.sum(dtype=jnp.int32) - at_home.sum(dtype=jnp.int32)
+
+    return _by_layer(of_layer, "quota", quota, placement, placement.n_physical)
+
+
+def _by_layer(
+    function: Callable[[jax.Array, Placement], jax.Array],
+    name: str,
+    array: Any,
+    placement: Placement,
+    size: int,
+) -> jax.Array:
+    """`function` of the last axis of `array`, which is of `size`, with its layer's placement."""
+    array = _native.whole(array)
+    layers = placement.phy2log.shape[:-1]
+    if array.ndim < 1 or array.shape[-1] != size or array.shape[: len(layers)] != layers:
+        expected = ", ".join(map(str, (*layers, "...", size)))
+        raise ValueError(f"{name}: expected [{expected}], got {list(array.shape)}")
+    for axis in range(array.ndim - 1)[::-1]:
+        function = jax.vmap(function, in_axes=(0, 0 if axis < len(layers) else None))
+    return function(array, placement)

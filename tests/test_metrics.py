@@ -35,6 +35,41 @@ def test_rank_loads_and_tokens_moved(rng):
     assert int(metrics.tokens_moved(metrics.home_quota(quota[:64], placement), placement)) == 0
 
 
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_stacked_layers(rng, cpu_devices, kind):
+    """Layer by layer, whatever the sharding, with a placement of each layer's or one for all."""
+    case = CASES["cube"](rng)
+    layers = [case.placement(rng) for _ in range(4)]
+    stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *layers)
+    mesh = jax.sharding.Mesh(cpu_devices, "ep", axis_types=(kind,))
+    spec = jax.sharding.PartitionSpec
+    sharding = jax.sharding.NamedSharding(mesh, spec(None, "ep"))
+    loads = rng.integers(0, 100, (4, case.n_logical)).astype(np.int32)
+    quotas = rng.integers(0, 100, (4, layers[0].n_physical)).astype(np.int32)
+    for metric, array in (
+        (metrics.home_quota, loads),
+        (metrics.even_quota, loads),
+        (metrics.tokens_moved, quotas),
+    ):
+        for of_layers, placements in ((layers, stacked), ([layers[0]] * 4, layers[0])):
+            want = [metric(*pair) for pair in zip(array, of_layers, strict=True)]
+            for given in (array, jax.device_put(array, sharding)):
+                np.testing.assert_array_equal(metric(given, placements), want)
+                np.testing.assert_array_equal(jax.jit(metric)(given, placements), want)
+        batches = metric(np.stack([array, array + 1], axis=1), stacked)
+        np.testing.assert_array_equal(batches[:, 0], metric(array, stacked))
+        np.testing.assert_array_equal(batches[:, 1], metric(array + 1, stacked))
+        for wrong in (array[:3], array[0], array[:, :-1]):
+            with pytest.raises(ValueError, match=r"^(loads|quota): expected \[4, \.\.\., .*got"):
+                metric(wrong, stacked)
+    want = [metrics.rank_loads(quota, 8) for quota in quotas]
+    for given in (quotas, jax.device_put(quotas, sharding)):
+        np.testing.assert_array_equal(metrics.rank_loads(given, 8), want)
+    np.testing.assert_array_equal(metrics.rank_loads(quotas[None], 8), np.array(want)[None])
+    with pytest.raises(ValueError, match=r"^quota: .*ep_size = 7, got \[4, "):
+        metrics.rank_loads(quotas, 7)
+
+
 def test_imbalance_and_gain(rng):
     before, after = rng.integers(1, 1000, (2, 3, 8))
     np.testing.assert_allclose(

@@ -3,7 +3,8 @@
 from lplb_jax.moe.exchange import Plan, capacity_for, combine, dispatch
 from lplb_jax.moe.experts import Experts, expert_ffn
 from lplb_jax.moe.layer import Traffic, moe_layer
-from lplb_jax.moe.replicas import move_experts, replicate_weights
+from lplb_jax.moe.moves import move_experts
+from lplb_jax.moe.replicas import replicate_weights
 from lplb_jax.moe.transfers import COMPILER_OPTIONS
 
 __all__ = [

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import ad
 
 from lplb_jax._axes import varying_as
 
@@ -24,9 +25,9 @@ class Copies(NamedTuple):
 
 def choice_at(places: jax.Array, n: int) -> jax.Array:
     """int32 `[n]`: which of `places`, numbered row by row, is each of 0 … n − 1; 0 if none is."""
-    numbers = jnp.arange(places.size, dtype=jnp.int32)
     empty = varying_as(jnp.zeros(n, jnp.int32), places)
-    return empty.at[places.reshape(-1)].set(numbers, mode="drop", unique_indices=True)
+    choices = numbers(places.size)
+    return empty.at[places.reshape(-1)].set(choices, mode="drop", unique_indices=True)
 
 
 @jax.custom_vjp
@@ -41,8 +42,7 @@ def copy(entries: jax.Array, copies: Copies) -> jax.Array:
 def add(array: jax.Array, copies: Copies) -> jax.Array:
     """`[copies, …]` -> `[entries, …]`: the sums of their copies, in float32."""
     picked = array.at[copies.places].get(mode="fill", fill_value=0)
-    wide = jnp.promote_types(array.dtype, jnp.float32)
-    return picked.astype(wide).sum(axis=1).astype(array.dtype)
+    return picked.astype(wider(array.dtype, jnp.float32)).sum(axis=1).astype(array.dtype)
 
 
 copy.defvjp(
@@ -53,6 +53,42 @@ add.defvjp(
     lambda array, copies: (add(array, copies), copies),
     lambda copies, slope: (copy(slope, copies), None),
 )
+
+
+@jax.custom_vjp
+def head(rows: jax.Array, n: jax.Array) -> jax.Array:
+    """`rows`, of which the first n take gradients; the others' are 0 whatever comes, also NaN."""
+    del n
+    return rows
+
+
+head.defvjp(
+    lambda rows, n: (rows, n),
+    lambda n, slope: (jnp.where((numbers(len(slope)) < n)[:, None], slope, 0), None),
+)
+
+
+def check_reverse(name: str, tree: Any) -> None:
+    """Raises under `jax.jvp`: the derivatives here are transposes, written for reverse mode.
+
+    Inside `jax.jit` JAX itself says so.
+    """
+    if any(isinstance(leaf, ad.JVPTracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(
+            f"{name}: expected reverse mode (jax.grad, jax.vjp), for which the derivatives in "
+            f"lplb_jax.moe are written, got forward mode (jax.jvp)"
+        )
+
+
+def numbers(n: int) -> jax.Array:
+    """int32 0 … n − 1, whether or not `jax_enable_x64` is set."""
+    return jnp.arange(n, dtype=jnp.int32)
+
+
+def wider(a: Any, b: Any) -> Any:
+    """The type to compute in with two types of floats, also where JAX shall not choose it."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)
 
 
 def _is_wide(entries: jax.Array) -> bool:

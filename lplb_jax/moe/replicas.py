@@ -1,4 +1,4 @@
-"""Weights of replicas: fetched from the ranks that own them, and moved when a placement changes."""
+"""Weights of replicas, fetched from the ranks that own them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from lplb_jax._axes import axis_names, check_axis
+from lplb_jax.moe.copies import check_reverse
 from lplb_jax.placement import Placement, choose_topology
 from lplb_jax.topologies import Topology
 
@@ -77,6 +78,7 @@ def replicate_weights(
                 f"{' in place' if in_place else ''}"
             )
         if in_place:
+            check_reverse("local_weights", weights)
             return _filled(fetch, weights)
         return jnp.concatenate([weights, fetch.slots(fetch.delivered(fetch.wanted(weights)))])
 
@@ -181,58 +183,3 @@ _filled.defvjp(
     lambda fetch, weights: (_filled(fetch, weights), None),
     lambda fetch, _, slope: (fetch.settled(slope, fetch.sent_home(slope)),),
 )
-
-
-def move_experts(weights: Any, old: Placement, new: Placement) -> Any:
-    """Moves experts from where `old` has them to where `new` does, bit for bit.
-
-    Call it on global arrays, outside `jax.shard_map`, whenever a placement changes: on the experts'
-    weights and on whatever an optimiser keeps for them.
-
-    Args:
-      weights: a pytree of arrays `[n_logical, …]`: the own experts of rank 0, of rank 1, …
-      old: the placement the arrays are in.
-      new: the placement wanted, of the same sizes.
-
-    Returns:
-      The pytree in the order of `new`, sharded as before.
-
-    Raises:
-      ValueError: the placements differ in size, or an array's leading axis is not n_logical.
-
-    >>> place = functools.partial(
-    ...     place_experts, n_logical=4, ep_size=2, redundants_per_rank=1
-    ... )
-    >>> old, new = place(None, topologies.ring(2)), place([5, 1, 9, 1], topologies.ring(2))
-    >>> move_experts(jnp.array([0, 1, 2, 3]), old, new).tolist()
-    [2, 3, 0, 1]
-    """
-    if (old.n_logical, old.ep_size) != (new.n_logical, new.ep_size):
-        raise ValueError(
-            f"new: expected a placement of {old.n_logical} experts on {old.ep_size} ranks as old "
-            f"is, got {new.n_logical} on {new.ep_size}"
-        )
-    place = np.empty(old.n_logical, np.int32)
-    place[_own_experts(old)] = np.arange(old.n_logical)
-    source = place[_own_experts(new)]
-
-    def move(array: jax.Array) -> jax.Array:
-        if jnp.ndim(array) < 1 or len(array) != old.n_logical:
-            raise ValueError(
-                f"weights: expected arrays [n_logical, …] = [{old.n_logical}, …], got "
-                f"{list(jnp.shape(array))}"
-            )
-        return _take(array.sharding)(array, source)
-
-    return jax.tree.map(move, jax.tree.map(jnp.asarray, weights))
-
-
-def _own_experts(placement: Placement) -> np.ndarray:
-    """The experts of rank 0, of rank 1, …, without copies: int32 `[n_logical]`."""
-    by_rank = np.asarray(placement.phy2log).reshape(placement.ep_size, -1)
-    return by_rank[:, : placement.n_logical // placement.ep_size].ravel()
-
-
-@functools.cache
-def _take(sharding: jax.sharding.Sharding) -> Any:
-    return jax.jit(lambda array, source: array[source], out_shardings=sharding)
