@@ -11,6 +11,7 @@ from cases import Case, random_topology
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from moe_checks import (
+    HIDDEN,
     NAMES,
     PLAIN,
     ROOM,
@@ -167,6 +168,238 @@ def test_what_is_sent_and_where_it_stands(rng, mesh, name):
         received = np.asarray(row_gates).reshape(8, -1)[destination, : len(mine)]
         np.testing.assert_array_equal(received, gates[tuple(mine.T)])
         assert np.asarray(group_sizes).reshape(8, -1)[destination].sum() == len(mine)
+
+
+@pytest.mark.parametrize("room", [1.0, 8.0])
+def test_derivatives_of_the_parts_are_the_true_ones(rng, mesh, room):
+    """Of every row, served or not, and whatever gradients come for those that nobody sent."""
+    case = CASES["ring"](rng)
+    placement, n_tokens = case.placement(rng), 64
+    capacity = moe.capacity_for(n_tokens // 8 * TOP_K, 8, room)
+    over = functools.partial(jax.shard_map, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+
+    @jax.jit
+    @over
+    def assigned(ids):
+        return rebalance(ids, None, case.r2o, placement=placement, axis_name="ep", positions=True)[
+            0
+        ]
+
+    @over
+    def parts(tokens, gates, returned, assignment):
+        rows, row_gates, plan = moe.dispatch(
+            tokens, gates, assignment, axis_name="ep", capacity=capacity, transport="padded"
+        )
+        return rows, row_gates, moe.combine(returned, plan)
+
+    def plain(tokens, gates, returned, sources):
+        token, choice = sources
+        served = token >= 0
+        rows = jnp.where(served[:, None], tokens[token], 0)
+        row_gates = jnp.where(served, gates.reshape(-1)[choice], 0)
+        returned = jnp.where(served[:, None], returned, 0)
+        return rows, row_gates, jnp.zeros_like(tokens).at[token].add(returned)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def pulled(function, floats, given, slopes):
+        out, pull = jax.vjp(lambda *floats: function(*floats, given), *floats)
+        return out, pull(slopes)
+
+    def integers(*shape):  # of which sums are exact
+        return rng.integers(-9, 10, shape).astype(np.float32)
+
+    for routing in ROUTINGS:
+        assignment = assigned(routing(rng, case, n_tokens).astype(np.int32))
+        # Rows stand by slot, then by source and token; past a rank's capacity they are dropped.
+        slots = np.asarray(assignment.physical_indices)
+        token, choice = np.full((2, 8, capacity), -1)
+        for rank in range(8):
+            mine = np.argwhere((slots >= 0) & (slots // (placement.n_physical // 8) == rank))
+            mine = mine[np.argsort(slots[tuple(mine.T)], kind="stable")][:capacity]
+            token[rank, : len(mine)] = mine[:, 0]
+            choice[rank, : len(mine)] = mine @ [TOP_K, 1]
+        token, choice = token.ravel(), choice.ravel()
+        served = token >= 0
+        floats = integers(n_tokens, 4), integers(n_tokens, TOP_K), integers(len(token), 4)
+        slopes = integers(len(token), 4), integers(len(token)), integers(n_tokens, 4)
+        for slope in slopes[:2]:
+            slope[~served] = np.nan
+        got, slopes_got = pulled(parts, floats, assignment, slopes)
+        want, slopes_want = pulled(plain, floats, (token, choice), slopes)
+        for ours, theirs in zip(got[:2], want[:2], strict=True):
+            np.testing.assert_array_equal(ours[served], theirs[served])
+        np.testing.assert_array_equal(got[2], want[2])
+        jax.tree.map(np.testing.assert_array_equal, slopes_got, slopes_want)
+
+
+def test_derivatives_of_the_products_are_the_true_ones(rng):
+    """Groups of all sizes; rows past the last hold anything, and so do their gradients."""
+    n_rows, n_groups = 300, 6
+    for _ in range(4):
+        cuts = np.sort(rng.integers(0, n_rows + 1, n_groups + 1))
+        sizes = np.diff(cuts).astype(np.int32)
+        if rng.random() < 0.5:
+            sizes[rng.integers(n_groups)] = 0
+        group = np.repeat(np.arange(n_groups), sizes)
+        used = np.arange(n_rows) < len(group)
+        rows, gates, slope = (
+            rng.normal(0, 1, shape).astype(np.float32)
+            for shape in ((n_rows, 8), n_rows, (n_rows, 8))
+        )
+        for array in (rows, gates, slope):
+            array[~used] = np.nan
+        experts = moe.Experts(
+            rng.normal(0, 1, (n_groups, 8, 12)).astype(np.float32),
+            rng.normal(0, 1, (n_groups, 6, 8)).astype(np.float32),
+        )
+
+        def plain(rows, experts, gates, group=group):
+            rows, gates = rows[: len(group)], gates[: len(group)]
+            gate, up = jnp.split(jnp.einsum("mk,mkn->mn", rows, experts.gate_up[group]), 2, axis=1)
+            hidden = jax.nn.silu(gate) * up * gates[:, None]
+            return jnp.einsum("mk,mkn->mn", hidden, experts.down[group])
+
+        def ours(rows, experts, gates, sizes=sizes):
+            return moe.expert_ffn(rows, experts, jnp.asarray(sizes), gates=gates, gemm="xla")
+
+        out, pull = jax.vjp(ours, rows, experts, gates)
+        want, plain_pull = jax.vjp(plain, rows, experts, gates)
+        np.testing.assert_allclose(out[: len(group)], want, atol=1e-3)
+        got, expected = pull(jnp.asarray(slope)), plain_pull(jnp.asarray(slope[: len(group)]))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+def test_forward_mode_is_refused_in_words(rng, mesh):
+    case = CASES["cube"](rng)
+    floats, ids, placement = problem(rng, case, skewed)
+    experts = in_slots(floats[2], placement)
+    layer = layer_over(mesh, case, balance="none", **PORTABLE, **ROOM)
+
+    def of_tokens(tokens):
+        return layer(tokens, floats[1], experts, ids, placement)[0]
+
+    for function, words in ((of_tokens, "^tokens: expected reverse"), (jax.jit(of_tokens), "jvp")):
+        with pytest.raises(TypeError, match=words):
+            jax.jvp(function, (floats[0],), (floats[0],))
+
+
+def test_a_diverged_expert_reaches_its_own_tokens_only(rng, mesh):
+    """NaN or infinite weights of each expert in turn: all else keeps its bits, gradients too."""
+    case = CASES["two groups of four"](rng)
+    (tokens, gates, experts), ids, placement = problem(rng, case, skewed)
+    run = with_slopes(layer_over(mesh, case, **PORTABLE, **ROOM))
+
+    def results(experts):
+        out, slopes, _ = run(
+            (tokens, gates, in_slots(experts, placement)), np.ones_like(tokens), ids, placement
+        )
+        return jax.tree.map(np.asarray, (out, *slopes))
+
+    own = np.asarray(in_slots(np.arange(case.n_logical), placement))
+    out, of_tokens, of_gates, of_experts = results(experts)
+    for expert in range(case.n_logical):
+        bad = jax.tree.map(np.copy, experts)
+        for weights, value in zip(bad, rng.permutation([np.nan, np.inf]), strict=True):
+            weights[expert] = value
+        got = results(bad)
+        clean = (ids != expert).all(axis=1)
+        assert np.isfinite(got[0][clean]).all()
+        np.testing.assert_array_equal(got[0][clean], out[clean])
+        np.testing.assert_array_equal(got[1][clean], of_tokens[clean])
+        np.testing.assert_array_equal(got[2][ids != expert], of_gates[ids != expert])
+        for ours, want in zip(got[3], of_experts, strict=True):
+            np.testing.assert_array_equal(ours[own != expert], want[own != expert])
+
+
+def test_without_balance_others_do_not_change_a_bit(rng, mesh):
+    """Of tokens that are routed as before, when half of all are routed anew."""
+    case = CASES["cube"](rng)
+    (tokens, gates, experts), ids, placement = problem(rng, case, skewed, 256)
+    run = with_slopes(layer_over(mesh, case, balance="none", **PORTABLE, **ROOM))
+    anew = rng.random(256) < 0.5
+    others = np.where(anew[:, None], one_expert(rng, case, 256), ids).astype(np.int32)
+    floats = tokens, gates, in_slots(experts, placement)
+    results = []
+    for routed in (ids, others):
+        out, slopes, _ = run(floats, tokens, routed, placement)
+        results.append([np.asarray(array)[~anew] for array in (out, *slopes[:2])])
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+@pytest.mark.parametrize("balance", ["none", "eplb", "lplb"])
+def test_an_empty_batch(rng, mesh, balance):
+    case = CASES["cube"](rng)
+    floats, ids, placement = problem(rng, case, nothing)
+    experts = in_slots(floats[2], placement)
+    empty = floats[0][:0], floats[1][:0], experts
+    run = with_slopes(layer_over(mesh, case, balance=balance, **PORTABLE))
+    out, (of_tokens, of_gates, of_experts), traffic = run(empty, floats[0][:0], ids[:0], placement)
+    assert (out.shape, of_tokens.shape, of_gates.shape) == ((0, HIDDEN), (0, HIDDEN), (0, TOP_K))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_experts))
+    assert not any(np.any(leaf) for leaf in traffic._replace(capacity=0))
+
+
+MODES = {
+    "x64": lambda: jax.enable_x64(True),
+    "strict types": lambda: jax.numpy_dtype_promotion("strict"),
+    "strict ranks": lambda: jax.numpy_rank_promotion("raise"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_parts_in_strict_modes(rng, mesh, mode):
+    """Of moe alone: the assignment is made before. The same bits and types as ever."""
+    case = CASES["cube"](rng)
+    (tokens, gates, experts), ids, placement = problem(rng, case, skewed, dtype=jnp.bfloat16)
+    gates = gates.astype(np.float32)
+    over = functools.partial(jax.shard_map, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    n_copies = placement.redundants_per_rank
+    assignment = jax.jit(
+        over(
+            lambda ids: rebalance(
+                ids, None, case.r2o, placement=placement, axis_name="ep", positions=True
+            )[0]
+        )
+    )(ids)
+    newer = case.placement(rng)
+
+    def layer(tokens, gates, experts, assignment):
+        experts = moe.replicate_weights(experts, case.r2o, "ep", redundants_per_rank=n_copies)
+        rows, row_gates, plan = moe.dispatch(
+            tokens, gates, assignment, axis_name="ep", capacity=200, transport="padded"
+        )
+        rows = moe.expert_ffn(rows, experts, plan.group_sizes, gates=row_gates, gemm="xla")
+        facts = plan.slot_loads, plan.overflow[None], plan.group_sizes
+        return moe.combine(rows, plan), facts
+
+    def everything():
+        run = with_slopes(over(layer))
+        own = in_slots(experts, placement)
+        results = run((tokens, gates, own), np.float32(1), assignment)
+        loads = np.bincount(ids[ids >= 0], minlength=case.n_logical).astype(np.int32)
+        quotas = [of(loads, placement) for of in (metrics.home_quota, metrics.even_quota)]
+        figures = [metrics.tokens_moved(quotas[1], placement)]
+        for received in (metrics.rank_loads(quota, 8) for quota in quotas):
+            figures += [received, metrics.imbalance(received), metrics.gain(received, received)]
+        return results, moe.move_experts(own, placement, newer), quotas, figures
+
+    want = everything()
+    with MODES[mode]():
+        got = everything()
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("balance", ["none", "eplb", "lplb"])
+def test_the_layer_with_wide_types(rng, mesh, balance):
+    case = CASES["cube"](rng)
+    floats, ids, placement = problem(rng, case, skewed)
+    with jax.enable_x64(True):
+        run = with_slopes(layer_over(mesh, case, balance=balance, **PORTABLE, **ROOM))
+        traffic = assert_equals_plain_mathematics(run, mesh, floats, ids, placement, rng, 1e-5)
+    assert all(leaf.dtype == np.int32 for leaf in traffic)
 
 
 @pytest.mark.parametrize("routing", [skewed, one_expert])
@@ -556,12 +789,101 @@ def test_placements_change_without_a_new_trace(rng, mesh):
     assert len(traces) == 1
 
 
-def test_moved_arrays_stay_sharded(rng, mesh):
-    case = CASES["cube"](rng)
-    sharding = jax.sharding.NamedSharding(mesh, P("ep"))
-    array = jax.device_put(rng.normal(0, 1, (case.n_logical, 3)), sharding)
-    moved = moe.move_experts(array, case.placement(rng), case.placement(rng))
-    assert moved.sharding.is_equivalent_to(sharding, 2)
+def moves(rng, n_layers=None):
+    """Weights in the order of experts; two placements, or as many stacked ones."""
+    case = CASES["two groups of four"](rng)
+
+    def placement():
+        if n_layers is None:
+            return case.placement(rng)
+        layers = [case.placement(rng) for _ in range(n_layers)]
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *layers)
+
+    lead = () if n_layers is None else (n_layers,)
+    array = rng.normal(0, 1, (*lead, case.n_logical, 3)).astype(np.float32)
+    return array, placement(), placement()
+
+
+def in_layers_slots(array, placement):
+    if placement.phy2log.ndim == 1:
+        return in_slots(array, placement)
+    layers = (jax.tree.map(lambda a, i=i: a[i], placement) for i in range(len(array)))
+    return np.stack([in_slots(of, layer) for of, layer in zip(array, layers, strict=True)])
+
+
+@pytest.mark.parametrize("n_layers", [None, 3, 32])  # there are 32 experts
+def test_experts_move_under_every_transformation(rng, n_layers):
+    array, old, new = moves(rng, n_layers)
+    weights, want = (in_layers_slots(array, placement) for placement in (old, new))
+    np.testing.assert_array_equal(moe.move_experts(weights, old, new), want)
+    np.testing.assert_array_equal(jax.jit(moe.move_experts)(weights, old, new), want)
+    np.testing.assert_array_equal(
+        jax.jit(lambda weights: moe.move_experts(weights, old, new))(weights), want
+    )
+    if n_layers is not None:
+        np.testing.assert_array_equal(jax.vmap(moe.move_experts)(weights, old, new), want)
+    # Scalars, of all layers or of each, are no experts'.
+    count, of_layers = np.int32(7), np.arange(3, dtype=np.int32)
+    state = {"count": count, "moments": weights, "step": 3, "none": None}
+    if n_layers == 3:
+        state["of_layers"] = of_layers
+    moved = moe.move_experts(state, old, new)
+    assert moved.pop("count") is count
+    assert moved.pop("of_layers", of_layers) is of_layers
+    assert (moved.pop("step"), moved.pop("none")) == (3, None)
+    np.testing.assert_array_equal(moved.pop("moments"), want)
+    assert not moved
+
+
+@pytest.mark.parametrize("n_layers", [None, 3])
+@pytest.mark.parametrize("kind", jax.sharding.AxisType)
+def test_moved_arrays_stay_sharded(rng, cpu_devices, kind, n_layers):
+    """Where nothing is transferred behind the user's back; also with explicit axes."""
+    if kind == jax.sharding.AxisType.Manual:
+        pytest.skip("arrays outside shard_map have no manual axes")
+    mesh = Mesh(cpu_devices, "ep", axis_types=(kind,))
+    array, old, new = moves(rng, n_layers)
+    spec = P("ep") if n_layers is None else P(None, "ep")
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    weights = jax.device_put(in_layers_slots(array, old), sharding)
+    for placements in ((old, new), jax.device_put((old, new))):
+        with jax.transfer_guard("disallow"):
+            moved = moe.move_experts(weights, *placements)
+        assert moved.sharding == sharding
+        np.testing.assert_array_equal(moved, in_layers_slots(array, new))
+
+
+def test_contradictions_of_moves_are_refused(rng):
+    array, old, new = moves(rng)
+    stacked, olds, news = moves(rng, 3)
+
+    def refused(words, *arguments):
+        with pytest.raises(ValueError, match=words) as raised:
+            moe.move_experts(*arguments)
+        assert "expected" in str(raised.value)
+        assert "got" in str(raised.value)
+
+    refused("^new: .*3 stacked placements of 32 .*got one placement", stacked, olds, new)
+    refused("^new: .*one placement of 32 .*got 3 stacked", array, old, news)
+    refused(r"^weights: .*\[layers, n_rows, …\] = \[3, 32, …\].*got \[32, 3\]", array, olds, news)
+    refused(r"^weights: .*\[n_rows, …\] = \[32, …\].*got \[3, 32, 3\]", stacked, old, new)
+    refused(r"^weights: .*got \[3\]", np.zeros(3), old, new)
+    twice = np.array(new.phy2log)
+    expert = int(twice[0])
+    twice[0] = twice[1]
+    wrong = dataclasses.replace(new, phy2log=twice)
+    words = f"expert {expert} in slot 0, which holds expert {twice[1]}"
+    refused(f"^new: .*{words}", array, old, wrong)
+    refused(f"^old: .*{words}", array, wrong, new)
+    log2phy = np.array(news.log2phy)
+    log2phy[1, 5, 0] = -1
+    wrong = dataclasses.replace(news, log2phy=log2phy)
+    refused("^new: .*expert 5 of layer 1 in slot -1, which does not exist", stacked, olds, wrong)
+    # Traced, the values are not known: what is lost shows.
+    swapped = np.array(new.log2phy)
+    swapped[3, 0] = swapped[4, 0]
+    wrong = dataclasses.replace(new, log2phy=swapped)
+    assert np.isnan(jax.jit(moe.move_experts)(array, old, wrong)).any(axis=1).sum() == 1
 
 
 BAD = [
@@ -649,6 +971,8 @@ def test_bad_input_of_the_parts(rng, mesh):
     words = "^axis_name: .*multiple of the group size 16.*size 8"
     refused(ValueError, words, moe.replicate_weights, weights, sixteen, "ep")
     refused(ValueError, "^r2o: ", moe.replicate_weights, weights, np.array([[0], [0]]), "ep")
+    for name in (3, ("ep", "ep"), "data"):
+        refused(ValueError, "^axis_name: ", moe.replicate_weights, weights, case.r2o, name)
 
     some = jnp.zeros((8, 3))
 
@@ -659,6 +983,7 @@ def test_bad_input_of_the_parts(rng, mesh):
     refused(TypeError, words, dispatch, tokens, ids)
     good = Assignment(ids, ids, jnp.zeros(64, jnp.int32))
     refused(ValueError, "^tokens: .*int32", dispatch, ids, good)
+    refused(ValueError, r"^tokens: .*got float32 \[0, 16\]", dispatch, tokens[:0], good)
     refused(ValueError, r"^gates: .*\[8, 3\].*\[8, 2\]", dispatch, tokens, good, jnp.zeros((8, 2)))
     refused(ValueError, "^gates: .*floats.*int32", dispatch, tokens, good, ids)
     refused(ValueError, "^capacity: .*got 0", dispatch, tokens, good, capacity=0)
@@ -670,10 +995,12 @@ def test_bad_input_of_the_parts(rng, mesh):
     refused(ValueError, words, moe.expert_ffn, tokens, experts, jnp.zeros(3, jnp.int32))
     gated = functools.partial(moe.expert_ffn, tokens, experts, jnp.zeros(4, jnp.int32))
     refused(ValueError, r"^gates: .*\[8\].*\[3\]", gated, gates=jnp.zeros(3))
-    with pytest.raises(ValueError, match=r"^weights: .*\[32, …\], got \[31\]"):
+    with pytest.raises(ValueError, match=r"^weights: .*\[32, …\] or scalars, got \[31\]"):
         moe.move_experts(jnp.zeros(31), placement, placement)
+    with pytest.raises(TypeError, match=r"^old: .*got int"):
+        moe.move_experts(jnp.zeros(32), 1, placement)
     other = place_experts(None, topologies.ring(4), n_logical=32, ep_size=4, redundants_per_rank=1)
-    with pytest.raises(ValueError, match=r"^new: .*32 experts on 8 ranks.*got 32 on 4"):
+    with pytest.raises(ValueError, match=r"^new: .*32 experts on 8 ranks.*got one .* on 4 ranks"):
         moe.move_experts(jnp.zeros(32), placement, other)
 
 

@@ -26,7 +26,7 @@ from lplb_jax._problem import check_count
 from lplb_jax.assignment import Assignment
 from lplb_jax.loads import sync_loads
 from lplb_jax.moe import transports
-from lplb_jax.moe.copies import Copies, add, choice_at, copy
+from lplb_jax.moe.copies import Copies, add, check_reverse, choice_at, copy, head, numbers
 
 
 @functools.partial(
@@ -60,7 +60,7 @@ class Lists:
         if self.transport == "padded":
             n_ranks = len(self.sizes)
             room = self.n_sent // n_ranks
-            return jnp.broadcast_to(room * jnp.arange(n_ranks, dtype=jnp.int32), self.sizes.shape)
+            return jnp.broadcast_to(room * numbers(n_ranks)[None], self.sizes.shape)
         return _starts(self.sizes, axis=1)
 
     def arrived(self, rank: Any) -> jax.Array:
@@ -68,8 +68,8 @@ class Lists:
         sizes = self.sizes[:, rank]
         if self.transport == "padded":
             room = self.n_received // len(sizes)
-            return (jnp.arange(room) < sizes[:, None]).reshape(-1)
-        return jnp.arange(self.n_received) < sizes.sum()
+            return (numbers(room)[None] < sizes[:, None]).reshape(-1)
+        return numbers(self.n_received) < sizes.sum(dtype=jnp.int32)
 
 
 @functools.partial(
@@ -112,19 +112,19 @@ class Plan:
     @property
     def slot_loads(self) -> jax.Array:
         """Rows for every slot from all sources, those without room included: `[n_physical]`."""
-        return self.counts.sum(axis=0).reshape(-1)
+        return self.counts.sum(axis=0, dtype=jnp.int32).reshape(-1)
 
     @property
     def overflow(self) -> jax.Array:
         """Rows of all ranks that found no room: int32 scalar."""
-        received = self.counts.sum(axis=(0, 2))
-        return jnp.maximum(received - self.capacity, 0).sum()
+        received = self.counts.sum(axis=(0, 2), dtype=jnp.int32)
+        return jnp.maximum(received - self.capacity, 0).sum(dtype=jnp.int32)
 
     @property
     def group_sizes(self) -> jax.Array:
         """Rows that this rank received for each of its slots: int32 `[slots_per_rank]`."""
         me = lax.axis_index(self.lists.axis_name)
-        return _fitting(self.counts, self.capacity)[:, me].sum(axis=0)
+        return _fitting(self.counts, self.capacity)[:, me].sum(axis=0, dtype=jnp.int32)
 
 
 def capacity_for(n_rows: int, ep_size: int, factor: float) -> int:
@@ -200,6 +200,7 @@ def dispatch(
     >>> run(tokens, ids, jnp.full((4, 1), 10.0)).tolist()
     [[10.0], [20.0], [30.0], [40.0]]
     """
+    check_reverse("tokens", (tokens, gates))
     plan = make_plan(tokens, gates, assignment, axis_name, capacity, transport)
     tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
     rows = copy(exchange(copy(tokens, plan.sent), plan.lists, "there"), plan.received)
@@ -237,7 +238,8 @@ def make_plan(
     row = jnp.where(arrives, row, -1)
 
     # A token goes to every rank once: its first choice there has the place.
-    goes = (arrives[..., None] & (rank[..., None] == jnp.arange(n_ranks))).any(axis=1)
+    goes = (arrives[..., None] & (rank[..., None] == numbers(n_ranks)[None, None])).any(axis=1)
+    goes = goes.astype(jnp.int32)
     before = jnp.cumsum(goes, axis=0, dtype=jnp.int32) - goes
     sizes = sync_loads(goes.sum(axis=0, dtype=jnp.int32), axis_name)
     if transport == "padded":
@@ -245,9 +247,9 @@ def make_plan(
     else:
         n_sent, n_received = n_tokens * min(n_ranks, top_k), min(n_tokens * n_ranks, capacity)
     lists = Lists(sizes, n_sent, n_received, axis_name, transport)
-    place = jnp.take_along_axis(lists.starts_sent[me] + before, rank, axis=1)
+    place = jnp.take_along_axis(lists.starts_sent[me][None] + before, rank, axis=1)
     same = arrives[:, None] & (rank[:, None] == rank[..., None])  # [tokens, top_k, top_k]
-    first = arrives & ~(same & jnp.tril(jnp.ones((top_k, top_k), bool), -1)).any(axis=2)
+    first = arrives & ~(same & jnp.tril(jnp.ones((1, top_k, top_k), bool), -1)).any(axis=2)
     place = jnp.where(first, place, n_sent)
     sent = Copies(choice_at(place, n_sent) // top_k, place)
 
@@ -293,6 +295,12 @@ def combine(rows: jax.Array, plan: Plan) -> jax.Array:
             f"rows: expected [capacity, hidden] with capacity = {plan.capacity}, got "
             f"{list(rows.shape)}"
         )
+    check_reverse("rows", rows)
+    return brought_back(head(rows, plan.group_sizes.sum(dtype=jnp.int32)), plan)
+
+
+def brought_back(rows: jax.Array, plan: Plan) -> jax.Array:
+    """`combine` for rows of which those past the last may get any gradient, also NaN."""
     return add(exchange(add(rows, plan.received), plan.lists, "back"), plan.sent)
 
 
@@ -305,9 +313,11 @@ def _check_assignment(
             f"assignment: expected a lplb_jax.Assignment, got {type(assignment).__name__}; pass "
             f"positions=True to rebalance"
         )
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.floating):
+    floating = jnp.issubdtype(tokens.dtype, jnp.floating)
+    if tokens.ndim != 2 or len(tokens) < 1 or not floating:
         raise ValueError(
-            f"tokens: expected floats [tokens, hidden], got {tokens.dtype} {list(tokens.shape)}"
+            f"tokens: expected floats [tokens, hidden] with at least one token, got {tokens.dtype} "
+            f"{list(tokens.shape)}"
         )
     physical, position, counts = assignment
     if physical.ndim != 2 or len(physical) != len(tokens) or position.shape != physical.shape:
@@ -359,7 +369,7 @@ exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
 def _starts(sizes: jax.Array, axis: int) -> jax.Array:
-    return jnp.cumsum(sizes, axis=axis) - sizes
+    return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes
 
 
 def _row_starts(counts: jax.Array) -> jax.Array:
@@ -393,7 +403,7 @@ def _ragged(
 
     def cut(starts: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
         length = -(-sizes // n_pieces)[:, None]
-        offsets = jnp.arange(n_pieces, dtype=jnp.int32) * length
+        offsets = numbers(n_pieces)[None] * length
         lengths = jnp.clip(sizes[:, None] - offsets, 0, length)
         return (starts[:, None] + offsets).reshape(-1), lengths.reshape(-1)
 

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from lplb_jax._axes import varying_as
+from lplb_jax.moe.copies import check_reverse, head, numbers, wider
 
 GEMMS = ("auto", "xla", "mosaic")
 _BLOCK_K = 64  # rows or columns that a kernel multiplies at a time
+_TILE = 128  # rows that XLA multiplies at a time
 
 
 class Experts(NamedTuple):
@@ -47,12 +49,13 @@ def expert_ffn(
         It is done before the last product, where there are fewer columns than after it.
       activation: elementwise, without traced values of its own.
       gemm: who multiplies. "mosaic": the Pallas kernels that come with JAX for Hopper GPUs, in
-        bfloat16 or float16 and for sizes that are multiples of 128 (needs absl-py). "xla":
-        `lax.ragged_dot`, for all backends and types; on a GPU it is many times slower. "auto":
-        "mosaic" where the default backend and the arguments allow it.
+        bfloat16 or float16 and for sizes that are multiples of 128 (needs absl-py). "xla": XLA, in
+        a loop over tiles of rows, for all backends and types; on a GPU it is many times slower.
+        "auto": "mosaic" where the default backend and the arguments allow it.
 
     Returns:
-      Of `rows`' shape and dtype. Rows past the last group are undefined and take no gradient.
+      Of `rows`' shape and dtype. Rows past the last group are undefined, and the gradients of
+      what stands there are 0. NaN and infinities stay with the rows of the expert that has them.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
@@ -63,10 +66,24 @@ def expert_ffn(
     [[9.0, 9.0, 9.0], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]]
     """
     if gates is None:
-        gates = jnp.ones(rows.shape[:1])
+        gates = jnp.ones(rows.shape[:1], jnp.float32)
     _check(rows, experts, group_sizes, gates)
+    check_reverse("rows", (rows, experts, gates))
+    rows = head(rows, group_sizes.sum(dtype=jnp.int32))
+    return applied(rows, experts, group_sizes, gates, activation, gemm)
+
+
+def applied(
+    rows: jax.Array,
+    experts: Experts,
+    group_sizes: jax.Array,
+    gates: jax.Array,
+    activation: Callable[[jax.Array], jax.Array],
+    gemm: str,
+) -> jax.Array:
+    """`expert_ffn` of checked arguments; rows past the last group get any gradient, also NaN."""
     products = _XLA if _choose_gemm(gemm, rows, experts) == "xla" else _MOSAIC
-    experts, gates = varying_as((experts, gates), rows)
+    experts, gates, group_sizes = varying_as((experts, gates, group_sizes), rows)
     return _ffn(activation, products, rows, experts, gates, group_sizes)
 
 
@@ -125,7 +142,9 @@ def _gated(
         _zero_past_the_end(part, group_sizes)
         for part in (*jnp.split(gate_up, 2, axis=-1), gates[:, None])
     )
-    return (activation(gate) * up * gates).astype(gate_up.dtype)
+    hidden = activation(gate) * up
+    wide = wider(hidden.dtype, gates.dtype)
+    return (hidden.astype(wide) * gates.astype(wide)).astype(gate_up.dtype)
 
 
 def _check(rows: jax.Array, experts: Experts, group_sizes: jax.Array, gates: jax.Array) -> None:
@@ -185,12 +204,14 @@ def _choose_gemm(gemm: str, rows: jax.Array, experts: Experts) -> str:
             f"gemm: expected bfloat16 or float16 and multiples of 128 for 'mosaic', got "
             f"{rows.dtype}, hidden = {hidden}, width = {width}; use gemm='xla'"
         )
-    return "mosaic" if gemm == "mosaic" or (fits and _on_hopper()) else "xla"
+    return "mosaic" if gemm == "mosaic" or (fits and _has_wgmma()) else "xla"
 
 
-def _on_hopper() -> bool:
+def _has_wgmma() -> bool:
+    """The kernels are made of Hopper's wgmma, which no other generation of chips has."""
     device = jax.devices()[0]
-    return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
+    capability = getattr(device, "compute_capability", "")
+    return device.platform == "gpu" and capability.split(".")[0] == "9"
 
 
 class Products(NamedTuple):
@@ -207,27 +228,106 @@ class Products(NamedTuple):
     cleaned: Callable[[jax.Array, jax.Array], jax.Array]
 
 
+# Neither lax.ragged_dot nor one product per group: on CPUs and GPUs, XLA makes one dense product of
+# it, in which zeros stand for the rows of other groups. Zero times NaN is NaN, so one expert whose
+# weights diverged would reach all tokens; and there are as many times more products as groups.
+
+
+class _Tiles(NamedTuple):
+    """Products of a block of rows with the weights of one group, int32 `[n_tiles]` each.
+
+    Attributes:
+      group: whose rows.
+      block: where the block begins.
+      first: the first row of the block that is the group's.
+      end: past the last one; at most first where a tile has none.
+    """
+
+    group: jax.Array
+    block: jax.Array
+    first: jax.Array
+    end: jax.Array
+
+
+def _tiles(group_sizes: jax.Array, n_rows: int, length: int) -> _Tiles:
+    """As many as there can be: groups that follow one another share one block at most."""
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    starts = ends - group_sizes
+    of_group = jnp.where(group_sizes > 0, -(-ends // length) - starts // length, 0)
+    last = jnp.cumsum(of_group, dtype=jnp.int32)
+    tile = numbers(-(-n_rows // length) + len(group_sizes) - 1)
+    group = jnp.minimum((tile[:, None] >= last[None]).sum(1, dtype=jnp.int32), len(last) - 1)
+    block = (starts // length)[group] + tile - (last - of_group)[group]
+    first = jnp.maximum(starts[group], block * length)
+    end = jnp.minimum(ends[group], (block + 1) * length)
+    return _Tiles(group, jnp.minimum(block * length, n_rows - length), first, end)
+
+
+def _over_tiles(
+    step: Callable[..., jax.Array], out: jax.Array, group_sizes: jax.Array, n_rows: int
+) -> jax.Array:
+    """`step(out, tile, length, mine)` for every tile; `mine` are the rows of the tile's group."""
+    length = min(_TILE, n_rows)
+    tiles = _tiles(group_sizes, n_rows, length)
+
+    def one(out: jax.Array, tile: _Tiles) -> tuple[jax.Array, None]:
+        row = tile.block + numbers(length)
+        return step(out, tile, length, ((row >= tile.first) & (row < tile.end))[:, None]), None
+
+    return lax.scan(one, varying_as(out, group_sizes), tiles)[0]
+
+
 def _xla_of_rows(
     rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transposed: bool = False
 ) -> jax.Array:
-    return lax.ragged_dot(rows, weights.swapaxes(1, 2) if transposed else weights, group_sizes)
+    def step(out: jax.Array, tile: _Tiles, length: int, mine: jax.Array) -> jax.Array:
+        block = lax.dynamic_slice_in_dim(rows, tile.block, length)
+        columns = (((1,), (1 if transposed else 0,)), ((), ()))
+        of_group = lax.dynamic_index_in_dim(weights, tile.group, keepdims=False)
+        product = lax.dot_general(block, of_group, columns)
+        others = lax.dynamic_slice_in_dim(out, tile.block, length)
+        return lax.dynamic_update_slice_in_dim(
+            out, jnp.where(mine, product, others), tile.block, axis=0
+        )
+
+    out = jnp.zeros((len(rows), weights.shape[1 if transposed else 2]), rows.dtype)
+    return _over_tiles(step, out, group_sizes, len(rows))
 
 
 def _xla_of_weights(rows: jax.Array, slope: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    return lax.ragged_dot_general(rows, slope, group_sizes, dims)
+    wide = wider(rows.dtype, jnp.float32)
+
+    def step(out: jax.Array, tile: _Tiles, length: int, mine: jax.Array) -> jax.Array:
+        of_rows, of_slope = (
+            jnp.where(mine, lax.dynamic_slice_in_dim(array, tile.block, length), 0)
+            for array in (rows, slope)
+        )
+        by_rows = (((0,), (0,)), ((), ()))
+        product = lax.dot_general(of_rows, of_slope, by_rows, preferred_element_type=wide)
+        return out.at[tile.group].add(product)
+
+    out = jnp.zeros((len(group_sizes), rows.shape[1], slope.shape[1]), wide)
+    return _over_tiles(step, out, group_sizes, len(rows)).astype(rows.dtype)
+
+
+def _unchanged(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """No tile has rows past the last group."""
+    del group_sizes
+    return rows
 
 
 def _zero_past_the_end(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    return jnp.where((jnp.arange(len(rows)) < group_sizes.sum())[:, None], rows, 0)
+    inside = numbers(len(rows)) < group_sizes.sum(dtype=jnp.int32)
+    return jnp.where(inside[:, None], rows, 0)
 
 
 def _zero_in_last_block(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """Kernels read whole blocks, but none that begins past the last group."""
     n_block = min(_BLOCK_K, len(rows))
-    start = jnp.minimum(group_sizes.sum(), len(rows) - n_block)
+    n = group_sizes.sum(dtype=jnp.int32)
+    start = jnp.minimum(n, len(rows) - n_block)
     block = lax.dynamic_slice_in_dim(rows, start, n_block)
-    block = _zero_past_the_end(block, group_sizes.sum(keepdims=True) - start)
+    block = _zero_past_the_end(block, (n - start)[None])
     return lax.dynamic_update_slice_in_dim(rows, block, start, axis=0)
 
 
@@ -276,5 +376,5 @@ def _neighbours(n: int) -> int:
     return next(size for size in (8, 4, 2, 1) if n // 128 % size == 0)
 
 
-_XLA = Products(_xla_of_rows, _xla_of_weights, _zero_past_the_end)
+_XLA = Products(_xla_of_rows, _xla_of_weights, _unchanged)
 _MOSAIC = Products(_mosaic_of_rows, _mosaic_of_weights, _zero_in_last_block)

@@ -16,9 +16,9 @@ from lplb_jax.balancer import rebalance
 from lplb_jax.comm import Comm
 from lplb_jax.loads import count_loads
 from lplb_jax.moe import transfers
-from lplb_jax.moe.copies import copy
-from lplb_jax.moe.exchange import capacity_for, combine, exchange, make_plan
-from lplb_jax.moe.experts import Experts, check_experts, expert_ffn
+from lplb_jax.moe.copies import check_reverse, copy
+from lplb_jax.moe.exchange import brought_back, capacity_for, exchange, make_plan
+from lplb_jax.moe.experts import Experts, applied, check_experts
 from lplb_jax.moe.replicas import Fetch
 from lplb_jax.placement import Placement, choose_topology
 from lplb_jax.solver import Split
@@ -66,7 +66,8 @@ def moe_layer(
     """A mixture-of-experts layer over the ranks of `axis_name`. Call it inside `jax.shard_map`.
 
     Its output and gradients are those of a layer on one device: which copy serves a token changes
-    nothing but the order of sums. The router is yours: take `indices` and `gates` from its top-k.
+    nothing but the order of sums, and so the last bits. The router is yours: take `indices` and
+    `gates` from its top-k. Derivatives are those of reverse mode; `jax.jvp` raises.
     On GPUs, compile with `moe.COMPILER_OPTIONS`, so that transfers hide behind computation.
 
     Args:
@@ -133,12 +134,15 @@ def moe_layer(
     r2o = choose_topology(r2o, placement)
     problem = check_problem(None, r2o, placement, axis_name)
     r2o = problem.r2o
-    if indices.ndim != 2 or gates.shape != indices.shape:
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens: expected floats [tokens, hidden], got {list(tokens.shape)}")
+    if indices.ndim != 2 or gates.shape != indices.shape or indices.shape[1] < 1:
         raise ValueError(
-            f"gates: expected the shape of indices, [tokens, top_k], got {list(gates.shape)} for "
-            f"indices {list(indices.shape)}"
+            f"gates: expected the shape of indices, [tokens, top_k], with top_k of at least 1, got "
+            f"{list(gates.shape)} for indices {list(indices.shape)}"
         )
     check_experts(experts, tokens.shape[-1], tokens.dtype)
+    check_reverse("tokens", (tokens, gates, experts))
     n_local = problem.n_logical // problem.ep_size
     slots_per_rank = n_local + placement.redundants_per_rank
     n_given = len(experts.down)
@@ -155,6 +159,11 @@ def moe_layer(
             + (", with in_place=True" if in_place else "")
         )
 
+    n_tokens = len(tokens)
+    if n_tokens == 0 and indices.size == 0:
+        # The same program and types as ever, for one token that chooses no expert.
+        tokens, gates = (jnp.pad(array, [(0, 1), (0, 0)]) for array in (tokens, gates))
+        indices = varying_as(jnp.full(gates.shape, -1, jnp.int32), indices)
     if balance == "lplb":
         assignment, split = rebalance(
             indices,
@@ -191,9 +200,9 @@ def moe_layer(
     rows, row_gates, experts = transfers.in_rows(fetch, received, row_gates, plan.received, experts)
     row_gates = copy(row_gates, plan.choices)
     group_sizes = plan.group_sizes[: len(experts.down)]
-    rows = expert_ffn(rows, experts, group_sizes, gates=row_gates, activation=activation, gemm=gemm)
+    rows = applied(rows, experts, group_sizes, row_gates, activation, gemm)
     traffic = Traffic(plan.slot_loads, jnp.int32(capacity), plan.overflow, status, lower_bound)
-    out = combine(rows, plan)
+    out = brought_back(rows, plan)[:n_tokens]
     return (out, traffic, experts) if in_place else (out, traffic)
 
 
