@@ -5,9 +5,8 @@ namespace lplb::cuda {
 
 cudaError_t LaunchRebalance(const RouteArguments& arguments, cudaStream_t stream) {
   if (arguments.batch == 0) return cudaSuccess;
-  return WithSolverShape(arguments.problem, [&](auto shape) {
-    return LaunchRoute<decltype(shape)::kWords, decltype(shape)::kColumns, Quotas::kSolved>(
-        arguments, stream);
+  return WithRouting(arguments.problem, [&](auto routing) {
+    return LaunchRoute<decltype(routing), Quotas::kSolved>(arguments, stream);
   });
 }
 

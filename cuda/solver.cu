@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "cuda/graph_solver.h"
 #include "cuda/launch.cuh"
 #include "cuda/solver.cuh"
 #include "cuda/solver.h"
@@ -69,6 +70,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 }  // namespace
 
 int64_t SolveSharedBytes(const Problem& problem) {
+  if (problem.n_columns == 0) return GraphSolverBytes(problem);
   return static_cast<int64_t>(problem.n_logical) * sizeof(int2) +
          static_cast<int64_t>(GroupMemory::Words(problem, 1)) * sizeof(int32_t);
 }
@@ -76,6 +78,9 @@ int64_t SolveSharedBytes(const Problem& problem) {
 cudaError_t LaunchSolve(const Problem& problem, const Sources& sources, int64_t batch,
                         const SolveOperands& in, const SolveResults& out, cudaStream_t stream) {
   if (batch == 0) return cudaSuccess;
+  if (problem.n_columns == 0) {
+    return LaunchSolveGraph(problem, sources, batch, in, out, stream);
+  }
   // A thread per expert, and a warp for what needs no loads.
   const int32_t experts = problem.group_size << problem.tile_log2;
   LaunchShape launch = {};

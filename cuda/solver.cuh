@@ -159,20 +159,24 @@ struct Ahead {
   int32_t slot;    // −1 where it loads none
   int32_t expert;  // in the slot
   int32_t home;    // the expert's first slot, which should be this one
+  int32_t copy;    // its second slot; −1 where it should have none
 };
 
 template <typename Threads>
 __device__ __forceinline__ Ahead AheadOf(const Problem& p, const SolveOperands& in, Groups groups) {
   const Tile tile(p, Threads::Size());
-  if (tile.index >= groups.n * p.group_size || tile.lane >= p.n_local) return {-1, 0, -1};
+  if (tile.index >= groups.n * p.group_size || tile.lane >= p.n_local) return {-1, 0, -1, -1};
   const int32_t rank = groups.first * p.group_size + tile.index;
   const int32_t slot = rank * p.slots_per_rank + tile.lane;
-  return {slot, in.phy2log[slot], -1};
+  return {slot, in.phy2log[slot], -1, -1};
 }
 
 // The expert must have arrived for this.
 __device__ __forceinline__ void FetchHome(const Problem& p, const SolveOperands& in, Ahead& ahead) {
-  if (ahead.slot >= 0) ahead.home = in.log2phy[KnownExpert(p, ahead.expert) * p.max_replicas];
+  if (ahead.slot < 0) return;
+  const int32_t* named = in.log2phy + KnownExpert(p, ahead.expert) * p.max_replicas;
+  ahead.home = named[0];
+  ahead.copy = named[1];
 }
 
 // Loads the tokens of all ranks' own experts; `ahead` is from AheadOf. A rank with more tokens than
@@ -282,23 +286,25 @@ __device__ __forceinline__ Copy PrepareCopy(const Problem& p, const GroupMemory&
   return copy;
 }
 
-// Checks that every own slot is the first one of its expert, unless all of them are in Ahead, and
-// that log2phy names no slots besides an expert's own and copy. Threads first, first + stride, …
-// take the slots.
+// Checks that every own slot is the first one of its expert, and that log2phy names no slots
+// besides an expert's own and copy, unless CheckAhead does. Threads first, first + stride, … take
+// the slots.
 template <typename Threads>
 __device__ __forceinline__ void CheckOwnSlots(const Problem& p, const SolveOperands& in,
                                               Groups groups, const GroupMemory& memory,
                                               int32_t first, int32_t stride) {
   const Tile tile(p, Threads::Size());
   const int32_t n_ranks = groups.n * p.group_size;
+  // Often there is nothing left to check, and no load to wait for longer than a short solve takes.
   const bool all_ahead = tile.n >= n_ranks && tile.width >= p.n_local;
+  if (all_ahead && p.max_replicas == 2) return;
   const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
 #pragma unroll 1
   for (int32_t i = first; i < n_ranks * p.slots_per_rank; i += stride) {
     const int32_t rank = p.by_slots.Quotient(i);
     const int32_t k = i - rank * p.slots_per_rank;
     const int32_t n_named = k < p.n_redundant ? 2 : 1;
-    if (k >= p.n_local || (all_ahead && n_named == p.max_replicas)) continue;
+    if (k >= p.n_local) continue;
     const int32_t expert = in.phy2log[first_slot + i];
     const int32_t known = KnownExpert(p, expert);
     const int32_t* named = in.log2phy + known * p.max_replicas;
@@ -487,12 +493,15 @@ auto WithSolverShape(const Problem& p, Function&& function) {
   return function(SolverShape<0, 0>());
 }
 
-// Checks the slot in Ahead, whose home must have been fetched.
+// Checks the slot in Ahead, for which FetchHome was called.
 __device__ __forceinline__ void CheckAhead(const Problem& p, Groups groups, const Ahead& ahead,
                                            const GroupMemory& memory) {
   if (ahead.slot < 0) return;
-  if (ahead.home != ahead.slot || ahead.expert != KnownExpert(p, ahead.expert)) {
-    const int32_t rank = p.by_slots.Quotient(ahead.slot) - groups.first * p.group_size;
+  const int32_t slot_rank = p.by_slots.Quotient(ahead.slot);
+  const bool has_copy = ahead.slot - slot_rank * p.slots_per_rank < p.n_redundant;
+  if (ahead.home != ahead.slot || ahead.expert != KnownExpert(p, ahead.expert) ||
+      (!has_copy && ahead.copy != -1)) {
+    const int32_t rank = slot_rank - groups.first * p.group_size;
     atomicOr(&memory.status[p.by_group.Quotient(rank)], kBadPlacement);
   }
 }

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "cuda/cluster.cuh"
-#include "cuda/route/plan.cuh"
+#include "cuda/route/routing.cuh"
 #include "cuda/route/tokens.cuh"
 
 namespace lplb::cuda {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void SumCounts(int32_t row, int32_t n_blocks, int32_t
 
 // What the planning threads of a block of ClusterKernel do: they share the counts with the other
 // blocks, and with kSynced the other ranks, and make the routes.
-template <int kWords, int kColumns, Quotas kQuotas>
+template <typename Routing, Quotas kQuotas>
 __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t element,
                                            const RouteMemory& memory) {
   using Threads = Team<kPlanThreads>;
@@ -104,8 +104,8 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
   AnnounceStart();
   const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
   const Tables tables = TablesOf<kQuotas>(a, in, element);
-  Prefetched fetched = Prefetch<kQuotas, Threads>(a, in, tables);
-  SyncCall call;
+  auto fetched = Routing::template Prefetch<kQuotas, Threads>(a, in, tables);
+  SyncCall call = {};
   uint64_t* inbox;  // of the first rank that this block sends to
   if constexpr (kQuotas == Quotas::kSynced) {
     inbox = a.peers.inboxes[min(block, a.peers.size - 1)];
@@ -115,7 +115,7 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < row / 4; i += kPlanThreads) counts[i] = {0, 0, 0, 0};
   Announce<Event::kCleared>();
-  StorePrefetched<kQuotas, Threads>(a, in, tables, fetched, memory);
+  Routing::template Store<kQuotas, Threads>(a, in, element, tables, fetched, memory);
   AwaitStarts();
 
   Await<Event::kCounted>();
@@ -131,11 +131,11 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
     }
   });
   if constexpr (kQuotas == Quotas::kSynced) {
-    ReceiveTotals<Threads>(a, call, block == 0, memory);
+    Routing::template Receive<Threads>(a, call, block == 0, memory);
     if (block == 0 && threadIdx.x == 0) a.peers.state->epoch = call.epoch;  // All have read it.
   }
   Threads::Sync();
-  MakeRoutes<kWords, kColumns, kQuotas, Threads>(a, in, element, fetched.ahead, block == 0, memory);
+  Routing::template Make<kQuotas, Threads>(a, in, element, fetched, call, block == 0, memory);
   // Orders nothing that the block's barrier after it does not; but without it, compute-sanitizer's
   // racecheck reports the routes' stores (2025.3). It takes 0.02 µs.
   Threads::Sync();
@@ -211,7 +211,7 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
 
 // One cluster per batch element. The routes need the tokens' counts only, not their ordinals, so
 // the first kPlanThreads threads of a block make the routes while the others find the ordinals.
-template <int kWords, int kColumns, Quotas kQuotas>
+template <typename Routing, Quotas kQuotas>
 __global__ void __launch_bounds__(kPlanThreads + kRouteThreads, 1)
     ClusterKernel(const RouteArguments a) {
   extern __shared__ int4 shared[];
@@ -225,13 +225,14 @@ __global__ void __launch_bounds__(kPlanThreads + kRouteThreads, 1)
   const TokenBuffers tokens = TokensOf(a, element);
   HeldTokens held;
   if (plans) {
-    PlanRoutes<kWords, kColumns, kQuotas>(a, element, memory);
+    PlanRoutes<Routing, kQuotas>(a, element, memory);
   } else {
     FindOrdinals(a, tokens, memory, held);
   }
   __syncthreads();
   if (plans) {
-    WriteSummary<kQuotas, Team<kPlanThreads>>(a, element, cluster.block_rank(), n_blocks, memory);
+    Routing::template Summarize<kQuotas, Team<kPlanThreads>>(a, element, cluster.block_rank(),
+                                                             n_blocks, memory);
     return;
   }
 #pragma unroll
@@ -241,11 +242,11 @@ __global__ void __launch_bounds__(kPlanThreads + kRouteThreads, 1)
     const int32_t code = held.code[j];
     const int32_t expert = code < 0 ? -1 : code & 0xffff;
     const int32_t ordinal = expert < 0 ? 0 : memory.earlier[expert] + (code >> 16);
-    WriteToken(tokens, i, expert, ordinal, memory.routes);
+    WriteToken(tokens, i, Routing::PlaceOf(a, memory, expert, ordinal));
   }
 }
 #else
-template <int kWords, int kColumns, Quotas kQuotas>
+template <typename Routing, Quotas kQuotas>
 __global__ void ClusterKernel(const RouteArguments) {}
 #endif
 

@@ -11,7 +11,7 @@
 namespace lplb::cuda {
 
 // One launch per batch: a cluster of blocks for every element.
-template <int kWords, int kColumns, Quotas kQuotas>
+template <typename Routing, Quotas kQuotas>
 cudaError_t LaunchCluster(RouteArguments a, const RouteShape& shape, cudaStream_t stream) {
   a.rounds = shape.rounds;
   LaunchShape launch = {};
@@ -19,11 +19,11 @@ cudaError_t LaunchCluster(RouteArguments a, const RouteShape& shape, cudaStream_
   launch.threads = kPlanThreads + shape.threads;
   launch.shared_bytes = shape.shared_bytes;
   launch.cluster = shape.cluster;
-  return Launch(ClusterKernel<kWords, kColumns, kQuotas>, launch, stream, a);
+  return Launch(ClusterKernel<Routing, kQuotas>, launch, stream, a);
 }
 
 // Two launches. Where the chip can, the second starts beside the first and waits on the device.
-template <int kWords, int kColumns, Quotas kQuotas>
+template <typename Routing, Quotas kQuotas>
 cudaError_t LaunchTiles(RouteArguments a, const RouteShape& shape, const Device& device,
                         cudaStream_t stream) {
   const int32_t n_warps = shape.threads / 32;
@@ -37,19 +37,19 @@ cudaError_t LaunchTiles(RouteArguments a, const RouteShape& shape, const Device&
   if (error != cudaSuccess) return error;
   launch.shared_bytes = shape.shared_bytes;
   launch.dependent_launch = device.dependent_launch;
-  return Launch(TileRouteKernel<kWords, kColumns, kQuotas>, launch, stream, a);
+  return Launch(TileRouteKernel<Routing, kQuotas>, launch, stream, a);
 }
 
 // Launches the kernels for a.batch elements.
-template <int kWords, int kColumns, Quotas kQuotas>
+template <typename Routing, Quotas kQuotas>
 cudaError_t LaunchRoute(const RouteArguments& a, cudaStream_t stream) {
   Device device;
   const cudaError_t error = CurrentDevice(&device);
   if (error != cudaSuccess) return error;
   const RouteShape shape = ChooseShape(a.problem, kQuotas, a.tokens.n_tokens, device);
   if (shape.threads == 0) return cudaErrorInvalidConfiguration;
-  return shape.cluster > 0 ? LaunchCluster<kWords, kColumns, kQuotas>(a, shape, stream)
-                           : LaunchTiles<kWords, kColumns, kQuotas>(a, shape, device, stream);
+  return shape.cluster > 0 ? LaunchCluster<Routing, kQuotas>(a, shape, stream)
+                           : LaunchTiles<Routing, kQuotas>(a, shape, device, stream);
 }
 
 }  // namespace lplb::cuda

@@ -37,7 +37,7 @@ __device__ __forceinline__ Prefetched Prefetch(const RouteArguments& a, const So
                                                const Tables& tables) {
   const Problem& p = a.problem;
   const int32_t i = threadIdx.x;
-  Prefetched fetched = {{-1, 0, -1}, 0, -1, {0, -1, -1}};
+  Prefetched fetched = {{-1, 0, -1, -1}, 0, -1, {0, -1, -1}};
   if constexpr (kQuotas != Quotas::kGiven) {
     fetched.ahead = AheadOf<Threads>(p, in, {0, p.n_groups});
     if (i < p.group_size * p.n_columns) fetched.source = in.r2o[i];
@@ -98,25 +98,22 @@ __device__ __forceinline__ void ForgetInvalid(const Problem& p, const RouteMemor
   }
 }
 
-// Waits for all ranks' counts, of which `total` becomes the sum (−1 where it passes int32) and
-// `before` what comes before this rank's tokens. After a failure nothing is routed. The routes'
-// slots were stored by the threads that read them here, and ForgetInvalid was called; a barrier
+// Waits for all ranks' counts, of which `total` becomes the sum, −1 where it passes int32.
+// `use(e, source, count)` is called for each, `done(e)` after the last of an expert. Returns
+// whether some did not come in time; then there are no tokens. ForgetInvalid was called; a barrier
 // must follow.
-template <typename Threads>
-__device__ __forceinline__ void ReceiveTotals(const RouteArguments& a, const SyncCall& call,
-                                              bool leader, const RouteMemory& memory) {
+template <typename Threads, typename Use, typename Done>
+__device__ __forceinline__ bool AwaitTotals(const RouteArguments& a, const SyncCall& call,
+                                            bool leader, const RouteMemory& memory, const Use& use,
+                                            const Done& done) {
   const Problem& p = a.problem;
   bool failed = false;
 #pragma unroll 1
   for (int32_t e = threadIdx.x; e < p.n_logical; e += Threads::Size()) {
-    const PackedRoute route = memory.routes[e];
-    const int32_t home = p.by_slots.Quotient(route.home);
-    const int32_t replica = p.by_slots.Quotient(route.replica);
     int64_t total = 0;
-    int64_t before = 0;
     const auto add = [&](int32_t source, int32_t count) {
       total += count;
-      before += ComesBefore(source, a.peers.rank, home, replica) ? count : 0;
+      use(e, source, count);
     };
     // Of ids that name no expert it only matters whether rank e has any. A turn of their own in
     // this loop would take as long as all others.
@@ -126,14 +123,36 @@ __device__ __forceinline__ void ReceiveTotals(const RouteArguments& a, const Syn
       if (count != 0) atomicOr(&memory.total[p.n_logical], 1);
     });
     memory.total[e] = total <= kInt32Max ? static_cast<int32_t>(total) : -1;
-    memory.before[e] = static_cast<int32_t>(min(before, int64_t{kInt32Max}));
+    done(e);
   }
-  if (!Threads::Any(failed)) return;
-  const GroupMemory groups(p, p.n_groups, memory.groups);
+  if (!Threads::Any(failed)) return false;
   for (int32_t e = threadIdx.x; e <= p.n_logical; e += Threads::Size()) {
     memory.total[e] = 0;
     memory.own[e] = 0;
   }
+  return true;
+}
+
+// AwaitTotals; `before` becomes what comes before this rank's tokens. After a failure nothing is
+// routed. The routes' slots were stored by the threads that read them here.
+template <typename Threads>
+__device__ __forceinline__ void ReceiveTotals(const RouteArguments& a, const SyncCall& call,
+                                              bool leader, const RouteMemory& memory) {
+  const Problem& p = a.problem;
+  int64_t before = 0;
+  const bool failed = AwaitTotals<Threads>(
+      a, call, leader, memory,
+      [&](int32_t e, int32_t source, int32_t count) {
+        const int32_t home = p.by_slots.Quotient(memory.routes[e].home);
+        const int32_t replica = p.by_slots.Quotient(memory.routes[e].replica);
+        before += ComesBefore(source, a.peers.rank, home, replica) ? count : 0;
+      },
+      [&](int32_t e) {
+        memory.before[e] = static_cast<int32_t>(min(before, int64_t{kInt32Max}));
+        before = 0;
+      });
+  if (!failed) return;
+  const GroupMemory groups(p, p.n_groups, memory.groups);
   for (int32_t g = threadIdx.x; g < p.n_groups; g += Threads::Size()) {
     groups.status[g] = kSyncFailed;
   }

@@ -39,8 +39,10 @@ int32_t MaxCluster(const Problem& p, const Device& device) {
   return cluster;
 }
 
-// ScanWarps takes a tile's warps in two halves, and BlockWaves has a thread for every rank.
+// ScanWarps takes a tile's warps in two halves; BlockWaves has a thread for every rank, and of
+// GraphWaves' threads there are 256 at most.
 int32_t MinThreads(const Problem& p) {
+  if (p.node_size > 0) return 256;
   int32_t threads = 64;
   while (threads < p.group_size) threads *= 2;
   return threads;

@@ -3,6 +3,7 @@
 #define LPLB_CUDA_ROUTE_TABLES_CUH_
 
 #include "cuda/cluster.cuh"
+#include "cuda/replica_graph.cuh"
 #include "cuda/route.h"
 #include "cuda/solver.cuh"
 
@@ -39,7 +40,7 @@ struct RouteMemory {
   int32_t* before;      // [n_logical], where there are others: tokens that come before this rank's
   int32_t* quota;       // [n_physical]
   int32_t* held;        // [n_physical], phy2log, in the place of quotas that are given
-  int32_t* groups;      // GroupMemory
+  int32_t* groups;      // GroupMemory, or a GraphMemory and the tokens sent to every slot
   // Of a cluster's blocks:
   int32_t* counts;     // [row], the block's histogram
   uint16_t* incoming;  // [n_blocks, row], every block's
@@ -54,12 +55,19 @@ struct RouteMemory {
     return (p.n_logical + kPacked) / kPacked * kPacked;
   }
 
+  // What solving takes; and any placement, which is a graph for assign, too, and knows how many
+  // tokens every slot gets.
+  LPLB_HOST_DEVICE static int32_t SolverWords(const Problem& p, Quotas quotas) {
+    if (p.node_size > 0) return GraphMemory::Words(p) + p.n_physical;
+    return quotas != Quotas::kGiven ? GroupMemory::Words(p, p.n_groups) : 0;
+  }
+
   LPLB_HOST_DEVICE static int32_t Bytes(const Problem& p, int32_t n_warps, int32_t n_blocks,
                                         Quotas quotas) {
     const int32_t row = Row(p);
     const int32_t words = 2 * n_warps * (p.n_logical + kPad) + 2 * p.n_logical + 2 * row +
                           p.n_physical + (n_blocks > 0 ? row + n_blocks * row / 2 + 2 : 0) +
-                          (quotas != Quotas::kGiven ? GroupMemory::Words(p, p.n_groups) : 0) +
+                          SolverWords(p, quotas) +
                           (quotas == Quotas::kSynced ? row + p.n_logical : 0);
     return 4 * words;
   }

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "cuda/route/plan.cuh"
+#include "cuda/route/routing.cuh"
 #include "cuda/route/tokens.cuh"
 
 namespace lplb::cuda {
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kRouteThreads) TileCountKernel(const RouteArgu
   }
 }
 
-template <int kWords, int kColumns, Quotas kQuotas>
+template <typename Routing, Quotas kQuotas>
 __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteArguments a) {
   extern __shared__ int4 shared[];
   const Problem& p = a.problem;
@@ -112,13 +112,13 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
   const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
   const Tables tables = TablesOf<kQuotas>(a, in, element);
 
-  Prefetched fetched = Prefetch<kQuotas, Block>(a, in, tables);
+  auto fetched = Routing::template Prefetch<kQuotas, Block>(a, in, tables);
   for (int32_t e = threadIdx.x; e <= p.n_logical; e += blockDim.x) {
     memory.own[e] = 0;
     if (e < p.n_logical) memory.earlier[e] = 0;
   }
   ForgetInvalid<kQuotas>(p, memory);
-  StorePrefetched<kQuotas, Block>(a, in, tables, fetched, memory);
+  Routing::template Store<kQuotas, Block>(a, in, element, tables, fetched, memory);
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();  // From here on the tiles' counts are there.
 #endif
@@ -141,10 +141,10 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
     if (e < p.n_logical) atomicAdd(&memory.earlier[e], earlier);
   }
   __syncthreads();
+  SyncCall call = {};
   if constexpr (kQuotas == Quotas::kSynced) {
-    const SyncCall call =
-        BeginSync(a.peers, __ldcg(&a.peers.state->epoch), *a.given.rank, tile == 0);
-    ReceiveTotals<Block>(a, call, tile == 0, memory);
+    call = BeginSync(a.peers, __ldcg(&a.peers.state->epoch), *a.given.rank, tile == 0);
+    Routing::template Receive<Block>(a, call, tile == 0, memory);
     __syncthreads();
   }
   // From here on a cell counts from the batch's first token.
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
           0, static_cast<uint32_t>(earlier + warps_before[w * p.n_logical + e])};
     }
   }
-  MakeRoutes<kWords, kColumns, kQuotas, Block>(a, in, element, fetched.ahead, tile == 0, memory);
+  Routing::template Make<kQuotas, Block>(a, in, element, fetched, call, tile == 0, memory);
   __syncthreads();
 
   Cell* cells = memory.CellsOf(p, threadIdx.x / 32);
@@ -179,11 +179,13 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
         int32_t expert = i < span.end ? ExpertOf(id[j], p.n_logical) : -1;
         if (expert == p.n_logical) expert = -1;
         const int32_t ordinal = OrdinalOf(expert, cells);
-        if (i < span.end) WriteToken(tokens, i, expert, ordinal, memory.routes);
+        if (i < span.end) {
+          WriteToken(tokens, i, Routing::PlaceOf(a, memory, expert, ordinal));
+        }
       }
     }
   });
-  WriteSummary<kQuotas, Block>(a, element, tile, a.n_tiles, memory);
+  Routing::template Summarize<kQuotas, Block>(a, element, tile, a.n_tiles, memory);
 }
 
 }  // namespace lplb::cuda

@@ -90,23 +90,16 @@ __device__ __forceinline__ void ScanWarps(int32_t n_logical, int32_t warp, int32
   }
 }
 
-// Writes the slot, and the position in its list, of token `i`, which has this ordinal among all
-// tokens of `expert` (−1: none).
-__device__ __forceinline__ void WriteToken(const TokenBuffers& tokens, int64_t i, int32_t expert,
-                                           int32_t ordinal, const PackedRoute* routes) {
-  int32_t slot = -1;
-  int32_t position = -1;
-  if (expert >= 0) {
-    const PackedRoute route = routes[expert];
-    const bool stays = ordinal < route.keep;
-    const int32_t packed = stays ? route.home : route.replica;
-    if (packed != kNoSlot) {
-      slot = packed;
-      position = stays ? ordinal : ordinal - route.keep;
-    }
-  }
-  tokens.physical[i] = slot;
-  if (tokens.position != nullptr) tokens.position[i] = position;
+// The slot of a token, and its place among this source's tokens there; −1 where it has none.
+struct Place {
+  int32_t slot;
+  int32_t position;
+};
+
+__device__ __forceinline__ void WriteToken(const TokenBuffers& tokens, int64_t i,
+                                           const Place& place) {
+  tokens.physical[i] = place.slot;
+  if (tokens.position != nullptr) tokens.position[i] = place.position;
 }
 
 }  // namespace lplb::cuda

@@ -30,7 +30,9 @@ void ThrowIf(cudaError_t error) {
 }
 
 Problem ProblemOf(const std::array<int32_t, 6>& sizes) {
-  return Problem(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]);
+  Problem problem(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]);
+  if (problem.n_columns == 0) problem.node_size = problem.ep_size;
+  return problem;
 }
 
 void LaunchSolve(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources, int64_t batch,

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cuda/device.h"
+#include "cuda/graph_solver.h"
 #include "cuda/route/shape.h"
 #include "cuda/solver.h"
 #include "xla_ffi/cuda/handler.h"
@@ -37,8 +38,26 @@ Refusal NeedsMemory(const std::string& what, int64_t bytes, const cuda::Device& 
          Number(device.capability % 10) + ") has " + Number(device.shared_bytes) + ": " + remedy;
 }
 
+// A placement without a topology is solved as one group of all ranks.
+bool IsAnywhere(const Problem& p) { return p.n_columns == 0; }
+
+Refusal TooManyRanks(const Problem& p) {
+  if (p.ep_size <= cuda::kMaxRanksAnywhere) return "";
+  return "placement: without a topology, the CUDA kernels take at most " +
+         Number(cuda::kMaxRanksAnywhere) + " ranks, got " + Number(p.ep_size) +
+         ": use a topology, or the CPU";
+}
+
+Refusal RefuseSolveAnywhere(const Problem& p, const cuda::Device& device) {
+  if (const Refusal refusal = TooManyRanks(p); !refusal.empty()) return refusal;
+  return NeedsMemory("placement: in the CUDA solver, " + Number(p.n_logical) + " experts in " +
+                         Number(p.n_physical) + " slots on " + Number(p.ep_size) + " ranks",
+                     cuda::SolveSharedBytes(p), device,
+                     "use fewer experts or slots, a larger GPU, or the CPU");
+}
+
 Refusal RefuseSolve(const Problem& p, const cuda::Device& device) {
-  if (p.n_columns == 0) return "r2o: the CUDA solver needs a topology, got none: use the CPU";
+  if (IsAnywhere(p)) return RefuseSolveAnywhere(p, device);
   if (p.group_size > cuda::kMaxGroupSize) {
     return "r2o: the CUDA solver takes groups of at most " + Number(cuda::kMaxGroupSize) +
            " ranks, got " + Number(p.group_size) + ": use smaller groups, or the CPU";
@@ -48,7 +67,9 @@ Refusal RefuseSolve(const Problem& p, const cuda::Device& device) {
 }
 
 Refusal RefuseRoute(const Problem& p, cuda::Quotas quotas, const cuda::Device& device) {
-  if (p.node_size > 0) return "r2o: the CUDA kernels need a topology, got none: use the CPU";
+  if (p.node_size > 0) {
+    if (const Refusal refusal = TooManyRanks(p); !refusal.empty()) return refusal;
+  }
   const std::string sizes =
       "n_logical = " + Number(p.n_logical) + " and n_physical = " + Number(p.n_physical);
   if (p.n_logical > cuda::kMaxExperts || p.n_physical > cuda::kMaxSlots) {

@@ -1,0 +1,119 @@
+// Solves any placement with one team of threads, as device functions that the kernels compose:
+// PrefetchGraph; BuildGraph; the totals and a barrier; SolveGraph.
+#ifndef LPLB_CUDA_GRAPH_SOLVER_CUH_
+#define LPLB_CUDA_GRAPH_SOLVER_CUH_
+
+#include "cuda/graph_waves.cuh"
+
+namespace lplb::cuda {
+
+// Status bits of loads that are not all small; kLoadOverflow, too, where some rank could be given
+// more than int32 holds if it served all tokens of its experts. All threads of the team call it.
+// It is out of line, since in between it would only be in the way of the instructions.
+template <typename Threads, typename Totals>
+__device__ __noinline__ int32_t LargeLoads(int32_t n_logical, int32_t ep_size,
+                                           int32_t slots_per_rank, Totals totals,
+                                           const uint32_t* of_slot) {
+  int32_t status = 0;
+#pragma unroll 1
+  for (int32_t e = threadIdx.x; e < n_logical; e += Threads::Size()) status |= totals[e].y;
+#pragma unroll 1
+  for (int32_t r = threadIdx.x; r < ep_size; r += Threads::Size()) {
+    int64_t most = 0;
+#pragma unroll 1
+    for (int32_t i = r * slots_per_rank; i < (r + 1) * slots_per_rank; ++i) {
+      if (ExpertIn(of_slot[i]) != kNoExpert) most += totals[ExpertIn(of_slot[i])].x;
+    }
+    if (most > kInt32Max) status |= kLoadOverflow;
+  }
+  return status;
+}
+
+// The quotas where loads are too large to be divided: all at home.
+template <typename Threads, typename Totals>
+__device__ __noinline__ void WriteHomeQuotas(int32_t n_physical, Totals totals,
+                                             const uint32_t* of_slot, const int32_t* home,
+                                             int32_t* quota) {
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < n_physical; i += Threads::Size()) {
+    const uint32_t expert = ExpertIn(of_slot[i]);
+    quota[i] = expert != kNoExpert && home[expert] == i ? totals[expert].x : 0;
+  }
+}
+
+// Divides every expert's tokens evenly over its cells, of which the first get one more, and adds up
+// the ranks' loads, which were 0. A barrier must follow. Returns whether all loads are so small
+// that no rank's can overflow.
+template <typename Threads, typename Totals>
+__device__ __forceinline__ bool StartEven(const Problem& p, const Totals& totals,
+                                          const GraphMemory& graph) {
+  const int32_t safe_load = kInt32Max / p.slots_per_rank;
+  bool safe = true;
+#pragma unroll 2
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
+    const uint32_t packed = graph.of_slot[i];
+    const uint32_t expert = ExpertIn(packed);
+    if (expert == kNoExpert) continue;
+    const int32_t rank = p.by_slots.Quotient(i);
+    const int2 total = totals[expert];
+    uint32_t share = total.x;
+    if (CellIn(packed) == kNoNumber) {
+      atomicAdd(&graph.fixed[rank], total.x);
+    } else {
+      const uint32_t place = graph.place[CellIn(packed)];
+      const uint32_t n_hosts = place >> 16;
+      const uint32_t each = share / n_hosts;
+      share = each + ((place & 0xffff) < share - each * n_hosts);
+      graph.tokens[CellIn(packed)] = share;
+    }
+    atomicAdd(&graph.load[rank], static_cast<int32_t>(share));
+    safe &= total.x <= safe_load && total.y == 0;
+  }
+  return safe;
+}
+
+// The bounds of the set of all ranks and of the sets of one; whole warps call it, each finds it.
+template <int kWords>
+__device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GraphMemory& graph) {
+  int32_t load[kWords];
+  int32_t fixed[kWords];
+  ValuesOfRanks<kWords>(p, graph.load, 0, load);
+  ValuesOfRanks<kWords>(p, graph.fixed, 0, fixed);
+#pragma unroll
+  for (int w = 1; w < kWords; ++w) fixed[0] = max(fixed[0], fixed[w]);
+  return max(WarpCeilMean(load, SmallDivisor(p.ep_size)), __reduce_max_sync(kFullWarp, fixed[0]));
+}
+
+// Solves the graph for these totals, and writes the quotas. All threads of the team call it behind
+// a barrier, and get the proof; another must follow before status is read or quota used.
+template <int kWords, typename Threads, typename Totals>
+__device__ inline Proof SolveGraph(const Problem& p, const Totals& totals, const GraphMemory& graph,
+                                   int32_t* quota) {
+  const bool safe = StartEven<Threads>(p, totals, graph);
+  if (Threads::Any(!safe)) {
+    const int32_t status =
+        LargeLoads<Threads>(p.n_logical, p.ep_size, p.slots_per_rank, totals, graph.of_slot);
+    if (status != 0) atomicOr(graph.status, status);
+    if (Threads::Any(status & kLoadOverflow)) {
+      WriteHomeQuotas<Threads>(p.n_physical, totals, graph.of_slot, graph.home, quota);
+      return {kInt32Max, 0};
+    }
+  }
+  if (threadIdx.x < RankTeam<kWords>::Size(p)) {
+    const int32_t target = GraphWaves<kWords>(p, graph, FirstTarget<kWords>(p, graph));
+    if (threadIdx.x == 0) *graph.target = target;
+  }
+  Threads::Sync();
+#pragma unroll 2
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
+    const uint32_t packed = graph.of_slot[i];
+    quota[i] = ExpertIn(packed) == kNoExpert ? 0
+               : CellIn(packed) == kNoNumber ? totals[ExpertIn(packed)].x
+                                             : graph.tokens[CellIn(packed)];
+  }
+  return {*graph.target, *graph.target};
+}
+
+}  // namespace lplb::cuda
+
+#endif  // LPLB_CUDA_GRAPH_SOLVER_CUH_

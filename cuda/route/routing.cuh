@@ -1,0 +1,222 @@
+// The two ways to route tokens, as the kernels call them: AlongTopology, where an expert has a home
+// and at most one copy, and Anywhere. Threads is the team that makes the routes.
+#ifndef LPLB_CUDA_ROUTE_ROUTING_CUH_
+#define LPLB_CUDA_ROUTE_ROUTING_CUH_
+
+#include "cuda/graph_solver.cuh"
+#include "cuda/route/pieces.cuh"
+#include "cuda/route/plan.cuh"
+#include "cuda/route/tokens.cuh"
+
+namespace lplb::cuda {
+
+template <int kWords, int kColumns>
+struct AlongTopology {
+  using Fetched = Prefetched;
+
+  template <Quotas kQuotas, typename Threads>
+  static __device__ __forceinline__ Fetched Prefetch(const RouteArguments& a,
+                                                     const SolveOperands& in,
+                                                     const Tables& tables) {
+    return cuda::Prefetch<kQuotas, Threads>(a, in, tables);
+  }
+
+  template <Quotas kQuotas, typename Threads>
+  static __device__ __forceinline__ void Store(const RouteArguments& a, const SolveOperands& in,
+                                               int64_t, const Tables& tables, Fetched& fetched,
+                                               const RouteMemory& memory) {
+    StorePrefetched<kQuotas, Threads>(a, in, tables, fetched, memory);
+  }
+
+  template <typename Threads>
+  static __device__ __forceinline__ void Receive(const RouteArguments& a, const SyncCall& call,
+                                                 bool leader, const RouteMemory& memory) {
+    ReceiveTotals<Threads>(a, call, leader, memory);
+  }
+
+  template <Quotas kQuotas, typename Threads>
+  static __device__ __forceinline__ void Make(const RouteArguments& a, const SolveOperands& in,
+                                              int64_t element, const Fetched& fetched,
+                                              const SyncCall&, bool leader,
+                                              const RouteMemory& memory) {
+    MakeRoutes<kWords, kColumns, kQuotas, Threads>(a, in, element, fetched.ahead, leader, memory);
+  }
+
+  template <Quotas kQuotas, typename Threads>
+  static __device__ __forceinline__ void Summarize(const RouteArguments& a, int64_t element,
+                                                   int32_t block, int32_t n_blocks,
+                                                   const RouteMemory& memory) {
+    WriteSummary<kQuotas, Threads>(a, element, block, n_blocks, memory);
+  }
+
+  // Where the token of `expert` with this ordinal among all of the expert's tokens goes.
+  static __device__ __forceinline__ Place PlaceOf(const RouteArguments& a,
+                                                  const RouteMemory& memory, int32_t expert,
+                                                  int32_t ordinal) {
+    if (expert < 0) return {-1, -1};
+    const PackedRoute route = memory.routes[expert];
+    const bool stays = ordinal < route.keep;
+    const int32_t slot = stays ? route.home : route.replica;
+    if (slot == kNoSlot) return {-1, -1};
+    return {slot, stays ? ordinal : ordinal - route.keep};
+  }
+};
+
+template <int kWords>
+struct Anywhere {
+  using Fetched = PrefetchedGraph;
+
+  static __device__ __forceinline__ GraphMemory GraphOf(const RouteArguments& a,
+                                                        const RouteMemory& memory) {
+    return GraphMemory(a.problem, kWords, memory.groups);
+  }
+
+  static __device__ __forceinline__ PieceTable PiecesOf(const RouteArguments& a,
+                                                        const RouteMemory& memory) {
+    return PieceTable(GraphOf(a, memory), memory.groups + GraphMemory::Words(a.problem));
+  }
+
+  template <Quotas kQuotas, typename Threads>
+  static __device__ __forceinline__ Fetched Prefetch(const RouteArguments& a, const SolveOperands&,
+                                                     const Tables& tables) {
+    return PrefetchGraph(a.problem, Threads::Size(), tables.phy2log, tables.log2phy);
+  }
+
+  template <Quotas kQuotas, typename Threads>
+  static __device__ __forceinline__ void Store(const RouteArguments& a, const SolveOperands&,
+                                               int64_t element, const Tables& tables,
+                                               Fetched& fetched, const RouteMemory& memory) {
+    const GraphMemory graph = GraphOf(a, memory);
+    const PieceTable pieces = PiecesOf(a, memory);
+    const int32_t* given = BatchElement(a.problem, a.sources, a.given, element).quota;
+    if (threadIdx.x == 0) *graph.status = 0;
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < a.problem.n_physical; i += Threads::Size()) {
+      pieces.sent[i] = 0;
+      if constexpr (kQuotas == Quotas::kGiven) memory.quota[i] = given[i];
+    }
+    BuildGraph<kWords, Threads>(a.problem, tables.phy2log, tables.log2phy, fetched, graph);
+  }
+
+  template <typename Threads>
+  static __device__ __forceinline__ void Receive(const RouteArguments& a, const SyncCall& call,
+                                                 bool leader, const RouteMemory& memory) {
+    const bool failed = AwaitTotals<Threads>(
+        a, call, leader, memory, [](int32_t, int32_t, int32_t) {}, [](int32_t) {});
+    if (failed && threadIdx.x == 0) *GraphOf(a, memory).status = kSyncFailed;
+  }
+
+  template <Quotas kQuotas, typename Threads>
+  static __device__ __forceinline__ void Make(const RouteArguments& a, const SolveOperands&,
+                                              int64_t element, const Fetched&, const SyncCall& call,
+                                              bool leader, const RouteMemory& memory) {
+    const Problem& p = a.problem;
+    const GraphMemory graph = GraphOf(a, memory);
+    if constexpr (kQuotas != Quotas::kGiven) {
+      const Proof proof =
+          SolveGraph<kWords, Threads>(p, CountedTotals{memory.total}, graph, memory.quota);
+      if (leader && threadIdx.x == 0) {
+        const SolveResults out = BatchElement(p, a.solve_out, element);
+        *out.max_load = proof.max_load;
+        *out.lower_bound = proof.lower_bound;
+      }
+      Threads::Sync();
+    }
+    const bool failed = kQuotas == Quotas::kSynced && (*graph.status & kSyncFailed);
+    const PieceTable pieces = PiecesOf(a, memory);
+#pragma unroll 1
+    for (int32_t e = threadIdx.x; e < p.n_logical; e += Threads::Size()) {
+      Dealer dealer(pieces, graph.first[e], memory.own[e]);
+      const int32_t n_hosts = HostsOf<kWords>(graph, e);
+      if (n_hosts > 1 && !failed)
+        Deal<kQuotas>(a, element, call, graph, memory, e, n_hosts, dealer);
+      memory.routes[e] = dealer.Finish(failed ? -1 : graph.home[e]);
+    }
+  }
+
+  // Deals this source's tokens of a shared expert.
+  template <Quotas kQuotas>
+  static __device__ __forceinline__ void Deal(const RouteArguments& a, int64_t element,
+                                              const SyncCall& call, const GraphMemory& graph,
+                                              const RouteMemory& memory, int32_t e, int32_t n_hosts,
+                                              Dealer& dealer) {
+    const Problem& p = a.problem;
+    const int32_t first = graph.first[e];
+    const auto deal_by_distance = [&](int32_t me, const auto& count_of) {
+      DealByDistance(p, graph, memory.quota, first, n_hosts, me, count_of, dealer);
+    };
+    if constexpr (kQuotas == Quotas::kSynced) {
+      deal_by_distance(a.peers.rank, [&](int32_t source) {
+        return static_cast<int32_t>(LoadWord(a.peers.inbox + call.RowOf(a.peers, source) + e));
+      });
+      return;
+    }
+    if constexpr (kQuotas == Quotas::kGiven) {
+      const AssignOperands given = BatchElement(p, a.sources, a.given, element);
+      if (a.proportional) {
+        DealShares(p, graph, memory.quota, first, n_hosts, max(given.counts[e], 0), *given.rank,
+                   dealer);
+        return;
+      }
+      if (a.sources.n_sources > 1) {
+        deal_by_distance(*given.rank, [&](int32_t source) {
+          return max(given.counts[source * a.sources.row + e], 0);
+        });
+        return;
+      }
+    }
+    ForHosts(graph, memory.quota, first, n_hosts,
+             [&](int32_t slot, int32_t tokens) { dealer.Add(slot, tokens); });
+  }
+
+  template <Quotas kQuotas, typename Threads>
+  static __device__ __forceinline__ void Summarize(const RouteArguments& a, int64_t element,
+                                                   int32_t block, int32_t n_blocks,
+                                                   const RouteMemory& memory) {
+    const Problem& p = a.problem;
+    const int32_t first = block * Threads::Size() + threadIdx.x;
+    const int32_t stride = n_blocks * Threads::Size();
+    const int32_t* sent = PiecesOf(a, memory).sent;
+    int32_t* counts = a.tokens.slot_counts;
+    if (counts != nullptr) counts += element * p.n_physical;
+    const SolveResults out = BatchElement(p, a.solve_out, element);
+    if (kQuotas != Quotas::kGiven && first == 0) {
+      const int32_t invalid = memory.total[p.n_logical] != 0 ? kInvalidIndex : 0;
+      *out.status = *GraphOf(a, memory).status | invalid;
+    }
+#pragma unroll 1
+    for (int32_t i = first; i < p.n_physical; i += stride) {
+      if constexpr (kQuotas != Quotas::kGiven) out.quota[i] = memory.quota[i];
+      if (counts != nullptr) counts[i] = sent[i];
+    }
+  }
+
+  // Where the token of `expert` with this ordinal among all of the expert's tokens goes.
+  static __device__ __forceinline__ Place PlaceOf(const RouteArguments& a,
+                                                  const RouteMemory& memory, int32_t expert,
+                                                  int32_t ordinal) {
+    if (expert < 0) return {-1, -1};
+    const PackedRoute route = memory.routes[expert];
+    if (ordinal < route.keep) {
+      return route.home == kNoSlot ? Place{-1, -1} : Place{route.home, ordinal};
+    }
+    if (route.replica == kNoSlot) return {-1, -1};
+    return FindPiece(PiecesOf(a, memory), route, ordinal);
+  }
+};
+
+// Calls `function` with the routing of a problem that is solved, as a value of its type.
+template <typename Function>
+auto WithRouting(const Problem& p, Function&& function) {
+  if (p.node_size > 0) {
+    return WithGraphWords(p,
+                          [&](auto words) { return function(Anywhere<decltype(words)::value>()); });
+  }
+  return WithSolverShape(p, [&](auto shape) {
+    return function(AlongTopology<decltype(shape)::kWords, decltype(shape)::kColumns>());
+  });
+}
+
+}  // namespace lplb::cuda
+
+#endif  // LPLB_CUDA_ROUTE_ROUTING_CUH_
