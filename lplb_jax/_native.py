@@ -118,6 +118,8 @@ def whole(array: Any) -> jax.Array:
 
 def sharded_as(array: jax.Array, like: Any) -> jax.Array:
     """`array` with the explicit sharding of `like`, which has the same shape."""
+    if not isinstance(like, jax.Array):
+        return array
     sharding = jax.typeof(like).sharding
     if all(axes is None for axes in sharding.spec):
         return array

@@ -183,24 +183,12 @@ def _operands(
             )
         ids = _integers("indices", indices)
         known = ids[(ids >= 0) & (ids < placement.n_logical)]
-        loads = np.bincount(known.astype(np.int64), minlength=placement.n_logical)
+        loads = np.bincount(known, minlength=placement.n_logical)
     loads = _integers("loads", loads)
-    if placement is None or r2o is not None or placement.topology is not None:
-        problem = check_problem(loads, r2o, placement, axis_name=None)
-        placement, group_size = problem.placement, problem.r2o.group_size
-    else:
-        group_size = placement.ep_size
-    n_logical = placement.n_logical
-    phy2log = _integers("placement.phy2log", placement.phy2log)
-    named = np.unique(phy2log[phy2log != -1])
-    if phy2log.ndim != 1 or not np.array_equal(named, np.arange(n_logical)):
-        raise ValueError(
-            f"placement.phy2log: expected every expert 0 … {n_logical - 1} in [n_physical] slots, "
-            f"−1 in empty ones, got shape {list(phy2log.shape)} with experts {named.tolist()}"
-        )
+    problem = check_problem(loads, r2o, placement, axis_name=None)
     # Negative loads count as 0.
-    per_expert = loads.astype(object).clip(0).reshape(-1, n_logical).sum(axis=0)
-    return placement, group_size, per_expert.tolist()
+    per_expert = loads.astype(object).clip(0).reshape(-1, problem.n_logical).sum(axis=0)
+    return problem.placement, len(problem.r2o), per_expert.tolist()
 
 
 def _of_split(split: Split, n_physical: int, n_groups: int) -> Iterator[np.ndarray]:

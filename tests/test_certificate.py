@@ -185,16 +185,14 @@ def test_any_placement(rng):
     for _ in range(20):
         spare = rng.integers(-1, n_logical, ep_size * slots_per_rank - n_logical)
         phy2log = rng.permutation(np.append(np.arange(n_logical), spare)).astype(np.int32)
-        log2phy = np.full((n_logical, 16), -1, np.int32)
-        for expert in range(n_logical):
-            slots = np.flatnonzero(phy2log == expert)
-            log2phy[expert, : len(slots)] = slots
-        logcnt = (log2phy >= 0).sum(axis=1).astype(np.int32)
-        placement = Placement(phy2log, log2phy, logcnt, ep_size)
-        loads = rng.integers(0, 100, n_logical)
+        placement = Placement.from_phy2log(phy2log, ep_size=ep_size, n_logical=n_logical)
+        loads = rng.integers(0, 100, n_logical).astype(np.int32)
         best = best_cut(loads, any_hosts(placement))
+        split = solve(loads, placement=placement)
+        assert split.max_load.tolist() == [best]
+        assert verify(loads, split, placement=placement) == []
         quota = np.zeros(16, np.int32)
-        quota[log2phy[:, 0]] = loads
+        quota[placement.log2phy[:, 0]] = loads
         busiest = int(quota.reshape(ep_size, -1).sum(axis=1).max())
         split = Split(quota, np.array([busiest]), np.array([best]), np.array([0]))
         better = f"group 0: the busiest rank has {busiest:,} tokens, {best:,} are possible"
@@ -210,8 +208,7 @@ def any_hosts(placement):
 
 
 def test_an_empty_slot_serves_nobody():
-    phy2log, log2phy = np.array([0, -1, 1, -1], np.int32), np.array([[0], [2]], np.int32)
-    placement = Placement(phy2log, log2phy, np.ones(2, np.int32), 2)
+    placement = Placement.from_phy2log([0, -1, 1, -1], ep_size=2)
     split = Split(np.array([3, 1, 4, 0]), np.array([4]), np.array([4]), np.array([0]))
     assert verify([3, 4], split, placement=placement) == [
         "slot 1 is empty and has a quota of 1, expected 0"
