@@ -2,6 +2,7 @@
 #include "xla_ffi/assignment.h"
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "xla_ffi/cpu/handler.h"
@@ -72,6 +73,13 @@ namespace {
 
 ffi::Error RunAssign(const AssignCall& call) {
   const Problem& p = call.problem;
+  for (int64_t b = 0; b < call.batch; ++b) {
+    const int32_t rank = call.in.rank[b];
+    if (rank < 0 || rank >= p.ep_size) {
+      return Invalid("rank: expected 0 to " + std::to_string(p.ep_size - 1) + ", got " +
+                     std::to_string(rank));
+    }
+  }
   return WithIndexType(call.tokens.type, [&](auto* type) {
     auto* indices = static_cast<decltype(type)>(call.tokens.indices);
     for (int64_t b = 0; b < call.batch; ++b) {
