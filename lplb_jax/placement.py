@@ -12,6 +12,7 @@ import jax.core
 import numpy as np
 
 from lplb_jax import _tables, topologies
+from lplb_jax._eplb import eplb
 from lplb_jax.topologies import Topology
 
 
@@ -126,48 +127,100 @@ class Placement:
 
 def place_experts(
     history: Any,
-    r2o: Any,
+    r2o: Any = None,
     *,
     n_logical: int,
     ep_size: int,
-    redundants_per_rank: int,
+    redundants_per_rank: int | None = None,
+    n_physical: int | None = None,
     n_nodes: int = 1,
+    n_groups: int = 1,
+    method: str = "eplb",
 ) -> Placement:
     """Places experts on ranks from past loads, on the host.
 
-    Experts are packed onto groups, whose tokens cannot leave them, then onto the nodes within a
-    group, then onto ranks, so that the packs' loads are even (EPLB's hierarchical reordering,
-    without its replication: heaviest expert first, each onto the lightest pack that has room). If
-    nodes hold several groups, groups are packed onto nodes in the same way. The experts of a rank
-    are sorted by load and the heaviest `redundants_per_rank` are replicated along `r2o`.
+    Along a topology `r2o`, experts are packed onto groups, whose tokens cannot leave them, then
+    onto the nodes within a group, then onto ranks, so that the packs' loads are even (EPLB's
+    hierarchical reordering, without its replication: heaviest expert first, each onto the lightest
+    pack that has room). If nodes hold several groups, groups are packed onto nodes in the same way.
+    The experts of a rank are sorted by load and the heaviest `redundants_per_rank` are replicated
+    along `r2o`.
+
+    Without `r2o`, an expert may have any number of copies on any ranks. Method "eplb" places them
+    as EPLB's `rebalance_experts` does: every redundant slot goes to the expert with the most load
+    per copy, and the copies are packed onto ranks. If `n_groups` is a multiple of `n_nodes`, groups
+    of consecutive experts are packed onto nodes first, which no copy then leaves.
 
     Args:
-      history: loads `[n_logical]`, or `[layers, n_logical]` for a placement per layer; finite and
-        not negative, any unit. None keeps the given order.
-      r2o: topology `[group_size, n_columns]`, see `lplb_jax.topologies`.
-      n_logical: experts, a multiple of `ep_size`.
-      ep_size: ranks, a multiple of `group_size`; groups are consecutive ranks.
-      redundants_per_rank: redundant slots of each rank, a multiple of `n_columns`, at most
-        `n_logical / ep_size`.
+      history: loads `[n_logical]`, or `[layers, n_logical]` for a placement per layer, or, without
+        `r2o`, `[layers, batches, n_logical]`; finite and not negative, any unit. None keeps the
+        given order along `r2o`, and stands for equal loads without.
+      r2o: topology `[group_size, n_columns]`, see `lplb_jax.topologies`, or None.
+      n_logical: experts; with `r2o` a multiple of `ep_size`.
+      ep_size: ranks; with `r2o` a multiple of `group_size`, groups are consecutive ranks.
+      redundants_per_rank: redundant slots of each rank. With `r2o` a multiple of `n_columns`, at
+        most `n_logical / ep_size`; without at least 0, beside ⌈n_logical / ep_size⌉ other slots.
+      n_physical: in the place of `redundants_per_rank`, without `r2o`: all slots, a multiple of
+        `ep_size`, at least `n_logical`.
       n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each.
+      n_groups: groups of experts for method "eplb", a divisor of `n_logical`.
+      method: "eplb"; with `r2o` there is no choice.
 
     Returns:
-      A `Placement` of NumPy arrays, with a leading axis where `history` has one.
+      A `Placement` of NumPy arrays, with a leading axis where `history` has one. It carries `r2o`;
+      without, it is one like those of `Placement.from_phy2log`.
 
     Raises:
       TypeError, ValueError: an argument is not as above; the message names it.
 
-    Source: DeepSeek EPLB (hierarchical load balancing), LPLB (replicas along a topology).
+    Source: DeepSeek EPLB, LPLB (replicas along a topology).
 
     >>> placement = place_experts(
     ...     [5, 1, 9, 1], topologies.ring(2), n_logical=4, ep_size=2, redundants_per_rank=1
     ... )
     >>> placement.phy2log.tolist()  # rank 0: experts 2 and 3 and a copy of 0, rank 1: 0, 1 and 2
     [2, 3, 0, 0, 1, 2]
+    >>> placement = place_experts(
+    ...     [5, 1, 9, 1], n_logical=4, ep_size=2, redundants_per_rank=1, method="eplb"
+    ... )
+    >>> placement.phy2log.tolist()
+    [2, 0, 1, 2, 0, 3]
     """
-    topology = topologies.validate(r2o)
-    check_integers(n_logical=n_logical, redundants_per_rank=redundants_per_rank)
     check_nodes(ep_size, n_nodes)
+    if r2o is None:
+        slots_per_rank = _slots_per_rank(n_logical, ep_size, redundants_per_rank, n_physical)
+        _check_method(method, n_logical, n_groups)
+        loads = np.ones(n_logical) if history is None else _loads_of(history, n_logical, 3)
+        tables = [
+            eplb(batches.sum(axis=0), int(ep_size), slots_per_rank, n_groups, n_nodes)
+            for batches in loads.reshape(len(loads) if loads.ndim > 1 else 1, -1, n_logical)
+        ]
+        phy2log = np.stack(tables) if loads.ndim > 1 else tables[0]
+        return Placement.from_phy2log(
+            phy2log, ep_size=ep_size, n_logical=n_logical, n_nodes=n_nodes
+        )
+    for name, given, default in (
+        ("n_physical", n_physical, None),
+        ("n_groups", n_groups, 1),
+        ("method", method, "eplb"),
+    ):
+        if given != default:
+            raise ValueError(f"{name}: expected {default!r} with r2o, got {given!r}")
+    return _place_along(
+        history, topologies.validate(r2o), n_logical, ep_size, redundants_per_rank, n_nodes
+    )
+
+
+def _place_along(
+    history: Any,
+    topology: Topology,
+    n_logical: int,
+    ep_size: int,
+    redundants_per_rank: Any,
+    n_nodes: int,
+) -> Placement:
+    """The placements of all layers of `history` along a topology."""
+    check_integers(n_logical=n_logical, redundants_per_rank=redundants_per_rank)
     check_sizes(topology, n_logical, ep_size, redundants_per_rank)
     along = functools.partial(
         _along_topology,
@@ -178,20 +231,7 @@ def place_experts(
     )
     if history is None:
         return along(np.arange(n_logical))
-
-    try:
-        loads = np.asarray(history).astype(np.float64, casting="same_kind")
-    except (TypeError, ValueError) as error:  # ragged, traced, or no real numbers
-        raise TypeError(
-            f"history: expected an array of real numbers, known on the host, got {history!r}"
-        ) from error
-    if loads.ndim not in (1, 2) or loads.shape[-1] != n_logical or len(loads) < 1:
-        raise ValueError(
-            f"history: expected shape [n_logical] or [layers, n_logical] with n_logical = "
-            f"{n_logical} and at least one layer, got {loads.shape}"
-        )
-    if not np.all(np.isfinite(loads)) or np.any(loads < 0):
-        raise ValueError("history: expected finite loads of at least 0, got NaN, inf or negative")
+    loads = _loads_of(history, n_logical, 2)
     placements = [
         along(_pack_ranks(row, ep_size, topology.group_size, n_nodes))
         for row in np.atleast_2d(loads)
@@ -199,6 +239,60 @@ def place_experts(
     if loads.ndim == 1:
         return placements[0]
     return jax.tree.map(lambda *layers: np.stack(layers), *placements)
+
+
+def _loads_of(history: Any, n_logical: int, most_axes: int) -> np.ndarray:
+    """`history` as float64 with one to `most_axes` axes, or what is wrong with it."""
+    try:
+        loads = np.asarray(history).astype(np.float64, casting="same_kind")
+    except (TypeError, ValueError) as error:  # ragged, traced, or no real numbers
+        raise TypeError(
+            f"history: expected an array of real numbers, known on the host, got {history!r}"
+        ) from error
+    if not 1 <= loads.ndim <= most_axes or loads.shape[-1] != n_logical or 0 in loads.shape:
+        shapes = ["[n_logical]", "[layers, n_logical]", "[layers, batches, n_logical]"]
+        raise ValueError(
+            f"history: expected shape {' or '.join(shapes[:most_axes])} with n_logical = "
+            f"{n_logical} and at least one layer, got {loads.shape}"
+        )
+    if not np.all(np.isfinite(loads)) or np.any(loads < 0):
+        raise ValueError("history: expected finite loads of at least 0, got NaN, inf or negative")
+    return loads
+
+
+def _slots_per_rank(
+    n_logical: int, ep_size: int, redundants_per_rank: int | None, n_physical: int | None
+) -> int:
+    """Slots of a rank without topology, from what says how many there are."""
+    check_integers(n_logical=n_logical)
+    if n_logical < 1:
+        raise ValueError(f"n_logical: expected at least 1 expert, got {n_logical}")
+    if (redundants_per_rank is None) == (n_physical is None):
+        raise ValueError(
+            f"redundants_per_rank: expected either this or n_physical, got {redundants_per_rank} "
+            f"and {n_physical}"
+        )
+    if n_physical is not None:
+        check_integers(n_physical=n_physical)
+        if n_physical < n_logical or n_physical % ep_size:
+            raise ValueError(
+                f"n_physical: expected a multiple of ep_size = {ep_size}, at least n_logical = "
+                f"{n_logical}, got {n_physical}"
+            )
+        return int(n_physical) // int(ep_size)
+    check_integers(redundants_per_rank=redundants_per_rank)
+    if redundants_per_rank < 0:
+        raise ValueError(f"redundants_per_rank: expected at least 0, got {redundants_per_rank}")
+    return -(-int(n_logical) // int(ep_size)) + int(redundants_per_rank)
+
+
+def _check_method(method: Any, n_logical: int, n_groups: Any) -> None:
+    """Raises where there is no such method, or groups do not divide the experts."""
+    if method != "eplb":
+        raise ValueError(f"method: expected 'eplb', got {method!r}")
+    check_integers(n_groups=n_groups)
+    if n_groups < 1 or n_logical % n_groups:
+        raise ValueError(f"n_groups: expected a divisor of n_logical = {n_logical}, got {n_groups}")
 
 
 @functools.lru_cache(maxsize=64)

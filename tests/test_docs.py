@@ -115,7 +115,10 @@ def test_signatures_are_the_contract():
             "(loads, r2o=None, *, placement=None, solver='auto', rank_weights=None, repair=True, "
             "factor='elimination')"
         ),
-        "place_experts": ("(history, r2o, *, n_logical, ep_size, redundants_per_rank, n_nodes=1)"),
+        "place_experts": (
+            "(history, r2o=None, *, n_logical, ep_size, redundants_per_rank=None, "
+            "n_physical=None, n_nodes=1, n_groups=1, method='eplb')"
+        ),
         "assign": (
             "(indices, loads, split, r2o=None, *, placement=None, axis_name=None, positions=False)"
         ),
