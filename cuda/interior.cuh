@@ -45,11 +45,6 @@ class Interior {
     alignas(16) float middle[kRanks];
   };
 
-  struct Result {
-    float largest;
-    float bound;
-  };
-
   // Of one edge each: the capacity and, once that is read, the best plan; flow; H; the values of y
   // at its ends with the capacity, which is 0 in the places that pad them. Of one rank each:
   // whether it is in the best cut.
@@ -71,8 +66,9 @@ class Interior {
         is_rank_(threadIdx.x < graph.n_ranks) {}
 
   // In: memory.base and memory.w, and edges.cap, 0 for what is no edge; a barrier is behind them.
-  // Out: edges.flow is the best plan, edges.cut the best cut. Ends with a barrier of the team.
-  __device__ Result Run() {
+  // The sum of base must be a float. Out: edges.flow is the best plan, times `back`, and edges.cut
+  // the best cut. Ends with a barrier of the team.
+  __device__ void Run(float back) {
     const float scale = Scale();
     Start();
     float largest = 0;
@@ -85,10 +81,9 @@ class Interior {
       Step();
     }
     TeamOf::Sync();
-    ForEdges([&](int, int e) { edges_.flow[e] = edges_.cap[e] * scale; });
+    ForEdges([&](int, int e) { edges_.flow[e] = edges_.cap[e] * scale * back; });
     if (is_rank_) edges_.cut[threadIdx.x] = in_cut;
     TeamOf::Sync();
-    return {largest * scale, bound * scale};
   }
 
  private:
@@ -147,12 +142,12 @@ class Interior {
     }
     ForEdges([&](int i, int e) {
       const float cap = edges_.cap[e] * unit;
-      if (cap > kLeastEdge) {
+      uv_[i] = graph_.by_columns.Quotient(e) << 16 | graph_.dst[e];
+      if (cap > kLeastEdge * memory_.w[U(i)]) {
         cap_[i] = cap;
         x_[i] = xb_[i] = cap / 2;
         n_live_ += 1;
       }
-      uv_[i] = graph_.by_columns.Quotient(e) << 16 | graph_.dst[e];
       edges_.flow[e] = cap_[i] / 2;
     });
     TeamOf::Sync();
@@ -408,14 +403,15 @@ class Interior {
       const float dx = g[i];
       const float dzl = el[i] - zl_[i] * (1 + dx * ix[i]);
       const float dzu = eu[i] - zu_[i] * (1 - dx * ixb[i]);
-      x_[i] = fmaxf(x_[i] + ap * dx, kLeastPrimal);
-      xb_[i] = fmaxf(xb_[i] - ap * dx, kLeastPrimal);
+      const float least = LeastPrimal(cap_[i]);
+      x_[i] = fmaxf(x_[i] + ap * dx, least);
+      xb_[i] = fmaxf(xb_[i] - ap * dx, least);
       zl_[i] = fmaxf(zl_[i] + ad * dzl, kLeastDual);
       zu_[i] = fmaxf(zu_[i] + ad * dzu, kLeastDual);
     });
     if (is_rank_) {
       const float ds = es - s_ - ex * dy;
-      s_ = fmaxf(s_ + ap * ds, kLeastPrimal);
+      s_ = fmaxf(s_ + ap * ds, LeastSlack(w_));
       y_ = fmaxf(y_ + ad * dy, kLeastDual);
       memory_.y[threadIdx.x] = y_;
     }

@@ -5,24 +5,31 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 
 #include "cuda/problem.h"
 
 namespace lplb {
 
 constexpr int32_t kMaxSteps = 16;
-constexpr float kStopGap = 5e-5f;       // Of the largest load.
-constexpr float kConvergedGap = 1e-4f;  // Likewise.
-constexpr float kLeastEdge = 1e-9f;  // Of the mean load: edges that could move less are left out.
-constexpr float kBackOff = 0.99f;    // How much of the way to the boundary a step goes.
-constexpr float kLeastSigma = 0.01f;
+constexpr float kStopGap = 5e-5f;              // Of the largest load.
+constexpr float kConvergedGap = 1e-4f;         // Likewise.
+constexpr float kLeastWeight = 9.094947e-13f;  // 2⁻⁴⁰ of the largest: smaller ones count as this.
+constexpr float kMostLoad = 3.4e38f;  // Just below float's end, so that no rounding passes it.
+constexpr float kLeastEdge = 1e-9f;   // Of a rank's mean load: edges that move less are left out.
+constexpr float kBackOff = 0.99f;     // How much of the way to the boundary a step goes.
+constexpr float kLeastSigma = 0.01f;  // The corrector's target, of the mean product, at least,
+constexpr float kCaution = 0.3f;      // and times the square of what the predictor fell short.
 constexpr float kLeastMu = 3e-8f;
 constexpr float kLeastPrimal = 1e-12f;
+constexpr float kLeastShare = 1e-3f;  // Of an edge's capacity, where that is below kLeastPrimal.
 constexpr float kLeastDual = 1e-20f;
 constexpr float kStartSlack = 0.03f;
 constexpr float kStartProduct = 0.05f;        // x · √(zl zu), of s · y.
 constexpr float kNoLimit = 3e38f;             // A step length.
 constexpr float kMostTokens = 2147483520.0f;  // The largest float that is an int32.
+constexpr int32_t kInfinity = 0x7f800000;     // The bits of float's infinity.
 
 // What the interior point is asked for besides the problem. Buffers of loads and results are 32-bit
 // words: float instead of int32 where floats says so; the two load values also where weighted.
@@ -52,7 +59,7 @@ LPLB_HOST_DEVICE float TargetMu(float mu, float affine, float reach) {
 #else
   const float sigma = affine / mu;
 #endif
-  const float least = fmaxf(kLeastSigma, 0.3f * (1 - reach) * (1 - reach));
+  const float least = fmaxf(kLeastSigma, kCaution * (1 - reach) * (1 - reach));
   return fmaxf(fmaxf(sigma * sigma * sigma, least) * mu, kLeastMu);
 }
 
@@ -62,24 +69,66 @@ LPLB_HOST_DEVICE int32_t RoundTokens(float moved, int32_t cap) {
   return tokens < cap ? tokens : cap;
 }
 
-// How many tokens are enough for a rank where the largest load / weight is `largest`.
-LPLB_HOST_DEVICE int32_t EnoughTokens(float largest, float weight) {
-  return static_cast<int32_t>(ceilf(fminf(largest * weight, kMostTokens)));
+// The floors under which a step leaves no x, xb or s.
+LPLB_HOST_DEVICE float LeastPrimal(float cap) { return fminf(kLeastPrimal, kLeastShare * cap); }
+LPLB_HOST_DEVICE float LeastSlack(float weight) { return kLeastPrimal * fminf(weight, 1); }
+
+LPLB_HOST_DEVICE float FromBits(int32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
 }
 
-// What is proven by a cut that `stuck` units of 2^exponent cannot leave, of total weight `weight`:
-// rounded down by more than float32 can have rounded up.
-LPLB_HOST_DEVICE float Provable(int64_t stuck, int32_t exponent, float weight, int32_t n_ranks) {
-  if (stuck <= 0 || !(weight > 0)) return 0;
-  const float safe = 1 - 1.1920929e-7f * static_cast<float>(n_ranks + 4);
-  return ldexpf(static_cast<float>(stuck) / weight * safe, exponent);
+// e of value = m · 2^e with 1 ≤ m < 2, of values ≥ 0; from −126 to 126, so that 2^±e is a float.
+LPLB_HOST_DEVICE int32_t Exponent(float value) {
+  int32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  const int32_t exponent = (bits >> 23) - 127;
+  return exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
 }
 
-// The power of two in whose units the sum of a rank's loads, at most `most`, is below 2³⁰.
-LPLB_HOST_DEVICE int32_t UnitExponent(float most) {
-  int exponent = 0;
-  frexpf(most, &exponent);
-  return 29 - exponent;
+// 2^e, for −126 ≤ e ≤ 127.
+LPLB_HOST_DEVICE float PowerOfTwo(int32_t e) { return FromBits((e + 127) << 23); }
+
+// The most tokens of a rank whose load / weight is `value`: rounded up by more than float can have
+// rounded down, so that what passes it is above `value`.
+LPLB_HOST_DEVICE int32_t TokenLimit(float value, float weight) {
+  const float limit = floorf(value * weight * (1 + 4.7683716e-7f));
+  return limit < kMostTokens ? static_cast<int32_t>(limit) : kInt32Max;
+}
+
+// Whether a weight is positive and finite; numbers that are not normal count as 0.
+LPLB_HOST_DEVICE bool IsSpeed(float weight) {
+  return weight >= std::numeric_limits<float>::min() && weight <= std::numeric_limits<float>::max();
+}
+
+// The least float ≥ 0 that `enough` holds for, if it does for all that are larger. Bits of floats
+// are ordered as the floats are, so it is found bit by bit.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable  // Called with functions of the device, or of the host.
+#endif
+template <typename Enough>
+LPLB_HOST_DEVICE float LeastFloat(Enough&& enough) {
+  if (enough(0.0f)) return 0;
+  int32_t bits = 0;  // Not enough.
+  for (int32_t bit = 30; bit >= 0; --bit) {
+    const int32_t more = bits | 1 << bit;
+    if (more < kInfinity && !enough(FromBits(more))) bits = more;
+  }
+  return FromBits(bits + 1);
+}
+
+// What a cut of total weight `weight` proves that keeps `total`: rounded down by more than float
+// can have rounded up.
+LPLB_HOST_DEVICE float Provable(float total, float weight, int32_t n_ranks) {
+  if (!(weight > 0)) return 0;
+  return total / weight * (1 - 1.1920929e-7f * static_cast<float>(n_ranks + 4));
+}
+
+// Whether what is reported counts as converged: the largest load against what is proven.
+template <typename Value>
+LPLB_HOST_DEVICE bool Converged(Value max_load, Value lower_bound) {
+  return static_cast<float>(max_load - lower_bound) <= kConvergedGap * static_cast<float>(max_load);
 }
 
 }  // namespace lplb

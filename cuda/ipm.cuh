@@ -4,6 +4,7 @@
 #define LPLB_CUDA_IPM_CUH_
 
 #include <algorithm>
+#include <cfloat>
 #include <type_traits>
 
 #include "cuda/interior.cuh"
@@ -39,12 +40,10 @@ struct IpmMemory {
 
 // What the threads of the block tell one another.
 struct Shared {
-  float largest;
-  float bound;
-  float proven;
-  int32_t most;
-  int32_t target;
-  int32_t max_load;  // Or the bits of the largest load / weight.
+  float bound;       // What is proven of float loads, or of load / weight.
+  int32_t target;    // What is proven of tokens on ranks of equal speed.
+  int32_t max_load;  // Or the bits of a float.
+  int32_t most;      // The bits of a float: of real loads, the most of one rank.
   bool overflow;
 };
 
@@ -91,6 +90,7 @@ __device__ __forceinline__ void LoadRealRanks(const Problem& p, const SolveOpera
         negative |= !(load >= 0);  // NaN, too.
         total += load >= 0 ? load : 0;
       }
+      total = fminf(total, FLT_MAX);  // Which is an overflow still.
       reinterpret_cast<float*>(memory.own)[rank * p.n_local + k] = total;
       sum += total;
     }
@@ -104,88 +104,41 @@ __device__ __forceinline__ void LoadRealRanks(const Problem& p, const SolveOpera
   }
 }
 
-// The ranks' weights with mean 1, by one warp; all 1 where one of them is no speed, which is a
-// failure.
+// The ranks' weights with mean 1, by one warp. Where one is no speed all count as equal, and none
+// counts as less than kLeastWeight of the largest; both set a status bit.
 __device__ __forceinline__ void LoadWeights(const Problem& p, const IpmOptions& options,
                                             const float* weights, const IpmMemory& memory,
                                             float* w) {
   const int32_t lane = threadIdx.x & 31;
-  float sum = 0;
   bool good = options.weighted;
+  float largest = 0;
 #pragma unroll 1
-  for (int32_t r = lane; r < p.group_size && options.weighted; r += 32) {
-    const float weight = weights[r];
-    good &= weight > 0 && weight <= 3e38f;
-    sum += weight;
+  for (int32_t r = lane; r < p.group_size && good; r += 32) {
+    good = IsSpeed(weights[r]);
+    largest = fmaxf(largest, weights[r]);
   }
   good = __all_sync(kFullWarp, good);
-  if (options.weighted && !good && lane == 0) atomicOr(memory.group.status, kNotConverged);
-  const float mean = good ? WarpSum(sum) / static_cast<float>(p.group_size) : 1;
+  bool taken = good;
+  float mean = 1;
+  float power = 0;
+  float least = 1;
+  if (good) {
+    largest = Team<32>::WarpMax(largest);
+    power = PowerOfTwo(-Exponent(largest));  // Their sum could overflow.
+    least = kLeastWeight * (largest * power);
+    float sum = 0;
+#pragma unroll 1
+    for (int32_t r = lane; r < p.group_size; r += 32) {
+      taken &= weights[r] * power >= least;
+      sum += fmaxf(weights[r] * power, least);
+    }
+    mean = WarpSum(sum) / static_cast<float>(p.group_size);
+  }
 #pragma unroll 1
   for (int32_t r = lane; r < p.group_size; r += 32) {
-    w[r] = memory.weight[r] = good ? weights[r] / mean : 1;
+    w[r] = memory.weight[r] = good ? fmaxf(weights[r] * power, least) / mean : 1;
   }
-}
-
-// Looks for contradictions between phy2log, log2phy and r2o in the group's slots first,
-// first + stride, …
-__device__ __forceinline__ void CheckSlots(const Problem& p, const SolveOperands& in, Groups groups,
-                                           const GroupMemory& memory, int32_t first,
-                                           int32_t stride) {
-  const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
-#pragma unroll 1
-  for (int32_t i = first; i < p.group_size * p.slots_per_rank; i += stride) {
-    const int32_t rank = p.by_slots.Quotient(i);
-    const int32_t k = i - rank * p.slots_per_rank;
-    const bool copy = k >= p.n_local;
-    const int32_t expert = in.phy2log[first_slot + i];
-    const int32_t known = KnownExpert(p, expert);
-    const int32_t* named = in.log2phy + known * p.max_replicas;
-    bool good = expert == known && named[copy] == first_slot + i;
-    for (int32_t j = k < p.n_redundant ? 2 : 1; !copy && j < p.max_replicas; ++j) {
-      good &= named[j] == -1;
-    }
-    if (copy) {
-      const int32_t local = k - p.n_local;
-      const int32_t source = memory.src[rank * p.n_columns + p.by_columns.Remainder(local)];
-      good &= expert == in.phy2log[first_slot + source * p.slots_per_rank + local];
-    }
-    if (!good) atomicOr(memory.status, kBadPlacement);
-  }
-}
-
-// What an edge could move: the sum over its owner's replicated experts in this column.
-template <typename Sum, typename Function>
-__device__ __forceinline__ Sum OverColumn(const Problem& p, const GroupMemory& memory, int32_t edge,
-                                          Function&& load) {
-  const int32_t rank = p.by_columns.Quotient(edge);
-  Sum sum = 0;
-  if (memory.dst[edge] == rank) return sum;
-#pragma unroll 1
-  for (int32_t k = edge - rank * p.n_columns; k < p.n_redundant; k += p.n_columns) {
-    sum += load(rank * p.n_local + k);
-  }
-  return sum;
-}
-
-// Writes the quotas of the replicated experts: an edge's tokens come from its experts in order.
-template <typename Load>
-__device__ __forceinline__ void WriteSplit(const Problem& p, const GroupMemory& memory, Load* quota,
-                                           const Load* moved) {
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.group_size * p.n_redundant; i += blockDim.x) {
-    const int32_t rank = p.by_redundant.Quotient(i);
-    const int32_t k = i - rank * p.n_redundant;
-    const Load* own = reinterpret_cast<const Load*>(memory.own) + rank * p.n_local;
-    const int32_t column = p.by_columns.Remainder(k);
-    const int32_t edge = rank * p.n_columns + column;
-    Load left = moved[edge];
-#pragma unroll 1
-    for (int32_t j = column; j < k && left > 0; j += p.n_columns) left -= min(left, own[j]);
-    const Load away = min(left, own[k]);
-    quota[rank * p.slots_per_rank + k] = own[k] - away;
-    quota[memory.dst[edge] * p.slots_per_rank + p.n_local + k] = away;
-  }
+  if (options.weighted && !taken) atomicOr(memory.group.status, kNotConverged);
 }
 
 // Sum over the warp of values below 2⁴⁷ in size.
@@ -210,40 +163,49 @@ __device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GroupMemo
     int32_t stuck = memory.base[r];
     total += stuck;
 #pragma unroll 1
-    for (int32_t d = 0; d < p.n_columns; ++d) stuck -= CapacityOf(p, memory, 0, r, d);
+    for (int32_t d = 0; d < p.n_columns; ++d) stuck -= CapacityOf<int32_t>(p, memory, 0, r, d);
     alone = max(alone, stuck);
   }
   return max(CeilDivide(WarpSum(total), p.by_group), __reduce_max_sync(kFullWarp, alone));
 }
 
-// What cannot leave the best cut, exactly, in tokens or units; the cut's size and weight.
-struct CutValue {
-  int64_t stuck;
+// What cannot leave the best cut, exactly, in tokens; the cut's size.
+struct CutTokens {
+  int64_t tokens;
   int32_t size;
-  float weight;
 };
 
 // By one warp.
-__device__ __forceinline__ CutValue ValueOfCut(const Problem& p, const IpmMemory& memory) {
+__device__ __forceinline__ CutTokens TokensOfCut(const Problem& p, const IpmMemory& memory) {
   const GroupMemory& group = memory.group;
-  CutValue value = {0, 0, 0};
+  CutTokens value = {0, 0};
 #pragma unroll 1
   for (int32_t r = threadIdx.x & 31; r < p.group_size; r += 32) {
     if (!memory.cut[r]) continue;
-    value.stuck += group.base[r];
-    value.weight += memory.weight[r];
+    value.tokens += group.base[r];
     ++value.size;
 #pragma unroll 2
     for (int32_t d = 0; d < p.n_columns; ++d) {
       const int32_t edge = r * p.n_columns + d;
-      if (!memory.cut[group.dst[edge]]) value.stuck -= group.cap[edge];
+      if (!memory.cut[group.dst[edge]]) value.tokens -= group.cap[edge];
     }
   }
   __syncwarp();
-  value.stuck = WarpSum(value.stuck);
+  value.tokens = WarpSum(value.tokens);
   value.size = __reduce_add_sync(kFullWarp, value.size);
-  value.weight = WarpSum(value.weight);
   return value;
+}
+
+// The least load / weight at which the ranks of the cut may have that many tokens, by one warp.
+__device__ inline float LeastValue(const Problem& p, const IpmMemory& memory, int64_t tokens) {
+  return LeastFloat([&](float value) {
+    int64_t allowed = 0;
+#pragma unroll 1
+    for (int32_t r = threadIdx.x & 31; r < p.group_size; r += 32) {
+      if (memory.cut[r]) allowed += TokenLimit(value, memory.weight[r]);
+    }
+    return WarpSum(allowed) >= tokens;
+  });
 }
 
 // Raises *largest to the ranks' largest value ≥ 0, ints or bits of floats. All threads call it.
@@ -253,49 +215,108 @@ __device__ __forceinline__ void NoteLargest(const Problem& p, int32_t value, int
   if ((threadIdx.x & 31) == 0) atomicMax(largest, value);
 }
 
-// Real loads, after the solve: what is proven, and the plan's largest load. Ends with a barrier.
-__device__ __forceinline__ void ProveReal(const Problem& p, const IpmMemory& memory,
-                                          Shared& shared) {
-  const GroupMemory& group = memory.group;
-  const float* own = reinterpret_cast<const float*>(group.own);
-  const int32_t warp = threadIdx.x / 32;
-  const int32_t n_warps = blockDim.x / 32;
-  // For the proof, loads in units of a power of two that are rounded the safe way.
-  const int32_t exponent = UnitExponent(__int_as_float(shared.most));
+// Calls function(load) for this lane's part of rank r's experts all of whose slots are in the cut.
+template <typename Function>
+__device__ __forceinline__ void ForKept(const Problem& p, const IpmMemory& memory, int32_t r,
+                                        Function&& function) {
+  const float* own = reinterpret_cast<const float*>(memory.group.own) + r * p.n_local;
+  if (!memory.cut[r]) return;
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.group_size * p.n_columns; i += blockDim.x) {
-    group.cap[i] = OverColumn<int32_t>(p, group, i, [&](int32_t k) {
-      return static_cast<int32_t>(ceilf(ldexpf(own[k], exponent)));
-    });
+  for (int32_t k = threadIdx.x & 31; k < p.n_local; k += 32) {
+    const int32_t edge = r * p.n_columns + p.by_columns.Remainder(k);
+    if (k >= p.n_redundant || memory.cut[memory.group.dst[edge]]) function(own[k]);
   }
+}
+
+// Real loads, after their quotas are written: the plan's largest load / weight, and what the cut
+// proves, in units of a power of two that are never rounded up. Ends with a barrier.
+__device__ inline void ProveReal(const Problem& p, const IpmMemory& memory, const float* quota,
+                                 Shared& shared) {
+  const int32_t warp = threadIdx.x / 32;
+  const int32_t lane = threadIdx.x & 31;
+  const int32_t n_warps = blockDim.x / 32;
+  if (threadIdx.x == 0) shared.most = 0;
+  __syncthreads();
 #pragma unroll 1
   for (int32_t r = warp; r < p.group_size; r += n_warps) {
-    int64_t units = 0;
     float load = 0;
-    for (int32_t k = threadIdx.x & 31; k < p.n_local; k += 32) {
-      const float value = own[r * p.n_local + k];
-      units += static_cast<int32_t>(floorf(ldexpf(value, exponent)));
-      load += value;
+    for (int32_t k = lane; k < p.slots_per_rank; k += 32) load += quota[r * p.slots_per_rank + k];
+    float kept = 0;
+    ForKept(p, memory, r, [&](float value) { kept += value; });
+    load = WarpSum(load);
+    kept = WarpSum(kept);
+    if (lane == 0) {
+      atomicMax(&shared.max_load, __float_as_int(load / memory.weight[r]));
+      atomicMax(&shared.most, __float_as_int(kept));
+    }
+  }
+  __syncthreads();
+  const int32_t exponent = 28 - Exponent(__int_as_float(shared.most));
+#pragma unroll 1
+  for (int32_t r = warp; r < p.group_size; r += n_warps) {
+    int32_t units = 0;
+    ForKept(p, memory, r,
+            [&](float value) { units += static_cast<int32_t>(ldexpf(value, exponent)); });
+    units = __reduce_add_sync(kFullWarp, units);
+    if (lane == 0) memory.group.base[r] = units;
+  }
+  __syncthreads();
+  if (warp == 0) {
+    int64_t units = 0;
+    float weight = 0;
+    for (int32_t r = lane; r < p.group_size; r += 32) {
+      units += memory.group.base[r];  // 0 outside the cut.
+      weight += memory.cut[r] ? memory.weight[r] : 0;
     }
     units = WarpSum(units);
-    load = WarpSum(load);
-    for (int32_t d = 0; d < p.n_columns; ++d) {
-      const int32_t edge = r * p.n_columns + d;
-      load += memory.flow[group.src[edge] * p.n_columns + d] - memory.flow[edge];
-    }
-    if ((threadIdx.x & 31) == 0) {
-      group.base[r] = static_cast<int32_t>(units);
-      atomicMax(&shared.max_load, __float_as_int(fmaxf(load, 0) / memory.weight[r]));
+    weight = WarpSum(weight);
+    if (lane == 0) {
+      const float proven = Provable(static_cast<float>(units), weight, p.group_size);
+      shared.bound = ldexpf(proven, -exponent);
     }
   }
   __syncthreads();
-  if (warp == n_warps - 1) {
-    const CutValue cut = ValueOfCut(p, memory);
-    if ((threadIdx.x & 31) == 0) {
-      shared.proven = Provable(cut.stuck, -exponent, cut.weight, p.group_size);
+}
+
+// What finishes a plan of tokens by waves. On ranks of different speeds loads are counted from what
+// the proven load / weight allows every rank, and the target is 0. All threads call it; ends with a
+// barrier.
+__device__ __forceinline__ void Repair(const Problem& p, const IpmOptions& options,
+                                       const IpmMemory& memory, Shared& shared) {
+  const GroupMemory& group = memory.group;
+  const int32_t rank = threadIdx.x;
+  const auto count_from = [&](int32_t sign) {
+    if (rank < p.group_size) {
+      memory.load[rank] += sign * TokenLimit(shared.bound, memory.weight[rank]);
     }
+    __syncthreads();
+  };
+  const BlockGraph graph = {p.group_size, p.n_columns, group.src,
+                            group.dst,    group.cap,   group.moved,
+                            memory.load,  group.level, reinterpret_cast<uint32_t*>(group.sums)};
+  if (!options.weighted) {
+    const int32_t target = BlockWaves<Block>(graph, shared.target);
+    if (rank == 0) shared.target = target;
+    __syncthreads();
+    return;
   }
-  __syncthreads();
+  count_from(-1);
+  BlockWaves<Block>(graph, 0, [&](bool kept, int32_t, int32_t) {
+    count_from(1);
+    if (rank < p.group_size) memory.cut[rank] = kept;
+    __syncthreads();
+    if (rank < 32) {
+      int64_t tokens = 0;
+      for (int32_t r = rank; r < p.group_size; r += 32)
+        tokens += memory.cut[r] ? memory.load[r] : 0;
+      const float value = LeastValue(p, memory, WarpSum(tokens));
+      if (rank == 0) shared.bound = value;
+    }
+    __syncthreads();
+    count_from(-1);
+    return 0;
+  });
+  count_from(1);
 }
 
 // Tokens, after the solve: rounds the plan, proves a bound, and repairs. Ends with a barrier.
@@ -308,7 +329,6 @@ __device__ __forceinline__ void FinishTokens(const Problem& p, const IpmOptions&
     group.moved[i] = RoundTokens(memory.flow[i], group.cap[i]);
   }
   int32_t load = 0;
-  int32_t enough = 0;
   if (rank < p.group_size) {
     load = group.base[rank];
 #pragma unroll 2
@@ -318,39 +338,31 @@ __device__ __forceinline__ void FinishTokens(const Problem& p, const IpmOptions&
       load += RoundTokens(memory.flow[from], group.cap[from]) -
               RoundTokens(memory.flow[to], group.cap[to]);
     }
-    // Where the plan at hand is best ⌈t·w_r⌉ tokens are enough for every rank r.
-    if (options.weighted) enough = EnoughTokens(shared.largest, memory.weight[rank]);
-    memory.load[rank] = load - enough;
+    memory.load[rank] = load;
   }
-  const auto note = [&](int32_t load) {
-    if (options.weighted && rank < p.group_size) {
-      load = __float_as_int(static_cast<float>(load) / memory.weight[rank]);
-    }
-    NoteLargest(p, load, &shared.max_load);
-  };
-  if (!options.repair) note(load);
   if (threadIdx.x / 32 == blockDim.x / 32 - 1) {
-    const CutValue cut = ValueOfCut(p, memory);
-    if ((threadIdx.x & 31) == 0) {
-      if (options.weighted) {
-        shared.proven = Provable(cut.stuck, 0, cut.weight, p.group_size);
-        shared.target = 0;
-      } else if (cut.stuck > 0) {
-        shared.target = max(shared.target, CeilDivide(cut.stuck, SmallDivisor(cut.size)));
-      }
+    const CutTokens cut = TokensOfCut(p, memory);
+    if (options.weighted) {
+      const float value = LeastValue(p, memory, cut.tokens);
+      if ((threadIdx.x & 31) == 0) shared.bound = value;
+    } else if ((threadIdx.x & 31) == 0 && cut.tokens > 0) {
+      shared.target = max(shared.target, CeilDivide(cut.tokens, SmallDivisor(cut.size)));
     }
   }
-  __syncthreads();
-  if (!options.repair) return;
-  const int32_t target =
-      BlockWaves<Block>({p.group_size, p.n_columns, group.src, group.dst, group.cap, group.moved,
-                         memory.load, group.level, reinterpret_cast<uint32_t*>(group.sums)},
-                        shared.target);
-  if (options.weighted) {
-    note(rank < p.group_size ? memory.load[rank] + enough : 0);
-  } else if (threadIdx.x == 0) {
-    shared.max_load = shared.target = target;
+  if (options.repair) {
+    __syncthreads();
+    Repair(p, options, memory, shared);
+    if (!options.weighted) {
+      if (rank == 0) shared.max_load = shared.target;
+      __syncthreads();
+      return;
+    }
+    load = rank < p.group_size ? memory.load[rank] : 0;
   }
+  if (options.weighted && rank < p.group_size) {
+    load = __float_as_int(static_cast<float>(load) / memory.weight[rank]);
+  }
+  NoteLargest(p, load, &shared.max_load);
   __syncthreads();
 }
 
@@ -363,96 +375,98 @@ constexpr int32_t MostThreads() {
   return kSolving == 32 ? 320 : kSolving <= 128 ? 256 : kSolving + 64;
 }
 
-// Solves one group with one block.
+// The whole group, of loads of type Load, as one block sees it.
 template <typename Solver, typename Load>
-__global__ void __launch_bounds__(MostThreads<Solver>(), 1)
-    IpmKernel(Problem p, Sources sources, IpmOptions options, IpmOperands first_in,
-              SolveResults first_out) {
+struct IpmBlock {
   using TeamOf = typename Solver::TeamOf;
-  constexpr bool kFloats = std::is_same_v<Load, float>;
-  extern __shared__ __align__(16) char dynamic[];
-  auto& solver_memory = *reinterpret_cast<typename Solver::Memory*>(dynamic);
-  __shared__ Shared shared;
-  const int32_t element = blockIdx.x;
-  const Groups groups = {static_cast<int32_t>(blockIdx.y), 1};
-  const IpmOperands operands = BatchElement(p, sources, first_in, element);
-  const SolveOperands& in = operands.solve;
-  const IpmMemory memory(p, dynamic + sizeof(typename Solver::Memory));
-  const GroupMemory& group = memory.group;
-  const Ahead ahead = AheadOf<Block>(p, in, groups);  // Arrives behind the barrier.
-  const int32_t thread = threadIdx.x;
-  const int32_t n_threads = blockDim.x;
-  const int32_t n_edges = p.group_size * p.n_columns;
+  static constexpr bool kFloats = std::is_same_v<Load, float>;
 
-  if (thread == 0) {
-    *group.status = 0;
-    shared.most = shared.max_load = 0;
-  }
-  for (int32_t r = thread; r < Solver::kMostRanks; r += n_threads) {
-    solver_memory.base[r] = solver_memory.w[r] = solver_memory.y[r] = solver_memory.q[r] = 0;
-    solver_memory.ex[r] = 1;
-  }
-  __syncthreads();
-  if (thread >= n_threads - 32) {
-    const int32_t lane = thread & 31;
-    LoadTopology(p, in.r2o, group, lane, 32);
-    DropBrokenTopology(p, group);
-    LoadWeights(p, options, operands.weights, memory, solver_memory.w);
-    for (int32_t i = n_edges + lane; i < PaddedEdges(n_edges); i += 32) {
-      memory.ends[i] = make_float4(0, 0, 0, 0);
+  const Problem& p;
+  const Sources& sources;
+  const IpmOptions& options;
+  const IpmOperands& in;
+  const IpmMemory& memory;
+  typename Solver::Memory& solver;
+  Shared& shared;
+  const Groups groups;
+  Load* quota;  // Of the group's first slot.
+
+  // The topology, the weights and the loads of all ranks. Ends with a barrier.
+  __device__ __forceinline__ void LoadGroup() const {
+    const Ahead ahead = AheadOf<Block>(p, in.solve, groups);  // Arrives behind the barrier.
+    const int32_t n_edges = p.group_size * p.n_columns;
+    if (threadIdx.x == 0) {
+      *memory.group.status = 0;
+      shared.most = shared.max_load = 0;
+      shared.bound = 0;
     }
-    if (sources.row > p.n_logical) {
+    for (int32_t r = threadIdx.x; r < Solver::kMostRanks; r += blockDim.x) {
+      solver.base[r] = solver.w[r] = solver.y[r] = solver.q[r] = 0;
+      solver.ex[r] = 1;
+    }
+    __syncthreads();
+    if (threadIdx.x >= blockDim.x - 32) {
+      const int32_t lane = threadIdx.x & 31;
+      LoadTopology(p, in.solve.r2o, memory.group, lane, 32);
+      DropBrokenTopology(p, memory.group);
+      LoadWeights(p, options, in.weights, memory, solver.w);
+      for (int32_t i = n_edges + lane; i < PaddedEdges(n_edges); i += 32) {
+        memory.ends[i] = make_float4(0, 0, 0, 0);
+      }
+      CheckInvalid(lane);
+    }
+    if constexpr (kFloats) {
+      LoadRealRanks(p, in.solve, groups, ahead, sources, memory.group, solver.base);
+    } else {
+      LoadRanks<Block>(p, in.solve, groups, ahead, LoadedTotals{in.solve.loads, sources},
+                       memory.group);
+    }
+    __syncthreads();
+  }
+
+  // Ids that named no expert, which rows may count in their last place; by one warp.
+  __device__ __forceinline__ void CheckInvalid(int32_t lane) const {
+    if (sources.row <= p.n_logical) return;
 #pragma unroll 1
-      for (int32_t s = lane; s < sources.n_sources; s += 32) {
-        const int64_t last = static_cast<int64_t>(s) * sources.row + p.n_logical;
-        if (reinterpret_cast<const Load*>(in.loads)[last] != 0) {
-          atomicOr(group.status, kInvalidIndex);
-        }
+    for (int32_t s = lane; s < sources.n_sources; s += 32) {
+      const int64_t last = static_cast<int64_t>(s) * sources.row + p.n_logical;
+      if (reinterpret_cast<const Load*>(in.solve.loads)[last] != 0) {
+        atomicOr(memory.group.status, kInvalidIndex);
       }
     }
   }
-  if constexpr (kFloats) {
-    LoadRealRanks(p, in, groups, ahead, sources, group, solver_memory.base);
-  } else {
-    LoadRanks<Block>(p, in, groups, ahead, LoadedTotals{in.loads, sources}, group);
-  }
-  __syncthreads();
 
-  Load* quota = reinterpret_cast<Load*>(first_out.quota) +
-                static_cast<int64_t>(element) * p.n_physical +
-                groups.first * p.group_size * p.slots_per_rank;
-  // Warps that do not solve do what needs no plan. If all solve, all do that first.
-  const int32_t busy = n_threads > Solver::kThreads ? Solver::kThreads : 0;
-  if (thread >= busy) {
-    const int32_t first = thread - busy;
+  // What needs no plan; threads first, first + stride, … take part.
+  __device__ __forceinline__ void DoTheRest(int32_t first, int32_t stride) const {
     if (!kFloats && first < 32) {
-      const int32_t target = FirstTarget(p, group);
+      const int32_t target = FirstTarget(p, memory.group);
       if (first == 0) shared.target = target;
     }
-    CheckSlots(p, in, groups, group, first, n_threads - busy);
-    WriteFixedQuotas(p, groups, group, reinterpret_cast<int32_t*>(quota), first, n_threads - busy);
+    CheckCopies(p, in.solve, groups, memory.group, first, stride);
+    CheckOwnSlots(p, in.solve, groups, memory.group, false, first, stride);
+    WriteFixedQuotas(p, groups, memory.group, reinterpret_cast<int32_t*>(quota), first, stride);
   }
-  if (thread < Solver::kThreads) {
-    const Load* own = reinterpret_cast<const Load*>(group.own);
-    for (int32_t i = thread; i < n_edges; i += Solver::kThreads) {
-      if constexpr (kFloats) {
-        memory.cap[i] = OverColumn<float>(p, group, i, [&](int32_t k) { return own[k]; });
-      } else {
-        // Wraps only where the rank's load has overflowed too.
-        group.cap[i] = OverColumn<uint32_t>(p, group, i, [&](int32_t k) { return own[k]; });
-        memory.cap[i] = static_cast<float>(group.cap[i]);
-      }
+
+  // The edges' capacities, and whether some rank could receive too much; by the team, every thread
+  // of which gets the answer.
+  __device__ __forceinline__ bool Bound() const {
+    const GroupMemory& group = memory.group;
+    for (int32_t i = threadIdx.x; i < p.group_size * p.n_columns; i += Solver::kThreads) {
+      const int32_t rank = p.by_columns.Quotient(i);
+      const Load cap = CapacityOf<Load>(p, group, 0, rank, i - rank * p.n_columns);
+      if constexpr (!kFloats) group.cap[i] = cap;
+      memory.cap[i] = static_cast<float>(cap);
     }
     TeamOf::Sync();
     // A plan's rank loads never pass this sum, so where it fits nothing overflows.
     bool overflow = false;
-    if (thread < p.group_size) {
+    if (threadIdx.x < p.group_size) {
       using Sum = std::conditional_t<kFloats, float, uint32_t>;
-      Sum most = kFloats ? static_cast<Sum>(solver_memory.base[thread])
-                         : static_cast<Sum>(group.base[thread]);  // −1 has overflowed before.
+      Sum most = kFloats ? static_cast<Sum>(solver.base[threadIdx.x])
+                         : static_cast<Sum>(group.base[threadIdx.x]);  // −1 has overflowed before.
 #pragma unroll 2
       for (int32_t d = 0; d < p.n_columns; ++d) {
-        const int32_t edge = group.src[thread * p.n_columns + d] * p.n_columns + d;
+        const int32_t edge = group.src[threadIdx.x * p.n_columns + d] * p.n_columns + d;
         if constexpr (kFloats) {
           most += memory.cap[edge];
         } else {
@@ -460,66 +474,126 @@ __global__ void __launch_bounds__(MostThreads<Solver>(), 1)
         }
       }
       if constexpr (kFloats) {
-        overflow = !(most <= 3.4e38f);
+        overflow = !(fmaxf(most, most / memory.weight[threadIdx.x]) <= kMostLoad);
         atomicMax(&shared.most, __float_as_int(most));
       } else {
         overflow = most > static_cast<Sum>(kInt32Max);
-        solver_memory.base[thread] = static_cast<float>(group.base[thread]);
+        solver.base[threadIdx.x] = static_cast<float>(group.base[threadIdx.x]);
       }
     }
-    overflow = TeamOf::Any(overflow);
+    return TeamOf::Any(overflow);
+  }
+
+  // The interior point's plan and cut, by the team.
+  __device__ __forceinline__ void Solve() const {
+    float back = 1;
+    if constexpr (kFloats) {
+      // A power of two first, since the sum of all ranks' loads could overflow.
+      const int32_t exponent = Exponent(__int_as_float(shared.most));
+      const float power = PowerOfTwo(-exponent);
+      back = PowerOfTwo(exponent);
+      if (threadIdx.x < p.group_size) solver.base[threadIdx.x] *= power;
+      for (int32_t i = threadIdx.x; i < p.group_size * p.n_columns; i += Solver::kThreads) {
+        memory.cap[i] *= power;
+      }
+      TeamOf::Sync();
+    }
+    const Graph graph = {p.group_size, p.n_columns, p.by_columns, memory.group.src,
+                         memory.group.dst};
+    Solver(graph, solver, {memory.cap, memory.flow, memory.H, memory.ends, memory.cut}).Run(back);
+  }
+
+  // Nothing moves and nothing is proven. Ends with a barrier.
+  __device__ __forceinline__ void GiveUp() const {
+    for (int32_t i = threadIdx.x; i < p.group_size * p.n_columns; i += blockDim.x) {
+      memory.group.moved[i] = 0;
+      memory.flow[i] = 0;
+    }
+    if (threadIdx.x == 0) {
+      shared.max_load = kFloats            ? kInfinity
+                        : options.weighted ? __float_as_int(static_cast<float>(kInt32Max))
+                                           : kInt32Max;
+      shared.target = 0;
+      shared.bound = 0;
+    }
+    __syncthreads();
+  }
+
+  // The quotas of the replicated experts.
+  __device__ __forceinline__ void WriteSplit(const Load* moved) const {
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < p.group_size * p.n_redundant; i += blockDim.x) {
+      FinishCopy(PrepareCopy<Load>(p, memory.group, i), moved, quota);
+    }
+  }
+
+  // By one thread.
+  __device__ __forceinline__ void WriteProof(const SolveResults& out) const {
+    int32_t lower_bound = shared.target;
+    bool converged = Converged(shared.max_load, shared.target);
+    if (options.float_loads_out()) {
+      const float max_load = __int_as_float(shared.max_load);
+      const float bound = fminf(shared.bound, max_load);
+      lower_bound = __float_as_int(bound);
+      converged = Converged(max_load, bound);
+    }
+    int32_t status = *memory.group.status;
+    if (shared.overflow) {
+      status |= kLoadOverflow;
+    } else if (!converged) {
+      status |= kNotConverged;
+    }
+    out.max_load[groups.first] = shared.max_load;
+    out.lower_bound[groups.first] = lower_bound;
+    out.status[groups.first] = status;
+  }
+};
+
+// Solves one group with one block.
+template <typename Solver, typename Load>
+__global__ void __launch_bounds__(MostThreads<Solver>(), 1)
+    IpmKernel(Problem p, Sources sources, IpmOptions options, IpmOperands first_in,
+              SolveResults first_out) {
+  extern __shared__ __align__(16) char dynamic[];
+  __shared__ Shared shared;
+  const int32_t element = blockIdx.x;
+  const Groups groups = {static_cast<int32_t>(blockIdx.y), 1};
+  const IpmOperands in = BatchElement(p, sources, first_in, element);
+  const SolveResults out = BatchElement(p, first_out, element);
+  const IpmMemory memory(p, dynamic + sizeof(typename Solver::Memory));
+  const IpmBlock<Solver, Load> block = {
+      p,
+      sources,
+      options,
+      in,
+      memory,
+      *reinterpret_cast<typename Solver::Memory*>(dynamic),
+      shared,
+      groups,
+      reinterpret_cast<Load*>(out.quota) + groups.first * p.group_size * p.slots_per_rank};
+
+  block.LoadGroup();
+  // Warps that do not solve do what needs no plan. If all solve, all do that first.
+  const int32_t busy = blockDim.x > Solver::kThreads ? Solver::kThreads : 0;
+  const int32_t thread = threadIdx.x;
+  if (thread >= busy) block.DoTheRest(thread - busy, blockDim.x - busy);
+  if (thread < Solver::kThreads) {
+    const bool overflow = block.Bound();
     if (thread == 0) shared.overflow = overflow;
-    if (!overflow) {
-      Solver solver({p.group_size, p.n_columns, p.by_columns, group.src, group.dst}, solver_memory,
-                    {memory.cap, memory.flow, memory.H, memory.ends, memory.cut});
-      const auto result = solver.Run();
-      if (thread == 0) {
-        shared.largest = result.largest;
-        shared.bound = result.bound;
-      }
-    }
+    if (!overflow) block.Solve();
   }
   __syncthreads();
 
   const bool overflow = shared.overflow;
-  bool converged = true;
-  if (overflow) {
-    for (int32_t i = thread; i < n_edges; i += n_threads) {
-      group.moved[i] = 0;
-      memory.flow[i] = 0;
-    }
-    if (thread == 0) {
-      shared.max_load = kFloats            ? 0x7f800000
-                        : options.weighted ? __float_as_int(static_cast<float>(kInt32Max))
-                                           : kInt32Max;
-      shared.target = 0;
-      shared.proven = 0;
-    }
-    __syncthreads();
-  } else if constexpr (kFloats) {
-    ProveReal(p, memory, shared);
-    const float largest = __int_as_float(shared.max_load);
-    converged = largest - shared.proven <= kConvergedGap * largest;
+  if (overflow) block.GiveUp();
+  if constexpr (std::is_same_v<Load, float>) {
+    block.WriteSplit(memory.flow);
+    if (!overflow) ProveReal(p, memory, block.quota, shared);
   } else {
-    FinishTokens(p, options, memory, shared);
-    converged = (options.repair && !options.weighted) ||
-                shared.largest - shared.bound <= kConvergedGap * shared.largest;
+    if (!overflow) FinishTokens(p, options, memory, shared);
+    block.WriteSplit(memory.group.moved);
   }
-  if constexpr (kFloats) {
-    WriteSplit(p, group, quota, memory.flow);
-  } else {
-    WriteSplit(p, group, quota, group.moved);
-  }
-  if (thread == 0) {
-    const SolveResults out = BatchElement(p, first_out, element);
-    out.max_load[groups.first] = shared.max_load;
-    out.lower_bound[groups.first] =
-        options.float_loads_out()
-            ? __float_as_int(fminf(shared.proven, __int_as_float(shared.max_load)))
-            : shared.target;
-    out.status[groups.first] =
-        *group.status | (overflow ? kLoadOverflow : 0) | (converged ? 0 : kNotConverged);
-  }
+  if (thread == 0) block.WriteProof(out);
 }
 
 constexpr int32_t kMostEdges = 16;  // Of one thread.

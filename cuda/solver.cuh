@@ -251,18 +251,29 @@ __device__ __forceinline__ void WriteFixedQuotas(const Problem& p, Groups groups
   }
 }
 
-// A replicated expert: what FinishCopy needs of it, known before the plan is.
+// The sum of an expert's load and of others in its column. Tokens stay at 2³¹ − 1, beyond which no
+// plan moves anything: then the rank's load has overflowed too.
+__device__ __forceinline__ int32_t AddLoad(int32_t sum, int32_t load) {
+  return static_cast<int32_t>(min(static_cast<uint32_t>(sum) + static_cast<uint32_t>(load),
+                                  static_cast<uint32_t>(kInt32Max)));
+}
+__device__ __forceinline__ float AddLoad(float sum, float load) { return sum + load; }
+
+// A replicated expert: what FinishCopy needs of it, known before the plan is. Load: int32_t, or
+// float where memory.own holds floats.
+template <typename Load>
 struct Copy {
-  int32_t edge;    // that it may move along
-  int32_t before;  // tokens of the edge's earlier experts, which move first
-  int32_t tokens;
+  int32_t edge;  // that it may move along
+  Load before;   // the edge's earlier experts, which move first
+  Load load;
   int32_t own_slot;  // from the block's first
   int32_t copy_slot;
 };
 
 // Prepares replicated expert number i of the block's groups.
-__device__ __forceinline__ Copy PrepareCopy(const Problem& p, const GroupMemory& memory,
-                                            int32_t i) {
+template <typename Load>
+__device__ __forceinline__ Copy<Load> PrepareCopy(const Problem& p, const GroupMemory& memory,
+                                                  int32_t i) {
   const int32_t rank = p.by_redundant.Quotient(i);
   const int32_t k = i - rank * p.n_redundant;
   const int32_t column = p.by_columns.Remainder(k);
@@ -271,32 +282,34 @@ __device__ __forceinline__ Copy PrepareCopy(const Problem& p, const GroupMemory&
   // dst is in range unless r2o is no permutation, which the solver finds while this runs.
   const int32_t found = memory.dst[in_group * p.n_columns + column];
   const int32_t holder = group * p.group_size + min(max(found, 0), p.group_size - 1);
-  const int32_t* own = memory.own + rank * p.n_local;
-  uint32_t before = 0;  // Stays at 2³¹ − 1, beyond which no plan moves anything.
+  const Load* own = reinterpret_cast<const Load*>(memory.own) + rank * p.n_local;
+  Load before = 0;
 #pragma unroll 1
-  for (int32_t j = column; j < k; j += p.n_columns) {
-    before = min(before + static_cast<uint32_t>(own[j]), static_cast<uint32_t>(kInt32Max));
-  }
-  Copy copy;
+  for (int32_t j = column; j < k; j += p.n_columns) before = AddLoad(before, own[j]);
+  Copy<Load> copy;
   copy.edge = rank * p.n_columns + column;
-  copy.before = static_cast<int32_t>(before);
-  copy.tokens = own[k];
+  copy.before = before;
+  copy.load = own[k];
   copy.own_slot = rank * p.slots_per_rank + k;
   copy.copy_slot = holder * p.slots_per_rank + p.n_local + k;
   return copy;
 }
 
+// Whether the block's own slots are all in their threads' Ahead.
+template <typename Threads>
+__device__ __forceinline__ bool AllAhead(const Problem& p, Groups groups) {
+  const Tile tile(p, Threads::Size());
+  return tile.n >= groups.n * p.group_size && tile.width >= p.n_local;
+}
+
 // Checks that every own slot is the first one of its expert, and that log2phy names no slots
 // besides an expert's own and copy, unless CheckAhead does. Threads first, first + stride, … take
 // the slots.
-template <typename Threads>
 __device__ __forceinline__ void CheckOwnSlots(const Problem& p, const SolveOperands& in,
                                               Groups groups, const GroupMemory& memory,
-                                              int32_t first, int32_t stride) {
-  const Tile tile(p, Threads::Size());
+                                              bool all_ahead, int32_t first, int32_t stride) {
   const int32_t n_ranks = groups.n * p.group_size;
   // Often there is nothing left to check, and no load to wait for longer than a short solve takes.
-  const bool all_ahead = tile.n >= n_ranks && tile.width >= p.n_local;
   if (all_ahead && p.max_replicas == 2) return;
   const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
 #pragma unroll 1
@@ -338,26 +351,26 @@ __device__ __forceinline__ void CheckCopies(const Problem& p, const SolveOperand
   }
 }
 
-// Writes the quotas of a replicated expert: an edge's tokens come from its experts in order.
-__device__ __forceinline__ void FinishCopy(const Copy& copy, const GroupMemory& memory,
-                                           int32_t* quota) {
-  const int32_t left = memory.moved[copy.edge] - copy.before;
-  const int32_t away = min(max(left, 0), copy.tokens);
-  quota[copy.own_slot] = copy.tokens - away;
+// Writes the quotas of a replicated expert: what an edge moves comes from its experts in order.
+template <typename Load>
+__device__ __forceinline__ void FinishCopy(const Copy<Load>& copy, const Load* moved, Load* quota) {
+  const Load left = moved[copy.edge] - copy.before;
+  const Load away = min(max(left, Load{0}), copy.load);
+  quota[copy.own_slot] = copy.load - away;
   quota[copy.copy_slot] = away;
 }
 
-// What an edge could move: the tokens of its owner's replicated experts in this column.
-__device__ __forceinline__ int32_t CapacityOf(const Problem& p, const GroupMemory& memory,
-                                              int32_t group, int32_t rank, int32_t column) {
-  if (memory.dst[rank * p.n_columns + column] == rank) return 0;
-  const int32_t* own = memory.own + (group * p.group_size + rank) * p.n_local;
-  uint32_t tokens = 0;  // Stays at 2³¹ − 1: then the rank's load has overflowed too.
+// What an edge could move: the loads of its owner's replicated experts in this column.
+template <typename Load>
+__device__ __forceinline__ Load CapacityOf(const Problem& p, const GroupMemory& memory,
+                                           int32_t group, int32_t rank, int32_t column) {
+  Load sum = 0;
+  if (memory.dst[rank * p.n_columns + column] == rank) return sum;
+  const Load* own =
+      reinterpret_cast<const Load*>(memory.own) + (group * p.group_size + rank) * p.n_local;
 #pragma unroll 1
-  for (int32_t k = column; k < p.n_redundant; k += p.n_columns) {
-    tokens = min(tokens + static_cast<uint32_t>(own[k]), static_cast<uint32_t>(kInt32Max));
-  }
-  return static_cast<int32_t>(tokens);
+  for (int32_t k = column; k < p.n_redundant; k += p.n_columns) sum = AddLoad(sum, own[k]);
+  return sum;
 }
 
 // What a group's plan says of itself.
@@ -445,7 +458,7 @@ __device__ inline Proof SolveInBlock(const Problem& p, int32_t group, const Grou
   int32_t* load = memory.base + first_rank;
   for (int32_t i = threadIdx.x; i < p.group_size * p.n_columns; i += Threads::Size()) {
     const int32_t rank = p.by_columns.Quotient(i);
-    memory.cap[i] = CapacityOf(p, memory, group, rank, i - rank * p.n_columns);
+    memory.cap[i] = CapacityOf<int32_t>(p, memory, group, rank, i - rank * p.n_columns);
     moved[i] = 0;
   }
   Threads::Sync();
@@ -532,20 +545,20 @@ __device__ __forceinline__ void SolveGroups(const Problem& p, const SolveOperand
       if (threadIdx.x == 0) proofs(g, proof);
     }
   }
-  Copy copy;  // The first, often the only one, is prepared while others solve.
+  Copy<int32_t> copy;  // The first, often the only one, is prepared while others solve.
   if (first >= 0) {
-    if (first < n_copies) copy = PrepareCopy(p, memory, first);
+    if (first < n_copies) copy = PrepareCopy<int32_t>(p, memory, first);
     WriteFixedQuotas(p, groups, memory, quota, first, stride);
     // From the other end, since it waits for global memory as long as a short solve takes.
     CheckCopies(p, in, groups, memory, stride - 1 - first, stride);
-    CheckOwnSlots<Threads>(p, in, groups, memory, first, stride);
+    CheckOwnSlots(p, in, groups, memory, AllAhead<Threads>(p, groups), first, stride);
   }
   Threads::Sync();
   if (first < 0) return;
 #pragma unroll 1
   for (int32_t i = first; i < n_copies; i += stride) {
-    if (i != first) copy = PrepareCopy(p, memory, i);
-    FinishCopy(copy, memory, quota);
+    if (i != first) copy = PrepareCopy<int32_t>(p, memory, i);
+    FinishCopy(copy, memory.moved, quota);
   }
 }
 

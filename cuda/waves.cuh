@@ -296,9 +296,12 @@ __device__ inline int32_t BlockFirstTarget(const BlockGraph& graph) {
 
 // Groups of any shape up to one rank per thread, in shared memory, from any legal plan: load must
 // be what `moved` makes of it, and the target proven. All threads of the team call it and agree on
-// the target that it returns, which no load is above then. Ends with a barrier.
-template <typename Threads>
-__device__ inline int32_t BlockWaves(const BlockGraph& graph, int32_t target) {
+// the target that it returns, which no load is above then. Ends with a barrier. All threads call
+// `raise(kept, load, target)` too, for the next target; kept: nothing more can leave this thread's
+// rank and the others like it. It may also change loads that are counted from one of each rank's
+// own.
+template <typename Threads, typename Raise>
+__device__ inline int32_t BlockWaves(const BlockGraph& graph, int32_t target, const Raise& raise) {
   const int32_t rank = threadIdx.x;
   const bool live = rank < graph.n_ranks;
   const int32_t first = rank * graph.n_columns;
@@ -330,7 +333,7 @@ __device__ inline int32_t BlockWaves(const BlockGraph& graph, int32_t target) {
       if (hit) graph.level[rank] = level = depth;
     }
     if (!reached) {
-      target += BlockCeilMean<Threads>(live && level < 0, load - target, graph.sums);
+      target = raise(live && level < 0, load, target);
       continue;
     }
 
@@ -361,6 +364,14 @@ __device__ inline int32_t BlockWaves(const BlockGraph& graph, int32_t target) {
       Threads::Sync();
     }
   }
+}
+
+// Likewise, where the target is the kept ranks' mean load.
+template <typename Threads>
+__device__ inline int32_t BlockWaves(const BlockGraph& graph, int32_t target) {
+  return BlockWaves<Threads>(graph, target, [&](bool kept, int32_t load, int32_t target) {
+    return target + BlockCeilMean<Threads>(kept, load - target, graph.sums);
+  });
 }
 
 }  // namespace lplb::cuda

@@ -29,9 +29,11 @@ class Split(NamedTuple):
       max_load: int32 `[n_groups]`, tokens on the busiest rank of every group. float32 where the
         loads are or the ranks are weighted: the largest load / weight, of weights with mean 1.
       lower_bound: `[n_groups]`, what no split can go below, of max_load's type. In tokens:
-        ⌈(tokens that cannot leave S) / |S|⌉ of the set S of ranks for which it is largest. The
-        exact solver always reaches it, and so does the interior point's repair.
-      status: int32 `[n_groups]`, bits of `lplb_jax.Status`; 0 where all is well.
+        ⌈(tokens that cannot leave S) / |S|⌉ of the set S of ranks for which it is largest; with
+        weights, the least load / weight at which S may have that many. The exact solver always
+        reaches it, and so does the interior point's repair (with weights to float32's rounding).
+      status: int32 `[n_groups]`, bits of `lplb_jax.Status`; 0 means clean input and `max_load` at
+        most 1e-4 of itself above `lower_bound`.
     """
 
     quota: jax.Array
@@ -65,10 +67,11 @@ def solve(
       solver: "exact", integer waves on the replica graph; "ipm", a float32 interior point, which
         needs a topology; "auto", exact for int32 loads without weights, else ipm.
       rank_weights: float `[group_size]`, positive: how fast every rank of a group is, in any unit.
-        Then the largest load / weight is what is made small. None: all ranks are equal.
+        Then the largest load / weight is what is made small. Weights below 2⁻⁴⁰ of the largest
+        count as that, and set a status bit. None: all ranks are equal.
       repair: what the interior point does with int32 loads after rounding its plan to tokens. True:
-        integer waves end at the true optimum, max_load == lower_bound; with weights, at most one
-        token per rank above the share that the real-valued plan gives it. False: as rounded.
+        integer waves end at the optimum in whole tokens, with weights, too. False: as rounded,
+        which sets a status bit where it costs more than 1e-4.
       factor: how the interior point factors its matrix: "elimination", without subtraction, or
         "cusolverdx", NVIDIA's Cholesky, on GPUs of compute capability 9.0 and where the library was
         built with it. The latter is slower and does not always converge (see docs/solvers.md);

@@ -35,9 +35,7 @@ def cut_bounds(loads: np.ndarray, hosts: np.ndarray, subsets: np.ndarray) -> np.
 
 def best_cut(loads: np.ndarray, hosts: np.ndarray) -> int:
     """The largest bound over all non-empty sets of ranks: the integer optimum, for few ranks."""
-    n_ranks = hosts.shape[1]
-    every = (np.arange(1, 1 << n_ranks)[:, None] >> np.arange(n_ranks) & 1).astype(bool)
-    return int(cut_bounds(loads, hosts, every).max())
+    return int(cut_bounds(loads, hosts, every_subset(hosts.shape[1])).max())
 
 
 def linear_program(
@@ -68,6 +66,34 @@ def linear_program(
     )
     assert solved.status == 0, solved.message
     return solved.fun * scale, -solved.ineqlin.marginals
+
+
+def every_subset(n_ranks: int) -> np.ndarray:
+    """All non-empty sets of ranks, bool `[2ⁿ − 1, n_ranks]`."""
+    return (np.arange(1, 1 << n_ranks)[:, None] >> np.arange(n_ranks) & 1).astype(bool)
+
+
+def weighted_optimum(
+    loads: np.ndarray, hosts: np.ndarray, weights: np.ndarray, subsets: np.ndarray | None = None
+) -> float:
+    """The least largest load / weight, of whole tokens where `loads` are integers.
+
+    Max-flow min-cut: a split exists if no set of ranks has to keep more than it is allowed to.
+    Float64 sums of terms ≥ 0, so that loads and weights may be of any size; `subsets` are all sets
+    that could matter, by default all there are.
+    """
+    subsets = every_subset(hosts.shape[1]) if subsets is None else subsets
+    stays = ~(subsets[:, None, :] < hosts[None]).any(axis=2)
+    kept = stays @ loads.astype(np.float64)
+    real = float((kept / (subsets @ weights)).max())
+    if not np.issubdtype(loads.dtype, np.integer) or real == 0:
+        return real
+    low, high = real, float(((kept + hosts.shape[1]) / (subsets @ weights)).max())
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        allowed = np.floor(middle * weights * (1 + 1e-12))
+        low, high = (middle, high) if (subsets @ allowed < kept).any() else (low, middle)
+    return high
 
 
 def optimum(loads: np.ndarray, hosts: np.ndarray) -> int:

@@ -170,8 +170,17 @@ def test_ipm(rng, name, floats, weighted, repair, garbage):
 
     split = run(loads, stacked, weights)
     other = on_cpu(run)(loads, stacked, weights)
-    np.testing.assert_array_equal(split.status, other.status)
     good = ((weights > 0) & (weights < np.inf)).all(axis=1, keepdims=True)
+    status, max_load = np.asarray(split.status), np.asarray(split.max_load, np.float64)
+    if floats or repair:
+        np.testing.assert_array_equal(status, other.status)
+    else:  # Rounding may cost more on one of them than on the other.
+        rest = ~int(Status.NOT_CONVERGED)
+        np.testing.assert_array_equal(status & rest, np.asarray(other.status) & rest)
+        near = max_load - np.asarray(split.lower_bound) <= 1e-4 * (1 + 1e-6) * max_load
+        near |= status & Status.LOAD_OVERFLOW != 0
+        expected = near & (good | (not weighted))
+        np.testing.assert_array_equal(status & Status.NOT_CONVERGED == 0, expected)
     shares = np.where(good & weighted, weights, 1)
     token = 0 if floats else 1 / (shares / shares.mean(axis=1, keepdims=True)).min()
     if repair and not weighted:
@@ -180,7 +189,9 @@ def test_ipm(rng, name, floats, weighted, repair, garbage):
     else:
         rounding = 1.01 if repair else case.r2o.shape[1] + 1.01
         assert_near(split.max_load, other.max_load, 1.2e-4, rounding * token)
-        assert_near(split.lower_bound, other.lower_bound, 1.2e-4, 0 if floats or weighted else 1)
+        # Of tokens, cuts that are as good in real numbers may differ by a token.
+        one = 0 if floats else token if weighted else 1
+        assert_near(split.lower_bound, other.lower_bound, 1.2e-4, one)
     if not garbage:
         served = np.zeros(loads.shape)
         for total, phy2log, quota in zip(served, stacked.phy2log, split.quota, strict=True):

@@ -205,7 +205,7 @@ def levels(
         frontier = level == depth
         hit = (level < 0) & ((can_send & frontier[dst]) | (can_return & frontier[r2o])).any(axis=1)
         found = hit.any()
-        return jnp.where(hit, depth + 1, level), depth + found, found
+        return jnp.where(hit, depth + 1, level), depth + found.astype(jnp.int32), found
 
     def unfinished(state):
         level, _, progress = state

@@ -3,11 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "xla_ffi/cpu/handler.h"
-#include "xla_ffi/cpu/interior.h"
+#include "xla_ffi/cpu/interior_point.h"
 #include "xla_ffi/cpu/steps.h"
 #include "xla_ffi/cpu/waves.h"
 
@@ -21,7 +22,7 @@ struct Group {
   std::vector<Load> own;  // [group_size, n_local]
   std::vector<Sum> base;
   std::vector<Sum> cap;
-  Sum most = 0;  // What a rank could receive at most, with what it has.
+  std::vector<Sum> most;  // What a rank could receive at most, with what it has.
 
   Group(const Problem& p, const Waves& waves, const int32_t* r2o, std::vector<Load> loads)
       : own(std::move(loads)), base(p.group_size), cap(p.group_size * p.n_columns) {
@@ -37,7 +38,7 @@ struct Group {
       for (int32_t d = 0; d < p.n_columns; ++d) {
         sum += cap[waves.Edge(r2o[waves.Edge(v, d)], d)];
       }
-      most = std::max(most, sum);
+      most.push_back(sum);
     }
   }
 };
@@ -54,43 +55,106 @@ InteriorPoint::Best FindBest(const Problem& p, const Waves& waves, std::vector<f
   return InteriorPoint(std::move(base), std::move(cap), weights, std::move(u), waves.dst()).Run();
 }
 
-// What cannot leave the cut, and the cut's weight and size.
-struct Cut {
-  int64_t stuck = 0;
-  float weight = 0;
-  int64_t size = 0;
-
-  template <typename Sum>
-  Cut(const Problem& p, const Waves& waves, const std::vector<bool>& inside,
-      const std::vector<Sum>& base, const std::vector<Sum>& cap,
-      const std::vector<float>& weights) {
-    for (int32_t r = 0; r < p.group_size; ++r) {
-      if (!inside[r]) continue;
-      stuck += base[r];
-      weight += weights[r];
-      ++size;
-      for (int32_t d = 0; d < p.n_columns; ++d) {
-        const int32_t edge = waves.Edge(r, d);
-        if (!inside[waves.dst()[edge]]) stuck -= cap[edge];
-      }
+// The tokens that cannot leave the cut.
+int64_t TokensOf(const Problem& p, const Waves& waves, const std::vector<bool>& cut,
+                 const std::vector<int32_t>& base, const std::vector<int32_t>& cap) {
+  int64_t tokens = 0;
+  for (int32_t r = 0; r < p.group_size; ++r) {
+    if (!cut[r]) continue;
+    tokens += base[r];
+    for (int32_t d = 0; d < p.n_columns; ++d) {
+      const int32_t edge = waves.Edge(r, d);
+      if (!cut[waves.dst()[edge]]) tokens -= cap[edge];
     }
   }
-};
-
-void Put(const IpmOptions& options, float value, int32_t* out) {
-  if (options.float_loads_out()) {
-    *reinterpret_cast<float*>(out) = value;
-  } else {
-    *out = static_cast<int32_t>(value);
-  }
+  return tokens;
 }
 
-float LargestShare(const std::vector<int32_t>& load, const std::vector<float>& weights) {
+// The least load / weight at which the ranks of the cut may have that many tokens.
+float LeastValue(int64_t tokens, const std::vector<bool>& cut, const std::vector<float>& weights) {
+  return LeastFloat([&](float value) {
+    int64_t left = tokens;
+    for (size_t r = 0; r < cut.size(); ++r) {
+      if (cut[r]) left -= TokenLimit(value, weights[r]);
+    }
+    return left <= 0;
+  });
+}
+
+// What the real loads prove of the experts all of whose slots are in the cut: added in units of a
+// power of two, so that a rank's sum stays below 2³⁰, and never rounded up.
+float ProvenByUnits(const Problem& p, const Waves& waves, const std::vector<bool>& cut,
+                    const std::vector<float>& own, const std::vector<float>& weights) {
+  const auto for_kept = [&](auto&& function) {
+    for (int32_t i = 0; i < p.group_size * p.n_local; ++i) {
+      const int32_t r = i / p.n_local;
+      const int32_t k = i % p.n_local;
+      const bool leaves = k < p.n_redundant && !cut[waves.dst()[waves.Edge(r, k % p.n_columns)]];
+      if (cut[r] && !leaves) function(r, own[i]);
+    }
+  };
+  std::vector<float> sum(p.group_size);
+  for_kept([&](int32_t r, float load) { sum[r] += load; });
+  const int32_t exponent = 28 - std::ilogb(std::max(*std::max_element(sum.begin(), sum.end()),
+                                                    std::numeric_limits<float>::min()));
+  int64_t units = 0;
+  for_kept([&](int32_t, float load) { units += static_cast<int64_t>(std::ldexp(load, exponent)); });
+  float weight = 0;
+  for (int32_t r = 0; r < p.group_size; ++r) weight += cut[r] ? weights[r] : 0;
+  return std::ldexp(Provable(static_cast<float>(units), weight, p.group_size), -exponent);
+}
+
+template <typename Load>
+float LargestShare(const std::vector<Load>& load, const std::vector<float>& weights) {
   float largest = 0;
   for (size_t r = 0; r < load.size(); ++r) {
     largest = std::max(largest, static_cast<float>(load[r]) / weights[r]);
   }
   return largest;
+}
+
+void Put(float value, int32_t* out) { memcpy(out, &value, sizeof(value)); }
+
+// Integer loads of ranks of equal speed: proves, repairs, and returns status bits.
+int32_t FinishEqual(const Problem& p, bool repair, Waves& waves, const std::vector<bool>& cut,
+                    const std::vector<int32_t>& base, const std::vector<int32_t>& cap,
+                    std::vector<int32_t>& load, std::vector<int32_t>& moved, int32_t* max_load,
+                    int32_t* lower_bound) {
+  const int64_t size = std::max<int64_t>(std::count(cut.begin(), cut.end(), true), 1);
+  const int64_t tokens = std::max<int64_t>(TokensOf(p, waves, cut, base, cap), 0);
+  *lower_bound =
+      std::max(waves.FirstTarget(base, cap), static_cast<int32_t>(CeilDiv(tokens, size)));
+  if (repair) *lower_bound = waves.Run(load, cap, moved, *lower_bound);
+  *max_load = *std::max_element(load.begin(), load.end());
+  return Converged(*max_load, *lower_bound) ? 0 : kNotConverged;
+}
+
+// Likewise for ranks of different speeds, where every rank has a target of its own: what the least
+// load / weight that is proven allows it.
+int32_t FinishWeighted(const Problem& p, bool repair, Waves& waves, const std::vector<bool>& cut,
+                       const std::vector<int32_t>& base, const std::vector<int32_t>& cap,
+                       const std::vector<float>& weights, std::vector<int32_t>& load,
+                       std::vector<int32_t>& moved, int32_t* max_load, int32_t* lower_bound) {
+  float value = LeastValue(TokensOf(p, waves, cut, base, cap), cut, weights);
+  if (repair) {
+    const auto count_from = [&](int32_t sign) {
+      for (size_t r = 0; r < load.size(); ++r) load[r] += sign * TokenLimit(value, weights[r]);
+    };
+    count_from(-1);
+    waves.Run(load, cap, moved, 0, [&](const std::vector<bool>& kept) {
+      count_from(1);
+      int64_t tokens = 0;
+      for (size_t r = 0; r < load.size(); ++r) tokens += kept[r] ? load[r] : 0;
+      value = LeastValue(tokens, kept, weights);
+      count_from(-1);
+    });
+    count_from(1);
+  }
+  const float largest = LargestShare(load, weights);
+  value = std::min(value, largest);
+  Put(largest, max_load);
+  Put(value, lower_bound);
+  return Converged(largest, value) ? 0 : kNotConverged;
 }
 
 // Integer loads; returns status bits.
@@ -100,109 +164,80 @@ int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r
   Waves waves(p.group_size, p.n_columns, r2o);
   const Group<int32_t, int64_t> group(p, waves, r2o, std::move(own));
   std::vector<int32_t> moved(group.cap.size());
-  if (overflow || group.most > kInt32Max) {
+  if (overflow || *std::max_element(group.most.begin(), group.most.end()) > kInt32Max) {
     WriteQuotas(p, waves, group.own, moved, quota);
     *max_load = kInt32Max;
-    if (options.weighted) *reinterpret_cast<float*>(max_load) = static_cast<float>(kInt32Max);
-    Put(options, 0, lower_bound);
+    if (options.weighted) Put(static_cast<float>(kInt32Max), max_load);
+    *lower_bound = 0;  // As a float, too.
     return kLoadOverflow;
   }
   const std::vector<int32_t> base(group.base.begin(), group.base.end());
   const std::vector<int32_t> cap(group.cap.begin(), group.cap.end());
   const auto best = FindBest(p, waves, ToFloat(base), ToFloat(cap), weights);
-  bool converged = best.largest - best.bound <= kConvergedGap * best.largest;
-  const Cut cut(p, waves, best.cut, base, cap, weights);
-
   std::vector<int32_t> load = base;
   for (int32_t e = 0; e < static_cast<int32_t>(cap.size()); ++e) {
     moved[e] = RoundTokens(best.moved[e], cap[e]);
     load[e / p.n_columns] -= moved[e];
     load[waves.dst()[e]] += moved[e];
   }
-  if (options.weighted) {
-    if (options.repair) {
-      // Where the plan at hand is best ⌈t·w_r⌉ tokens are enough for every rank r.
-      std::vector<int32_t> enough(load.size());
-      for (size_t r = 0; r < load.size(); ++r) {
-        enough[r] = EnoughTokens(best.largest, weights[r]);
-        load[r] -= enough[r];
-      }
-      waves.Run(load, cap, moved, 0);
-      for (size_t r = 0; r < load.size(); ++r) load[r] += enough[r];
-    }
-    const float largest = LargestShare(load, weights);
-    Put(options, largest, max_load);
-    Put(options, std::min(largest, Provable(cut.stuck, 0, cut.weight, p.group_size)), lower_bound);
-  } else {
-    int64_t bound = waves.FirstTarget(base, cap);
-    if (cut.stuck > 0) bound = std::max(bound, CeilDiv(cut.stuck, cut.size));
-    *lower_bound = static_cast<int32_t>(bound);
-    if (options.repair) {
-      *lower_bound = waves.Run(load, cap, moved, *lower_bound);
-      converged = true;
-    }
-    *max_load = *std::max_element(load.begin(), load.end());
-  }
+  const int32_t status = options.weighted
+                             ? FinishWeighted(p, options.repair, waves, best.cut, base, cap,
+                                              weights, load, moved, max_load, lower_bound)
+                             : FinishEqual(p, options.repair, waves, best.cut, base, cap, load,
+                                           moved, max_load, lower_bound);
   WriteQuotas(p, waves, group.own, moved, quota);
-  return converged ? 0 : kNotConverged;
+  return status;
 }
 
 // Real loads; returns status bits.
-int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r2o,
-                   std::vector<float> own, bool, const std::vector<float>& weights, float* quota,
+int32_t SolveGroup(const Problem& p, const IpmOptions&, const int32_t* r2o, std::vector<float> own,
+                   bool overflow, const std::vector<float>& weights, float* quota,
                    int32_t* max_load, int32_t* lower_bound) {
   Waves waves(p.group_size, p.n_columns, r2o);
   const Group<float, float> group(p, waves, r2o, std::move(own));
   std::vector<float> moved(group.cap.size());
-  if (!(group.most < std::numeric_limits<float>::infinity())) {
+  if (overflow ||
+      !(std::max(LargestShare(group.most, weights),
+                 *std::max_element(group.most.begin(), group.most.end())) <= kMostLoad)) {
     WriteQuotas(p, waves, group.own, moved, quota);
-    Put(options, std::numeric_limits<float>::infinity(), max_load);
-    Put(options, 0, lower_bound);
+    Put(std::numeric_limits<float>::infinity(), max_load);
+    Put(0, lower_bound);
     return kLoadOverflow;
   }
   auto best = FindBest(p, waves, group.base, group.cap, weights);
   WriteQuotas(p, waves, group.own, best.moved, quota);
-  float largest = 0;
-  for (int32_t r = 0; r < p.group_size; ++r) {
-    float load = 0;
-    for (int32_t k = 0; k < p.slots_per_rank; ++k) load += quota[r * p.slots_per_rank + k];
-    largest = std::max(largest, load / weights[r]);
+  std::vector<float> load(p.group_size);
+  for (int32_t i = 0; i < p.group_size * p.slots_per_rank; ++i) {
+    load[i / p.slots_per_rank] += quota[i];
   }
-
-  // For the proof, loads in units of a power of two that are rounded the safe way.
-  const int32_t exponent = UnitExponent(group.most);
-  std::vector<int64_t> base(p.group_size);
-  std::vector<int64_t> cap(group.cap.size());
-  for (int32_t r = 0; r < p.group_size; ++r) {
-    for (int32_t k = 0; k < p.n_local; ++k) {
-      const float units = std::ldexp(group.own[r * p.n_local + k], exponent);
-      base[r] += static_cast<int64_t>(std::floor(units));
-      const int32_t edge = waves.Edge(r, k % p.n_columns);
-      if (k < p.n_redundant && waves.dst()[edge] != r) {
-        cap[edge] += static_cast<int64_t>(std::ceil(units));
-      }
-    }
-  }
-  const Cut cut(p, waves, best.cut, base, cap, weights);
-  const float bound = std::min(largest, Provable(cut.stuck, -exponent, cut.weight, p.group_size));
-  Put(options, largest, max_load);
-  Put(options, bound, lower_bound);
-  return largest - bound <= kConvergedGap * largest ? 0 : kNotConverged;
+  const float largest = LargestShare(load, weights);
+  const float bound = std::min(largest, ProvenByUnits(p, waves, best.cut, group.own, weights));
+  Put(largest, max_load);
+  Put(bound, lower_bound);
+  return Converged(largest, bound) ? 0 : kNotConverged;
 }
 
-// Rank weights with mean 1; all equal where one is no speed, which is a failure.
+// Rank weights of mean 1. Where one is no speed all count as equal, and none counts as less than
+// kLeastWeight of the largest; both set a status bit.
 std::vector<float> Normalised(const Problem& p, const IpmOptions& options, const float* weights,
                               int32_t& status) {
-  std::vector<float> result(weights, weights + p.group_size);
+  std::vector<float> result(p.group_size, 1);
+  if (!options.weighted) return result;
+  if (!std::all_of(weights, weights + p.group_size, IsSpeed)) {
+    status |= kNotConverged;
+    return result;
+  }
+  const float largest = *std::max_element(weights, weights + p.group_size);
+  const float power = PowerOfTwo(-Exponent(largest));  // Their sum could overflow.
+  const float least = kLeastWeight * (largest * power);
   float sum = 0;
-  for (float weight : result) {
-    if (!(weight > 0) || std::isinf(weight)) status |= kNotConverged;
-    sum += weight;
+  for (int32_t r = 0; r < p.group_size; ++r) {
+    if (weights[r] * power < least) status |= kNotConverged;
+    result[r] = std::max(weights[r] * power, least);
+    sum += result[r];
   }
   const float mean = sum / static_cast<float>(p.group_size);
-  for (float& weight : result) {
-    weight = options.weighted && !(status & kNotConverged) ? weight / mean : 1;
-  }
+  for (float& weight : result) weight /= mean;
   return result;
 }
 
@@ -227,7 +262,6 @@ void SolveOne(const Problem& p, const Sources& sources, const IpmOptions& option
   const std::vector<float> weights = Normalised(p, options, in.weights, shared_status);
 
   const int32_t slots = p.slots_per_rank;
-  constexpr bool kInteger = std::is_integral_v<Load>;
   for (int32_t g = 0; g < p.n_groups; ++g) {
     const int64_t first_slot = static_cast<int64_t>(g) * p.group_size * slots;
     int32_t status = shared_status;
@@ -238,9 +272,9 @@ void SolveOne(const Problem& p, const Sources& sources, const IpmOptions& option
         const int32_t expert =
             std::clamp(in.solve.phy2log[first_slot + r * slots + k], 0, p.n_logical - 1);
         Sum load = total[expert];
-        if (kInteger && load > static_cast<Sum>(kInt32Max)) {
+        if (load > static_cast<Sum>(std::numeric_limits<Load>::max())) {
           overflow = true;
-          load = static_cast<Sum>(kInt32Max);
+          load = static_cast<Sum>(std::numeric_limits<Load>::max());
         }
         if (negative[expert]) status |= kNegativeLoad;
         own.push_back(static_cast<Load>(load));

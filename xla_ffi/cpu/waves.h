@@ -41,24 +41,35 @@ class Waves {
   // until no rank is above `target`, which must be proven. Returns the target reached.
   int32_t Run(std::vector<int32_t>& load, const std::vector<int32_t>& cap,
               std::vector<int32_t>& moved, int32_t target) {
-    while (*std::max_element(load.begin(), load.end()) > target) {
-      const int32_t depth = SetLevels(load, cap, moved, target);
-      if (depth >= 0) {
-        for (int32_t l = depth; l > 0; --l) Push(load, cap, moved, target, l);
-        continue;
-      }
-      // Nothing more can leave the unseen ranks: their mean load is a new lower bound.
+    Run(load, cap, moved, target, [&](const std::vector<bool>& kept) {
+      // The mean load of the ranks that nothing more can leave is a new lower bound.
       int64_t excess = 0;
-      int64_t unseen = 0;
+      int64_t size = 0;
       for (int32_t r = 0; r < n_; ++r) {
-        if (level_[r] < 0) {
+        if (kept[r]) {
           excess += load[r] - target;
-          ++unseen;
+          ++size;
         }
       }
-      target += static_cast<int32_t>(CeilDiv(excess, unseen));
-    }
+      target += static_cast<int32_t>(CeilDiv(excess, size));
+    });
     return target;
+  }
+
+  // Likewise, where `raise` does what is to be done with the target, or with loads that are counted
+  // from one of each rank's own. Its argument says of every rank whether it is one of those that
+  // nothing more can leave.
+  template <typename Raise>
+  void Run(std::vector<int32_t>& load, const std::vector<int32_t>& cap, std::vector<int32_t>& moved,
+           const int32_t& target, Raise&& raise) {
+    while (*std::max_element(load.begin(), load.end()) > target) {
+      const int32_t depth = SetLevels(load, cap, moved, target);
+      for (int32_t l = depth; l > 0; --l) Push(load, cap, moved, target, l);
+      if (depth >= 0) continue;
+      std::vector<bool> kept(n_);
+      for (int32_t r = 0; r < n_; ++r) kept[r] = level_[r] < 0;
+      raise(kept);
+    }
   }
 
   const std::vector<int32_t>& dst() const { return dst_; }

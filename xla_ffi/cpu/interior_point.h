@@ -1,6 +1,6 @@
 // The interior point for one group, with the names of lplb_jax/reference/ipm.py, which explains it.
-#ifndef LPLB_XLA_FFI_CPU_INTERIOR_H_
-#define LPLB_XLA_FFI_CPU_INTERIOR_H_
+#ifndef LPLB_XLA_FFI_CPU_INTERIOR_POINT_H_
+#define LPLB_XLA_FFI_CPU_INTERIOR_POINT_H_
 
 #include <algorithm>
 #include <cmath>
@@ -33,7 +33,9 @@ class InteriorPoint {
   };
 
   Best Run() {
-    const float scale = Scale();
+    const float power =
+        PowerOfTwo(Exponent(base_.empty() ? 0 : *std::max_element(base_.begin(), base_.end())));
+    const float scale = Scale(1 / power);
     Start();
     best_ = {Vector(all_cap_.size()), kNoLimit, std::vector<bool>(n_), -kNoLimit};
     KeepBest();
@@ -42,9 +44,9 @@ class InteriorPoint {
       Step();
       KeepBest();
     }
-    for (float& moved : best_.moved) moved *= scale;
-    best_.largest *= scale;
-    best_.bound *= scale;
+    for (float& moved : best_.moved) moved = moved * scale * power;
+    best_.largest = best_.largest * scale * power;
+    best_.bound = best_.bound * scale * power;
     return best_;
   }
 
@@ -54,8 +56,11 @@ class InteriorPoint {
     float t;
   };
 
-  // Divides all loads by their scale, and leaves out the edges that can move next to nothing.
-  float Scale() {
+  // Divides all loads by their scale, and leaves out the edges that can move next to nothing. A
+  // power of two comes first, since the sum of all ranks' loads could overflow.
+  float Scale(float power) {
+    for (float& base : base_) base *= power;
+    for (float& cap : all_cap_) cap *= power;
     Vector stuck = base_;
     float sum = 0;
     float weight = 0;
@@ -69,7 +74,7 @@ class InteriorPoint {
     const float unit = scale > 0 ? 1 / scale : 0;
     for (float& base : base_) base *= unit;
     for (size_t e = 0; e < all_cap_.size(); ++e) {
-      if (all_cap_[e] * unit <= kLeastEdge) continue;
+      if (all_cap_[e] * unit <= kLeastEdge * w_[u_[e]]) continue;
       edge_.push_back(e);
       cap_.push_back(all_cap_[e] * unit);
     }
@@ -253,13 +258,14 @@ class InteriorPoint {
     const Direction d = Solve(H, rl, ru, rs);
     Limits(d, kBackOff, ap, ad);
     for (int32_t i = 0; i < m_; ++i) {
-      x_[i] = std::max(x_[i] + ap * d.x[i], kLeastPrimal);
-      xb_[i] = std::max(xb_[i] - ap * d.x[i], kLeastPrimal);
+      const float least = LeastPrimal(cap_[i]);
+      x_[i] = std::max(x_[i] + ap * d.x[i], least);
+      xb_[i] = std::max(xb_[i] - ap * d.x[i], least);
       zl_[i] = std::max(zl_[i] + ad * d.zl[i], kLeastDual);
       zu_[i] = std::max(zu_[i] + ad * d.zu[i], kLeastDual);
     }
     for (int32_t r = 0; r < n_; ++r) {
-      s_[r] = std::max(s_[r] + ap * d.s[r], kLeastPrimal);
+      s_[r] = std::max(s_[r] + ap * d.s[r], LeastSlack(w_[r]));
       y_[r] = std::max(y_[r] + ad * d.y[r], kLeastDual);
     }
     t_ += ap * d.t;
@@ -267,7 +273,8 @@ class InteriorPoint {
 
   void KeepBest() {
     Vector plan(m_), load = base_;
-    for (int32_t i = 0; i < m_; ++i) plan[i] = std::clamp(x_[i], 0.0f, cap_[i]);
+    // 0 where x is no number.
+    for (int32_t i = 0; i < m_; ++i) plan[i] = std::min(std::max(0.0f, x_[i]), cap_[i]);
     AddFlow(plan, load);
     float largest = 0;
     for (int32_t r = 0; r < n_; ++r) largest = std::max(largest, load[r] / w_[r]);
@@ -308,4 +315,4 @@ class InteriorPoint {
 
 }  // namespace lplb
 
-#endif  // LPLB_XLA_FFI_CPU_INTERIOR_H_
+#endif  // LPLB_XLA_FFI_CPU_INTERIOR_POINT_H_
