@@ -91,12 +91,14 @@ def even_quota(loads: jax.Array, placement: Placement) -> jax.Array:
     """
 
     def of_layer(loads: jax.Array, placement: Placement) -> jax.Array:
-        log2phy, logcnt = jnp.asarray(placement.log2phy), jnp.asarray(placement.logcnt)[:, None]
-        copy = jnp.arange(log2phy.shape[1], dtype=jnp.int32)[None]
-        slots = logcnt.astype(loads.dtype)
-        odd = copy.astype(loads.dtype) < loads[:, None] % slots
-        share = loads[:, None] // slots + odd.astype(loads.dtype)
-        slot = jnp.where(copy < logcnt, log2phy, placement.n_physical)
+        # Counted, not taken from logcnt: a traced one may be anything, and tokens would be lost.
+        log2phy = jnp.asarray(placement.log2phy)
+        named = (log2phy >= 0) & (log2phy < placement.n_physical)
+        nth = jnp.cumsum(named, axis=1, dtype=loads.dtype)  # from 1
+        n_slots = jnp.maximum(nth[:, -1:], 1)
+        odd = nth <= loads[:, None] % n_slots
+        share = loads[:, None] // n_slots + odd.astype(loads.dtype)
+        slot = jnp.where(named, log2phy, placement.n_physical)
         return jnp.zeros(placement.n_physical, loads.dtype).at[slot].set(share, mode="drop")
 
     return _by_layer(of_layer, "loads", loads, placement, placement.n_logical)

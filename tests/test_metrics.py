@@ -1,12 +1,14 @@
 """The metrics against NumPy."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
-from cases import CASES, SMALL_CASES
+from cases import CASES, SMALL_CASES, Case
 from oracles import slots_of
 
-from lplb_jax import metrics, solve
+from lplb_jax import metrics, solve, topologies
 
 
 @pytest.mark.parametrize("name", SMALL_CASES)
@@ -94,6 +96,16 @@ def test_gap(rng):
     np.testing.assert_allclose(metrics.gap(worse), [0, 3 / split.lower_bound[1]], rtol=1e-6)
     nothing = split._replace(max_load=split.max_load * 0, lower_bound=split.lower_bound * 0)
     assert metrics.gap(nothing).tolist() == [0, 0]
+
+
+def test_an_even_split_loses_no_token_to_a_traced_logcnt(rng):
+    """How many slots an expert has stands in log2phy, too; that alone counts."""
+    case = Case(topologies.cube(), 4)
+    placement = case.placement(rng)
+    loads = rng.integers(0, 1000, case.n_logical).astype(np.int32)
+    expected = metrics.even_quota(loads, placement)
+    wrong = dataclasses.replace(placement, logcnt=placement.logcnt * 0)
+    np.testing.assert_array_equal(jax.jit(metrics.even_quota)(loads, wrong), expected)
 
 
 def test_balancing_beats_an_even_split(rng):

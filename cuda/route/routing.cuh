@@ -159,9 +159,9 @@ struct Anywhere {
         return;
       }
       if (a.sources.n_sources > 1) {
-        deal_by_distance(*given.rank, [&](int32_t source) {
-          return max(given.counts[source * a.sources.row + e], 0);
-        });
+        const int32_t me = min(max(*given.rank, 0), p.ep_size - 1);  // An index, whatever it is.
+        deal_by_distance(
+            me, [&](int32_t source) { return max(given.counts[source * a.sources.row + e], 0); });
         return;
       }
     }
