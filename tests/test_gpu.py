@@ -119,6 +119,32 @@ def test_solve_garbage(rng, name):
     assert_same(native_solve(*operands), spec_solve(*operands))
 
 
+@pytest.mark.parametrize("name", ["8x2, 256 experts", "5x4, three groups", "8x7", "128x1"])
+def test_a_topology_that_is_none_is_a_bad_placement(rng, name):
+    """r2o's values are addresses. Without the public functions' checks, too, no kernel faults."""
+    case = SHAPES[name](rng)
+    loads, stacked = batch(rng, case)
+    n_ranks, n_columns = case.r2o.shape
+    r2o = np.array(repeated(case.r2o, len(loads)))
+    wild = rng.random(r2o.shape) < 0.3 * rng.integers(0, 2, (len(r2o), 1, 1))
+    r2o[wild] = rng.choice([-(2**31), -1, n_ranks, 2**31 - 1], r2o.shape)[wild]
+    for columns in r2o:
+        twice, other = rng.permutation(n_ranks)[:2]
+        column = rng.integers(n_columns)
+        columns[twice, column] = columns[other, column]
+
+    @jax.jit
+    @jax.vmap
+    def interior(loads, r2o, placement):
+        return split_loads(loads[None], Problem(r2o, placement), "ipm", None, True)
+
+    ids = random_ids(rng, "int32", case.n_logical, len(loads), 1000)
+    split = native_solve(loads[:, None], r2o, stacked)
+    rebalanced = native_rebalance(ids, r2o, stacked)[1]
+    for status in (split[3], rebalanced.status, interior(loads, r2o, stacked).status):
+        assert (np.asarray(status) & int(Status.BAD_PLACEMENT)).all()
+
+
 def test_solve_is_deterministic(rng):
     case = SHAPES["64x4"](rng)
     loads, stacked = batch(rng, case, (FAMILIES * 7)[:58])
