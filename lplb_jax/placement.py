@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 from lplb_jax import _tables, topologies
 from lplb_jax._eplb import eplb
+from lplb_jax._portfolio import Sizes, Table, best_table
 from lplb_jax.topologies import Topology
 
 
@@ -135,7 +137,7 @@ def place_experts(
     n_physical: int | None = None,
     n_nodes: int = 1,
     n_groups: int = 1,
-    method: str = "eplb",
+    method: str = "auto",
 ) -> Placement:
     """Places experts on ranks from past loads, on the host.
 
@@ -146,10 +148,16 @@ def place_experts(
     The experts of a rank are sorted by load and the heaviest `redundants_per_rank` are replicated
     along `r2o`.
 
-    Without `r2o`, an expert may have any number of copies on any ranks. Method "eplb" places them
-    as EPLB's `rebalance_experts` does: every redundant slot goes to the expert with the most load
-    per copy, and the copies are packed onto ranks. If `n_groups` is a multiple of `n_nodes`, groups
-    of consecutive experts are packed onto nodes first, which no copy then leaves.
+    Without `r2o`, an expert may have any number of copies on any ranks, and each rank is home of
+    equally many experts. Method "auto" makes such placements in several ways (EPLB's numbers of
+    copies, second copies for many experts, links between distant ranks, topologies that fit) and
+    takes the one with the least largest rank load, balanced exactly, in the mean over the history's
+    batches; what would become of it if experts exchanged part of their loads counts a little.
+    Copies stay on their expert's node where that costs nothing. Method "eplb" places experts as
+    EPLB's `rebalance_experts` does: every redundant slot goes to the expert with the most load per
+    copy, and the copies are packed onto ranks. If `n_groups` is a multiple of `n_nodes`, groups of
+    consecutive experts are packed onto nodes first, and no copy leaves its node. Homes are then as
+    even as the table allows.
 
     Args:
       history: loads `[n_logical]`, or `[layers, n_logical]` for a placement per layer, or, without
@@ -164,7 +172,7 @@ def place_experts(
         `ep_size`, at least `n_logical`.
       n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each.
       n_groups: groups of experts for method "eplb", a divisor of `n_logical`.
-      method: "eplb"; with `r2o` there is no choice.
+      method: "auto" or "eplb"; with `r2o` there is no choice.
 
     Returns:
       A `Placement` of NumPy arrays, with a leading axis where `history` has one. It carries `r2o`;
@@ -180,10 +188,10 @@ def place_experts(
     ... )
     >>> placement.phy2log.tolist()  # rank 0: experts 2 and 3 and a copy of 0, rank 1: 0, 1 and 2
     [2, 3, 0, 0, 1, 2]
-    >>> placement = place_experts(
+    >>> eplb = place_experts(
     ...     [5, 1, 9, 1], n_logical=4, ep_size=2, redundants_per_rank=1, method="eplb"
     ... )
-    >>> placement.phy2log.tolist()
+    >>> eplb.phy2log.tolist()
     [2, 0, 1, 2, 0, 3]
     """
     check_nodes(ep_size, n_nodes)
@@ -191,18 +199,13 @@ def place_experts(
         slots_per_rank = _slots_per_rank(n_logical, ep_size, redundants_per_rank, n_physical)
         _check_method(method, n_logical, n_groups)
         loads = np.ones(n_logical) if history is None else _loads_of(history, n_logical, 3)
-        tables = [
-            eplb(batches.sum(axis=0), int(ep_size), slots_per_rank, n_groups, n_nodes)
-            for batches in loads.reshape(len(loads) if loads.ndim > 1 else 1, -1, n_logical)
-        ]
-        phy2log = np.stack(tables) if loads.ndim > 1 else tables[0]
-        return Placement.from_phy2log(
-            phy2log, ep_size=ep_size, n_logical=n_logical, n_nodes=n_nodes
-        )
+        sizes = Sizes(int(n_logical), int(ep_size), slots_per_rank, int(n_nodes))
+        place = functools.partial(_place_anywhere, sizes=sizes, method=method, n_groups=n_groups)
+        return _each_layer(place, loads)
     for name, given, default in (
         ("n_physical", n_physical, None),
         ("n_groups", n_groups, 1),
-        ("method", method, "eplb"),
+        ("method", method, "auto"),
     ):
         if given != default:
             raise ValueError(f"{name}: expected {default!r} with r2o, got {given!r}")
@@ -232,13 +235,50 @@ def _place_along(
     if history is None:
         return along(np.arange(n_logical))
     loads = _loads_of(history, n_logical, 2)
-    placements = [
-        along(_pack_ranks(row, ep_size, topology.group_size, n_nodes))
-        for row in np.atleast_2d(loads)
-    ]
+    return _each_layer(
+        lambda row: along(_pack_ranks(row, ep_size, topology.group_size, n_nodes)), loads
+    )
+
+
+def _place_anywhere(loads: np.ndarray, sizes: Sizes, method: str, n_groups: int) -> Placement:
+    """The placement without topology for loads `[n_logical]` or `[batches, n_logical]`."""
+    batches = np.atleast_2d(loads)
+    n_logical, ep_size, slots_per_rank, n_nodes = sizes
+    total = batches.sum(axis=0)
+    if method == "eplb":
+        return Placement.from_phy2log(
+            eplb(total, ep_size, slots_per_rank, n_groups, n_nodes),
+            ep_size=ep_size,
+            n_logical=n_logical,
+            n_nodes=n_nodes,
+        )
+    phy2log, homes = best_table(batches, sizes, _along_fitting(total, sizes))
+    log2phy, logcnt = _tables.log2phy_of(np, phy2log, homes, ep_size, n_logical)
+    return Placement(phy2log, log2phy, logcnt, ep_size, None, n_nodes)
+
+
+def _along_fitting(loads: np.ndarray, sizes: Sizes) -> Iterator[Table]:
+    """Placements along topologies with as many columns as fit, of all ranks, of halves, …"""
+    n_logical, ep_size, slots_per_rank, n_nodes = sizes
+    redundants = slots_per_rank - n_logical // ep_size
+    for n_groups in (1, 2, 4, 8):
+        group_size, more = divmod(ep_size, n_groups)
+        if n_logical % ep_size or not 1 <= redundants <= n_logical // ep_size or more:
+            continue
+        fitting = topologies.named(group_size).values()
+        fitting = [topology for topology in fitting if redundants % topology.n_columns == 0]
+        if fitting:
+            topology = max(fitting, key=lambda topology: topology.n_columns)
+            order = _pack_ranks(loads, ep_size, group_size, n_nodes)
+            placement = _along_topology(order, topology, ep_size, redundants, n_nodes)
+            yield Table(placement.phy2log, placement.log2phy[:, 0])
+
+
+def _each_layer(place: Callable[[np.ndarray], Placement], loads: np.ndarray) -> Placement:
+    """`place` of `[n_logical]`, or of every element of the first axis, stacked."""
     if loads.ndim == 1:
-        return placements[0]
-    return jax.tree.map(lambda *layers: np.stack(layers), *placements)
+        return place(loads)
+    return jax.tree.map(lambda *layers: np.stack(layers), *map(place, loads))
 
 
 def _loads_of(history: Any, n_logical: int, most_axes: int) -> np.ndarray:
@@ -288,8 +328,8 @@ def _slots_per_rank(
 
 def _check_method(method: Any, n_logical: int, n_groups: Any) -> None:
     """Raises where there is no such method, or groups do not divide the experts."""
-    if method != "eplb":
-        raise ValueError(f"method: expected 'eplb', got {method!r}")
+    if method not in ("auto", "eplb"):
+        raise ValueError(f"method: expected 'auto' or 'eplb', got {method!r}")
     check_integers(n_groups=n_groups)
     if n_groups < 1 or n_logical % n_groups:
         raise ValueError(f"n_groups: expected a divisor of n_logical = {n_logical}, got {n_groups}")

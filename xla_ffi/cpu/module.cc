@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 
 #include "xla_ffi/cpu/graph_waves.h"
+#include "xla_ffi/cpu/placing.h"
 
 namespace lplb {
 namespace {
@@ -17,10 +18,38 @@ void Homes(Array<const int32_t> phy2log, int32_t ep_size, Array<int32_t> homes) 
   FindHomes(graph, homes.data());
 }
 
+// Fills `phy2log` [n_physical] and `homes` [n_logical] by one way to place `loads` [n_logical]:
+// copies until no share exceeds `theta`, and the slots left as second copies in advance (`all`), or
+// afterwards, as links between ranks.
+void Place(Array<const double> loads, int32_t ep_size, int32_t n_nodes, bool stay, double theta,
+           bool all, double meet, Array<int32_t> phy2log, Array<int32_t> homes) {
+  const PlaceSizes sizes = {ep_size, static_cast<int32_t>(loads.size()),
+                            static_cast<int32_t>(phy2log.size()) / ep_size, ep_size / n_nodes};
+  Placing placing(sizes, loads.data(), stay);
+  placing.Pack(placing.Counts(theta, all), meet);
+  placing.Link();
+  placing.Write(phy2log.data(), homes.data());
+}
+
+// Fills `most` [n_batches] with the largest rank load of batches [n_batches · n_logical], balanced
+// exactly.
+void BestLoads(Array<const int32_t> phy2log, int32_t ep_size, Array<const int64_t> batches,
+               Array<int64_t> most) {
+  const int32_t n_logical = static_cast<int32_t>(batches.size() / most.size());
+  const ReplicaGraph graph(ep_size, n_logical, static_cast<int32_t>(phy2log.size()) / ep_size,
+                           phy2log.data());
+  GraphWaves waves(graph);
+  for (size_t b = 0; b < most.size(); ++b) {
+    most.data()[b] = waves.Run(batches.data() + b * n_logical);
+  }
+}
+
 }  // namespace
 }  // namespace lplb
 
 NB_MODULE(_cpu, m) {
   lplb::DefineModule(m);
   m.def("homes", lplb::Homes);
+  m.def("place", lplb::Place);
+  m.def("best_loads", lplb::BestLoads);
 }
