@@ -1,5 +1,6 @@
 """What an expert-parallel layer must compute, on any mesh: value and gradients, plainly."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ from cases import Case
 from jax.sharding import PartitionSpec as P
 from meshes import everywhere
 
-from lplb_jax import moe, topologies
+from lplb_jax import Placement, moe, topologies
 
 HIDDEN, WIDTH, TOP_K = 16, 12, 3
 ROOM = {"capacity_factor": 8.0}  # so much that nothing can overflow
@@ -83,11 +84,47 @@ def plainly(tokens, gates, experts, ids):
     return jnp.einsum("tk,tke,eth->th", gates, chosen, of_expert)
 
 
+@dataclasses.dataclass(frozen=True)
+class AnyCase:
+    """Placements without topology: several copies, also on one rank, and empty slots."""
+
+    ep_size: int
+    slots_per_rank: int
+    n_logical: int
+    r2o: None = None
+
+    def placement(self, rng):
+        """Homes as even as can be; of the other slots, some hold a hot expert and some nothing."""
+        per_rank = np.resize(np.arange(self.ep_size), self.n_logical)
+        ranks = rng.permutation(self.ep_size)[per_rank]
+        table = np.full((self.ep_size, self.slots_per_rank), -1, np.int32)
+        for expert, rank in enumerate(ranks):
+            table[rank, rng.choice(np.flatnonzero(table[rank] < 0))] = expert
+        rest = np.argwhere(table < 0)
+        rest = rest[rng.random(len(rest)) < 0.8]
+        hot = rng.random(len(rest)) < 0.5
+        copies = np.where(
+            hot, rng.integers(self.n_logical), rng.integers(self.n_logical, size=len(rest))
+        )
+        table[tuple(rest.T)] = copies
+        return Placement.from_phy2log(table, ep_size=self.ep_size, n_logical=self.n_logical)
+
+
 def in_slots(experts, placement):
-    """From the order of experts to that of the ranks' own slots."""
-    own = placement.phy2log.reshape(placement.ep_size, -1)
-    order = own[:, : placement.n_logical // placement.ep_size].ravel()
-    return jax.tree.map(lambda array: array[order], experts)
+    """From the order of experts to that of the ranks' own slots, padded: home order."""
+    home = np.asarray(placement.log2phy)[:, 0]
+    n_ranks, n_local = placement.ep_size, -(-len(home) // placement.ep_size)
+    by_rank = [[] for _ in range(n_ranks)]
+    for expert in np.argsort(home):
+        by_rank[home[expert] // (placement.n_physical // n_ranks)].append(expert)
+
+    def ordered(array):
+        out = np.zeros((n_ranks, n_local, *array.shape[1:]), array.dtype)
+        for rank, own in enumerate(by_rank):
+            out[rank, : len(own)] = array[own]
+        return out.reshape(-1, *array.shape[1:])
+
+    return jax.tree.map(lambda array: ordered(np.asarray(array)), experts)
 
 
 def layer_over(mesh, case, *, check_vma=True, **options):

@@ -17,6 +17,7 @@ from moe_checks import (
     ROOM,
     ROUTINGS,
     TOP_K,
+    AnyCase,
     assert_equals_plain_mathematics,
     case_of,
     half_silent,
@@ -32,6 +33,7 @@ from moe_checks import (
 
 from lplb_jax import (
     Assignment,
+    Placement,
     init_comm,
     metrics,
     moe,
@@ -98,6 +100,119 @@ def test_every_balance_is_the_same_mathematics(rng, mesh, balance, check_vma):
         # Of an odd number of its tokens, every source sends one more home.
         even = np.asarray(metrics.even_quota(loads, placement))
         assert np.abs(traffic.slot_loads - even).max() <= case.ep_size
+
+
+def ragged_by_gather(operand, output, starts, sizes, places, received, *, axis_name):
+    """`lax.ragged_all_to_all`, which CPUs do not have; NaN where sender and receiver disagree."""
+    n_ranks, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    operands = jax.lax.all_gather(operand, axis_name)
+    starts, sizes, places = (
+        jax.lax.all_gather(array, axis_name).reshape(n_ranks, n_ranks, -1)[:, me].reshape(-1)
+        for array in (starts, sizes, places)
+    )
+    source = jnp.repeat(jnp.arange(n_ranks), len(sizes) // n_ranks)
+    row = jnp.arange(len(output))
+
+    def one(out, update):
+        source, start, size, place = update
+        rows = operands[source].at[start + row - place].get(mode="clip")
+        mine = (row >= place) & (row < place + size)
+        return jnp.where(mine.reshape(-1, *[1] * (out.ndim - 1)), rows, out), None
+
+    out, _ = jax.lax.scan(one, output, (source, starts, sizes, places))
+    return jnp.where((sizes == received).all(), out, jnp.nan)
+
+
+@pytest.mark.parametrize("transport", ["padded", "ragged"])
+@pytest.mark.parametrize("sizes", [(8, 4, 19), (8, 5, 8), (4, 9, 30)])
+def test_weights_for_the_slots_of_any_placement(rng, cpu_devices, monkeypatch, sizes, transport):
+    """Bit for bit, and their gradients come home, summed; one program for all placements."""
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    case = AnyCase(*sizes)
+    mesh = Mesh(cpu_devices[: case.ep_size], "ep")
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("ep"), P()), out_specs=P("ep"), check_vma=False
+    )
+    def fetch(weights, placement):
+        return moe.replicate_weights(weights, None, "ep", placement=placement, transport=transport)
+
+    @jax.jit
+    def run(weights, placement, slopes):
+        slots, pull = jax.vjp(lambda weights: fetch(weights, placement), weights)
+        return slots, pull(slopes)[0]
+
+    for _ in range(3):
+        placement = case.placement(rng)
+        filled = placement.phy2log >= 0
+        of_experts, of_slots = (
+            {
+                "matrix": rng.integers(-9, 10, (n, 6, 2)).astype(np.float32),  # sums are exact
+                "scalar": rng.integers(-9, 10, n).astype(np.float32),
+            }
+            for n in (case.n_logical, len(filled))
+        )
+        slots, slopes = run(in_slots(of_experts, placement), placement, of_slots)
+        for name, array in of_experts.items():
+            want = np.zeros_like(of_slots[name])
+            want[filled] = array[placement.phy2log[filled]]
+            np.testing.assert_array_equal(slots[name], want)
+            summed = np.zeros_like(array)
+            np.add.at(summed, placement.phy2log[filled], of_slots[name][filled])
+            np.testing.assert_array_equal(slopes[name], in_slots(summed, placement))
+    assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("balance", ["lplb", "eplb", "none"])
+def test_any_placement_equals_one_device(rng, mesh, balance):
+    """Value and gradients, of one program for all placements; then moved to another one."""
+    case = AnyCase(8, 4, 19)
+    run = with_slopes(layer_over(mesh, case, balance=balance, **PORTABLE, **ROOM))
+    for routing in (skewed, one_expert, half_silent):
+        floats, ids, placement = problem(rng, case, routing)
+        traffic = assert_equals_plain_mathematics(run, mesh, floats, ids, placement, rng, 1e-5)
+        of_experts = np.zeros(case.n_logical, np.int64)
+        filled = placement.phy2log >= 0
+        np.add.at(of_experts, placement.phy2log[filled], traffic.slot_loads[filled])
+        loads = np.bincount(ids[ids >= 0], minlength=case.n_logical)
+        np.testing.assert_array_equal(of_experts, loads)
+        assert not traffic.status.any()
+        if balance == "lplb":
+            assert metrics.rank_loads(traffic.slot_loads, 8).max() == traffic.lower_bound[0]
+        moved = moe.move_experts(
+            in_slots(floats[2], placement), placement, new := case.placement(rng)
+        )
+        jax.tree.map(np.testing.assert_array_equal, moved, in_slots(floats[2], new))
+    assert run._cache_size() == 1
+
+
+def test_bad_any_placements(rng, mesh):
+    case = AnyCase(8, 4, 19)
+    placement = case.placement(rng)
+
+    def refused(error, words, function, *arguments, **options):
+        run = jax.shard_map(
+            lambda _: function(*arguments, **options), mesh=mesh, in_specs=P("ep"), out_specs=P()
+        )
+        with pytest.raises(error, match=words) as raised:
+            jax.eval_shape(run, jnp.zeros(8))
+        assert "expected" in str(raised.value)
+        assert "got" in str(raised.value)
+
+    replicate = functools.partial(moe.replicate_weights, r2o=None, axis_name="ep")
+    three = functools.partial(replicate, jnp.zeros((3, 2)), placement=placement)
+    refused(ValueError, "^in_place: .*got True", three, in_place=True)
+    refused(ValueError, "^redundants_per_rank: .*got 1", three, redundants_per_rank=1)
+    refused(ValueError, "^transport: .*got 'carrier'", three, transport="carrier")
+    words = r"^local_weights: .*\[3, …\].*got \[4, 2\]"
+    refused(ValueError, words, replicate, jnp.zeros((4, 2)), placement=placement)
+    other = AnyCase(4, 9, 30).placement(rng)
+    refused(ValueError, "^axis_name: .*ep_size = 4.*size 8", replicate, 0, placement=other)
+    crowded = np.full((8, 4), -1, np.int32)
+    crowded.ravel()[:19] = np.arange(19)
+    crowded = Placement.from_phy2log(crowded, ep_size=8)
+    words = "^placement: .*at most 3 experts, got 4 on rank 0"
+    refused(ValueError, words, replicate, 0, placement=crowded)
 
 
 def with_and_without_comm(rng, mesh, case, **options):
@@ -583,6 +698,36 @@ def test_who_fetches_the_copies_and_where_to(rng, mesh, balance):
             copies = jax.tree.map(lambda array: array[placement.phy2log], experts)
             jax.tree.map(np.testing.assert_array_equal, slots, copies)
         assert len(filled) == (not early)
+
+
+def test_the_layer_does_what_its_parts_do(rng, mesh):
+    """In another order, but with the same bits: value and gradients."""
+    case = CASES["cube"](rng)
+    (tokens, gates, experts), ids, placement = problem(rng, case, skewed)
+    where = {"placement": placement, "axis_name": "ep"}
+
+    def parts(tokens, gates, experts, ids):
+        experts = moe.replicate_weights(experts, case.r2o, **where)
+        assignment, _ = rebalance(ids, None, case.r2o, positions=True, **where)
+        capacity = moe.capacity_for(ids.size, 8, ROOM["capacity_factor"])
+        rows, row_gates, plan = moe.dispatch(
+            tokens, gates, assignment, axis_name="ep", capacity=capacity, transport="padded"
+        )
+        rows = moe.expert_ffn(rows, experts, plan.group_sizes, gates=row_gates, gemm="xla")
+        return moe.combine(rows, plan), plan.slot_loads
+
+    def layer(tokens, gates, experts, ids):
+        out, traffic = moe.moe_layer(
+            tokens, ids, gates, experts, case.r2o, **where, **PORTABLE, **ROOM
+        )
+        return out, traffic.slot_loads
+
+    results = []
+    for function in (parts, layer):
+        run = jax.shard_map(function, mesh=mesh, in_specs=P("ep"), out_specs=(P("ep"), P()))
+        floats = tokens, gates, in_slots(experts, placement)
+        results.append(with_slopes(run)(floats, tokens, ids))
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def test_none_in_place(rng, mesh):

@@ -1,4 +1,4 @@
-"""moe_layer(): replicas, routing, dispatch, experts and combine, composed."""
+"""moe_layer(): what the public parts do, in an order that hides transfers behind computation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lplb_jax import metrics
 from lplb_jax._axes import varying_as, varying_over
@@ -19,8 +20,9 @@ from lplb_jax.moe import transfers
 from lplb_jax.moe.copies import check_reverse, copy
 from lplb_jax.moe.exchange import brought_back, capacity_for, exchange, make_plan
 from lplb_jax.moe.experts import Experts, applied, check_experts
-from lplb_jax.moe.replicas import Fetch
-from lplb_jax.placement import Placement, choose_topology
+from lplb_jax.moe.moves import home_slots, rows_per_rank
+from lplb_jax.moe.replicas import Fetch, replicate_weights
+from lplb_jax.placement import Placement
 from lplb_jax.solver import Split
 
 BALANCES = ("lplb", "eplb", "none")
@@ -75,9 +77,11 @@ def moe_layer(
       indices: integers `[tokens, top_k]`, logical expert ids, −1 for none; see `rebalance`.
       gates: floats `[tokens, top_k]`, weights of the choices.
       experts: of `tokens`' dtype. `[n_local, …]`, the rank's own experts in the order of its
-        slots: copies are fetched here, and all are copied once. Or `[slots_per_rank, …]`: what
-        `replicate_weights` gave, where you fetched them earlier. Or see `in_place`.
-      r2o: static topology, see `lplb_jax.topologies`; None for the placement's.
+        slots (without topology in home order, padded: see `move_experts`): copies are fetched
+        here, and all are copied once. Or `[slots_per_rank, …]`: what `replicate_weights` gave,
+        where you fetched them earlier. Or see `in_place`.
+      r2o: static topology, see `lplb_jax.topologies`; None for the placement's, or where it has
+        none: see `Placement.from_phy2log`.
       placement: where the experts are, see `place_experts`.
       axis_name: the expert-parallel mesh axis (or a tuple of axes).
       balance: "lplb": `rebalance`. "eplb": every source splits an expert's tokens evenly over its
@@ -131,9 +135,7 @@ def moe_layer(
         )
     if balance not in BALANCES:
         raise ValueError(f"balance: expected one of {', '.join(BALANCES)}, got {balance!r}")
-    r2o = choose_topology(r2o, placement)
     problem = check_problem(None, r2o, placement, axis_name)
-    r2o = problem.r2o
     if tokens.ndim != 2:
         raise ValueError(f"tokens: expected floats [tokens, hidden], got {list(tokens.shape)}")
     if indices.ndim != 2 or gates.shape != indices.shape or indices.shape[1] < 1:
@@ -143,21 +145,13 @@ def moe_layer(
         )
     check_experts(experts, tokens.shape[-1], tokens.dtype)
     check_reverse("tokens", (tokens, gates, experts))
-    n_local = problem.n_logical // problem.ep_size
-    slots_per_rank = n_local + placement.redundants_per_rank
-    n_given = len(experts.down)
-    own, slots = f"{n_local} own experts of a rank", f"{slots_per_rank} slots"
-    if balance == "none":
-        wanted = {n_local: own}
-    elif in_place:
-        wanted = {slots_per_rank: slots + " of a rank"}
-    else:
-        wanted = {n_local: own, slots_per_rank: "its " + slots}
-    if n_given not in wanted:
+    along_topology = problem.r2o.shape[1] > 0
+    if in_place and not along_topology:
         raise ValueError(
-            f"experts: expected the {' or '.join(wanted.values())}, got {n_given}"
-            + (", with in_place=True" if in_place else "")
+            "in_place: expected False with a placement that has no topology, got True: its slots "
+            "are in another order than the rank's own experts"
         )
+    _check_number(experts, placement, balance, in_place)
 
     n_tokens = len(tokens)
     if n_tokens == 0 and indices.size == 0:
@@ -178,39 +172,63 @@ def moe_layer(
         status, lower_bound = split.status, split.lower_bound
     else:
         quotas = metrics.even_quota if balance == "eplb" else metrics.home_quota
-        assignment = _assign_alone(indices, r2o, placement, quotas)
-        status = lower_bound = jnp.zeros(problem.ep_size // len(problem.r2o), jnp.int32)
+        n_groups = problem.ep_size // len(problem.r2o)
+        assignment = _assign_alone(indices, r2o, n_groups, placement, quotas)
+        status = lower_bound = jnp.zeros(n_groups, jnp.int32)
 
     capacity = capacity_for(indices.size, problem.ep_size, capacity_factor)
     plan = make_plan(tokens, gates, assignment, axis_name, capacity, transport)
     tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
-    fetch = None
+    fetch, group_sizes = None, plan.group_sizes
+    own_only = len(experts.down) == rows_per_rank(placement)
     if balance == "none":
         sent = copy(tokens, plan.sent)
+        own_slots = home_slots(placement)[lax.axis_index(axis_name)]
+        group_sizes = group_sizes.at[own_slots].get(mode="fill", fill_value=0)
     else:
         experts = varying_as(experts, tokens)
-        if n_given == n_local:
+        if own_only and along_topology:
             room = [(0, placement.redundants_per_rank), (0, 0), (0, 0)]
             experts = jax.tree.map(lambda weights: jnp.pad(weights, room), experts)
-        if in_place or n_given == n_local:
-            fetch = Fetch(r2o, axis_name, placement.redundants_per_rank)
+        elif own_only:
+            experts = replicate_weights(
+                experts, None, axis_name, placement=placement, transport=transport
+            )
+        if along_topology and (in_place or own_only):
+            fetch = Fetch(problem.r2o, axis_name, placement.redundants_per_rank)
         sent, experts = transfers.sent(fetch, tokens, plan.sent, experts)
     received = exchange(sent, plan.lists, "there")
     row_gates = exchange(copy(gates, plan.sent), plan.lists, "there").reshape(-1)
     rows, row_gates, experts = transfers.in_rows(fetch, received, row_gates, plan.received, experts)
     row_gates = copy(row_gates, plan.choices)
-    group_sizes = plan.group_sizes[: len(experts.down)]
     rows = applied(rows, experts, group_sizes, row_gates, activation, gemm)
     traffic = Traffic(plan.slot_loads, jnp.int32(capacity), plan.overflow, status, lower_bound)
     out = brought_back(rows, plan)[:n_tokens]
     return (out, traffic, experts) if in_place else (out, traffic)
 
 
+def _check_number(experts: Experts, placement: Placement, balance: str, in_place: bool) -> None:
+    """Raises where there are neither as many experts as a rank owns nor as many as its slots."""
+    n_local, slots_per_rank = rows_per_rank(placement), placement.n_physical // placement.ep_size
+    own, slots = f"{n_local} own experts of a rank", f"{slots_per_rank} slots"
+    if balance == "none":
+        wanted = {n_local: own}
+    elif in_place:
+        wanted = {slots_per_rank: slots + " of a rank"}
+    else:
+        wanted = {n_local: own, slots_per_rank: "its " + slots}
+    if len(experts.down) not in wanted:
+        raise ValueError(
+            f"experts: expected the {' or '.join(wanted.values())}, got "
+            f"{len(experts.down)}{', with in_place=True' if in_place else ''}"
+        )
+
+
 def _assign_alone(
-    indices: jax.Array, r2o: Any, placement: Placement, quotas: Callable[..., jax.Array]
+    indices: jax.Array, r2o: Any, n_groups: int, placement: Placement, quotas: Any
 ) -> Assignment:
     """Every source follows its own counts, without knowing those of others."""
     own = count_loads(indices, placement.n_logical)
-    unknown = jnp.zeros(placement.ep_size // len(r2o), jnp.int32)
+    unknown = jnp.zeros(n_groups, jnp.int32)
     split = Split(quotas(own, placement), unknown, unknown, unknown)
     return assign(indices, own, split, r2o, placement=placement, positions=True)

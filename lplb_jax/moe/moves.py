@@ -45,7 +45,7 @@ def move_experts(weights: Any, old: Placement, new: Placement) -> Any:
     >>> move_experts(jnp.array([0, 1, 2, 3]), old, new).tolist()
     [2, 3, 0, 1]
     """
-    homes = _homes("old", old), _homes("new", new)
+    homes = check_homes("old", old), check_homes("new", new)
     given, wanted = (
         (*home.shape, place.ep_size) for home, place in zip(homes, (old, new), strict=True)
     )
@@ -84,6 +84,16 @@ def home_rows(home: jax.Array, n_slots: int, ep_size: int) -> jax.Array:
     is_home = jnp.zeros(n_slots, jnp.int32).at[home].set(1).reshape(ep_size, per_rank)
     place = jnp.cumsum(is_home, axis=1, dtype=jnp.int32).reshape(-1)[home] - 1
     return home // per_rank * n_local + place
+
+
+def home_slots(placement: Placement) -> jax.Array:
+    """int32 `[ep_size, n_local]`: slot of each row's expert on its rank; past the last, none."""
+    n_ranks, n_local = placement.ep_size, rows_per_rank(placement)
+    home = jnp.asarray(placement.log2phy)[:, 0]
+    per_rank = placement.n_physical // n_ranks
+    rows = home_rows(home, placement.n_physical, n_ranks)
+    slots = jnp.full(n_ranks * n_local, per_rank, jnp.int32)
+    return slots.at[rows].set(home % per_rank, mode="drop").reshape(n_ranks, n_local)
 
 
 def _reordered(
@@ -132,7 +142,7 @@ def _beside(array: jax.Array, values: Any) -> Any:
     return jax.device_put(values, sharding)
 
 
-def _homes(name: str, placement: Placement) -> Any:
+def check_homes(name: str, placement: Placement) -> Any:
     """The slot of each expert's home, int32 `[(layers,) n_logical]`; checked unless traced."""
     if not isinstance(placement, Placement):
         raise TypeError(f"{name}: expected a lplb_jax.Placement, got {type(placement).__name__}")

@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lplb_jax._axes import axis_names, check_axis
+from lplb_jax._axes import axis_names, check_axis, varying_over
+from lplb_jax.moe import transports
 from lplb_jax.moe.copies import check_reverse
+from lplb_jax.moe.moves import check_homes, rows_per_rank
+from lplb_jax.moe.slots import fill_slots, sources_of
 from lplb_jax.placement import Placement, choose_topology
 from lplb_jax.topologies import Topology
 
@@ -25,8 +28,12 @@ def replicate_weights(
     placement: Placement | None = None,
     redundants_per_rank: int | None = None,
     in_place: bool = False,
+    transport: str = "auto",
 ) -> Any:
-    """Fetches the weights of this rank's redundant slots: one `lax.ppermute` per column of `r2o`.
+    """Fetches the weights of this rank's redundant slots from the ranks that own them.
+
+    Along a topology, by one `lax.ppermute` per column; for any other placement, by an exchange
+    whose rows are experts, so that a new placement needs no recompilation.
 
     Call it inside `jax.shard_map`, once per step and as early as possible: the transfer needs no
     tokens, so it can hide behind attention. Its derivative sends the gradients of the copies home
@@ -35,18 +42,24 @@ def replicate_weights(
     Args:
       local_weights: a pytree of arrays `[n_local, …]`, the rank's own experts in the order of its
         slots. With `in_place`: `[n_local + redundants_per_rank, …]`, own experts first, then room
-        for the copies, which is overwritten and has no gradient.
+        for the copies, which is overwritten and has no gradient. Where the placement has no
+        topology, in home order, padded: see `move_experts`.
       r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`; None for the
         placement's.
       axis_name: the expert-parallel mesh axis (or a tuple of axes).
-      placement: where the experts are; not needed where `r2o` is given.
+      placement: where the experts are; not needed where `r2o` is given. One without topology may
+        have any number of copies on any ranks.
       redundants_per_rank: redundant slots of each rank, a multiple of the columns; None for the
         placement's, or without one a single slot per column.
       in_place: the arrays have room for the copies. No copy of the own weights is made where XLA
-        may reuse their buffer: donate them to `jax.jit` and return what comes out of here.
+        may reuse their buffer: donate them to `jax.jit` and return what comes out of here. Only
+        along a topology.
+      transport: of a placement without topology. "ragged": exactly the copies there are, by
+        `lax.ragged_all_to_all`. "padded": `lax.all_gather`, so every rank holds all experts for a
+        moment. "auto" chooses as in `dispatch`.
 
     Returns:
-      The same pytree of `[n_local + redundants_per_rank, …]`: the weights of all slots.
+      The same pytree of `[slots_per_rank, …]`: the weights of all slots. Empty ones are 0.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
@@ -59,6 +72,10 @@ def replicate_weights(
     >>> slots(jnp.array([10, 11, 20, 21])).tolist()  # two experts on each rank, and one copy
     [10, 11, 20, 20, 21, 10]
     """
+    if r2o is None and isinstance(placement, Placement) and placement.topology is None:
+        return _anywhere(
+            local_weights, placement, axis_name, redundants_per_rank, in_place, transport
+        )
     r2o = choose_topology(r2o, placement)
     if placement is not None:
         if redundants_per_rank not in (None, placement.redundants_per_rank):
@@ -83,6 +100,43 @@ def replicate_weights(
         return jnp.concatenate([weights, fetch.slots(fetch.delivered(fetch.wanted(weights)))])
 
     return jax.tree.map(replicate, local_weights)
+
+
+def _anywhere(
+    local_weights: Any,
+    placement: Placement,
+    axis_name: Any,
+    redundants_per_rank: int | None,
+    in_place: bool,
+    transport: str,
+) -> Any:
+    """`replicate_weights` for a placement without topology."""
+    n_ranks, n_local = check_axis(axis_name), rows_per_rank(placement)
+    if n_ranks != placement.ep_size:
+        raise ValueError(
+            f"axis_name: expected an axis as large as placement.ep_size = {placement.ep_size}, got "
+            f"{axis_name!r} of size {n_ranks}"
+        )
+    for name, value in (("redundants_per_rank", redundants_per_rank), ("in_place", in_place)):
+        if value:
+            raise ValueError(
+                f"{name}: expected nothing with a placement that has no topology, got {value!r}: "
+                f"it says what is in each slot"
+            )
+    check_homes("placement", placement)
+    transport = transports.choose(transport, n_ranks)
+    sources = sources_of(placement)
+
+    def fill(weights: jax.Array) -> jax.Array:
+        if len(weights) != n_local:
+            raise ValueError(
+                f"local_weights: expected arrays [n_local, …] = [{n_local}, …] with n_local = "
+                f"⌈n_logical / ep_size⌉, got {list(weights.shape)}"
+            )
+        check_reverse("local_weights", weights)
+        return fill_slots(varying_over(weights, axis_name), sources, axis_name, transport)
+
+    return jax.tree.map(fill, local_weights)
 
 
 class Fetch:
