@@ -219,38 +219,24 @@ def make_plan(
     """Checks what `dispatch` is given; exchanges counts and the numbers of rows, no tokens yet."""
     n_ranks = check_axis(axis_name)
     n_slots = _check_assignment(tokens, gates, assignment, n_ranks)
-    capacity = check_count("capacity", capacity)
-    if capacity * n_ranks >= 2**31:
-        raise ValueError(
-            f"capacity: expected less than 2³¹ rows on all {n_ranks} ranks, got {capacity} on each"
-        )
+    capacity = _check_capacity(capacity, n_ranks)
     transport = transports.choose(transport, n_ranks)
     me = lax.axis_index(axis_name)
-    physical, position, counts = assignment
-    n_tokens, top_k = physical.shape
-    counts = sync_loads(counts, axis_name).reshape(n_ranks, n_ranks, n_slots)
+    counts = sync_loads(assignment.counts, axis_name).reshape(n_ranks, n_ranks, n_slots)
+    rank, row = _rows_of_choices(assignment, counts, me, capacity)
 
-    # The row of every choice, all ranks' rows being numbered one rank after the other.
-    slot = jnp.maximum(physical, 0)
-    rank = slot // n_slots
-    arrives = (physical >= 0) & (position < _fitting(counts, capacity)[me].reshape(-1)[slot])
-    row = rank * capacity + _row_starts(counts)[me].reshape(-1)[slot] + position
-    row = jnp.where(arrives, row, -1)
-
-    # A token goes to every rank once: its first choice there has the place.
-    goes = (arrives[..., None] & (rank[..., None] == numbers(n_ranks)[None, None])).any(axis=1)
-    goes = goes.astype(jnp.int32)
-    before = jnp.cumsum(goes, axis=0, dtype=jnp.int32) - goes
+    goes = jnp.where(row < 0, n_ranks, rank)[..., None] == numbers(n_ranks)[None, None]
+    goes = goes.any(axis=1).astype(jnp.int32)
     sizes = sync_loads(goes.sum(axis=0, dtype=jnp.int32), axis_name)
+    n_tokens, top_k = row.shape
     if transport == "padded":
         n_sent = n_received = n_ranks * min(n_tokens, capacity)
     else:
         n_sent, n_received = n_tokens * min(n_ranks, top_k), min(n_tokens * n_ranks, capacity)
     lists = Lists(sizes, n_sent, n_received, axis_name, transport)
+    before = jnp.cumsum(goes, axis=0, dtype=jnp.int32) - goes
     place = jnp.take_along_axis(lists.starts_sent[me][None] + before, rank, axis=1)
-    same = arrives[:, None] & (rank[:, None] == rank[..., None])  # [tokens, top_k, top_k]
-    first = arrives & ~(same & jnp.tril(jnp.ones((1, top_k, top_k), bool), -1)).any(axis=2)
-    place = jnp.where(first, place, n_sent)
+    place = jnp.where(_is_first(rank, row >= 0), place, n_sent)
     sent = Copies(choice_at(place, n_sent) // top_k, place)
 
     # A rank serves those choices of a received token whose rows are its own.
@@ -258,6 +244,41 @@ def make_plan(
     here = lists.arrived(me)[:, None] & (row >= 0) & (row < capacity)
     row = jnp.where(here, row, capacity)
     return Plan(lists, sent, row, choice_at(row, capacity), counts, capacity)
+
+
+def _rows_of_choices(
+    assignment: Assignment, counts: jax.Array, me: jax.Array, capacity: int
+) -> tuple[jax.Array, jax.Array]:
+    """The rank that serves every choice of this source, and the choice's row there.
+
+    Rows are numbered over all ranks, `capacity` on each; −1 where there is none. Both of the shape
+    of the assignment.
+    """
+    slot = jnp.maximum(assignment.physical_indices, 0)
+    rank = slot // counts.shape[2]
+    fitting, starts = (
+        of_slots[me].reshape(-1)[slot]
+        for of_slots in (_fitting(counts, capacity), _row_starts(counts))
+    )
+    arrives = (assignment.physical_indices >= 0) & (assignment.position < fitting)
+    return rank, jnp.where(arrives, rank * capacity + starts + assignment.position, -1)
+
+
+def _is_first(rank: jax.Array, arrives: jax.Array) -> jax.Array:
+    """Whether a choice is its token's first that arrives on its rank: it has the token's place."""
+    top_k = rank.shape[1]
+    same = arrives[:, None] & (rank[:, None] == rank[..., None])  # [tokens, top_k, top_k]
+    return arrives & ~(same & jnp.tril(jnp.ones((1, top_k, top_k), bool), -1)).any(axis=2)
+
+
+def _check_capacity(capacity: Any, n_ranks: int) -> int:
+    """Rows of all ranks are numbered in int32."""
+    capacity = check_count("capacity", capacity)
+    if capacity * n_ranks >= 2**31:
+        raise ValueError(
+            f"capacity: expected less than 2³¹ rows on all {n_ranks} ranks, got {capacity} on each"
+        )
+    return capacity
 
 
 def combine(rows: jax.Array, plan: Plan) -> jax.Array:
