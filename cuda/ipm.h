@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cuda/interior.h"
+#include "cuda/ipm/arithmetic.h"
 #include "cuda/problem.h"
 
 namespace lplb::cuda {

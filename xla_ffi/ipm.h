@@ -2,7 +2,7 @@
 #ifndef LPLB_XLA_FFI_IPM_H_
 #define LPLB_XLA_FFI_IPM_H_
 
-#include "cuda/interior.h"
+#include "cuda/ipm/arithmetic.h"
 #include "xla_ffi/checks.h"
 
 namespace lplb {

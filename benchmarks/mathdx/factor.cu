@@ -1,7 +1,7 @@
 // One step's linear algebra of the interior point, repeated: the matrix into place, one factor,
 // three solves. With cuSolverDx in shared memory, by POTRF and 3 POTRS or by POSV and 2 POTRS, and
 // with the library's own table in registers. And what cuBLASDx takes for products of that size.
-#include "cuda/factor.cuh"
+#include "cuda/ipm/factor.cuh"
 
 #define DECLARE(n, threads)                                              \
   extern "C" __device__ void potrf_##n##_##threads(float*, int*);        \

@@ -1,10 +1,10 @@
 // The interior point's matrix factored by cuSolverDx, in shared memory: the other way beside Table
-// in cuda/factor.cuh, with the same interface. A Cholesky needs M's diagonal written out, and loses
-// digits where M is almost singular.
+// in cuda/ipm/factor.cuh, with the same interface. A Cholesky needs M's diagonal written out, and
+// loses digits where M is almost singular.
 #ifndef LPLB_CUDA_MATHDX_CHOLESKY_CUH_
 #define LPLB_CUDA_MATHDX_CHOLESKY_CUH_
 
-#include "cuda/factor.cuh"
+#include "cuda/ipm/factor.cuh"
 
 namespace lplb::cuda {
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cuda/interior.h"
+#include "cuda/ipm/arithmetic.h"
 
 namespace lplb {
 

@@ -10,8 +10,8 @@
 // and its mirror image for j > i; between the two kinds the weights A with which an eliminated
 // rank's value follows the others. Eight ranks are eliminated at a time: every thread gets the
 // 8 × 8 block, eliminates it by itself, and updates its entries.
-#ifndef LPLB_CUDA_FACTOR_CUH_
-#define LPLB_CUDA_FACTOR_CUH_
+#ifndef LPLB_CUDA_IPM_FACTOR_CUH_
+#define LPLB_CUDA_IPM_FACTOR_CUH_
 
 #include "cuda/team.cuh"
 
@@ -301,4 +301,4 @@ class Table {
 
 }  // namespace lplb::cuda
 
-#endif  // LPLB_CUDA_FACTOR_CUH_
+#endif  // LPLB_CUDA_IPM_FACTOR_CUH_

@@ -1,7 +1,7 @@
 #include <algorithm>
 
-#include "cuda/ipm.cuh"
 #include "cuda/ipm.h"
+#include "cuda/ipm/kernel.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/solver.h"
 

@@ -1,10 +1,10 @@
 // The interior point for one group by one team, with the names of lplb_jax/reference/ipm.py, which
 // explains it. Thread r is also rank r; edges are dealt out to all threads in turn.
-#ifndef LPLB_CUDA_INTERIOR_CUH_
-#define LPLB_CUDA_INTERIOR_CUH_
+#ifndef LPLB_CUDA_IPM_ITERATION_CUH_
+#define LPLB_CUDA_IPM_ITERATION_CUH_
 
-#include "cuda/factor.cuh"
-#include "cuda/interior.h"
+#include "cuda/ipm/arithmetic.h"
+#include "cuda/ipm/factor.cuh"
 
 namespace lplb::cuda {
 
@@ -24,7 +24,7 @@ LPLB_HOST_DEVICE int64_t PaddedEdges(int64_t n_edges) { return (n_edges + 15) / 
 // kEdges: the most edges of one thread. Factor: what solves with the matrix, Table in factor.cuh or
 // what has the same interface.
 template <int kRanks, int kParts, int kEdges, template <int, int> typename Factor = Table>
-class Interior {
+class InteriorPoint {
  public:
   using TableOf = Factor<kRanks, kParts>;
   static constexpr int kMostRanks = kRanks;
@@ -56,7 +56,7 @@ class Interior {
     int32_t* cut;
   };
 
-  __device__ Interior(const Graph& graph, Memory& memory, const GroupArrays& edges)
+  __device__ InteriorPoint(const Graph& graph, Memory& memory, const GroupArrays& edges)
       : graph_(graph),
         memory_(memory),
         edges_(edges),
@@ -460,4 +460,4 @@ class Interior {
 
 }  // namespace lplb::cuda
 
-#endif  // LPLB_CUDA_INTERIOR_CUH_
+#endif  // LPLB_CUDA_IPM_ITERATION_CUH_

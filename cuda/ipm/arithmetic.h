@@ -1,7 +1,7 @@
 // Constants and small functions of the interior point that CPU and GPU share; for their meaning see
 // lplb_jax/reference/ipm.py.
-#ifndef LPLB_CUDA_INTERIOR_H_
-#define LPLB_CUDA_INTERIOR_H_
+#ifndef LPLB_CUDA_IPM_ARITHMETIC_H_
+#define LPLB_CUDA_IPM_ARITHMETIC_H_
 
 #include <cmath>
 #include <cstdint>
@@ -133,4 +133,4 @@ LPLB_HOST_DEVICE bool Converged(Value max_load, Value lower_bound) {
 
 }  // namespace lplb
 
-#endif  // LPLB_CUDA_INTERIOR_H_
+#endif  // LPLB_CUDA_IPM_ARITHMETIC_H_

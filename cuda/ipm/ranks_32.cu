@@ -1,4 +1,4 @@
-#include "cuda/ipm.cuh"
+#include "cuda/ipm/kernel.cuh"
 
 namespace lplb::cuda {
 

@@ -1,0 +1,142 @@
+// What the interior point's block has in shared memory, and how loads and weights get there.
+#ifndef LPLB_CUDA_IPM_LOAD_CUH_
+#define LPLB_CUDA_IPM_LOAD_CUH_
+
+#include <cfloat>
+
+#include "cuda/ipm/iteration.cuh"
+#include "cuda/solver.cuh"
+
+namespace lplb::cuda {
+
+// What a group needs in shared memory besides the interior point's own.
+struct IpmMemory {
+  float4* ends;           // [edges, padded], see InteriorPoint
+  float *cap, *flow, *H;  // [n_edges]
+  float* weight;          // [n_ranks]
+  int32_t* cut;           // [n_ranks], whether a rank is in the best cut
+  int32_t* load;          // [n_ranks], of the rounded plan
+  GroupMemory group;      // own holds words as in loads; cap tokens, or units for the proof
+
+  static __host__ __device__ int64_t Bytes(const Problem& p) {
+    const int64_t edges = static_cast<int64_t>(p.group_size) * p.n_columns;
+    return 16 * PaddedEdges(edges) + 4 * (3 * edges + 3 * p.group_size + GroupMemory::Words(p, 1));
+  }
+
+  __device__ IpmMemory(const Problem& p, char* memory)
+      : ends(reinterpret_cast<float4*>(memory)),
+        cap(reinterpret_cast<float*>(ends + PaddedEdges(p.group_size * p.n_columns))),
+        flow(cap + p.group_size * p.n_columns),
+        H(flow + p.group_size * p.n_columns),
+        weight(H + p.group_size * p.n_columns),
+        cut(reinterpret_cast<int32_t*>(weight + p.group_size)),
+        load(cut + p.group_size),
+        group(p, 1, load + p.group_size) {}
+};
+
+// What the threads of the block tell one another.
+struct Shared {
+  float bound;       // What is proven of float loads, or of load / weight.
+  int32_t target;    // What is proven of tokens on ranks of equal speed.
+  int32_t max_load;  // Or the bits of a float.
+  int32_t most;      // The bits of a float: of real loads, the most of one rank.
+  bool overflow;
+};
+
+__device__ __forceinline__ float WarpSum(float value) {
+  float values[1] = {value};
+  Team<32>::SumUp<0>(values);
+  return values[0];
+}
+
+// Totals of int32 loads from the buffer itself: only the group's own experts are wanted.
+struct LoadedTotals {
+  const int32_t* loads;
+  Sources sources;
+
+  __device__ __forceinline__ int2 operator[](int32_t expert) const {
+    return SumSources(loads, sources, expert);
+  }
+};
+
+// LoadRanks for float loads: the ranks' sums go to `base`.
+__device__ __forceinline__ void LoadRealRanks(const Problem& p, const SolveOperands& in,
+                                              Groups groups, const Ahead& ahead,
+                                              const Sources& sources, const GroupMemory& memory,
+                                              float* base) {
+  const Tile tile(p, blockDim.x);
+  const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
+  const int32_t first_of_warp = (threadIdx.x & ~31) >> p.tile_log2;
+  const float* loads = reinterpret_cast<const float*>(in.loads);
+  int32_t expert = ahead.expert;
+#pragma unroll 1
+  for (int32_t step = 0; first_of_warp + step < p.group_size; step += tile.n) {
+    const int32_t rank = tile.index + step;
+    const int32_t end = rank < p.group_size ? p.n_local : 0;
+    const int32_t* slots = in.phy2log + first_slot + rank * p.slots_per_rank;
+    bool negative = false;
+    float sum = 0;
+#pragma unroll 1
+    for (int32_t k = tile.lane; k < end; k += tile.width) {
+      if (step > 0 || k >= tile.width) expert = slots[k];
+      float total = 0;
+#pragma unroll 4
+      for (int32_t s = 0; s < sources.n_sources; ++s) {
+        const float load = loads[s * sources.row + KnownExpert(p, expert)];
+        negative |= !(load >= 0);  // NaN, too.
+        total += load >= 0 ? load : 0;
+      }
+      total = fminf(total, FLT_MAX);  // Which is an overflow still.
+      reinterpret_cast<float*>(memory.own)[rank * p.n_local + k] = total;
+      sum += total;
+    }
+#pragma unroll
+    for (int32_t distance = 16; distance > 0; distance /= 2) {
+      const float other = __shfl_xor_sync(kFullWarp, sum, distance);
+      if (distance < tile.width) sum += other;
+    }
+    if (negative) atomicOr(memory.status, kNegativeLoad);
+    if (tile.lane == 0 && rank < p.group_size) base[rank] = sum;
+  }
+}
+
+// The ranks' weights with mean 1, by one warp. Where one is no speed all count as equal, and none
+// counts as less than kLeastWeight of the largest; both set a status bit.
+__device__ __forceinline__ void LoadWeights(const Problem& p, const IpmOptions& options,
+                                            const float* weights, const IpmMemory& memory,
+                                            float* w) {
+  const int32_t lane = threadIdx.x & 31;
+  bool good = options.weighted;
+  float largest = 0;
+#pragma unroll 1
+  for (int32_t r = lane; r < p.group_size && good; r += 32) {
+    good = IsSpeed(weights[r]);
+    largest = fmaxf(largest, weights[r]);
+  }
+  good = __all_sync(kFullWarp, good);
+  bool taken = good;
+  float mean = 1;
+  float power = 0;
+  float least = 1;
+  if (good) {
+    largest = Team<32>::WarpMax(largest);
+    power = PowerOfTwo(-Exponent(largest));  // Their sum could overflow.
+    least = kLeastWeight * (largest * power);
+    float sum = 0;
+#pragma unroll 1
+    for (int32_t r = lane; r < p.group_size; r += 32) {
+      taken &= weights[r] * power >= least;
+      sum += fmaxf(weights[r] * power, least);
+    }
+    mean = WarpSum(sum) / static_cast<float>(p.group_size);
+  }
+#pragma unroll 1
+  for (int32_t r = lane; r < p.group_size; r += 32) {
+    w[r] = memory.weight[r] = good ? fmaxf(weights[r] * power, least) / mean : 1;
+  }
+  if (options.weighted && !taken) atomicOr(memory.group.status, kNotConverged);
+}
+
+}  // namespace lplb::cuda
+
+#endif  // LPLB_CUDA_IPM_LOAD_CUH_
