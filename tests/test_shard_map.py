@@ -321,6 +321,25 @@ def test_placement_as_an_argument(rng, mesh):
     assert len(traces) == 1
 
 
+def test_placements_on_the_mesh_are_traced_once(rng, mesh):
+    """As NumPy arrays are. One kind after the other is not: to JAX, those are two types."""
+    case = CASES_OF_EIGHT["cube"]
+    traces = []
+
+    @jax.jit
+    def run(ids, placement):
+        traces.append(1)
+        return rebalance(ids, None, case.r2o, placement=placement)
+
+    whole = jax.sharding.NamedSharding(mesh, P())
+    ids = jax.device_put(tokens(rng, case, 40), whole)
+    for _ in range(3):
+        placement = case.placement(rng)
+        expected = rebalance(np.asarray(ids), None, case.r2o, placement=placement)
+        assert_same(run(ids, jax.device_put(placement, whole)), expected)
+    assert len(traces) == 1
+
+
 def test_an_invalid_id_of_one_rank_is_known_to_all(rng, mesh):
     case = CASES_OF_EIGHT["four groups"]
     ids = tokens(rng, case, 20)

@@ -5,10 +5,39 @@ It is the oracle of the tests, the fallback where there is no native code, and, 
 bit, except that the interior point is float32 and equals it to rounding.
 """
 
-from lplb_jax.reference.assignment import assign
-from lplb_jax.reference.balancer import rebalance, synced_rebalance
-from lplb_jax.reference.ipm import ipm
-from lplb_jax.reference.loads import count, sync
-from lplb_jax.reference.solver import solve
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lplb_jax.reference import assignment, balancer, loads, solver
+from lplb_jax.reference import ipm as interior_point
 
 __all__ = ["assign", "count", "ipm", "rebalance", "solve", "sync", "synced_rebalance"]
+
+
+def _with_default_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under JAX's default rules: stricter ones are for the code of those who set them.
+
+    Under jax_numpy_dtype_promotion="strict" and jax_numpy_rank_promotion="raise" the specification
+    would have to be written with casts and axes that say nothing about the method.
+    """
+
+    @functools.wraps(function)
+    def run(*operands: Any, **options: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*operands, **options)
+
+    return run
+
+
+count = _with_default_promotion(loads.count)
+sync = _with_default_promotion(loads.sync)
+solve = _with_default_promotion(solver.solve)
+ipm = _with_default_promotion(interior_point.ipm)
+assign = _with_default_promotion(assignment.assign)
+rebalance = _with_default_promotion(balancer.rebalance)
+synced_rebalance = _with_default_promotion(balancer.synced_rebalance)
