@@ -215,6 +215,21 @@ def test_vmap_of_grad(rng):
     np.testing.assert_allclose(slope(balanced), slope(given_order), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_split_has_no_derivative(rng, jitted):
+    """Loads may be predicted by what is trained: the message says how to leave them out."""
+    loads = rng.uniform(1, 9, CASE.n_logical).astype(np.float32)
+
+    def busiest(loads):
+        return solve(loads, CASE.r2o).max_load.sum()
+
+    slope = jax.grad(jax.jit(busiest) if jitted else busiest)
+    with pytest.raises(ValueError, match=r"no derivative; apply jax\.lax\.stop_gradient"):
+        slope(loads)
+    stopped = jax.grad(lambda loads: busiest(jax.lax.stop_gradient(loads)) + loads.sum())
+    np.testing.assert_array_equal(stopped(loads), np.ones_like(loads))
+
+
 @MODES
 def test_a_new_placement_needs_no_new_compilation(batch_of_layers, balance):
     ids, stacked = batch_of_layers
