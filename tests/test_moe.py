@@ -62,6 +62,12 @@ def mesh(cpu_devices):
     return Mesh(cpu_devices, "ep")
 
 
+MODES = {
+    "x64": lambda: jax.enable_x64(True),
+    "strict types": lambda: jax.numpy_dtype_promotion("strict"),
+    "strict ranks": lambda: jax.numpy_rank_promotion("raise"),
+}
+
 PORTABLE = {"transport": "padded", "gemm": "xla"}
 
 
@@ -161,6 +167,53 @@ def test_weights_for_the_slots_of_any_placement(rng, cpu_devices, monkeypatch, s
             np.add.at(summed, placement.phy2log[filled], of_slots[name][filled])
             np.testing.assert_array_equal(slopes[name], in_slots(summed, placement))
     assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_for_any_slots_in_strict_modes(rng, cpu_devices, monkeypatch, mode):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    mesh, placement = Mesh(cpu_devices[:4], "ep"), AnyCase(4, 9, 30).placement(rng)
+    weights = in_slots(rng.normal(0, 1, (30, 6, 2)).astype(jnp.bfloat16), placement)
+
+    def pulled(transport):
+        def fetch(weights):
+            return moe.replicate_weights(
+                weights, None, "ep", placement=placement, transport=transport
+            )
+
+        over = jax.shard_map(fetch, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"), check_vma=False)
+        slots, pull = jax.vjp(jax.jit(over), weights)
+        return slots, pull(slots)[0]
+
+    want = pulled("padded")
+    with MODES[mode]():
+        for transport in ("padded", "ragged"):
+            for ours, theirs in zip(pulled(transport), want, strict=True):
+                assert ours.dtype == theirs.dtype
+                np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_the_ragged_exchange_of_weights_has_the_same_types(rng, cpu_devices, check_vma):
+    """CPUs cannot run it, but trace it: with weights that vary over fewer axes than gradients."""
+    mesh = Mesh(cpu_devices.reshape(2, 4), ("data", "ep"))
+    placement = AnyCase(4, 9, 30).placement(rng)
+
+    def types(transport):
+        def slopes(weights, scale):
+            def loss(weights):
+                slots = moe.replicate_weights(
+                    weights, None, "ep", placement=placement, transport=transport
+                )
+                return (slots * scale[0]).sum()
+
+            return jax.grad(loss)(weights)
+
+        over = functools.partial(jax.shard_map, mesh=mesh, check_vma=check_vma)
+        run = over(slopes, in_specs=(P("ep"), P(("data", "ep"))), out_specs=P("ep"))
+        return jax.eval_shape(run, jnp.zeros((32, 6, 2)), jnp.ones(8))
+
+    assert types("ragged") == types("padded")
 
 
 @pytest.mark.parametrize("balance", ["lplb", "eplb", "none"])
@@ -453,13 +506,6 @@ def test_an_empty_batch(rng, mesh, balance):
     assert (out.shape, of_tokens.shape, of_gates.shape) == ((0, HIDDEN), (0, HIDDEN), (0, TOP_K))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_experts))
     assert not any(np.any(leaf) for leaf in traffic._replace(capacity=0))
-
-
-MODES = {
-    "x64": lambda: jax.enable_x64(True),
-    "strict types": lambda: jax.numpy_dtype_promotion("strict"),
-    "strict ranks": lambda: jax.numpy_rank_promotion("raise"),
-}
 
 
 @pytest.mark.parametrize("mode", MODES)
