@@ -15,12 +15,12 @@ from lplb_jax._eplb import eplb
 _MOST_SHARES = (0.0, 0.25, 0.5, 1.0, 2.0)
 # Batches are scaled to about so many tokens.
 _TOKENS = 1 << 20
-# Scenarios: how many, how much of an expert's load stays with it (a correlation of logarithms), and
-# how much their imbalance counts beside that of the batches.
-_SCENARIOS = 32
-_STAYS = 0.5
-_CAUTION = 0.15
-# What copies on their experts' nodes may cost, in mean rank loads.
+# What may become of a batch. Soon: single loads change, by factors of this spread (of logarithms).
+# Later: this much of an expert's load stays with it (a correlation of logarithms), and that counts
+# less.
+_SOON_BATCHES, _SPREAD = 16, 0.2
+_LATER_BATCHES, _STAYS, _CAUTION = 32, 0.5, 0.15
+# What copies on their experts' nodes may cost on the batches as they are, in mean rank loads.
 _FREE = 1e-3
 
 
@@ -48,30 +48,34 @@ class Sizes(NamedTuple):
 def best_table(batches: np.ndarray, sizes: Sizes, further: Iterable[Table] = ()) -> Table:
     """The best of several placements for exact balancing of `batches` `[batches, n_logical]`.
 
-    That is the one with the least mean of largest over mean rank load, where what would become of
-    it if experts exchanged their loads counts a little: loads to come are not those of the past.
-    None is taken that is worse than EPLB's on the batches as they are, unless all are.
+    That is the one with the least largest over mean rank load, on the batches, on what may soon
+    become of them, and, to a lesser degree, on batches whose experts have exchanged part of their
+    loads. None is taken that is worse than EPLB's on the batches as they are, unless all are.
 
     Args:
-      batches: loads, finite and not negative.
+      batches: loads, finite and not negative, not all 0.
       sizes: of the placement.
       further: other tables to choose among.
     """
     tokens = _as_tokens(batches)
-    scenarios = _scenarios(tokens)
+    soon, later = _scenarios(tokens)
     mean = tokens.mean(axis=0)
     published = eplb(batches.sum(axis=0), sizes.ep_size, sizes.slots_per_rank).ravel()
     tables = [*_constructions(mean, sizes), *further, *_if_homes_are_even(published, sizes)]
     at_most = imbalance(published, sizes.ep_size, tokens)
-    now = np.array([imbalance(table.phy2log, sizes.ep_size, tokens) for table in tables])
-    then = np.array([imbalance(table.phy2log, sizes.ep_size, scenarios) for table in tables])
-    cost = now + _CAUTION * np.log(then)
+
+    def judge(tokens: np.ndarray) -> np.ndarray:
+        return np.array([imbalance(table.phy2log, sizes.ep_size, tokens) for table in tables])
+
+    now = judge(tokens)
+    cost = now + judge(soon) + _CAUTION * np.log(judge(later))
     allowed = now <= max(at_most, now.min())
     cost[~allowed] = np.inf
+    best = int(np.argmin(cost))
     if sizes.n_nodes == 1:
-        return tables[int(np.argmin(cost))]
+        return tables[best]
     abroad = np.array([_abroad(table, sizes) for table in tables])
-    abroad[cost > cost.min() + _FREE] = len(published)
+    abroad[~allowed | (now > now[best] + _FREE)] = len(published)
     return tables[int(np.lexsort((cost, abroad))[0])]
 
 
@@ -98,20 +102,20 @@ def _as_tokens(batches: np.ndarray) -> np.ndarray:
     """Batches of equal size in whole tokens; those without load are left out."""
     largest = batches.max(axis=1, keepdims=True)
     batches = batches[largest[:, 0] > 0] / largest[largest[:, 0] > 0]  # Sums stay finite.
-    if len(batches) == 0:
-        batches = np.ones((1, batches.shape[1]))
     return np.rint(batches * (_TOKENS / batches.sum(axis=1, keepdims=True))).astype(np.int64)
 
 
-def _scenarios(tokens: np.ndarray) -> np.ndarray:
-    """What may become of the batches: experts exchange part of their loads, always the same way."""
+def _scenarios(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Batches as they may become, soon and later; the same ones in every call."""
     random = np.random.default_rng(0)
     n_logical = tokens.shape[1]
-    logs = np.log(np.resize(tokens, (_SCENARIOS, n_logical)) + 0.02 * _TOKENS / n_logical)
+    soon = np.resize(tokens, (_SOON_BATCHES, n_logical))
+    soon = soon * np.exp(_SPREAD * random.standard_normal(soon.shape))
+    logs = np.log(np.resize(tokens, (_LATER_BATCHES, n_logical)) + 0.02 * _TOKENS / n_logical)
+    logs -= logs.mean(axis=1, keepdims=True)
     others = np.stack([batch[random.permutation(n_logical)] for batch in logs])
-    mean = logs.mean(axis=1, keepdims=True)
-    drift = _STAYS * (logs - mean) + np.sqrt(1 - _STAYS**2) * (others - mean)
-    return _as_tokens(np.exp(drift))
+    later = np.exp(_STAYS * logs + np.sqrt(1 - _STAYS**2) * others)
+    return _as_tokens(soon), _as_tokens(later)
 
 
 def _constructions(loads: np.ndarray, sizes: Sizes) -> Iterable[Table]:

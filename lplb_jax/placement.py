@@ -152,12 +152,11 @@ def place_experts(
     equally many experts. Method "auto" makes such placements in several ways (EPLB's numbers of
     copies, second copies for many experts, links between distant ranks, topologies that fit) and
     takes the one with the least largest rank load, balanced exactly, in the mean over the history's
-    batches; what would become of it if experts exchanged part of their loads counts a little.
-    Copies stay on their expert's node where that costs nothing. Method "eplb" places experts as
-    EPLB's `rebalance_experts` does: every redundant slot goes to the expert with the most load per
-    copy, and the copies are packed onto ranks. If `n_groups` is a multiple of `n_nodes`, groups of
-    consecutive experts are packed onto nodes first, and no copy leaves its node. Homes are then as
-    even as the table allows.
+    batches and over what may become of them. Copies stay on their expert's node where that costs
+    nothing. Method "eplb" places experts as EPLB's `rebalance_experts` does: every redundant slot
+    goes to the expert with the most load per copy, and the copies are packed onto ranks. If
+    `n_groups` is a multiple of `n_nodes`, groups of consecutive experts are packed onto nodes
+    first, and no copy leaves its node. Homes are then as even as the table allows.
 
     Args:
       history: loads `[n_logical]`, or `[layers, n_logical]` for a placement per layer, or, without
@@ -252,6 +251,8 @@ def _place_anywhere(loads: np.ndarray, sizes: Sizes, method: str, n_groups: int)
             n_logical=n_logical,
             n_nodes=n_nodes,
         )
+    if not batches.any():
+        batches, total = np.ones_like(batches), np.ones_like(total)
     phy2log, homes = best_table(batches, sizes, _along_fitting(total, sizes))
     log2phy, logcnt = _tables.log2phy_of(np, phy2log, homes, ep_size, n_logical)
     return Placement(phy2log, log2phy, logcnt, ep_size, None, n_nodes)
