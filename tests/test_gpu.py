@@ -460,6 +460,8 @@ def assume():
     real = _native.cuda().current_device()
 
     def choose(capability, shared_bytes, largest_cluster, dependent_launch):
+        # What XLA has recorded in command buffers it plays again without asking anybody.
+        jax.clear_caches()
         _native.cuda().assume_device(
             chip(
                 capability,
@@ -471,6 +473,7 @@ def assume():
 
     yield choose
     _native.cuda().assume_device(None)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("name", CHIPS)
