@@ -64,3 +64,9 @@ jax.export.register_pytree_node_serialization(
     serialize_auxdata=_written,
     deserialize_auxdata=_read,
 )
+jax.export.register_pytree_node_serialization(
+    Topology,
+    serialized_name="lplb_jax.Topology",
+    serialize_auxdata=lambda topology: json.dumps(topology.tolist()).encode(),
+    deserialize_auxdata=lambda text: Topology(json.loads(text)),
+)

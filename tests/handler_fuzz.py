@@ -227,6 +227,8 @@ def check(call: Call, only_values: bool) -> None:
         return
     if not call.operands or call.operands[0].shape[:1] == (0,):
         return
+    if all(result.size == 0 for result in results):
+        return  # XLA makes empty results without a call.
     expected = call.expected()
     for result, value in zip(results, expected, strict=False):
         assert (result.shape, result.dtype) == (value.shape, value.dtype), (result, value)
