@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Int32
 
+from lplb_jax.reference.search import distances
 from lplb_jax.reference.sums import INT32_MAX, ceil_mean, exact_sum
 
 # A push is divided among so many ranks at most: more take longer than the phases they save.
@@ -154,29 +155,10 @@ def even_start(total: Int32[Array, " n_logical"], cells: Cells) -> Plan:
 
 
 def levels(plan: Plan, cells: Cells) -> tuple[Int32[Array, " ep_size"], Int32[Array, ""]]:
-    """Distance of every rank to the nearest rank below the target, −1 where not reached.
-
-    Breadth first, until all ranks above the target are reached or nothing new is. Also returns the
-    largest distance.
-    """
+    """`distances` over the arcs from a rank to every host of every expert that it has tokens of."""
     serves, hosts = (plan.tokens > 0).astype(jnp.float32), cells.hosts.astype(jnp.float32)
     arc = serves.T @ hosts > 0
-
-    def reach(state):
-        level, depth, _ = state
-        hit = (level < 0) & (arc & (level == depth)).any(axis=1)
-        found = hit.any()
-        return jnp.where(hit, depth + 1, level), depth + found.astype(jnp.int32), found
-
-    def unfinished(state):
-        level, _, progress = state
-        return ((plan.load > plan.target) & (level < 0)).any() & progress
-
-    level = jnp.where(plan.load < plan.target, 0, -1)
-    # From the plan, not fresh constants: under shard_map they must vary over the same axes.
-    depth = plan.target * 0
-    level, depth, _ = lax.while_loop(unfinished, reach, (level, depth, depth == 0))
-    return level, depth
+    return distances(plan.load, plan.target, lambda frontier: (arc & frontier).any(axis=1))
 
 
 def push(

@@ -20,6 +20,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Int32, Shaped
 
 from lplb_jax.reference import graph
+from lplb_jax.reference.search import distances
 from lplb_jax.reference.sums import INT32_MAX, ceil_mean, exact_sum
 from lplb_jax.status import Status
 
@@ -192,30 +193,14 @@ def levels(
     r2o: Int32[Array, "group_size n_columns"],
     dst: Int32[Array, "group_size n_columns"],
 ) -> tuple[Int32[Array, " group_size"], Int32[Array, ""]]:
-    """Distance of every rank to the nearest rank below the target, −1 where not reached.
-
-    Breadth first over the residual edges, until all ranks above the target are reached or nothing
-    new is. Also returns the largest distance.
-    """
+    """`distances` over the residual edges."""
     can_send = plan.moved < cap
     can_return = arrived(plan.moved, r2o) > 0
 
-    def reach(state):
-        level, depth, _ = state
-        frontier = level == depth
-        hit = (level < 0) & ((can_send & frontier[dst]) | (can_return & frontier[r2o])).any(axis=1)
-        found = hit.any()
-        return jnp.where(hit, depth + 1, level), depth + found.astype(jnp.int32), found
+    def reaches(frontier):
+        return ((can_send & frontier[dst]) | (can_return & frontier[r2o])).any(axis=1)
 
-    def unfinished(state):
-        level, _, progress = state
-        return ((plan.load > plan.target) & (level < 0)).any() & progress
-
-    level = jnp.where(plan.load < plan.target, 0, -1)
-    # From the plan, not fresh constants: under shard_map they must vary over the same axes.
-    depth = plan.target * 0
-    level, depth, _ = lax.while_loop(unfinished, reach, (level, depth, depth == 0))
-    return level, depth
+    return distances(plan.load, plan.target, reaches)
 
 
 def push(
