@@ -1,7 +1,6 @@
 """Times the kernels for any placement: the exact solver, and rebalance as a whole.
 
-Placements are EPLB's for 256 experts: every redundant slot goes to the expert with the largest load
-per copy, the copies are packed by falling load. They are made for some loads and timed on others:
+Placements are EPLB's for 256 experts. They are made for some loads and timed on others:
 the demo's routing, where random halves of a layer's sequences are the two, and eight load families,
 which drift by a fifth. Every instance is captured in a CUDA graph of twenty launches, launch and
 reading the loads included; each result must be optimal. The table has mean, 99th percentile and
@@ -23,7 +22,7 @@ import numpy as np
 import solver as families
 from rebalance_call import RebalanceCall
 
-from lplb_jax import Placement, _bench
+from lplb_jax import Placement, _bench, place_experts
 from lplb_jax.data import load_traces
 
 N_LOGICAL = 256
@@ -31,22 +30,15 @@ SHAPES = [(8, 2), (16, 2), (32, 1), (32, 2), (64, 2), (64, 4), (128, 2), (256, 1
 N_TOKENS = 32768
 
 
-def eplb(loads: np.ndarray, ep_size: int, redundants_per_rank: int) -> np.ndarray:
-    """EPLB's table for one node, `[ep_size, slots_per_rank]`."""
-    n_slots = len(loads) + ep_size * redundants_per_rank
-    copies = np.ones(len(loads), int)
-    for _ in range(n_slots - len(loads)):
-        copies[np.argmax(loads / copies)] += 1
-    experts = np.repeat(np.arange(len(loads)), copies)
-    share = (loads / copies)[experts]
-    table: list[list[int]] = [[] for _ in range(ep_size)]
-    weight = np.zeros(ep_size)
-    for i in np.argsort(-share, kind="stable"):
-        open_ranks = [len(row) < n_slots // ep_size for row in table]
-        rank = int(np.argmin(np.where(open_ranks, weight, np.inf)))
-        table[rank].append(int(experts[i]))
-        weight[rank] += share[i]
-    return np.array(table, np.int32)
+def eplb(loads: np.ndarray, ep_size: int, redundants_per_rank: int) -> Placement:
+    """Where EPLB puts experts with these loads, on one node."""
+    return place_experts(
+        loads,
+        n_logical=N_LOGICAL,
+        ep_size=ep_size,
+        redundants_per_rank=redundants_per_rank,
+        method="eplb",
+    )
 
 
 def halves(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -74,14 +66,13 @@ def from_families(rng: np.random.Generator, instance: int) -> tuple[np.ndarray, 
     return history, np.minimum(history * drift, 2**31 // N_LOGICAL).astype(np.int32)
 
 
-def solve_time(table: np.ndarray, loads: np.ndarray) -> tuple[float, float]:
+def solve_time(placement: Placement, loads: np.ndarray) -> tuple[float, float]:
     """µs of one solve, and its largest load over the mean."""
-    ep_size = len(table)
-    placement = Placement.from_phy2log(table, ep_size=ep_size, n_logical=N_LOGICAL)
-    log2phy = np.asarray(placement.log2phy)
-    operands = [jnp.asarray(a) for a in (loads[None], table.ravel(), log2phy, loads[:0])]
-    results = [jnp.full(n, -7, jnp.int32) for n in (table.size, 1, 1, 1)]
-    sizes = [ep_size, ep_size, 0, N_LOGICAL, table.size, log2phy.shape[1]]
+    ep_size, n_physical = placement.ep_size, placement.n_physical
+    tables = placement.phy2log, placement.log2phy
+    operands = [jnp.asarray(a) for a in (loads[None], *tables, loads[:0])]
+    results = [jnp.full(n, -7, jnp.int32) for n in (n_physical, 1, 1, 1)]
+    sizes = [ep_size, ep_size, 0, N_LOGICAL, n_physical, placement.log2phy.shape[1]]
     pointers = [[graph.pointer(a) for a in of] for of in (operands, results)]
 
     def launch(stream: int) -> None:
@@ -98,21 +89,9 @@ def solve_time(table: np.ndarray, loads: np.ndarray) -> tuple[float, float]:
 def step_time(rng: np.random.Generator, ep_size: int, redundants: int) -> float:
     """µs of one rebalance of 32,768 indices of the traces, with positions."""
     history, batch = halves(rng)
-    table = eplb(counts_of(history).astype(float), ep_size, redundants)
-    placement = Placement.from_phy2log(table, ep_size=ep_size, n_logical=N_LOGICAL)
+    placement = eplb(counts_of(history), ep_size, redundants)
     indices = np.resize(batch, N_TOKENS).astype(np.int32)
-    call = RebalanceCall(np.zeros((ep_size, 0), np.int32), placement, indices)
-    problem, *rest = call.arguments
-    median = graph.microseconds(
-        lambda stream: _bench.launch_rebalance(problem, 1, *rest, stream), replays=5
-    )
-    got = jax.tree.map(np.asarray, call.results)
-    assert got.status == 0
-    assert got.max_load == got.lower_bound
-    of_slots = np.bincount(got.physical_indices, minlength=placement.n_physical)
-    assert np.array_equal(of_slots, got.quota)
-    assert np.array_equal(got.counts, got.quota)
-    return median
+    return RebalanceCall(np.zeros((ep_size, 0), np.int32), placement, indices).time(replays=5)
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -154,8 +133,7 @@ def main() -> None:
             times, loads = [], []
             for i in range(arguments.instances):
                 history, batch = make(rng, i)
-                table = eplb(history.astype(float), ep_size, redundants)
-                time, load = solve_time(table, batch)
+                time, load = solve_time(eplb(history, ep_size, redundants), batch)
                 times.append(time)
                 loads.append(load)
             show(f"{ep_size} + {redundants}", kind, times, f"{np.mean(loads):.3f}")

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from graph import pointer
+from graph import microseconds, pointer
 
-from lplb_jax import Placement
+from lplb_jax import Placement, _bench
 from lplb_jax.assignment import workspace_shape
 
 
@@ -56,3 +56,17 @@ class RebalanceCall:
         sizes = [placement.ep_size, group_size, n_columns, placement.n_logical, n_physical]
         read, written = [[pointer(a) for a in of] for of in (self._operands, self.results)]
         self.arguments = ([*sizes, max_copies], n_tokens, tiles, read, written)
+
+    def time(self, *, replays: int = 20) -> float:
+        """Median µs of one launch, see `microseconds`; its results must reach the bound."""
+        problem, *rest = self.arguments
+        median = microseconds(
+            lambda stream: _bench.launch_rebalance(problem, 1, *rest, stream), replays=replays
+        )
+        got = jax.tree.map(np.asarray, self.results)
+        assert got.status == 0
+        assert got.max_load == got.lower_bound
+        of_slots = np.bincount(got.physical_indices, minlength=len(got.quota))
+        assert np.array_equal(of_slots, got.quota)
+        assert np.array_equal(got.counts, got.quota)
+        return median
