@@ -3,6 +3,7 @@
 from lplb_jax import metrics, moe, reference, topologies
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
+from lplb_jax.batch_copies import place_copies
 from lplb_jax.certificate import verify
 from lplb_jax.comm import Comm, init_comm
 from lplb_jax.exporting import export_checks
@@ -25,6 +26,7 @@ __all__ = [
     "init_comm",
     "metrics",
     "moe",
+    "place_copies",
     "place_experts",
     "rebalance",
     "reference",

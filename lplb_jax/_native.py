@@ -231,12 +231,13 @@ def _lowering(ffi_platform: str | None) -> Callable[..., Any]:
     def lower(ctx: Any, *operands: Any, operation: _Operation, n_batch: int) -> Any:
         if operation.only_cuda is not None and ffi_platform != "CUDA":
             raise ValueError(operation.only_cuda)
-        if ffi_platform in AVAILABLE:
+        if operation.target in AVAILABLE.get(ffi_platform, ()):
             attributes = {name: np.int64(value) for name, value in operation.attributes}
             return jax.ffi.ffi_lowering(operation.target)(ctx, *operands, **attributes)
-        platforms = ctx.platforms or ctx.module_context.platforms
-        missing = _why_missing(ffi_platform, ", ".join(platforms))
-        warn_once(f"{missing}. Running the slower plain-JAX reference.")
+        if ffi_platform not in AVAILABLE:
+            platforms = ctx.platforms or ctx.module_context.platforms
+            missing = _why_missing(ffi_platform, ", ".join(platforms))
+            warn_once(f"{missing}. Running the slower plain-JAX reference.")
         return mlir.lower_fun(_specification(operation, n_batch))(ctx, *operands)
 
     return lower

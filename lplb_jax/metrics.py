@@ -157,6 +157,40 @@ def gap(split: Split) -> jax.Array:
     return excess / jnp.maximum(split.lower_bound, 1).astype(jnp.float32)
 
 
+def mean_gap(split: Split, ep_size: int) -> jax.Array:
+    """Distance to perfect balance, relative: what is lost because of where the copies are.
+
+    No placement brings the busiest rank below ⌈all tokens / ranks⌉. `gap` measures the solver
+    against the copies that there are, this measures the copies: slots, or `fan_out`, that ran out
+    (see `place_copies`), or a placement that was made for other loads.
+
+    Args:
+      split: result of `solve` or `rebalance`, of loads in tokens.
+      ep_size: ranks.
+
+    Returns:
+      float32 scalar: (the largest rank load − ⌈all tokens / ep_size⌉) / max(the latter, 1).
+
+    Raises:
+      ValueError: the quotas do not divide by `ep_size`.
+
+    >>> import lplb_jax
+    >>> empty = lplb_jax.Placement.from_phy2log([[0, -1], [1, -1]], ep_size=2)
+    >>> loads = jnp.array([9, 3], jnp.int32)
+    >>> float(mean_gap(lplb_jax.solve(loads, placement=empty), 2))
+    0.5
+    >>> chosen = lplb_jax.place_copies(loads, empty)
+    >>> float(mean_gap(lplb_jax.solve(loads, placement=chosen), 2))
+    0.0
+    """
+    loads = rank_loads(split.quota, ep_size)
+    # Quotients and remainders apart: the sum of the loads may pass 2³¹.
+    rest = (loads % ep_size).sum(axis=-1, dtype=loads.dtype)
+    mean = (loads // ep_size).sum(axis=-1, dtype=loads.dtype) + -(-rest // ep_size)
+    excess = (loads.max(axis=-1) - mean).astype(jnp.float32)
+    return excess / jnp.maximum(mean, 1).astype(jnp.float32)
+
+
 def tokens_moved(quota: jax.Array, placement: Placement) -> jax.Array:
     """Tokens that a replica serves instead of the expert's home, its first slot.
 

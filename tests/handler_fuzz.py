@@ -84,12 +84,19 @@ def valid_call(rng: np.random.Generator, case: Case) -> Call:
     node_size = rng.choice([n for n in range(1, case.ep_size + 1) if case.ep_size % n == 0])
     nodes = {"node_size": int(node_size) if anywhere else 0}
     types = [np.int32] * 8
-    targets = ["count", "solve", "assign", "rebalance"] + ([] if anywhere else ["ipm"])
+    targets = ["count", "solve", "place_copies", "assign", "rebalance"] + (
+        [] if anywhere else ["ipm"]
+    )
     target = str(rng.choice(targets))
     if target == "count":
         operands, shapes, attributes = [indices], [(n_logical + 1,)], {"n_logical": n_logical}
     elif target == "solve":
         operands, shapes, attributes = [loads, *placed], split, size
+    elif target == "place_copies":
+        fan_out = int(rng.integers(1, 4))
+        width = 1 + min(case.ep_size - 1, n_physical - n_logical, fan_out)
+        operands, shapes = [loads, *placed[:2]], [(n_physical,), (n_logical, width), (n_logical,)]
+        attributes = size | {"fan_out": fan_out}
     elif target == "ipm":
         flags = {"weighted": int(rng.integers(2)), "repair": int(rng.integers(2)), "cusolverdx": 0}
         loads = loads.astype(rng.choice(["int32", "float32"]))

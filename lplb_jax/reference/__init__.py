@@ -13,10 +13,19 @@ from typing import Any
 
 import jax
 
-from lplb_jax.reference import assignment, balancer, loads, solver
+from lplb_jax.reference import assignment, balancer, batch_copies, loads, solver
 from lplb_jax.reference import ipm as interior_point
 
-__all__ = ["assign", "count", "ipm", "rebalance", "solve", "sync", "synced_rebalance"]
+__all__ = [
+    "assign",
+    "count",
+    "ipm",
+    "place_copies",
+    "rebalance",
+    "solve",
+    "sync",
+    "synced_rebalance",
+]
 
 
 def _with_default_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,6 +47,7 @@ count = _with_default_promotion(loads.count)
 sync = _with_default_promotion(loads.sync)
 solve = _with_default_promotion(solver.solve)
 ipm = _with_default_promotion(interior_point.ipm)
+place_copies = _with_default_promotion(batch_copies.place_copies)
 assign = _with_default_promotion(assignment.assign)
 rebalance = _with_default_promotion(balancer.rebalance)
 synced_rebalance = _with_default_promotion(balancer.synced_rebalance)

@@ -1,0 +1,55 @@
+// place_copies: its call, for both platforms.
+#ifndef LPLB_XLA_FFI_BATCH_COPIES_H_
+#define LPLB_XLA_FFI_BATCH_COPIES_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "xla_ffi/checks.h"
+
+namespace lplb {
+
+// The tables of the placement that is made; with a batch, those of its first element.
+struct CopiesResults {
+  int32_t* phy2log;  // [n_physical]
+  int32_t* log2phy;  // [n_logical, width]
+  int32_t* logcnt;   // [n_logical]
+};
+
+struct CopiesCall {
+  int64_t batch;
+  Problem problem;
+  Sources sources;
+  SolveOperands in;  // without r2o
+  int32_t fan_out;   // copies of its experts that a rank may send
+  int32_t width;     // places of an expert in log2phy
+  CopiesResults out;
+
+  explicit CopiesCall(Frame& frame) {
+    ProblemSizes sizes(frame);
+    SourceSizes source_sizes;
+    fan_out = static_cast<int32_t>(frame.Attribute("fan_out", 1, Size::kMost));
+    frame.Operand("loads", {&source_sizes.n_sources, &source_sizes.row}, &in.loads);
+    batch = frame.batch();
+    frame.Operand("placement.phy2log", {&sizes.n_physical}, &in.phy2log);
+    frame.Operand("placement.log2phy", {&sizes.n_logical, &sizes.max_replicas}, &in.log2phy);
+    in.r2o = nullptr;
+    problem = ProblemOf(frame, sizes);
+    sources = SourcesOf(frame, source_sizes, problem);
+    width = 1 + std::min({problem.ep_size - 1, problem.n_physical - problem.n_logical, fan_out});
+    if (int64_t{problem.n_logical} * width > Size::kMost) {
+      frame.Fail("log2phy: expected at most " + std::to_string(Size::kMost) + " places, got " +
+                 std::to_string(problem.n_logical) + " x " + std::to_string(width) +
+                 "; pass a smaller fan_out");
+    }
+    Size places = {"width", width};
+    frame.Result("phy2log", {&sizes.n_physical}, &out.phy2log);
+    frame.Result("log2phy", {&sizes.n_logical, &places}, &out.log2phy);
+    frame.Result("logcnt", {&sizes.n_logical}, &out.logcnt);
+  }
+};
+
+}  // namespace lplb
+
+#endif  // LPLB_XLA_FFI_BATCH_COPIES_H_
