@@ -28,11 +28,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const SolveOperands in = BatchElement(p, sources, first_in, element);
   const GroupMemory memory(p, 1, reinterpret_cast<int32_t*>(total + p.n_logical));
 
-  Ahead ahead = AheadOf<Block>(p, in, groups);
+  PrefetchedSlot fetched = PrefetchSlot<Block>(p, in, groups);
   // The last warp has no expert to load.
   const int32_t helper =
       static_cast<int32_t>(threadIdx.x) - (static_cast<int32_t>(blockDim.x) - 32);
   if (helper >= 0) {
+    LoadTopology(p, in.r2o, memory, helper, 32);
+    if (helper == 0) *memory.broken = 0;
     int32_t invalid = 0;
     if (sources.row > p.n_logical) {
 #pragma unroll 1
@@ -42,16 +44,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
     const bool any_invalid = __any_sync(kFullWarp, invalid != 0);
     if (helper == 0) *memory.status = any_invalid ? kInvalidIndex : 0;
-    LoadTopology(p, in.r2o, memory, helper, 32);
   }
 #pragma unroll 1
   for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
     total[e] = SumSources(in.loads, sources, e);
   }
-  FetchHome(p, in, ahead);
+  FetchHome(p, in, fetched);
   __syncthreads();
-  LoadRanks<Block>(p, in, groups, ahead, SummedTotals{total}, memory);
-  CheckAhead(p, groups, ahead, memory);
+  LoadRanks<Block>(p, in, groups, fetched, SummedTotals{total}, memory);
+  CheckPrefetched(p, groups, fetched, memory);
+  if (helper >= 0) CheckTopology(p, 1, memory, helper, 32);
   __syncthreads();
   int32_t* quota =
       BatchElement(p, first_out, element).quota + groups.first * p.group_size * p.slots_per_rank;

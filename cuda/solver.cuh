@@ -1,6 +1,6 @@
 // Solves groups with one team of threads, as device functions that the kernels compose:
-// LoadTopology and AheadOf; barrier; LoadRanks; barrier; SolveGroups. Threads is the team: Block,
-// or a Team.
+// LoadTopology and PrefetchSlot; barrier; LoadRanks; barrier; SolveGroups. Threads is the team:
+// Block, or a Team.
 #ifndef LPLB_CUDA_SOLVER_CUH_
 #define LPLB_CUDA_SOLVER_CUH_
 
@@ -25,11 +25,12 @@ struct GroupMemory {
   int32_t* cap;     // [group_size, n_columns], for BlockWaves
   int32_t* level;   // [group_size], for BlockWaves
   int32_t* sums;    // [3], for BlockWaves
+  int32_t* broken;  // whether r2o is no topology, for CheckTopology; set to 0 before
   int32_t* status;  // [n_groups], set to 0 before LoadRanks
 
   LPLB_HOST_DEVICE static int32_t Words(const Problem& p, int32_t n_groups) {
     return n_groups * (p.group_size * (p.n_local + 1 + p.n_columns) + 1) +
-           p.group_size * (3 * p.n_columns + 1) + 3;
+           p.group_size * (3 * p.n_columns + 1) + 4;
   }
 
   __device__ GroupMemory(const Problem& p, int32_t n_groups, int32_t* memory) {
@@ -43,7 +44,8 @@ struct GroupMemory {
     cap = dst + edges;
     level = cap + edges;
     sums = level + p.group_size;
-    status = sums + 3;
+    broken = sums + 3;
+    status = broken + 1;
   }
 };
 
@@ -133,29 +135,33 @@ __device__ __forceinline__ void LoadTopology(const Problem& p, const int32_t* r2
   }
 }
 
-// Where a column of r2o is no permutation, takes all edges away and says so; `dst` is then not even
-// set everywhere. For the warp that has called LoadTopology alone.
-__device__ __forceinline__ void DropBrokenTopology(const Problem& p, const GroupMemory& memory) {
-  const int32_t lane = threadIdx.x & 31;
-  const int32_t n_edges = p.group_size * p.n_columns;
-  bool broken = false;
-  __syncwarp();
+// Says so in *broken and in every group's status where a column of r2o is no permutation; `dst` is
+// then not even set everywhere. Behind a barrier after LoadTopology; threads first, first + stride,
+// … take part, and a barrier must follow.
+__device__ __forceinline__ void CheckTopology(const Problem& p, int32_t n_groups,
+                                              const GroupMemory& memory, int32_t first,
+                                              int32_t stride) {
 #pragma unroll 1
-  for (int32_t i = lane; i < n_edges; i += 32) {
+  for (int32_t i = first; i < p.group_size * p.n_columns; i += stride) {
     const int32_t rank = p.by_columns.Quotient(i);
     const int32_t column = i - rank * p.n_columns;
-    broken |= memory.dst[memory.src[i] * p.n_columns + column] != rank;
+    if (memory.dst[memory.src[i] * p.n_columns + column] == rank) continue;
+    *memory.broken = 1;
+    for (int32_t g = 0; g < n_groups; ++g) atomicOr(&memory.status[g], kBadPlacement);
   }
-  if (!__any_sync(kFullWarp, broken)) return;
+}
+
+// Leads all edges of a broken topology back to where they start, where nothing moves along them.
+__device__ __forceinline__ void DropEdges(const Problem& p, const GroupMemory& memory,
+                                          int32_t first, int32_t stride) {
 #pragma unroll 1
-  for (int32_t i = lane; i < n_edges; i += 32) {
+  for (int32_t i = first; i < p.group_size * p.n_columns; i += stride) {
     memory.src[i] = memory.dst[i] = p.by_columns.Quotient(i);
   }
-  if (lane == 0) atomicOr(memory.status, kBadPlacement);
 }
 
 // The first own slot that this thread will load, fetched while the totals are made.
-struct Ahead {
+struct PrefetchedSlot {
   int32_t slot;    // −1 where it loads none
   int32_t expert;  // in the slot
   int32_t home;    // the expert's first slot, which should be this one
@@ -163,7 +169,8 @@ struct Ahead {
 };
 
 template <typename Threads>
-__device__ __forceinline__ Ahead AheadOf(const Problem& p, const SolveOperands& in, Groups groups) {
+__device__ __forceinline__ PrefetchedSlot PrefetchSlot(const Problem& p, const SolveOperands& in,
+                                                       Groups groups) {
   const Tile tile(p, Threads::Size());
   if (tile.index >= groups.n * p.group_size || tile.lane >= p.n_local) return {-1, 0, -1, -1};
   const int32_t rank = groups.first * p.group_size + tile.index;
@@ -172,18 +179,19 @@ __device__ __forceinline__ Ahead AheadOf(const Problem& p, const SolveOperands& 
 }
 
 // The expert must have arrived for this.
-__device__ __forceinline__ void FetchHome(const Problem& p, const SolveOperands& in, Ahead& ahead) {
-  if (ahead.slot < 0) return;
-  const int32_t* named = in.log2phy + KnownExpert(p, ahead.expert) * p.max_replicas;
-  ahead.home = named[0];
-  ahead.copy = named[1];
+__device__ __forceinline__ void FetchHome(const Problem& p, const SolveOperands& in,
+                                          PrefetchedSlot& fetched) {
+  if (fetched.slot < 0) return;
+  const int32_t* named = in.log2phy + KnownExpert(p, fetched.expert) * p.max_replicas;
+  fetched.home = named[0];
+  fetched.copy = named[1];
 }
 
-// Loads the tokens of all ranks' own experts; `ahead` is from AheadOf. A rank with more tokens than
-// int32 holds, or with an expert that has, gets base −1.
+// Loads the tokens of all ranks' own experts; `fetched` is from PrefetchSlot. A rank with more
+// tokens than int32 holds, or with an expert that has, gets base −1.
 template <typename Threads, typename Totals>
 __device__ __forceinline__ void LoadRanks(const Problem& p, const SolveOperands& in, Groups groups,
-                                          const Ahead& ahead, const Totals& totals,
+                                          const PrefetchedSlot& fetched, const Totals& totals,
                                           const GroupMemory& memory) {
   const Tile tile(p, Threads::Size());
   const int32_t n_ranks = groups.n * p.group_size;
@@ -192,9 +200,9 @@ __device__ __forceinline__ void LoadRanks(const Problem& p, const SolveOperands&
   const int32_t first_of_warp = (threadIdx.x & ~31) >> p.tile_log2;
   int32_t rank = tile.index;
   // Often there is no other than this.
-  int2 total = totals[KnownExpert(p, ahead.expert)];
-  if (ahead.slot < 0) total = {0, 0};
-  if (ahead.slot >= 0) memory.own[rank * p.n_local + tile.lane] = total.x;
+  int2 total = totals[KnownExpert(p, fetched.expert)];
+  if (fetched.slot < 0) total = {0, 0};
+  if (fetched.slot >= 0) memory.own[rank * p.n_local + tile.lane] = total.x;
 #pragma unroll 1
   for (int32_t left = n_ranks - first_of_warp; left > 0; left -= tile.n, rank += tile.n) {
     const int32_t end = rank < n_ranks ? p.n_local : 0;
@@ -279,8 +287,7 @@ __device__ __forceinline__ Copy<Load> PrepareCopy(const Problem& p, const GroupM
   const int32_t column = p.by_columns.Remainder(k);
   const int32_t group = p.by_group.Quotient(rank);
   const int32_t in_group = rank - group * p.group_size;
-  // dst is in range unless r2o is no permutation, which the solver finds while this runs.
-  const int32_t found = memory.dst[in_group * p.n_columns + column];
+  const int32_t found = memory.dst[in_group * p.n_columns + column];  // Anything, if broken.
   const int32_t holder = group * p.group_size + min(max(found, 0), p.group_size - 1);
   const Load* own = reinterpret_cast<const Load*>(memory.own) + rank * p.n_local;
   Load before = 0;
@@ -295,22 +302,23 @@ __device__ __forceinline__ Copy<Load> PrepareCopy(const Problem& p, const GroupM
   return copy;
 }
 
-// Whether the block's own slots are all in their threads' Ahead.
+// Whether the block's own slots are all in their threads' PrefetchedSlot.
 template <typename Threads>
-__device__ __forceinline__ bool AllAhead(const Problem& p, Groups groups) {
+__device__ __forceinline__ bool AllPrefetched(const Problem& p, Groups groups) {
   const Tile tile(p, Threads::Size());
   return tile.n >= groups.n * p.group_size && tile.width >= p.n_local;
 }
 
-// Checks that every own slot is the first one of its expert, and that log2phy names no slots
-// besides an expert's own and copy, unless CheckAhead does. Threads first, first + stride, … take
-// the slots.
-__device__ __forceinline__ void CheckOwnSlots(const Problem& p, const SolveOperands& in,
+// Whether every own slot that this thread takes is the first one of its expert, and log2phy names
+// no slots besides an expert's own and copy, unless CheckPrefetched finds that; if not, the group's
+// status says so, too. Threads first, first + stride, … take the slots.
+__device__ __forceinline__ bool CheckOwnSlots(const Problem& p, const SolveOperands& in,
                                               Groups groups, const GroupMemory& memory,
-                                              bool all_ahead, int32_t first, int32_t stride) {
+                                              bool all_prefetched, int32_t first, int32_t stride) {
   const int32_t n_ranks = groups.n * p.group_size;
   // Often there is nothing left to check, and no load to wait for longer than a short solve takes.
-  if (all_ahead && p.max_replicas == 2) return;
+  if (all_prefetched && p.max_replicas == 2) return true;
+  bool all_right = true;
   const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
 #pragma unroll 1
   for (int32_t i = first; i < n_ranks * p.slots_per_rank; i += stride) {
@@ -324,14 +332,18 @@ __device__ __forceinline__ void CheckOwnSlots(const Problem& p, const SolveOpera
     bool wrong = expert != known || named[0] != first_slot + i;
 #pragma unroll 1
     for (int32_t place = n_named; place < p.max_replicas; ++place) wrong |= named[place] != -1;
-    if (wrong) atomicOr(&memory.status[p.by_group.Quotient(rank)], kBadPlacement);
+    if (!wrong) continue;
+    atomicOr(&memory.status[p.by_group.Quotient(rank)], kBadPlacement);
+    all_right = false;
   }
+  return all_right;
 }
 
-// Checks that every redundant slot is the second one of the expert that it copies along r2o.
-__device__ __forceinline__ void CheckCopies(const Problem& p, const SolveOperands& in,
+// Likewise, whether every redundant slot is the second one of the expert that it copies along r2o.
+__device__ __forceinline__ bool CheckCopies(const Problem& p, const SolveOperands& in,
                                             Groups groups, const GroupMemory& memory, int32_t first,
                                             int32_t stride) {
+  bool all_right = true;
   const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
 #pragma unroll 1
   for (int32_t i = first; i < groups.n * p.group_size * p.n_redundant; i += stride) {
@@ -347,8 +359,10 @@ __device__ __forceinline__ void CheckCopies(const Problem& p, const SolveOperand
     const int32_t known = KnownExpert(p, expert);
     if (expert != known || expert != original || in.log2phy[known * p.max_replicas + 1] != slot) {
       atomicOr(&memory.status[group], kBadPlacement);
+      all_right = false;
     }
   }
+  return all_right;
 }
 
 // Writes the quotas of a replicated expert: what an edge moves comes from its experts in order.
@@ -384,6 +398,7 @@ template <int kWords, int kColumns>
 __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
                                              const GroupMemory& memory) {
   const int32_t lane = threadIdx.x & 31;
+  const bool broken = *memory.broken != 0;
   WarpGraph<kWords, kColumns> graph;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
@@ -411,26 +426,25 @@ __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
     }
 #pragma unroll
     for (int d = 0; d < kColumns; ++d) {
-      graph.cap[d][w] = graph.dst[d][w] == rank ? 0 : static_cast<int32_t>(tokens[d]);
+      const bool leads_away = graph.dst[d][w] != rank && !broken;
+      graph.cap[d][w] = leads_away ? static_cast<int32_t>(tokens[d]) : 0;
     }
   }
   const int32_t target = WarpFirstTarget(p.by_group, graph);
   // A plan's rank loads never pass this sum, so where it fits nothing in the waves overflows. What
   // has overflowed before, base −1, is above 2³¹ as it stands.
   bool overflow = false;
-  bool broken = false;  // No edges lead back: r2o is no permutation.
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
     uint32_t most = graph.load[w];
 #pragma unroll
     for (int d = 0; d < kColumns; ++d) {
       most = min(most, 1u << 31) + static_cast<uint32_t>(ValueOf(graph.cap[d], graph.src[d][w]));
-      broken |= ValueOf(graph.dst[d], graph.src[d][w]) != 32 * w + lane;
     }
     overflow |= most > static_cast<uint32_t>(kInt32Max);
   }
   Proof proof = {kInt32Max, 0};
-  const bool solvable = !__any_sync(kFullWarp, overflow || broken);
+  const bool solvable = !__any_sync(kFullWarp, overflow);
   if (solvable) {  // Else nothing moves and nothing is proven.
     proof.lower_bound = proof.max_load = WarpWaves(p.group_size, target, graph);
   }
@@ -444,9 +458,7 @@ __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
       }
     }
   }
-  if (!solvable && (overflow || broken)) {
-    atomicOr(&memory.status[group], (overflow ? kLoadOverflow : 0) | (broken ? kBadPlacement : 0));
-  }
+  if (!solvable && lane == 0) atomicOr(&memory.status[group], kLoadOverflow);
   return proof;
 }
 
@@ -456,31 +468,33 @@ __device__ inline Proof SolveInBlock(const Problem& p, int32_t group, const Grou
   const int32_t first_rank = group * p.group_size;
   int32_t* moved = memory.moved + first_rank * p.n_columns;
   int32_t* load = memory.base + first_rank;
+  if (*memory.broken != 0) {
+    DropEdges(p, memory, threadIdx.x, Threads::Size());
+    Threads::Sync();
+  }
   for (int32_t i = threadIdx.x; i < p.group_size * p.n_columns; i += Threads::Size()) {
     const int32_t rank = p.by_columns.Quotient(i);
     memory.cap[i] = CapacityOf<int32_t>(p, memory, group, rank, i - rank * p.n_columns);
     moved[i] = 0;
   }
   Threads::Sync();
-  int32_t found = 0;
+  bool overflow = false;
   for (int32_t r = threadIdx.x; r < p.group_size; r += Threads::Size()) {
     int64_t most = static_cast<uint32_t>(load[r]);  // −1 has overflowed before.
     for (int32_t d = 0; d < p.n_columns; ++d) {
-      const int32_t edge = memory.src[r * p.n_columns + d] * p.n_columns + d;
-      most += memory.cap[edge];
-      if (memory.dst[edge] != r) found |= kBadPlacement;  // r2o is no permutation.
+      most += memory.cap[memory.src[r * p.n_columns + d] * p.n_columns + d];
     }
-    if (most > kInt32Max) found |= kLoadOverflow;
+    overflow |= most > kInt32Max;
   }
   Proof proof = {kInt32Max, 0};
-  if (!Threads::Any(found != 0)) {
+  if (!Threads::Any(overflow)) {
     const BlockGraph graph = {p.group_size, p.n_columns,  memory.src,
                               memory.dst,   memory.cap,   moved,
                               load,         memory.level, reinterpret_cast<uint32_t*>(memory.sums)};
     proof.lower_bound = proof.max_load =
         BlockWaves<Threads>(graph, BlockFirstTarget<Threads>(graph));
-  } else if (found != 0) {
-    atomicOr(&memory.status[group], found);
+  } else if (threadIdx.x == 0) {
+    atomicOr(&memory.status[group], kLoadOverflow);
   }
   Threads::Sync();
   return proof;
@@ -506,24 +520,29 @@ auto WithSolverShape(const Problem& p, Function&& function) {
   return function(SolverShape<0, 0>());
 }
 
-// Checks the slot in Ahead, for which FetchHome was called.
-__device__ __forceinline__ void CheckAhead(const Problem& p, Groups groups, const Ahead& ahead,
-                                           const GroupMemory& memory) {
-  if (ahead.slot < 0) return;
-  const int32_t slot_rank = p.by_slots.Quotient(ahead.slot);
-  const bool has_copy = ahead.slot - slot_rank * p.slots_per_rank < p.n_redundant;
-  if (ahead.home != ahead.slot || ahead.expert != KnownExpert(p, ahead.expert) ||
-      (!has_copy && ahead.copy != -1)) {
-    const int32_t rank = slot_rank - groups.first * p.group_size;
-    atomicOr(&memory.status[p.by_group.Quotient(rank)], kBadPlacement);
+// Whether the slot in PrefetchedSlot, for which FetchHome was called, is right; else the group's
+// status says so, too.
+__device__ __forceinline__ bool CheckPrefetched(const Problem& p, Groups groups,
+                                                const PrefetchedSlot& fetched,
+                                                const GroupMemory& memory) {
+  if (fetched.slot < 0) return true;
+  const int32_t slot_rank = p.by_slots.Quotient(fetched.slot);
+  const bool has_copy = fetched.slot - slot_rank * p.slots_per_rank < p.n_redundant;
+  if (fetched.home == fetched.slot && fetched.expert == KnownExpert(p, fetched.expert) &&
+      (has_copy || fetched.copy == -1)) {
+    return true;
   }
+  const int32_t rank = slot_rank - groups.first * p.group_size;
+  atomicOr(&memory.status[p.by_group.Quotient(rank)], kBadPlacement);
+  return false;
 }
 
 // Solves all groups, a warp each, while the other warps do what needs no plan; then, behind a
 // barrier, writes the quotas, to `quota` of the block's first slot. `proofs(group, proof)` is
 // called by one thread per group. A barrier must follow before status is read or quota used.
+// Returns whether the slots that this thread has checked are right.
 template <int kWords, int kColumns, typename Threads, typename Proofs>
-__device__ __forceinline__ void SolveGroups(const Problem& p, const SolveOperands& in,
+__device__ __forceinline__ bool SolveGroups(const Problem& p, const SolveOperands& in,
                                             Groups groups, const GroupMemory& memory,
                                             int32_t* quota, const Proofs& proofs) {
   const int32_t n_warps = Threads::Size() / 32;
@@ -545,21 +564,23 @@ __device__ __forceinline__ void SolveGroups(const Problem& p, const SolveOperand
       if (threadIdx.x == 0) proofs(g, proof);
     }
   }
+  bool right = true;
   Copy<int32_t> copy;  // The first, often the only one, is prepared while others solve.
   if (first >= 0) {
     if (first < n_copies) copy = PrepareCopy<int32_t>(p, memory, first);
     WriteFixedQuotas(p, groups, memory, quota, first, stride);
     // From the other end, since it waits for global memory as long as a short solve takes.
-    CheckCopies(p, in, groups, memory, stride - 1 - first, stride);
-    CheckOwnSlots(p, in, groups, memory, AllAhead<Threads>(p, groups), first, stride);
+    right = CheckCopies(p, in, groups, memory, stride - 1 - first, stride);
+    right &= CheckOwnSlots(p, in, groups, memory, AllPrefetched<Threads>(p, groups), first, stride);
   }
   Threads::Sync();
-  if (first < 0) return;
+  if (first < 0) return true;
 #pragma unroll 1
   for (int32_t i = first; i < n_copies; i += stride) {
     if (i != first) copy = PrepareCopy<int32_t>(p, memory, i);
     FinishCopy(copy, memory.moved, quota);
   }
+  return right;
 }
 
 }  // namespace lplb::cuda

@@ -39,10 +39,11 @@ struct IpmBlock {
 
   // The topology, the weights and the loads of all ranks. Ends with a barrier.
   __device__ __forceinline__ void LoadGroup() const {
-    const Ahead ahead = AheadOf<Block>(p, in.solve, groups);  // Arrives behind the barrier.
+    const PrefetchedSlot fetched =
+        PrefetchSlot<Block>(p, in.solve, groups);  // Arrives behind the barrier.
     const int32_t n_edges = p.group_size * p.n_columns;
     if (threadIdx.x == 0) {
-      *memory.group.status = 0;
+      *memory.group.status = *memory.group.broken = 0;
       shared.most = shared.max_load = 0;
       shared.bound = 0;
     }
@@ -54,7 +55,10 @@ struct IpmBlock {
     if (threadIdx.x >= blockDim.x - 32) {
       const int32_t lane = threadIdx.x & 31;
       LoadTopology(p, in.solve.r2o, memory.group, lane, 32);
-      DropBrokenTopology(p, memory.group);
+      __syncwarp();
+      CheckTopology(p, 1, memory.group, lane, 32);
+      __syncwarp();
+      if (*memory.group.broken != 0) DropEdges(p, memory.group, lane, 32);
       LoadWeights(p, options, in.weights, memory, solver.w);
       for (int32_t i = n_edges + lane; i < PaddedEdges(n_edges); i += 32) {
         memory.ends[i] = make_float4(0, 0, 0, 0);
@@ -62,9 +66,9 @@ struct IpmBlock {
       CheckInvalid(lane);
     }
     if constexpr (kFloats) {
-      LoadRealRanks(p, in.solve, groups, ahead, sources, memory.group, solver.base);
+      LoadRealRanks(p, in.solve, groups, fetched, sources, memory.group, solver.base);
     } else {
-      LoadRanks<Block>(p, in.solve, groups, ahead, LoadedTotals{in.solve.loads, sources},
+      LoadRanks<Block>(p, in.solve, groups, fetched, LoadedTotals{in.solve.loads, sources},
                        memory.group);
     }
     __syncthreads();

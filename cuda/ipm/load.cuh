@@ -61,14 +61,14 @@ struct LoadedTotals {
 
 // LoadRanks for float loads: the ranks' sums go to `base`.
 __device__ __forceinline__ void LoadRealRanks(const Problem& p, const SolveOperands& in,
-                                              Groups groups, const Ahead& ahead,
+                                              Groups groups, const PrefetchedSlot& fetched,
                                               const Sources& sources, const GroupMemory& memory,
                                               float* base) {
   const Tile tile(p, blockDim.x);
   const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
   const int32_t first_of_warp = (threadIdx.x & ~31) >> p.tile_log2;
   const float* loads = reinterpret_cast<const float*>(in.loads);
-  int32_t expert = ahead.expert;
+  int32_t expert = fetched.expert;
 #pragma unroll 1
   for (int32_t step = 0; first_of_warp + step < p.group_size; step += tile.n) {
     const int32_t rank = tile.index + step;

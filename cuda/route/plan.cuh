@@ -12,10 +12,10 @@ namespace lplb::cuda {
 
 // What the threads that make the routes fetch before they need it, so that the latencies overlap.
 struct Prefetched {
-  Ahead ahead;     // its home is fetched later
-  int32_t source;  // this thread's edge of r2o
-  int32_t held;    // the expert in this thread's slot
-  Route slots;     // of this thread's expert
+  PrefetchedSlot slot;  // its home is fetched later
+  int32_t source;       // this thread's edge of r2o
+  int32_t held;         // the expert in this thread's slot
+  Route slots;          // of this thread's expert
 };
 
 // The placement of a batch element, whichever operands have it.
@@ -39,7 +39,7 @@ __device__ __forceinline__ Prefetched Prefetch(const RouteArguments& a, const So
   const int32_t i = threadIdx.x;
   Prefetched fetched = {{-1, 0, -1, -1}, 0, -1, {0, -1, -1}};
   if constexpr (kQuotas != Quotas::kGiven) {
-    fetched.ahead = AheadOf<Threads>(p, in, {0, p.n_groups});
+    fetched.slot = PrefetchSlot<Threads>(p, in, {0, p.n_groups});
     if (i < p.group_size * p.n_columns) fetched.source = in.r2o[i];
   }
   if constexpr (kQuotas == Quotas::kGiven) {
@@ -86,7 +86,8 @@ __device__ __forceinline__ void StorePrefetched(const RouteArguments& a, const S
     if (i < edges) StoreEdge(p, groups, i, fetched.source);
     LoadTopology(p, in.r2o, groups, i + Threads::Size(), Threads::Size());
     for (int32_t g = i; g < p.n_groups; g += Threads::Size()) groups.status[g] = 0;
-    FetchHome(p, in, fetched.ahead);
+    if (i == 0) *groups.broken = 0;
+    FetchHome(p, in, fetched.slot);
   }
 }
 
@@ -169,8 +170,8 @@ __device__ __forceinline__ void KeepOwnSlots(const int32_t* phy2log, int32_t exp
 // of the team call it behind a barrier; another must follow.
 template <int kWords, int kColumns, Quotas kQuotas, typename Threads>
 __device__ __forceinline__ void MakeRoutes(const RouteArguments& a, const SolveOperands& in,
-                                           int64_t element, const Ahead& ahead, bool leader,
-                                           const RouteMemory& memory) {
+                                           int64_t element, const PrefetchedSlot& fetched,
+                                           bool leader, const RouteMemory& memory) {
   const Problem& p = a.problem;
   const AssignOperands given = BatchElement(p, a.sources, a.given, element);
   int32_t rank = 0;
@@ -179,21 +180,16 @@ __device__ __forceinline__ void MakeRoutes(const RouteArguments& a, const SolveO
     const Groups groups = {0, p.n_groups};
     const SolveResults out = BatchElement(p, a.solve_out, element);
     const GroupMemory group_memory(p, p.n_groups, memory.groups);
-    LoadRanks<Threads>(p, in, groups, ahead, CountedTotals{memory.total}, group_memory);
-    CheckAhead(p, groups, ahead, group_memory);
+    LoadRanks<Threads>(p, in, groups, fetched, CountedTotals{memory.total}, group_memory);
+    bool right = CheckPrefetched(p, groups, fetched, group_memory);
     Threads::Sync();
-    SolveGroups<kWords, kColumns, Threads>(p, in, groups, group_memory, memory.quota,
-                                           [&](int32_t g, const Proof& proof) {
-                                             if (!leader) return;
-                                             out.max_load[g] = proof.max_load;
-                                             out.lower_bound[g] = proof.lower_bound;
-                                           });
-    Threads::Sync();
-    // Where no group's status says so, every slot is its expert's own.
-    int32_t status = 0;
-#pragma unroll 1
-    for (int32_t g = threadIdx.x & 31; g < p.n_groups; g += 32) status |= group_memory.status[g];
-    misplaced = __any_sync(kFullWarp, status & kBadPlacement);
+    right &= SolveGroups<kWords, kColumns, Threads>(p, in, groups, group_memory, memory.quota,
+                                                    [&](int32_t g, const Proof& proof) {
+                                                      if (!leader) return;
+                                                      out.max_load[g] = proof.max_load;
+                                                      out.lower_bound[g] = proof.lower_bound;
+                                                    });
+    misplaced = Threads::Any(!right);  // Else every slot is its expert's own.
   } else {
     rank = *given.rank;
   }

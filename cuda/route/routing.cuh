@@ -28,6 +28,16 @@ struct AlongTopology {
     StorePrefetched<kQuotas, Threads>(a, in, tables, fetched, memory);
   }
 
+  // What can be checked before the totals are there; behind a barrier, and another must follow.
+  template <Quotas kQuotas, typename Threads>
+  static __device__ __forceinline__ void Check(const RouteArguments& a, const RouteMemory& memory) {
+    if constexpr (kQuotas != Quotas::kGiven) {
+      const Problem& p = a.problem;
+      const GroupMemory groups(p, p.n_groups, memory.groups);
+      CheckTopology(p, p.n_groups, groups, threadIdx.x, Threads::Size());
+    }
+  }
+
   template <typename Threads>
   static __device__ __forceinline__ void Receive(const RouteArguments& a, const SyncCall& call,
                                                  bool leader, const RouteMemory& memory) {
@@ -39,7 +49,7 @@ struct AlongTopology {
                                               int64_t element, const Fetched& fetched,
                                               const SyncCall&, bool leader,
                                               const RouteMemory& memory) {
-    MakeRoutes<kWords, kColumns, kQuotas, Threads>(a, in, element, fetched.ahead, leader, memory);
+    MakeRoutes<kWords, kColumns, kQuotas, Threads>(a, in, element, fetched.slot, leader, memory);
   }
 
   template <Quotas kQuotas, typename Threads>
@@ -97,6 +107,9 @@ struct Anywhere {
     }
     BuildGraph<kWords, Threads>(a.problem, tables.phy2log, tables.log2phy, fetched, graph);
   }
+
+  template <Quotas kQuotas, typename Threads>
+  static __device__ __forceinline__ void Check(const RouteArguments&, const RouteMemory&) {}
 
   template <typename Threads>
   static __device__ __forceinline__ void Receive(const RouteArguments& a, const SyncCall& call,
