@@ -33,7 +33,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   if (threadIdx.x == 0) *graph.status = 0;
   BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, graph);
   if (status != 0) atomicOr(graph.status, status);
-  const Proof proof = SolveGraph<kWords, Block>(p, SummedTotals{total}, graph, out.quota);
+  const SummedTotals totals = {total};
+  const Proof proof = SolveGraph<kWords, Block>(p, totals, graph);
+#pragma unroll 2
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
+    out.quota[i] = QuotaOf(totals, graph, i);
+  }
   if (threadIdx.x == 0) {
     *out.max_load = proof.max_load;
     *out.lower_bound = proof.lower_bound;

@@ -29,16 +29,19 @@ __device__ __noinline__ int32_t LargeLoads(int32_t n_logical, int32_t ep_size,
   return status;
 }
 
-// The quotas where loads are too large to be divided: all at home.
-template <typename Threads, typename Totals>
-__device__ __noinline__ void WriteHomeQuotas(int32_t n_physical, Totals totals,
-                                             const uint32_t* of_slot, const int32_t* home,
-                                             int32_t* quota) {
+// Leaves the tokens of shared experts at home. Ends with a barrier.
+template <int kWords, typename Threads, typename Totals>
+__device__ __noinline__ void StayHome(int32_t n_logical, Totals totals, GraphMemory graph) {
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i < n_physical; i += Threads::Size()) {
-    const uint32_t expert = ExpertIn(of_slot[i]);
-    quota[i] = expert != kNoExpert && home[expert] == i ? totals[expert].x : 0;
+  for (int32_t e = threadIdx.x; e < n_logical; e += Threads::Size()) {
+    const int32_t n_hosts = HostsOf<kWords>(graph, e);
+    if (n_hosts < 2) continue;
+#pragma unroll 1
+    for (int32_t cell = graph.first[e]; cell < graph.first[e] + n_hosts; ++cell) {
+      graph.tokens[cell] = graph.slot[cell] == graph.home[e] ? totals[e].x : 0;
+    }
   }
+  Threads::Sync();
 }
 
 // Divides every expert's tokens evenly over its cells, of which the first get one more, and adds up
@@ -57,14 +60,13 @@ __device__ __forceinline__ bool StartEven(const Problem& p, const Totals& totals
     const int32_t rank = p.by_slots.Quotient(i);
     const int2 total = totals[expert];
     uint32_t share = total.x;
-    if (CellIn(packed) == kNoNumber) {
-      atomicAdd(&graph.fixed[rank], total.x);
-    } else {
+    if (CellIn(packed) != kNoNumber) {
       const uint32_t place = graph.place[CellIn(packed)];
       const uint32_t n_hosts = place >> 16;
       const uint32_t each = share / n_hosts;
       share = each + ((place & 0xffff) < share - each * n_hosts);
       graph.tokens[CellIn(packed)] = share;
+      atomicAdd(&graph.loose[rank], static_cast<int32_t>(share));
     }
     atomicAdd(&graph.load[rank], static_cast<int32_t>(share));
     safe &= total.x <= safe_load && total.y == 0;
@@ -76,26 +78,28 @@ __device__ __forceinline__ bool StartEven(const Problem& p, const Totals& totals
 template <int kWords>
 __device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GraphMemory& graph) {
   int32_t load[kWords];
-  int32_t fixed[kWords];
+  int32_t loose[kWords];
   ValuesOfRanks<kWords>(p, graph.load, 0, load);
-  ValuesOfRanks<kWords>(p, graph.fixed, 0, fixed);
+  ValuesOfRanks<kWords>(p, graph.loose, 0, loose);
+  int32_t fixed = 0;
 #pragma unroll
-  for (int w = 1; w < kWords; ++w) fixed[0] = max(fixed[0], fixed[w]);
-  return max(WarpCeilMean(load, SmallDivisor(p.ep_size)), __reduce_max_sync(kFullWarp, fixed[0]));
+  for (int w = 0; w < kWords; ++w) fixed = max(fixed, load[w] - loose[w]);
+  return max(WarpCeilMean(load, SmallDivisor(p.ep_size)), __reduce_max_sync(kFullWarp, fixed));
 }
 
-// Solves the graph for these totals, and writes the quotas. All threads of the team call it behind
-// a barrier, and get the proof; another must follow before status is read or quota used.
+// Solves the graph for these totals: splits those of shared experts over their cells. Where loads
+// are too large to be divided, nothing is proven, and all tokens stay at home. All threads of the
+// team call it behind a barrier, and get the proof; it ends with a barrier.
 template <int kWords, typename Threads, typename Totals>
-__device__ inline Proof SolveGraph(const Problem& p, const Totals& totals, const GraphMemory& graph,
-                                   int32_t* quota) {
+__device__ inline Proof SolveGraph(const Problem& p, const Totals& totals,
+                                   const GraphMemory& graph) {
   const bool safe = StartEven<Threads>(p, totals, graph);
   if (Threads::Any(!safe)) {
     const int32_t status =
         LargeLoads<Threads>(p.n_logical, p.ep_size, p.slots_per_rank, totals, graph.of_slot);
     if (status != 0) atomicOr(graph.status, status);
     if (Threads::Any(status & kLoadOverflow)) {
-      WriteHomeQuotas<Threads>(p.n_physical, totals, graph.of_slot, graph.home, quota);
+      StayHome<kWords, Threads>(p.n_logical, totals, graph);
       return {kInt32Max, 0};
     }
   }
@@ -104,14 +108,16 @@ __device__ inline Proof SolveGraph(const Problem& p, const Totals& totals, const
     if (threadIdx.x == 0) *graph.target = target;
   }
   Threads::Sync();
-#pragma unroll 2
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
-    const uint32_t packed = graph.of_slot[i];
-    quota[i] = ExpertIn(packed) == kNoExpert ? 0
-               : CellIn(packed) == kNoNumber ? totals[ExpertIn(packed)].x
-                                             : graph.tokens[CellIn(packed)];
-  }
   return {*graph.target, *graph.target};
+}
+
+// The tokens of a slot, after SolveGraph.
+template <typename Totals>
+__device__ __forceinline__ int32_t QuotaOf(const Totals& totals, const GraphMemory& graph,
+                                           int32_t slot) {
+  const uint32_t packed = graph.of_slot[slot];
+  if (ExpertIn(packed) == kNoExpert) return 0;
+  return CellIn(packed) == kNoNumber ? totals[ExpertIn(packed)].x : graph.tokens[CellIn(packed)];
 }
 
 }  // namespace lplb::cuda

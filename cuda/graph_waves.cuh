@@ -83,6 +83,9 @@ struct HeldCell {
   uint32_t mask[kWords];  // the expert's ranks; none where there is no cell
 };
 
+__device__ __forceinline__ int32_t LowestBit(uint32_t bits) { return __ffs(bits) - 1; }
+__device__ __forceinline__ int32_t LowestBit(uint64_t bits) { return __ffsll(bits) - 1; }
+
 // Some of a rank's cells, as one of its lanes sees them: kHand in a row.
 template <int kWords>
 struct Hand {
@@ -121,13 +124,18 @@ struct HeldRank {
   HeldRank() = default;
   __device__ __forceinline__ HeldRank(const Problem& p, const GraphMemory& graph, int32_t rank_)
       : rank(rank_) {
-    n_cells = rank < p.ep_size ? graph.n_shared[rank] : 0;
+    n_cells = 0;
+    const int32_t n_words = rank < p.ep_size ? GraphMemory::SlotWords(p) : 0;
+#pragma unroll 1
+    for (int32_t w = 0; w < n_words; ++w) {
+      n_cells += __popc(graph.is_shared[rank * n_words + w]);
+    }
     first = Hand<kWords>(p, graph, rank, n_cells, 0);
   }
 };
 
 // Moves `amount` tokens of a cell of `rank` to hosts of its expert, in equal parts: to the next n
-// of `to` in the cyclic order of the ranks, which has so many, n ≤ 4.
+// of `to` in the cyclic order of the ranks, which has so many, 0 < n ≤ 4.
 template <int kWords>
 __device__ __forceinline__ void Spread(const GraphMemory& graph, const HeldCell<kWords>& cell,
                                        const uint32_t (&to)[kWords], int32_t n, int32_t rank,
@@ -135,19 +143,33 @@ __device__ __forceinline__ void Spread(const GraphMemory& graph, const HeldCell<
   // A third is the upper half of a product, exact below 2³¹.
   const int32_t each = n == 3 ? __umulhi(amount, 0x55555556u) : amount >> (n >> 1);
   const int32_t more = amount - each * n;
-  if constexpr (kWords == 1) {
-    // Turned so that the rank after this one is the lowest bit.
-    uint32_t bits = __funnelshift_r(to[0], to[0], rank + 1);
+  const auto send = [&](int32_t target, int32_t place, int32_t part) {
+    atomicAdd(&graph.tokens[cell.first + place], part);
+    atomicAdd(&graph.load[target], part);
+  };
+  if (n == 1) {  // Mostly.
+    int32_t target = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int32_t target = (__ffs(bits) + rank) & 31;
-      const int32_t place = __popc(cell.mask[0] & ((1u << target) - 1));
-      const int32_t part = each + (i < more);
-      if (i < n) {
-        atomicAdd(&graph.tokens[cell.first + place], part);
-        atomicAdd(&graph.load[target], part);
-      }
-      bits &= bits - 1;
+    for (int w = 0; w < kWords; ++w) target = to[w] != 0 ? 32 * w + __ffs(to[w]) - 1 : target;
+    send(target, PlaceOf<kWords>(cell.mask, target), amount);
+    return;
+  }
+  if constexpr (kWords <= 2) {
+    using Bits = std::conditional_t<kWords == 1, uint32_t, uint64_t>;
+    const auto joined = [](const uint32_t (&word)[kWords]) {
+      Bits bits = word[0];
+      if constexpr (kWords == 2) bits |= static_cast<Bits>(word[1]) << 32;
+      return bits;
+    };
+    constexpr int32_t kLast = 32 * kWords - 1;
+    const Bits ranks = joined(to);
+    // Turned so that the rank after this one is the lowest bit.
+    const int32_t turn = (rank + 1) & kLast;
+    Bits bits = ranks >> turn | ranks << ((kLast + 1 - turn) & kLast);
+#pragma unroll 1
+    for (int32_t i = 0; i < n; ++i, bits &= bits - 1) {
+      const int32_t target = (LowestBit(bits) + turn) & kLast;
+      send(target, PlaceOf<kWords>(cell.mask, target), each + (i < more));
     }
   } else {
     // Words with a target, in turn from the rank's own, whose lower ranks come last.
@@ -159,7 +181,7 @@ __device__ __forceinline__ void Spread(const GraphMemory& graph, const HeldCell<
     while (i < n) {
       uint32_t bits = 0;
       uint32_t mask = 0;
-      int32_t place = cell.first;
+      int32_t place = 0;
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         bits = w == word ? to[w] : bits;
@@ -171,9 +193,8 @@ __device__ __forceinline__ void Spread(const GraphMemory& graph, const HeldCell<
 #pragma unroll 1
       for (; bits != 0 && i < n; ++i, bits &= bits - 1) {
         const uint32_t lowest = bits & -bits;
-        const int32_t part = each + (i < more);
-        atomicAdd(&graph.tokens[place + __popc(mask & (lowest - 1))], part);
-        atomicAdd(&graph.load[32 * word + __popc(lowest - 1)], part);
+        send(32 * word + __popc(lowest - 1), place + __popc(mask & (lowest - 1)),
+             each + (i < more));
       }
       word = (word + 1) & (kWords - 1);
     }

@@ -53,9 +53,8 @@ struct GraphMemory {
   uint32_t* place;      // [n_physical], by cell: its number of its expert's, and, above, how many
   uint32_t* shared;     // [ep_size, slots_per_rank], the rank's slots of shared experts, packed
   uint32_t* is_shared;  // [ep_size, SlotWords], which slots of the rank those are
-  int32_t* n_shared;    // [ep_size]
   int32_t* load;        // [ep_size]
-  int32_t* fixed;       // [ep_size], tokens that cannot leave the rank
+  int32_t* loose;       // [ep_size], tokens that could leave the rank, before the waves
   uint32_t* search;     // [SearchWords, ep_size], for GraphWaves
   int32_t* n_cells;
   int32_t* n_twice;  // slots of cells that have one before
@@ -73,7 +72,7 @@ struct GraphMemory {
   LPLB_HOST_DEVICE static int32_t Words(const Problem& p) {
     const int32_t words = GraphWords(p.ep_size);
     return p.n_logical * (words + 2) + 5 * p.n_physical +
-           p.ep_size * (SlotWords(p) + 3 + SearchWords(words)) + 4;
+           p.ep_size * (SlotWords(p) + 2 + SearchWords(words)) + 4;
   }
 
   __device__ GraphMemory(const Problem& p, int32_t n_words, int32_t* memory) {
@@ -87,10 +86,9 @@ struct GraphMemory {
     place = reinterpret_cast<uint32_t*>(slot + p.n_physical);
     shared = place + p.n_physical;
     is_shared = shared + p.n_physical;
-    n_shared = reinterpret_cast<int32_t*>(is_shared + p.ep_size * SlotWords(p));
-    load = n_shared + p.ep_size;
-    fixed = load + p.ep_size;
-    n_cells = fixed + p.ep_size;
+    load = reinterpret_cast<int32_t*>(is_shared + p.ep_size * SlotWords(p));
+    loose = load + p.ep_size;
+    n_cells = loose + p.ep_size;
     n_twice = n_cells + 1;
     target = n_twice + 1;
     status = target + 1;
@@ -198,7 +196,7 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
   for (int32_t i = thread; i < p.ep_size * slot_words; i += n_threads) graph.is_shared[i] = 0;
 #pragma unroll 1
   for (int32_t r = thread; r < p.ep_size; r += n_threads) {
-    graph.n_shared[r] = graph.load[r] = graph.fixed[r] = 0;
+    graph.load[r] = graph.loose[r] = 0;
   }
   if (thread == 0) *graph.n_cells = *graph.n_twice = 0;
   Threads::Sync();
@@ -260,7 +258,6 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
 #pragma unroll 1
     for (int32_t w = 0; w < k >> 5; ++w) k_shared += __popc(shared[w]);
     graph.shared[rank * p.slots_per_rank + k_shared] = graph.of_slot[i];
-    atomicMax(&graph.n_shared[rank], k_shared + 1);
   }
 #pragma unroll 1
   for (int32_t e = thread; e < p.n_logical; e += n_threads) {

@@ -103,7 +103,7 @@ struct Anywhere {
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < a.problem.n_physical; i += Threads::Size()) {
       pieces.sent[i] = 0;
-      if constexpr (kQuotas == Quotas::kGiven) memory.quota[i] = given[i];
+      memory.quota[i] = kQuotas == Quotas::kGiven ? given[i] : 0;
     }
     BuildGraph<kWords, Threads>(a.problem, tables.phy2log, tables.log2phy, fetched, graph);
   }
@@ -126,14 +126,12 @@ struct Anywhere {
     const Problem& p = a.problem;
     const GraphMemory graph = GraphOf(a, memory);
     if constexpr (kQuotas != Quotas::kGiven) {
-      const Proof proof =
-          SolveGraph<kWords, Threads>(p, CountedTotals{memory.total}, graph, memory.quota);
+      const Proof proof = SolveGraph<kWords, Threads>(p, CountedTotals{memory.total}, graph);
       if (leader && threadIdx.x == 0) {
         const SolveResults out = BatchElement(p, a.solve_out, element);
         *out.max_load = proof.max_load;
         *out.lower_bound = proof.lower_bound;
       }
-      Threads::Sync();
     }
     const bool failed = kQuotas == Quotas::kSynced && (*graph.status & kSyncFailed);
     const PieceTable pieces = PiecesOf(a, memory);
@@ -141,9 +139,22 @@ struct Anywhere {
     for (int32_t e = threadIdx.x; e < p.n_logical; e += Threads::Size()) {
       Dealer dealer(pieces, graph.first[e], memory.own[e]);
       const int32_t n_hosts = HostsOf<kWords>(graph, e);
+      if constexpr (kQuotas != Quotas::kGiven) StoreQuotas(memory, graph, e, n_hosts);
       if (n_hosts > 1 && !failed)
         Deal<kQuotas>(a, element, call, graph, memory, e, n_hosts, dealer);
       memory.routes[e] = dealer.Finish(failed ? -1 : graph.home[e]);
+    }
+  }
+
+  // The quotas of an expert's slots, all others are 0. The pieces may then have the cells' place.
+  static __device__ __forceinline__ void StoreQuotas(const RouteMemory& memory,
+                                                     const GraphMemory& graph, int32_t e,
+                                                     int32_t n_hosts) {
+    if (n_hosts == 1) memory.quota[graph.home[e]] = CountedTotals{memory.total}[e].x;
+    if (n_hosts < 2) return;
+#pragma unroll 1
+    for (int32_t cell = graph.first[e]; cell < graph.first[e] + n_hosts; ++cell) {
+      memory.quota[graph.slot[cell]] = graph.tokens[cell];
     }
   }
 
