@@ -10,6 +10,7 @@ import re
 import sys
 import time
 
+import any_cases
 import jax
 import jax.numpy as jnp
 import moe_checks
@@ -21,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import assert_equal, everywhere, per_rank
 
 from lplb_jax import (
+    Placement,
     count_loads,
     init_comm,
     moe,
@@ -53,16 +55,27 @@ def placed(rng, r2o, size, n_logical):
     )
 
 
+def placed_anywhere(rng, size, n_logical):
+    """A random table: experts with many slots, also on one rank, and empty slots."""
+    sizes = any_cases.Sizes(size, -(-n_logical // size) + 3, n_logical)
+    table = sizes.phy2log(rng).reshape(size, -1)
+    return Placement.from_phy2log(table, ep_size=size, n_logical=n_logical)
+
+
 def check_rebalance(mesh, comm, rng) -> None:
-    """All results as without comm, for batches of one launch and of two, groups and dtypes."""
+    """All results as without comm, for batches of one launch and of two, groups and dtypes; along
+    a topology and anywhere."""
     size = mesh.devices.size
-    shapes = [topologies.ring(size), topologies.complete(size)]
+    shapes = [topologies.ring(size), None, topologies.complete(size)]
     shapes += [topologies.ring(2)] if size > 2 else []
     shapes += [topologies.cube()] if size == 8 else []
     for i, n_tokens in enumerate(N_TOKENS):
         r2o = shapes[i % len(shapes)]
         n_logical = [32 * size, comm.max_experts // size * size][i % 2]
-        placement = placed(rng, r2o, size, n_logical)
+        if r2o is None:
+            placement = placed_anywhere(rng, size, n_logical)
+        else:
+            placement = placed(rng, r2o, size, n_logical)
         dtype = ["int32", "uint16"][i // 2 % 2]
         ids = rng.zipf(1.3, size * n_tokens) % (n_logical + 1)  # Some name no expert.
         ids = everywhere(mesh, ids.astype(dtype))

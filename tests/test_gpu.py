@@ -510,24 +510,24 @@ def test_what_a_chip_has_no_room_for_is_refused(assume):
     ids, ring = np.zeros((8, 5), np.int32), topologies.ring(8)
     placement = place_experts(None, ring, n_logical=64, ep_size=8, redundants_per_rank=1)
     split = solve(np.ones(64, np.int32), ring, placement=placement)
-    assume(86, 1024, 0, False)
+    assume(86, 512, 0, False)
     for call in (
         lambda: solve(np.ones(64, np.int32), ring, placement=placement),
         lambda: solve(np.ones(64, np.float32), ring, placement=placement),
         lambda: assign(ids, None, split, ring, placement=placement),
         lambda: rebalance(ids, None, ring, placement=placement),
     ):
-        with pytest.raises(Exception, match=r"need \d+ bytes .* 8\.6\) has 1024: use"):
+        with pytest.raises(Exception, match=r"need \d+ bytes .* 8\.6\) has 512: use"):
             jax.block_until_ready(call())
 
 
 def test_every_device_has_limits_of_its_own(assume):
     if len(jax.devices()) < 2:
         pytest.skip("takes two GPUs")
-    assume(86, 1024, 0, False)
+    assume(86, 512, 0, False)
     balance = jax.jit(lambda ids: rebalance(ids, None, topologies.cube(), placement=placement))
     placement = Case(topologies.cube(), 2).placement()
     ids = np.zeros((8, 5), np.int32)
     jax.block_until_ready(balance(jax.device_put(ids, jax.devices()[1])))
-    with pytest.raises(Exception, match=r"has 1024: use"):
+    with pytest.raises(Exception, match=r"has 512: use"):
         jax.block_until_ready(balance(jax.device_put(ids, jax.devices()[0])))

@@ -80,13 +80,18 @@ def test_virtual_ranks(rng, virtual_ranks, n_gpus, size):
 
 @pytest.mark.parametrize("n_tokens", [1, 1000, 32_768, 200_000])
 @pytest.mark.parametrize(("n_gpus", "size"), [(1, 1), (1, 4), (2, 4), (2, 8)])
-def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, n_tokens):
+@pytest.mark.parametrize("anywhere", [False, True], ids=["topology", "anywhere"])
+def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, n_tokens, anywhere):
     """As on as many CPUs that share their counts by lax.all_gather; in one launch and in two."""
-    complete = topologies.complete(size) if size > 1 else np.zeros((1, 1), np.int32)
-    r2o = topologies.cube() if size == 8 else complete
     n_logical, n_calls = 16 * size, 5
     ranks = virtual_ranks(n_gpus, size, n_logical)
-    placement = sync_checks.placed(rng, r2o, size, n_logical)
+    if anywhere:
+        r2o = np.zeros((size, 0), np.int32)
+        placement = sync_checks.placed_anywhere(rng, size, n_logical)
+    else:
+        complete = topologies.complete(size) if size > 1 else np.zeros((1, 1), np.int32)
+        r2o = topologies.cube() if size == 8 else complete
+        placement = sync_checks.placed(rng, r2o, size, n_logical)
     ids = rng.zipf(1.3, (n_calls, size, n_tokens)) % (n_logical + 1)  # Some name no expert.
     ids = ids.astype(np.int32)
     calls = [
@@ -101,7 +106,7 @@ def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, 
 
     def step(ids):
         options = {"placement": placement, "axis_name": "ep", "positions": True}
-        return rebalance(ids, None, r2o, **options)
+        return rebalance(ids, None, None if anywhere else r2o, **options)
 
     on_cpus = per_rank(step, Mesh(cpu_devices[:size], "ep"))
     for call in range(n_calls):

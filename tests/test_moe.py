@@ -1215,8 +1215,10 @@ def spoil_memory(mesh):
     ("dtype", "gemm", "tolerance"),
     [(np.float32, "xla", 1e-4), (jnp.bfloat16, "mosaic", 3e-2), (jnp.bfloat16, "auto", 3e-2)],
 )
-def test_gpus_equal_one_device(rng, gpu_mesh, dtype, gemm, tolerance, options):
-    case = case_of(gpu_mesh.size)
+@pytest.mark.parametrize("anywhere", [False, True], ids=["topology", "anywhere"])
+def test_gpus_equal_one_device(rng, gpu_mesh, dtype, gemm, tolerance, options, anywhere):
+    size = gpu_mesh.size
+    case = AnyCase(size, 7, 5 * size - 1) if anywhere else case_of(size)
     spoil_memory(gpu_mesh)
     # In full precision: the plain mathematics are.
     with jax.default_matmul_precision("highest"):
@@ -1239,9 +1241,11 @@ def test_loads_by_the_gpus_themselves(rng, gpu_mesh):
 @pytest.mark.gpu
 @pytest.mark.parametrize("hide", [False, True])
 @pytest.mark.parametrize("balance", ["none", "eplb", "lplb"])
-def test_transports_give_the_same_bits(rng, gpu_mesh, balance, hide):
+@pytest.mark.parametrize("anywhere", [False, True], ids=["topology", "anywhere"])
+def test_transports_give_the_same_bits(rng, gpu_mesh, balance, hide, anywhere):
     """Values and gradients, also where XLA hides collectives and copy engines move the weights."""
-    case = case_of(gpu_mesh.size)
+    size = gpu_mesh.size
+    case = AnyCase(size, 7, 5 * size - 1) if anywhere else case_of(size)
     results = []
     spoil_memory(gpu_mesh)
     (tokens, gates, experts), ids, placement = problem(
