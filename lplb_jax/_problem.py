@@ -45,12 +45,17 @@ class Problem:
         return 0 if along_topology else self.ep_size // self.placement.n_nodes
 
 
+def anywhere(placement: Placement) -> Problem:
+    """The problem of a placement as any other, whatever topology it was made along."""
+    return Problem(np.zeros((placement.ep_size, 0), np.int32), placement)
+
+
 def check_problem(
     loads: jax.Array | None, r2o: Any, placement: Placement | None, axis_name: Any
 ) -> Problem:
     """Finds ep_size and n_logical, and raises where the arguments contradict one another."""
     if r2o is None and isinstance(placement, Placement) and placement.topology is None:
-        topology = np.zeros((placement.ep_size, 0), np.int32)
+        topology = anywhere(placement).r2o
     else:
         topology = choose_topology(r2o, placement)
     axis_size = None if axis_name is None else check_axis(axis_name)

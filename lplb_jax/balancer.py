@@ -11,6 +11,7 @@ from jax import lax
 from lplb_jax import _native, reference
 from lplb_jax._problem import (
     Problem,
+    anywhere,
     check_indices,
     check_loads,
     check_problem,
@@ -26,6 +27,7 @@ from lplb_jax.assignment import (
     shaped,
     workspace_shape,
 )
+from lplb_jax.batch_copies import check_copies, copies_for
 from lplb_jax.comm import Comm, check_comm
 from lplb_jax.loads import count, gather
 from lplb_jax.placement import Placement
@@ -44,7 +46,9 @@ def rebalance(
     solver: str = "auto",
     rank_weights: Any = None,
     positions: bool = False,
-) -> tuple[jax.Array | Assignment, Split]:
+    copies: str = "placement",
+    fan_out: int | None = None,
+) -> Any:
     """Routes tokens to replicas so that the busiest rank of every group gets the fewest possible.
 
     Args:
@@ -72,12 +76,19 @@ def rebalance(
       positions: return an `Assignment` in the place of the physical indices: with every token's
         place in its slot's list and the lists' lengths, so that a permutation into expert order is
         a scatter.
+      copies: "placement": the redundant slots hold what `placement` says. "batch": they are filled
+        for these tokens, see `place_copies`; of `placement` the homes and the number of slots
+        count. Then `r2o` is None, and all ranks are one group.
+      fan_out: for copies="batch", how many copies of its experts a rank may send at most; None for
+        any number.
 
     Returns:
       `(physical_indices, split)`: int32 of `indices`' shape, slots 0 … n_physical − 1 or −1, and
       the `Split`. Unless loads are `[n_logical]`, the tokens at every slot, summed over the
       sources, are exactly `split.quota`. With `loads=None`, `split` is equal on all ranks; where
       loads are given, `split.status` also holds what this rank saw in its own indices.
+      With copies="batch", `(physical_indices, split, placement)`: also the `Placement` that was
+      chosen and that the slots are of. It is equal on all ranks where the loads are.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
@@ -91,11 +102,21 @@ def rebalance(
     [0, 0, 5, 3, 5, 1]
     >>> split.max_load.tolist()
     [3]
+
+    Most tokens choose expert 2; now rank 0 copies that, and rank 1 nothing.
+
+    >>> ids = jnp.array([2, 2, 2, 2, 0, 3])
+    >>> _, split, chosen = rebalance(ids, None, placement=placement, copies="batch")
+    >>> chosen.phy2log.tolist(), split.max_load.tolist()
+    ([0, 1, 2, 2, 3, -1], [3])
     """
     given, indices = indices, check_indices(indices)
     loads = None if loads is None else check_loads(loads)
     method = choose_solver(solver, loads, rank_weights)
+    limit = check_copies(copies, r2o, fan_out, placement)
     problem = check_problem(loads, r2o, placement, axis_name)
+    if limit is not None:
+        problem = anywhere(problem.placement)
     check_solves(method, problem)
     weights = check_weights(rank_weights, len(problem.r2o))
     check_sources(indices, loads, problem, axis_name)
@@ -105,20 +126,25 @@ def rebalance(
         check_comm(comm, axis_name, problem.n_logical)
 
     at_once = comm.fuses if comm is not None else axis_name is None
-    if loads is None and method == "exact" and at_once:
+    if loads is None and method == "exact" and at_once and limit is None:
         assigned, split = _rebalance_at_once(indices, problem, axis_name, comm, positions)
+        return returned(given, assigned, positions), split
+
+    own = count(indices, problem.n_logical)
+    sources = loads
+    if sources is None:
+        sources = own if axis_name is None else gather(own, axis_name, comm)
+    if limit is not None:
+        problem = anywhere(copies_for(sources, problem.placement, limit))
+    split = split_loads(sources, problem, method, weights)
+    if loads is None:
+        loads = None if axis_name is None else sources
     else:
-        own = count(indices, problem.n_logical)
-        if loads is None:
-            sources = own if axis_name is None else gather(own, axis_name, comm)
-            split = split_loads(sources, problem, method, weights)
-            loads = None if axis_name is None else sources
-        else:
-            split = split_loads(loads, problem, method, weights)
-            invalid = jnp.where(own[-1] > 0, jnp.int32(Status.INVALID_INDEX), 0)
-            split = split._replace(status=split.status | invalid)
-        assigned = assign_tokens(indices, loads, split.quota, problem, axis_name, own, positions)
-    return returned(given, assigned, positions), split
+        invalid = jnp.where(own[-1] > 0, jnp.int32(Status.INVALID_INDEX), 0)
+        split = split._replace(status=split.status | invalid)
+    assigned = assign_tokens(indices, loads, split.quota, problem, axis_name, own, positions)
+    physical = returned(given, assigned, positions)
+    return (physical, split) if limit is None else (physical, split, problem.placement)
 
 
 def _rebalance_at_once(

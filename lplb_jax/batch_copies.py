@@ -10,6 +10,9 @@ from lplb_jax import _native, reference
 from lplb_jax._problem import check_count, check_loads, check_problem
 from lplb_jax.placement import Placement
 
+# Where a rank's copies come from: `rebalance` and `moe_layer` take one of these.
+COPIES = ("placement", "batch")
+
 
 def place_copies(loads: Any, placement: Placement, *, fan_out: int | None = None) -> Placement:
     """Fills a placement's redundant slots with the copies that the batch at hand needs.
@@ -57,13 +60,9 @@ def place_copies(loads: Any, placement: Placement, *, fan_out: int | None = None
     [60]
     """
     loads = check_loads(loads)
-    if not isinstance(placement, Placement):
-        raise TypeError(
-            f"placement: expected a lplb_jax.Placement, whose homes and number of slots are kept, "
-            f"got {type(placement).__name__}; make one with place_experts or Placement.from_phy2log"
-        )
+    limit = check_fan_out(fan_out, placement)
     problem = check_problem(loads, None, placement, axis_name=None)
-    return copies_for(loads, problem.placement, check_fan_out(fan_out, problem.placement))
+    return copies_for(loads, problem.placement, limit)
 
 
 def copies_for(loads: jax.Array, placement: Placement, fan_out: int) -> Placement:
@@ -80,6 +79,34 @@ def copies_for(loads: jax.Array, placement: Placement, fan_out: int) -> Placemen
     return Placement(*tables, placement.ep_size, None, placement.n_nodes)
 
 
-def check_fan_out(fan_out: Any, placement: Placement) -> int:
-    """`fan_out`, or where that is None a number that is no limit."""
-    return placement.n_physical if fan_out is None else check_count("fan_out", fan_out)
+def check_copies(copies: str, r2o: Any, fan_out: Any, placement: Placement | None) -> int | None:
+    """How many copies a rank may send if they are chosen for the batch; None if they are not.
+
+    Raises where other arguments do not fit that.
+    """
+    if copies not in COPIES:
+        raise ValueError(f"copies: expected one of {', '.join(COPIES)}, got {copies!r}")
+    if copies == "placement":
+        if fan_out is not None:
+            raise ValueError(
+                f"fan_out: expected None with copies='placement', which are chosen already, got "
+                f"{fan_out!r}; use copies='batch'"
+            )
+        return None
+    if r2o is not None:
+        raise ValueError(
+            f"r2o: expected None with copies='batch', which may be on any rank, got {r2o!r}; pass "
+            f"the placement alone"
+        )
+    return check_fan_out(fan_out, placement)
+
+
+def check_fan_out(fan_out: Any, placement: Any) -> int:
+    """`fan_out`, or a number that is no limit; raises where there is no placement to refill."""
+    if not isinstance(placement, Placement):
+        raise TypeError(
+            f"placement: expected a lplb_jax.Placement, whose homes and number of slots are kept, "
+            f"got {type(placement).__name__}; make one with place_experts or Placement.from_phy2log"
+        )
+    most = placement.n_physical
+    return most if fan_out is None else min(check_count("fan_out", fan_out), most)

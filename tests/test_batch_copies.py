@@ -7,17 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from any_cases import SIZES, Sizes
-from cases import INT32_MAX, Case, spoiled
+from cases import INT32_MAX, Case, counts_of, spoiled
 from jax.sharding import Mesh, PartitionSpec
+from oracles import tokens_at_slots
 from steps import assert_same, on_cpu, repeated
 
 from lplb_jax import (
     Placement,
     Status,
     _native,
+    assign,
+    init_comm,
     metrics,
     place_copies,
     place_experts,
+    rebalance,
     reference,
     solve,
     topologies,
@@ -301,3 +305,80 @@ def test_bad_arguments():
     ):
         with pytest.raises(error, match=words):
             place_copies(*arguments, **options)
+    ids, ring = np.zeros(3, np.int32), topologies.ring(2)
+    batch = {"placement": placement, "copies": "batch"}
+    for error, words, options in (
+        (ValueError, "^copies: .*placement, batch, got 'step'", {**batch, "copies": "step"}),
+        (ValueError, "^fan_out: .*got 2", {"placement": placement, "fan_out": 2}),
+        (ValueError, "^fan_out: .*got 0", {**batch, "fan_out": 0}),
+        (ValueError, "^r2o: expected None with copies='batch'", {**batch, "r2o": ring}),
+        (TypeError, "^placement: .*got NoneType", {"copies": "batch"}),
+    ):
+        with pytest.raises(error, match=words):
+            rebalance(ids, None, **options)
+
+
+def step_by_step(ids, loads, placement, given, fan_out=None):
+    """What rebalance does with copies="batch", by the other public functions."""
+    chosen = place_copies(loads, placement, fan_out=fan_out)
+    split = solve(loads, placement=chosen)
+    return assign(ids, given, split, placement=chosen, positions=True), split, chosen
+
+
+def tokens(rng, sizes: Sizes) -> np.ndarray:
+    weight = rng.zipf(1.5, sizes.n_logical)
+    ids = rng.choice(sizes.n_logical, (sizes.ep_size, 60), p=weight / weight.sum())
+    return np.where(rng.random(ids.shape) < 0.1, -1, ids).astype(np.int32)
+
+
+@pytest.mark.parametrize("given", ["none", "counts", "estimates"])
+def test_rebalance(rng, given):
+    sizes = SIZES["8 x 6"]
+    placement, ids = homes_somewhere(rng, sizes), tokens(rng, sizes)
+    counts = counts_of(ids, sizes.n_logical)
+    total = counts.sum(axis=0, dtype=np.int32)
+    loads = {"none": total, "counts": counts, "estimates": 3 * total}[given]
+    options = {"placement": placement, "copies": "batch", "fan_out": 2, "positions": True}
+    result = rebalance(ids, None if given == "none" else loads, **options)
+    known = None if given == "none" else loads
+    assert_same(result, step_by_step(ids, loads, placement, known, fan_out=2))
+    run = jax.jit(lambda ids, loads, placement: rebalance(ids, loads, **options))
+    assert_same(run(ids, known, placement), result)
+    wrong = np.where(ids == ids.max(), sizes.n_logical, ids)
+    loads = None if given == "none" else loads
+    assert rebalance(wrong, loads, **options)[1].status.tolist() == [Status.INVALID_INDEX]
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("by_comm", [True, False])
+def test_rebalance_over_ranks(rng, cpu_devices, check_vma, by_comm):
+    """Every rank chooses the same copies, and together they fill the quotas."""
+    sizes = SIZES["8 x 6"]
+    placement, ids = homes_somewhere(rng, sizes), tokens(rng, sizes)
+    mesh = Mesh(cpu_devices, "ep")
+    axis, everywhere = PartitionSpec("ep"), PartitionSpec()
+
+    with init_comm(mesh, max_experts=sizes.n_logical) as comm:
+
+        def route(ids, placement):
+            return rebalance(
+                ids,
+                None,
+                placement=placement,
+                copies="batch",
+                axis_name="ep",
+                comm=comm if by_comm else None,
+            )
+
+        mapped = jax.shard_map(
+            route,
+            mesh=mesh,
+            in_specs=(axis, everywhere),
+            out_specs=(axis, everywhere, everywhere),
+            check_vma=check_vma,
+        )
+        result = jax.jit(mapped)(ids, placement)
+    counts = counts_of(ids, sizes.n_logical)
+    assigned, split, chosen = step_by_step(ids, counts, placement, counts)
+    assert_same(result, (assigned.physical_indices, split, chosen))
+    np.testing.assert_array_equal(tokens_at_slots(result[0], sizes.n_physical), split.quota)

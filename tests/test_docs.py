@@ -106,8 +106,9 @@ def test_signatures_are_the_contract():
     expected = {
         "rebalance": (
             "(indices, loads, r2o=None, *, placement=None, axis_name=None, comm=None, "
-            "solver='auto', rank_weights=None, positions=False)"
+            "solver='auto', rank_weights=None, positions=False, copies='placement', fan_out=None)"
         ),
+        "place_copies": "(loads, placement, *, fan_out=None)",
         "count_loads": "(indices, n_logical)",
         "sync_loads": "(counts, axis_name, *, comm=None)",
         "init_comm": "(mesh, axis='ep', *, max_experts, transport='auto', timeout_s=30.0)",

@@ -104,6 +104,7 @@ CALLS = {
     ),
     "rebalance over ranks": gathered,
     "any placement": with_copies_anywhere,
+    "copies of the batch": lambda ids, loads, p: rebalance(ids, None, placement=p, copies="batch"),
     "metrics": measured,
 }
 INTERIOR = {
