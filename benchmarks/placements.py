@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lplb_jax import Placement, place_experts, topologies
-from lplb_jax._portfolio import imbalance
+from lplb_jax._portfolio import imbalances
 from lplb_jax.data import AUX_LOSSES, load_traces
 
 EXPERTS = 256
@@ -120,7 +120,7 @@ def judge(instance: Instance, n_ranks: int, n_slots: int) -> list[float]:
     return [
         even(no_copies, tokens),
         even(eplb, tokens),
-        *(imbalance(placement.phy2log.ravel(), n_ranks, tokens) for placement in exact),
+        *(imbalances(placement.phy2log, n_ranks, tokens).mean() for placement in exact),
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 
 
@@ -21,7 +23,7 @@ def eplb(
     return np.concatenate(
         [
             _place_node(weight, groups[node].ravel(), ep_size // n_nodes, slots_per_rank)
-            for node in _pack(weight[groups].sum(axis=1), n_nodes)
+            for node in _packed(weight[groups].sum(axis=1), n_nodes)
         ]
     ).astype(np.int32)
 
@@ -33,25 +35,33 @@ def _place_node(
     weight = weight[experts]
     copies = np.ones(len(experts), np.float32)
     of_slot = list(range(len(experts)))
+    heaviest = [(-share, expert) for expert, share in enumerate(weight.tolist())]
+    heapq.heapify(heaviest)
     while len(of_slot) < n_ranks * slots_per_rank:
-        heaviest = int(np.argmax(weight / copies))
-        of_slot.append(heaviest)
-        copies[heaviest] += 1
-    return experts[np.array(of_slot)[_pack((weight / copies)[of_slot], n_ranks)]]
+        expert = heaviest[0][1]
+        of_slot.append(expert)
+        copies[expert] += 1
+        heapq.heapreplace(heaviest, (-float(weight[expert] / copies[expert]), expert))
+    return experts[np.array(of_slot)[_packed((weight / copies)[of_slot], n_ranks)]]
 
 
-def _pack(weight: np.ndarray, n_packs: int) -> np.ndarray:
+def _packed(weight: np.ndarray, n_packs: int) -> np.ndarray:
+    """`pack`, but as published packs of one item are left in the order that they have."""
+    if len(weight) == n_packs:
+        return np.arange(n_packs)[:, None]
+    return pack(weight, n_packs)
+
+
+def pack(weight: np.ndarray, n_packs: int) -> np.ndarray:
     """The items of every pack `[n_packs, items]`: heaviest first, onto the lightest with room."""
     per_pack = len(weight) // n_packs
-    packs = np.empty((n_packs, per_pack), int)
-    if per_pack == 1:
-        packs[:, 0] = np.arange(n_packs)
-        return packs
-    filled = np.zeros(n_packs, int)
-    total = np.zeros(n_packs, np.float32)
-    for item in np.argsort(-weight, kind="stable"):
-        lightest = int(np.argmin(np.where(filled < per_pack, total, np.inf)))
-        packs[lightest, filled[lightest]] = item
-        filled[lightest] += 1
-        total[lightest] += weight[item]
-    return packs
+    packs: list[list[int]] = [[] for _ in range(n_packs)]
+    lightest = [(weight.dtype.type(0), k) for k in range(n_packs)]
+    for item in np.argsort(-weight, kind="stable").tolist():
+        total, k = lightest[0]
+        packs[k].append(item)
+        if len(packs[k]) < per_pack:
+            heapq.heapreplace(lightest, (total + weight[item], k))
+        else:
+            heapq.heappop(lightest)
+    return np.array(packs)

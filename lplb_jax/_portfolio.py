@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from lplb_jax._eplb import eplb
 # Copies of an expert until its share of load is at most so many mean rank loads. 0: as EPLB does.
 _MOST_SHARES = (0.0, 0.25, 0.5, 1.0, 2.0)
 # Batches are scaled to about so many tokens.
-_TOKENS = 1 << 20
+_TOKENS = 1 << 40
 # What may become of a batch. Soon: single loads change, by factors of this spread (of logarithms).
 # Later: this much of an expert's load stays with it (a correlation of logarithms), and that counts
 # less.
@@ -37,12 +37,12 @@ class Table(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of a placement without topology."""
+    """Of a placement."""
 
     n_logical: int
     ep_size: int
     slots_per_rank: int
-    n_nodes: int
+    n_nodes: int = 1
 
 
 def best_table(batches: np.ndarray, sizes: Sizes, further: Iterable[Table] = ()) -> Table:
@@ -57,15 +57,17 @@ def best_table(batches: np.ndarray, sizes: Sizes, further: Iterable[Table] = ())
       sizes: of the placement.
       further: other tables to choose among.
     """
-    tokens = _as_tokens(batches)
-    soon, later = _scenarios(tokens)
+    tokens = as_tokens(batches)
+    soon, later = scenarios(tokens)
     mean = tokens.mean(axis=0)
     published = eplb(batches.sum(axis=0), sizes.ep_size, sizes.slots_per_rank).ravel()
-    tables = [*_constructions(mean, sizes), *further, *_if_homes_are_even(published, sizes)]
-    at_most = imbalance(published, sizes.ep_size, tokens)
+    tables = [*constructions(mean, sizes), *further, with_even_homes(published, mean, sizes)]
+    at_most = imbalances(published, sizes.ep_size, tokens).mean()
 
     def judge(tokens: np.ndarray) -> np.ndarray:
-        return np.array([imbalance(table.phy2log, sizes.ep_size, tokens) for table in tables])
+        return np.array(
+            [imbalances(table.phy2log, sizes.ep_size, tokens).mean() for table in tables]
+        )
 
     now = judge(tokens)
     cost = now + judge(soon) + _CAUTION * np.log(judge(later))
@@ -79,33 +81,34 @@ def best_table(batches: np.ndarray, sizes: Sizes, further: Iterable[Table] = ())
     return tables[int(np.lexsort((cost, abroad))[0])]
 
 
-def imbalance(phy2log: np.ndarray, ep_size: int, tokens: np.ndarray) -> float:
-    """Largest over mean rank load of `tokens`, int64 `[batches, n_logical]`, balanced exactly."""
+def imbalances(phy2log: np.ndarray, ep_size: int, tokens: np.ndarray) -> np.ndarray:
+    """Largest over mean rank load of batches int64 `[batches, n_logical]`, balanced exactly."""
     most = np.empty(len(tokens), np.int64)
-    _cpu().best_loads(
+    native().best_loads(
         np.ascontiguousarray(phy2log, np.int32).ravel(), ep_size, tokens.ravel(), most
     )
-    return float(np.mean(most * ep_size / tokens.sum(axis=1)))
+    return most * ep_size / tokens.sum(axis=1)
 
 
-def _cpu() -> ModuleType:
+def native() -> ModuleType:
+    """The native module, which no placement without topology is made without."""
     cpu = _native.cpu()
     if cpu is None:
         raise RuntimeError(
-            "method: expected lplb_jax's native module for 'auto', got none; reinstall it in its "
-            "source tree with: pip install --force-reinstall --no-deps ."
+            "method, previous: expected lplb_jax's native module for 'auto' and for previous, got "
+            "none; reinstall it in its source tree with: pip install --force-reinstall --no-deps ."
         )
     return cpu
 
 
-def _as_tokens(batches: np.ndarray) -> np.ndarray:
+def as_tokens(batches: np.ndarray) -> np.ndarray:
     """Batches of equal size in whole tokens; those without load are left out."""
     largest = batches.max(axis=1, keepdims=True)
     batches = batches[largest[:, 0] > 0] / largest[largest[:, 0] > 0]  # Sums stay finite.
     return np.rint(batches * (_TOKENS / batches.sum(axis=1, keepdims=True))).astype(np.int64)
 
 
-def _scenarios(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def scenarios(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Batches as they may become, soon and later; the same ones in every call."""
     random = np.random.default_rng(0)
     n_logical = tokens.shape[1]
@@ -115,11 +118,19 @@ def _scenarios(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     logs -= logs.mean(axis=1, keepdims=True)
     others = np.stack([batch[random.permutation(n_logical)] for batch in logs])
     later = np.exp(_STAYS * logs + np.sqrt(1 - _STAYS**2) * others)
-    return _as_tokens(soon), _as_tokens(later)
+    return as_tokens(soon), as_tokens(later)
 
 
-def _constructions(loads: np.ndarray, sizes: Sizes) -> Iterable[Table]:
-    """Second copies for all where shares are small enough, packed or lent to far ranks."""
+def constructions(
+    loads: np.ndarray, sizes: Sizes, home_ranks: np.ndarray | None = None
+) -> Iterator[Table]:
+    """Second copies for all where shares are small enough, packed or lent to far ranks.
+
+    Args:
+      loads: float64 `[n_logical]`.
+      sizes: of the placement.
+      home_ranks: int32 `[n_logical]`, the rank where each expert is to be at home; None for any.
+    """
     for stay in (False, True)[: 1 + (sizes.n_nodes > 1)]:
         for share in _MOST_SHARES:
             for in_advance, meet in ((True, 0.25), (False, 0.0)):
@@ -127,19 +138,34 @@ def _constructions(loads: np.ndarray, sizes: Sizes) -> Iterable[Table]:
                     np.empty(sizes.ep_size * sizes.slots_per_rank, np.int32),
                     np.empty(sizes.n_logical, np.int32),
                 )
-                _cpu().place(
-                    loads, sizes.ep_size, sizes.n_nodes, stay, share, in_advance, meet, *table
-                )
+                how = stay, share, in_advance, meet
+                native().place(loads, home_ranks, sizes.ep_size, sizes.n_nodes, *how, *table)
                 yield table
 
 
-def _if_homes_are_even(phy2log: np.ndarray, sizes: Sizes) -> Iterable[Table]:
-    """The table, if no rank has to be home of more experts than others, but for padding."""
-    homes = np.empty(sizes.n_logical, np.int32)
-    _cpu().homes(phy2log, sizes.ep_size, homes)
-    count = np.bincount(homes // sizes.slots_per_rank, minlength=sizes.ep_size)
-    if count.max() * sizes.ep_size < sizes.n_logical + sizes.ep_size:
-        yield Table(phy2log, homes)
+def with_even_homes(phy2log: np.ndarray, loads: np.ndarray, sizes: Sizes) -> Table:
+    """The table, with homes such that no rank has more than it must, but for padding.
+
+    Where a table allows no such homes, some copies make room for an expert whose home is on a rank
+    with too many: slots that serve nothing, if there are any, else those with the least load.
+    """
+    phy2log, homes = np.array(phy2log, np.int32), np.empty(sizes.n_logical, np.int32)
+    native().homes(phy2log, sizes.ep_size, homes)
+    rank_of = np.arange(len(phy2log)) // sizes.slots_per_rank
+    most = -(-sizes.n_logical // sizes.ep_size)
+    while True:
+        n_homes = np.bincount(rank_of[homes], minlength=sizes.ep_size)
+        if n_homes.max() <= most:
+            return Table(phy2log, homes)
+        share = loads / np.bincount(phy2log[phy2log >= 0], minlength=sizes.n_logical)
+        at_home = np.flatnonzero(rank_of[homes] == n_homes.argmax())
+        expert = at_home[share[at_home].argmax()]
+        slots = np.flatnonzero(rank_of == n_homes.argmin())
+        slots = slots[~np.isin(slots, homes)]
+        held = phy2log[slots]
+        twice = (held[:, None] == phy2log[rank_of == n_homes.argmin()]).sum(axis=1) > 1
+        slot = slots[np.where((held < 0) | twice, -1.0, share[held]).argmin()]
+        phy2log[slot], homes[expert] = expert, slot
 
 
 def _abroad(table: Table, sizes: Sizes) -> int:

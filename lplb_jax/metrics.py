@@ -219,6 +219,90 @@ def tokens_moved(quota: jax.Array, placement: Placement) -> jax.Array:
     return _by_layer(of_layer, "quota", quota, placement, placement.n_physical)
 
 
+def experts_fetched(old: Placement, new: Placement) -> jax.Array:
+    """Experts whose weights a rank must fetch when `new` takes the place of `old`.
+
+    Args:
+      old: the placement in force.
+      new: the next one, of as many experts, ranks and, if stacked, layers.
+
+    Returns:
+      int32 `[..., ep_size]`: experts with a slot on the rank in `new`, and none in `old`. An expert
+      that gets slots on two more ranks counts on both.
+
+    Raises:
+      TypeError, ValueError: an argument is no `Placement`, or they differ in size.
+
+    >>> from lplb_jax import Placement
+    >>> old = Placement.from_phy2log([[0, 1, 2], [2, 3, 0]], ep_size=2)
+    >>> new = Placement.from_phy2log([[0, 1, 3], [2, 3, -1]], ep_size=2)
+    >>> experts_fetched(old, new).tolist()
+    [1, 0]
+    """
+
+    def hosts(placement: Placement) -> jax.Array:
+        phy2log = jnp.asarray(placement.phy2log)
+        ranks = jnp.arange(phy2log.size) // (phy2log.size // placement.ep_size)
+        expert = jnp.where(phy2log >= 0, phy2log, placement.n_logical)
+        nowhere = jnp.zeros((placement.n_logical, placement.ep_size), bool)
+        return nowhere.at[expert, ranks].set(True, mode="drop")
+
+    def of_layer(old: Placement, new: Placement) -> jax.Array:
+        return (hosts(new) & ~hosts(old)).sum(axis=0, dtype=jnp.int32)
+
+    return _of_both(of_layer, old, new)
+
+
+def homes_moved(old: Placement, new: Placement) -> jax.Array:
+    """Experts whose home is on another rank, so that an optimiser's state moves with them.
+
+    Args:
+      old: the placement in force.
+      new: the next one, of as many experts, ranks and, if stacked, layers.
+
+    Returns:
+      int32 `[...]`.
+
+    Raises:
+      TypeError, ValueError: an argument is no `Placement`, or they differ in size.
+
+    >>> from lplb_jax import Placement
+    >>> old = Placement.from_phy2log([[0, 1], [2, 3]], ep_size=2)
+    >>> new = Placement.from_phy2log([[0, 3], [2, 1]], ep_size=2)
+    >>> int(homes_moved(old, new))
+    2
+    """
+
+    def rank(placement: Placement) -> jax.Array:
+        slots_per_rank = placement.n_physical // placement.ep_size
+        return jnp.asarray(placement.log2phy)[:, 0] // slots_per_rank
+
+    def of_layer(old: Placement, new: Placement) -> jax.Array:
+        return (rank(old) != rank(new)).sum(dtype=jnp.int32)
+
+    return _of_both(of_layer, old, new)
+
+
+def _of_both(
+    function: Callable[[Placement, Placement], jax.Array], old: Placement, new: Placement
+) -> jax.Array:
+    """`function` of two placements, or layer by layer of stacked ones."""
+    for name, placement in (("old", old), ("new", new)):
+        if not isinstance(placement, Placement):
+            raise TypeError(
+                f"{name}: expected a lplb_jax.Placement, got {type(placement).__name__}"
+            )
+    expected, given = (
+        [*placement.phy2log.shape[:-1], placement.n_logical, placement.ep_size]
+        for placement in (old, new)
+    )
+    if given != expected:
+        raise ValueError(
+            f"new: expected [(layers,) n_logical, ep_size] = {expected} as old has, got {given}"
+        )
+    return (jax.vmap(function) if old.phy2log.ndim == 2 else function)(old, new)
+
+
 def _by_layer(
     function: Callable[[jax.Array, Placement], jax.Array],
     name: str,

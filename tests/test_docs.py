@@ -118,7 +118,7 @@ def test_signatures_are_the_contract():
         ),
         "place_experts": (
             "(history, r2o=None, *, n_logical, ep_size, redundants_per_rank=None, "
-            "n_physical=None, n_nodes=1, n_groups=1, method='auto')"
+            "n_physical=None, n_nodes=1, n_groups=1, method='auto', previous=None)"
         ),
         "assign": (
             "(indices, loads, split, r2o=None, *, placement=None, axis_name=None, positions=False)"

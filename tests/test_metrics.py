@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import any_cases
 import jax
 import numpy as np
 import pytest
 from cases import CASES, SMALL_CASES, Case
 from oracles import slots_of
 
-from lplb_jax import metrics, solve, topologies
+from lplb_jax import Placement, metrics, solve, topologies
 
 
 @pytest.mark.parametrize("name", SMALL_CASES)
@@ -121,3 +122,38 @@ def test_balancing_beats_an_even_split(rng):
     assert largest(split.quota) == split.max_load[0]
     assert largest(split.quota) <= largest(metrics.even_quota(loads, placement))
     assert largest(split.quota) <= largest(metrics.home_quota(loads, placement))
+
+
+def test_experts_fetched_and_homes_moved(rng):
+    """Against sets of experts by rank, for tables with duplicates and empty slots, and layers."""
+    case = any_cases.SIZES["5 x 7"]
+    tables = np.stack([[case.phy2log(rng) for _ in range(3)] for _ in range(2)])
+    old, new = (
+        Placement.from_phy2log(table.reshape(3, 5, 7), ep_size=5, n_logical=11) for table in tables
+    )
+    fetched, moved = jax.jit(metrics.experts_fetched)(old, new), metrics.homes_moved(old, new)
+    for layer in range(3):
+        ranks = [[set(row) - {-1} for row in table[layer].reshape(5, 7)] for table in tables]
+        expected = [len(has - had) for had, has in zip(*ranks, strict=True)]
+        assert fetched[layer].tolist() == expected
+        homes = [one.log2phy[layer, :, 0] // 7 for one in (old, new)]
+        assert int(moved[layer]) == sum(a != b for a, b in zip(*homes, strict=True))
+        pair = [jax.tree.map(lambda array, i=layer: array[i], one) for one in (old, new)]
+        assert metrics.experts_fetched(*pair).tolist() == expected
+    assert not metrics.experts_fetched(old, old).any()
+    assert not metrics.homes_moved(new, new).any()
+
+
+def test_experts_fetched_into_other_slots():
+    """Slots may be more or fewer; other experts, ranks or layers are refused."""
+    old = Placement.from_phy2log([[0, 1], [2, 3]], ep_size=2)
+    new = Placement.from_phy2log([[0, 1, 2], [2, 3, 0]], ep_size=2)
+    assert metrics.experts_fetched(old, new).tolist() == [1, 1]
+    assert metrics.experts_fetched(new, old).tolist() == [0, 0]
+    for function in (metrics.experts_fetched, metrics.homes_moved):
+        with pytest.raises(ValueError, match=r"^new: expected .* \[4, 2\] as old has, got \[3, 2"):
+            function(old, Placement.from_phy2log([[0, 1], [2, -1]], ep_size=2))
+        with pytest.raises(ValueError, match=r"^new: expected .* \[4, 2\] .* got \[1, 4, 2\]"):
+            function(old, jax.tree.map(lambda array: array[None], new))
+        with pytest.raises(TypeError, match=r"^old: expected a lplb_jax.Placement, got list"):
+            function([0], new)

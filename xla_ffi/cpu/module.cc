@@ -1,7 +1,11 @@
 #include "xla_ffi/module.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 
+#include <optional>
+
+#include "xla_ffi/cpu/amending.h"
 #include "xla_ffi/cpu/graph_waves.h"
 #include "xla_ffi/cpu/placing.h"
 
@@ -20,12 +24,13 @@ void Homes(Array<const int32_t> phy2log, int32_t ep_size, Array<int32_t> homes) 
 
 // Fills `phy2log` [n_physical] and `homes` [n_logical] by one way to place `loads` [n_logical]:
 // copies until no share exceeds `theta`, and the slots left as second copies in advance (`all`), or
-// afterwards, as links between ranks.
-void Place(Array<const double> loads, int32_t ep_size, int32_t n_nodes, bool stay, double theta,
-           bool all, double meet, Array<int32_t> phy2log, Array<int32_t> homes) {
+// afterwards, as links between ranks. With `home_ranks` [n_logical], homes are there.
+void Place(Array<const double> loads, std::optional<Array<const int32_t>> home_ranks,
+           int32_t ep_size, int32_t n_nodes, bool stay, double theta, bool all, double meet,
+           Array<int32_t> phy2log, Array<int32_t> homes) {
   const PlaceSizes sizes = {ep_size, static_cast<int32_t>(loads.size()),
                             static_cast<int32_t>(phy2log.size()) / ep_size, ep_size / n_nodes};
-  Placing placing(sizes, loads.data(), stay);
+  Placing placing(sizes, loads.data(), home_ranks ? home_ranks->data() : nullptr, stay);
   placing.Pack(placing.Counts(theta, all), meet);
   placing.Link();
   placing.Write(phy2log.data(), homes.data());
@@ -44,6 +49,18 @@ void BestLoads(Array<const int32_t> phy2log, int32_t ep_size, Array<const int64_
   }
 }
 
+// Changes `phy2log` and `homes` until batches [n_batches · n_logical] have the largest over mean
+// rank loads `goals` [n_batches], and returns what they exceed them by in all.
+double Amend(Array<int32_t> phy2log, Array<int32_t> homes, int32_t ep_size, int32_t n_nodes,
+             bool swaps_only, Array<const int64_t> batches, Array<const double> goals,
+             int64_t most_solves) {
+  const AmendSizes sizes = {ep_size, static_cast<int32_t>(homes.size()),
+                            static_cast<int32_t>(phy2log.size()) / ep_size, ep_size / n_nodes,
+                            swaps_only};
+  const Goals all = {batches.data(), goals.data(), static_cast<int32_t>(goals.size())};
+  return Amending(sizes, all, phy2log.data(), homes.data()).Run(most_solves);
+}
+
 }  // namespace
 }  // namespace lplb
 
@@ -52,4 +69,5 @@ NB_MODULE(_cpu, m) {
   m.def("homes", lplb::Homes);
   m.def("place", lplb::Place);
   m.def("best_loads", lplb::BestLoads);
+  m.def("amend", lplb::Amend);
 }

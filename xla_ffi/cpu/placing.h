@@ -29,20 +29,22 @@ struct PlaceSizes {
 // A placement that is being made from `loads` [n_logical].
 class Placing {
  public:
-  // `stay`: copies stay on their expert's node while there is room.
-  Placing(const PlaceSizes& sizes, const double* loads, bool stay)
+  // `stay`: copies stay on their expert's node while there is room. `home_ranks` [n_logical], if
+  // not null, says where experts are at home.
+  Placing(const PlaceSizes& sizes, const double* loads, const int32_t* home_ranks, bool stay)
       : sizes_(sizes),
         loads_(loads),
+        home_ranks_(home_ranks),
         stay_(stay),
         ranks_(sizes.n_logical),
         of_rank_(sizes.n_ranks),
-        homes_left_(sizes.n_ranks),
+        homes_(sizes.n_ranks),
         copies_left_(sizes.n_ranks),
         load_(sizes.n_ranks) {
-    for (int32_t r = 0; r < sizes.n_ranks; ++r) {
-      homes_left_[r] = sizes.homes(r);
-      copies_left_[r] = sizes.slots_per_rank - sizes.homes(r);
-    }
+    for (int32_t r = 0; r < sizes.n_ranks && home_ranks == nullptr; ++r) homes_[r] = sizes.homes(r);
+    for (int32_t e = 0; e < sizes.n_logical && home_ranks != nullptr; ++e) ++homes_[home_ranks[e]];
+    homes_left_ = homes_;
+    for (int32_t r = 0; r < sizes.n_ranks; ++r) copies_left_[r] = sizes.slots_per_rank - homes_[r];
   }
 
   // Copies so that no expert's share of load exceeds `theta` of the mean rank load, if there are
@@ -93,6 +95,7 @@ class Placing {
         const auto cost = [&](int32_t r) { return load_[r] + meet * share * crowd[r]; };
         for (int32_t r = 0; r < sizes_.n_ranks; ++r) {
           if ((home ? homes_left_ : copies_left_)[r] == 0 || Hosts(e, r)) continue;
+          if (home && home_ranks_ != nullptr && home_ranks_[e] != r) continue;
           if (best < 0 || Order(e, r, cost(r)) < Order(e, best, cost(best))) best = r;
         }
         if (best < 0) return;
@@ -143,8 +146,7 @@ class Placing {
     std::stable_sort(order.begin(), order.end(),
                      [&](int32_t a, int32_t b) { return loads_[a] > loads_[b]; });
     std::vector<int32_t> own(sizes_.n_ranks);
-    std::vector<int32_t> copies(sizes_.n_ranks);
-    for (int32_t r = 0; r < sizes_.n_ranks; ++r) copies[r] = sizes_.homes(r);
+    std::vector<int32_t> copies = homes_;
     for (const int32_t e : order) {
       for (size_t k = 0; k < ranks_[e].size(); ++k) {
         const int32_t r = ranks_[e][k];
@@ -272,9 +274,11 @@ class Placing {
 
   const PlaceSizes sizes_;
   const double* loads_;
+  const int32_t* home_ranks_;
   const bool stay_;
   std::vector<std::vector<int32_t>> ranks_;    // Hosts of every expert, its home first.
   std::vector<std::vector<int32_t>> of_rank_;  // Experts of every rank.
+  std::vector<int32_t> homes_;                 // How many experts are at home on every rank.
   std::vector<int32_t> homes_left_;
   std::vector<int32_t> copies_left_;
   std::vector<double> load_;

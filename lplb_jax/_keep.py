@@ -1,0 +1,152 @@
+"""Placements that keep what they can of the one in force, where that costs almost nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from lplb_jax._portfolio import (
+    Sizes,
+    Table,
+    as_tokens,
+    constructions,
+    imbalances,
+    native,
+    scenarios,
+    with_even_homes,
+)
+
+# How much worse than a fresh placement one that keeps more may be, as a factor of the largest rank
+# load: on the batches as they are, and in the mean on what may soon become of them. Of the latter
+# a few show the way.
+_WORSE, _SOON_WORSE, _SOON_BATCHES = 1.009, 1.05, 3
+# How often the exact solver may run on the way to each aim.
+_MOST_SOLVES = 3000
+
+
+def keep(
+    previous: Table, fresh: Table, batches: np.ndarray, sizes: Sizes, *, along: bool = False
+) -> Table:
+    """`previous`, with as few changes as make it nearly as good as `fresh`, or that one.
+
+    Args:
+      previous: the placement in force.
+      fresh: one made for the batches.
+      batches: loads `[batches, n_logical]`, finite and not negative, not all 0.
+      sizes: of both.
+      along: both are along one topology. Experts then exchange all their slots. Otherwise what a
+        rank keeps stays in its slot, and the ranks of `fresh` get other numbers.
+    """
+    tokens = as_tokens(batches)
+    soon, _ = scenarios(tokens)
+    aims = _Aims(
+        tokens,
+        _WORSE * imbalances(fresh.phy2log, sizes.ep_size, tokens),
+        soon,
+        _SOON_WORSE * imbalances(fresh.phy2log, sizes.ep_size, soon),
+    )
+    reaching = (
+        table
+        for table in _candidates(previous, aims, sizes, along)
+        if aims.reached(table, sizes.ep_size)
+    )
+    if along:
+        return next(reaching, fresh)
+    table = next(reaching, None)
+    if table is None:
+        return _in_old_slots(fresh, _similar_ranks(fresh, previous, sizes), previous, sizes)
+    return _in_old_slots(table, np.arange(sizes.ep_size), previous, sizes)
+
+
+class _Aims(NamedTuple):
+    """Batches as they are and as they may soon become, and how large rank loads may be then."""
+
+    tokens: np.ndarray
+    as_is: np.ndarray
+    soon: np.ndarray
+    of_soon: np.ndarray
+
+    def reached(self, table: Table, ep_size: int) -> bool:
+        as_is, of_soon = (imbalances(table.phy2log, ep_size, of) for of in (self.tokens, self.soon))
+        return bool(np.all(as_is <= self.as_is) and of_soon.mean() <= self.of_soon.mean())
+
+
+def _candidates(previous: Table, aims: _Aims, sizes: Sizes, along: bool) -> Iterator[Table]:
+    """Placements that keep much of `previous`, and then less."""
+    mean = aims.tokens.mean(axis=0)
+    n_homes = np.bincount(previous.homes // sizes.slots_per_rank)
+    if n_homes.max() * sizes.ep_size >= sizes.n_logical + sizes.ep_size:
+        previous = with_even_homes(previous.phy2log, mean, sizes)
+    amended = _amended(previous, aims.tokens, aims.as_is, sizes, along)
+    yield amended
+    few = slice(_SOON_BATCHES)
+    tokens = np.concatenate([aims.tokens, aims.soon[few]])
+    goals = np.concatenate([aims.as_is, aims.of_soon[few]])
+    yield _amended(amended, tokens, goals, sizes, along)
+    if not along:
+        homes = previous.homes // sizes.slots_per_rank
+        yield from constructions(mean, sizes, homes.astype(np.int32))
+
+
+def _amended(
+    table: Table, tokens: np.ndarray, goals: np.ndarray, sizes: Sizes, along: bool
+) -> Table:
+    """The table, with changes until every batch reaches its goal or no change helps."""
+    phy2log, homes = (np.array(array, np.int32) for array in table)
+    native().amend(
+        phy2log, homes, sizes.ep_size, sizes.n_nodes, along, tokens.ravel(), goals, _MOST_SOLVES
+    )
+    return Table(phy2log, homes)
+
+
+def _similar_ranks(fresh: Table, previous: Table, sizes: Sizes) -> np.ndarray:
+    """For every rank the one of `fresh` that has much of what it had; nodes stay together."""
+    n_nodes, node_size = sizes.n_nodes, sizes.ep_size // sizes.n_nodes
+    # Experts that rank r had and rank q would have; those at home on both count twice.
+    common = sum(
+        had.T.astype(np.int64) @ has
+        for had, has in zip(_members(previous, sizes), _members(fresh, sizes), strict=True)
+    )
+    pairs = common.reshape(n_nodes, node_size, n_nodes, node_size).swapaxes(1, 2)
+    rank_of = np.array([[_matched(pair) for pair in row] for row in pairs])
+    node_of = _matched(np.take_along_axis(pairs, rank_of[..., None], axis=3).sum(axis=(2, 3)))
+    return (node_of[:, None] * node_size + rank_of[np.arange(n_nodes), node_of]).ravel()
+
+
+def _matched(value: np.ndarray) -> np.ndarray:
+    """A column for every row, of its own: the pairs of most value first."""
+    left = value.astype(np.float64)
+    column = np.empty(len(left), int)
+    for _ in range(len(left)):
+        row, best = divmod(int(left.argmax()), len(left))
+        column[row] = best
+        left[row], left[:, best] = -np.inf, -np.inf
+    return column
+
+
+def _members(table: Table, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
+    """Which expert is on which rank, and which is at home there, `[n_logical, ep_size]`."""
+    on_rank, at_home = np.zeros((2, sizes.n_logical, sizes.ep_size), bool)
+    slot = np.flatnonzero(table.phy2log >= 0)
+    on_rank[table.phy2log[slot], slot // sizes.slots_per_rank] = True
+    at_home[np.arange(sizes.n_logical), table.homes // sizes.slots_per_rank] = True
+    return on_rank, at_home
+
+
+def _in_old_slots(table: Table, ranks: np.ndarray, previous: Table, sizes: Sizes) -> Table:
+    """Rank r gets what rank `ranks[r]` of the table has; what it had before stays in its slot."""
+    old = previous.phy2log.reshape(sizes.ep_size, -1)
+    new = table.phy2log.reshape(sizes.ep_size, -1)[ranks]
+    for had, has in zip(old, new, strict=True):
+        rest = has.tolist()
+        stays = np.zeros(len(rest), bool)
+        for k, expert in enumerate(had.tolist()):
+            if expert in rest:
+                rest.remove(expert)
+                stays[k] = True
+        has[stays], has[~stays] = had[stays], rest
+    rank = np.argsort(ranks)[table.homes // sizes.slots_per_rank]
+    first = (new[rank] == np.arange(sizes.n_logical)[:, None]).argmax(axis=1)
+    return Table(new.ravel(), (rank * sizes.slots_per_rank + first).astype(np.int32))
