@@ -101,7 +101,9 @@ def call(
     operation = _Operation(
         target, reference, tuple(sorted(attributes.items())), axis_name, workspace, only_cuda
     )
-    results = _call.bind(*map(whole, operands), operation=operation, n_batch=0)
+    # Batches are on their device by now: what still has to get there are small tables.
+    with jax.transfer_guard("allow"):
+        results = _call.bind(*map(whole, operands), operation=operation, n_batch=0)
     if workspace is not None:
         return tuple(results[:-1])
     return tuple(results) if len(results) > 1 else results[0]
@@ -202,6 +204,7 @@ def _batch(
             f"comm: a call that waits for other ranks cannot be mapped by vmap (here over {size} "
             f"elements); use jax.lax.map or scan, or put vmap around the steps that do not wait"
         )
+    mapped = [s for s in (_sharding_of_axis(*pair) for pair in pairs) if s is not None]
     operands = [
         jnp.broadcast_to(operand, (size, *operand.shape))
         if axis is None
@@ -209,7 +212,17 @@ def _batch(
         for operand, axis in pairs
     ]
     results = _call.bind(*operands, operation=operation, n_batch=n_batch + 1)
+    if mapped:
+        # JAX takes every array that is mapped to be sharded along the new axis like the operands.
+        results = [jax.sharding.reshard(result, mapped[0]) for result in results]
     return results, (0,) * len(results)
+
+
+def _sharding_of_axis(array: jax.Array, axis: int | None) -> NamedSharding | None:
+    """How explicit mesh axes shard `axis` of `array`, for the first axis of another array."""
+    sharding = jax.typeof(array).sharding
+    names = None if axis is None else sharding.spec[axis]
+    return None if names is None else NamedSharding(sharding.mesh, PartitionSpec(names))
 
 
 batching.primitive_batchers[_call] = _batch

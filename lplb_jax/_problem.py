@@ -176,17 +176,18 @@ def check_factor(factor: str, method: str) -> bool:
     return True
 
 
-def check_weights(rank_weights: Any, group_size: int) -> jax.Array | None:
+def check_weights(rank_weights: Any, group_size: int) -> jax.Array | np.ndarray | None:
     """`rank_weights` as float32 `[group_size]`."""
     if rank_weights is None:
         return None
-    if not isinstance(rank_weights, jax.core.Tracer):
-        values = np.asarray(rank_weights, np.float32)
-        if values.shape == (group_size,) and not ((values > 0) & (values < np.inf)).all():
+    if isinstance(rank_weights, jax.core.Tracer):
+        weights = jnp.asarray(rank_weights, jnp.float32)
+    else:
+        weights = np.asarray(jax.device_get(rank_weights), np.float32)
+        if weights.shape == (group_size,) and not ((weights > 0) & (weights < np.inf)).all():
             raise ValueError(
-                f"rank_weights: expected positive finite numbers, got {values.tolist()}"
+                f"rank_weights: expected positive finite numbers, got {weights.tolist()}"
             )
-    weights = jnp.asarray(rank_weights, jnp.float32)
     if weights.shape != (group_size,):
         raise ValueError(
             f"rank_weights: expected shape [group_size] = [{group_size}], got {list(weights.shape)}"

@@ -46,7 +46,7 @@ def check_phy2log(phy2log: Any, ep_size: int, n_logical: int | None) -> tuple[An
     range or an expert has no slot.
     """
     traced = isinstance(phy2log, jax.core.Tracer)
-    table = phy2log if traced else np.asarray(phy2log)
+    table = phy2log if traced else np.asarray(jax.device_get(phy2log))
     if not np.issubdtype(table.dtype, np.integer):
         raise TypeError(f"phy2log: expected integers, got {table.dtype}")
     if traced and table.dtype != np.int32:

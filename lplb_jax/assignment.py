@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import min_dim
 
@@ -118,7 +119,7 @@ def assign_tokens(
         counts = own[None]
     elif loads is None:
         # One source holds everything: nobody comes before it, and its counts do not matter.
-        counts = jnp.zeros((1, problem.n_logical), jnp.int32)
+        counts = np.zeros((1, problem.n_logical), np.int32)
     else:
         counts = loads
 
@@ -140,7 +141,7 @@ def assign_tokens(
     if axis_name is not None:
         assigned = of_source(indices.reshape(-1), lax.axis_index(axis_name))
     elif proportional or loads is None:
-        assigned = of_source(indices.reshape(-1), jnp.int32(0))
+        assigned = of_source(indices.reshape(-1), np.int32(0))
     else:
         sources = indices.reshape(problem.ep_size, -1)
         assigned = jax.vmap(of_source)(sources, jnp.arange(problem.ep_size, dtype=jnp.int32))

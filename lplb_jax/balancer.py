@@ -140,11 +140,15 @@ def rebalance(
     if loads is None:
         loads = None if axis_name is None else sources
     else:
-        invalid = jnp.where(own[-1] > 0, jnp.int32(Status.INVALID_INDEX), 0)
-        split = split._replace(status=split.status | invalid)
+        split = split._replace(status=_with_invalid(split.status, own))
     assigned = assign_tokens(indices, loads, split.quota, problem, axis_name, own, positions)
     physical = returned(given, assigned, positions)
     return (physical, split) if limit is None else (physical, split, problem.placement)
+
+
+@jax.jit
+def _with_invalid(status: jax.Array, own: jax.Array) -> jax.Array:
+    return status | jnp.where(own[-1] > 0, jnp.int32(Status.INVALID_INDEX), 0)
 
 
 def _rebalance_at_once(

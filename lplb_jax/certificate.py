@@ -65,7 +65,7 @@ def verify(
     placement, group_size, tokens = _operands(loads, indices, r2o, placement)
     n_groups = placement.ep_size // group_size
     quota, *found = _of_split(split, placement.n_physical, n_groups)
-    phy2log = np.asarray(placement.phy2log)
+    phy2log = jax.device_get(placement.phy2log)
 
     faults = list(_illegal(quota, phy2log, tokens))
     rank = np.arange(len(phy2log)) // (len(phy2log) // placement.ep_size)
@@ -206,7 +206,7 @@ def _integers(name: str, array: Any) -> np.ndarray:
     """An array of integers on the host, in a type that has −1 and every id and sum."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(array)):
         raise TypeError(f"{name}: expected an array known on the host, got a traced value")
-    array = np.asarray(array)
+    array = np.asarray(jax.device_get(array))
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
     return array.astype(np.int64)

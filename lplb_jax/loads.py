@@ -34,7 +34,7 @@ def count_loads(indices: Any, n_logical: int) -> jax.Array:
     [1, 0, 2]
     """
     n_logical = check_count("n_logical", n_logical)
-    return count(check_indices(indices), n_logical)[:n_logical]
+    return lax.slice_in_dim(count(check_indices(indices), n_logical), 0, n_logical)
 
 
 def sync_loads(counts: jax.Array, axis_name: Any, *, comm: Comm | None = None) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,12 +62,13 @@ def home_quota(loads: jax.Array, placement: Placement) -> jax.Array:
     >>> home_quota(jnp.array([6, 2]), placement).tolist()
     [6, 0, 2, 0]
     """
+    return _by_layer(_home_quota, "loads", loads, placement, placement.n_logical)
 
-    def of_layer(loads: jax.Array, placement: Placement) -> jax.Array:
-        empty = jnp.zeros(placement.n_physical, loads.dtype)
-        return empty.at[placement.log2phy[:, 0]].set(loads)
 
-    return _by_layer(of_layer, "loads", loads, placement, placement.n_logical)
+def _home_quota(loads: jax.Array, placement: Placement) -> jax.Array:
+    expert, slot = placement.phy2log, jnp.arange(placement.n_physical, dtype=jnp.int32)
+    at_home = (expert >= 0) & (placement.log2phy[:, 0][expert] == slot)
+    return loads[expert] * at_home.astype(loads.dtype)
 
 
 def even_quota(loads: jax.Array, placement: Placement) -> jax.Array:
@@ -89,19 +91,21 @@ def even_quota(loads: jax.Array, placement: Placement) -> jax.Array:
     >>> even_quota(jnp.array([6, 3]), placement).tolist()
     [3, 1, 2, 3]
     """
+    return _by_layer(_even_quota, "loads", loads, placement, placement.n_logical)
 
-    def of_layer(loads: jax.Array, placement: Placement) -> jax.Array:
-        # Counted, not taken from logcnt: a traced one may be anything, and tokens would be lost.
-        log2phy = jnp.asarray(placement.log2phy)
-        named = (log2phy >= 0) & (log2phy < placement.n_physical)
-        nth = jnp.cumsum(named, axis=1, dtype=loads.dtype)  # from 1
-        n_slots = jnp.maximum(nth[:, -1:], 1)
-        odd = nth <= loads[:, None] % n_slots
-        share = loads[:, None] // n_slots + odd.astype(loads.dtype)
-        slot = jnp.where(named, log2phy, placement.n_physical)
-        return jnp.zeros(placement.n_physical, loads.dtype).at[slot].set(share, mode="drop")
 
-    return _by_layer(of_layer, "loads", loads, placement, placement.n_logical)
+def _even_quota(loads: jax.Array, placement: Placement) -> jax.Array:
+    # Counted, not taken from logcnt: a traced one may be anything, and tokens would be lost.
+    log2phy = placement.log2phy
+    named = (log2phy >= 0) & (log2phy < placement.n_physical)
+    nth = jnp.cumsum(named, axis=1, dtype=loads.dtype)  # from 1
+    expert, slot = placement.phy2log, jnp.arange(placement.n_physical, dtype=jnp.int32)
+    is_slot = (log2phy[expert] == slot[:, None]) & (expert >= 0)[:, None]
+    nth_of_slot = (nth[expert] * is_slot.astype(loads.dtype)).sum(axis=1, dtype=loads.dtype)
+    load, n_slots = loads[expert], jnp.maximum(nth[:, -1][expert], 1)
+    odd = nth_of_slot <= load % n_slots
+    share = load // n_slots + odd.astype(loads.dtype)
+    return share * (nth_of_slot > 0).astype(loads.dtype)
 
 
 def imbalance(loads_of_ranks: jax.Array) -> jax.Array:
@@ -116,7 +120,12 @@ def imbalance(loads_of_ranks: jax.Array) -> jax.Array:
     >>> float(imbalance(jnp.array([3, 1])))
     1.5
     """
-    loads = jnp.asarray(loads_of_ranks, jnp.float32)
+    return _imbalance(jnp.asarray(loads_of_ranks))
+
+
+@jax.jit
+def _imbalance(loads: jax.Array) -> jax.Array:
+    loads = loads.astype(jnp.float32)
     mean = loads.mean(axis=-1)
     return jnp.where(mean > 0, loads.max(axis=-1) / jnp.where(mean > 0, mean, 1), 1.0)
 
@@ -134,8 +143,13 @@ def gain(loads_before: jax.Array, loads_after: jax.Array) -> jax.Array:
     >>> float(gain(jnp.array([6, 2]), jnp.array([4, 4])))
     1.5
     """
-    before = jnp.asarray(loads_before, jnp.float32).max(axis=-1)
-    after = jnp.asarray(loads_after, jnp.float32).max(axis=-1)
+    return _gain(jnp.asarray(loads_before), jnp.asarray(loads_after))
+
+
+@jax.jit
+def _gain(before: jax.Array, after: jax.Array) -> jax.Array:
+    before = before.astype(jnp.float32).max(axis=-1)
+    after = after.astype(jnp.float32).max(axis=-1)
     return jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1.0)
 
 
@@ -153,8 +167,13 @@ def gap(split: Split) -> jax.Array:
     >>> gap(split).tolist()
     [0.0]
     """
-    excess = (split.max_load - split.lower_bound).astype(jnp.float32)
-    return excess / jnp.maximum(split.lower_bound, 1).astype(jnp.float32)
+    return _gap(jnp.asarray(split.max_load), jnp.asarray(split.lower_bound))
+
+
+@jax.jit
+def _gap(max_load: jax.Array, lower_bound: jax.Array) -> jax.Array:
+    excess = (max_load - lower_bound).astype(jnp.float32)
+    return excess / jnp.maximum(lower_bound, 1).astype(jnp.float32)
 
 
 def mean_gap(split: Split, ep_size: int) -> jax.Array:
@@ -211,12 +230,12 @@ def tokens_moved(quota: jax.Array, placement: Placement) -> jax.Array:
     >>> int(tokens_moved(jnp.array([5, 0, 5, 2]), placement))
     2
     """
+    return _by_layer(_tokens_moved, "quota", quota, placement, placement.n_physical)
 
-    def of_layer(quota: jax.Array, placement: Placement) -> jax.Array:
-        at_home = quota[jnp.asarray(placement.log2phy)[:, 0]]
-        return quota.sum(dtype=jnp.int32) - at_home.sum(dtype=jnp.int32)
 
-    return _by_layer(of_layer, "quota", quota, placement, placement.n_physical)
+def _tokens_moved(quota: jax.Array, placement: Placement) -> jax.Array:
+    at_home = quota[placement.log2phy[:, 0]]
+    return quota.sum(dtype=jnp.int32) - at_home.sum(dtype=jnp.int32)
 
 
 def experts_fetched(old: Placement, new: Placement) -> jax.Array:
@@ -311,11 +330,24 @@ def _by_layer(
     size: int,
 ) -> jax.Array:
     """`function` of the last axis of `array`, which is of `size`, with its layer's placement."""
-    array = _native.whole(array)
     layers = placement.phy2log.shape[:-1]
-    if array.ndim < 1 or array.shape[-1] != size or array.shape[: len(layers)] != layers:
+    shape = jnp.shape(array)
+    if not shape or shape[-1] != size or shape[: len(layers)] != layers:
         expected = ", ".join(map(str, (*layers, "...", size)))
-        raise ValueError(f"{name}: expected [{expected}], got {list(array.shape)}")
+        raise ValueError(f"{name}: expected [{expected}], got {list(shape)}")
+    array = _native.whole(array)
+    with jax.transfer_guard("allow"):  # of the placement's tables
+        return _mapped(function, len(layers), array, jax.tree.map(_native.whole, placement))
+
+
+# Without jit, JAX would compile every operation for itself, and move every constant to the device.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _mapped(
+    function: Callable[[jax.Array, Placement], jax.Array],
+    n_layers: int,
+    array: jax.Array,
+    placement: Placement,
+) -> jax.Array:
     for axis in range(array.ndim - 1)[::-1]:
-        function = jax.vmap(function, in_axes=(0, 0 if axis < len(layers) else None))
+        function = jax.vmap(function, in_axes=(0, 0 if axis < n_layers else None))
     return function(array, placement)

@@ -364,7 +364,7 @@ def _kept(
 def _loads_of(history: Any, n_logical: int, most_axes: int) -> np.ndarray:
     """`history` as float64 with one to `most_axes` axes, or what is wrong with it."""
     try:
-        loads = np.asarray(history).astype(np.float64, casting="same_kind")
+        loads = np.asarray(jax.device_get(history)).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError) as error:  # ragged, traced, or no real numbers
         raise TypeError(
             f"history: expected an array of real numbers, known on the host, got {history!r}"
@@ -520,15 +520,16 @@ def check_fits(placement: Placement, r2o: Topology | np.ndarray) -> None:
         )
     if any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
         return  # the values come with the batch; the solver then checks them and sets a status bit
-    phy2log = np.asarray(placement.phy2log).reshape(placement.ep_size, -1)
+    placement = jax.device_get(placement)
+    phy2log = placement.phy2log.reshape(placement.ep_size, -1)
     order = phy2log[:, : n_logical // placement.ep_size].ravel()
     if np.array_equal(np.sort(order), np.arange(n_logical)):
         sizes = Sizes(n_logical, placement.ep_size, phy2log.shape[1])
         expected = _along_topology(order, r2o, sizes)
         if (
             np.array_equal(expected.phy2log, placement.phy2log)
-            and np.array_equal(expected.log2phy, np.asarray(placement.log2phy)[:, :2])
-            and np.all(np.asarray(placement.log2phy)[:, 2:] == -1)
+            and np.array_equal(expected.log2phy, placement.log2phy[:, :2])
+            and np.all(placement.log2phy[:, 2:] == -1)
             and np.array_equal(expected.logcnt, placement.logcnt)
         ):
             return
@@ -553,7 +554,7 @@ def check_any(placement: Placement) -> None:
     arrays = (placement.phy2log, placement.log2phy, placement.logcnt)
     if any(isinstance(array, jax.core.Tracer) for array in arrays):
         return  # the values come with the batch; the solver then checks them and sets a status bit
-    phy2log, log2phy, logcnt = map(np.asarray, arrays)
+    phy2log, log2phy, logcnt = jax.device_get(arrays)
     _tables.check_phy2log(phy2log, ep_size, n_logical)
     # Homes may be others than those of from_phy2log.
     expected, count = _tables.log2phy_of(np, phy2log, log2phy[:, 0], ep_size, n_logical)

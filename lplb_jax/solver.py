@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from lplb_jax import _native, reference
 from lplb_jax._problem import (
@@ -120,7 +120,7 @@ def split_loads(
             "lplb_ipm",
             reference.ipm,
             *operands,
-            jnp.ones(len(problem.r2o), jnp.float32) if weights is None else weights,
+            np.ones(len(problem.r2o), np.float32) if weights is None else weights,
             ep_size=problem.ep_size,
             weighted=int(weights is not None),
             repair=int(repair),

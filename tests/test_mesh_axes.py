@@ -1,5 +1,6 @@
 """Meshes with other axes than the expert-parallel one: automatic, explicit, in another order."""
 
+import contextlib
 import itertools
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from steps import assert_same
 
-from lplb_jax import assign, count_loads, rebalance, solve, sync_loads, topologies
+from lplb_jax import assign, count_loads, metrics, rebalance, solve, sync_loads, topologies
 
 VMA = pytest.mark.parametrize("check_vma", [True, False])
 RING = topologies.ring(2)
@@ -84,11 +85,11 @@ def test_other_axes_are_not_manual(rng, cpu_devices, others, axis_type, check_vm
         assert_same(jax.jit(sharded)(along, placement), (*expected, jnp.asarray(loads)))
 
 
-@pytest.fixture
-def explicit(cpu_devices):
-    """Puts arrays on a mesh of explicit axes x and y, which is the current one."""
+@pytest.fixture(params=[True, False], ids=["current mesh", "other mesh"])
+def explicit(request, cpu_devices):
+    """Puts arrays on a mesh of explicit axes x and y, whether that is the current one or not."""
     mesh = mesh_of(cpu_devices, ("x", "y"), AxisType.Explicit, shape=(4, 2))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh) if request.param else contextlib.nullcontext():
         yield lambda array, *spec: jax.device_put(array, NamedSharding(mesh, P(*spec)))
 
 
@@ -105,6 +106,14 @@ def interior_point(ids, loads, placement):
     return solve(loads, RING, placement=placement, rank_weights=np.ones(2))
 
 
+def measured(ids, loads, placement):
+    counts = loads.sum(0, jnp.int32)
+    home, even = metrics.home_quota(counts, placement), metrics.even_quota(counts, placement)
+    ranks = metrics.rank_loads(home, PAIR.ep_size), metrics.rank_loads(even, PAIR.ep_size)
+    moved = metrics.tokens_moved(even, placement)
+    return home, even, ranks, moved, metrics.imbalance(ranks[0]), metrics.gain(*ranks)
+
+
 # Public calls over ids `[2, tokens]`, loads by source, and a placement.
 BALANCES = {
     "count_loads": lambda ids, loads, placement: count_loads(ids, PAIR.n_logical),
@@ -116,16 +125,21 @@ BALANCES = {
 }
 
 
-@pytest.mark.parametrize("jitted", [False, True])
-@pytest.mark.parametrize("name", BALANCES)
+# Without jit, JAX compiles every operation of `measured` for every sharding.
+JITTED = BALANCES | {"metrics": measured}
+HOW = [(name, jit, True) for name in BALANCES for jit in (False, True)]
+HOW += [(name, True, False) for name in JITTED]
+
+
+@pytest.mark.parametrize(("name", "jitted", "explicit"), HOW, indirect=["explicit"])
 def test_explicit_axes_outside_shard_map(rng, explicit, name, jitted):
     """Arrays may be sharded in any way; what is returned per token is sharded as the tokens."""
     placement = PAIR.placement(rng)
     ids = tokens(rng, PAIR, 40)
     loads = counts_of(ids, PAIR.n_logical)
     with jax.default_device(jax.devices("cpu")[0]):
-        expected = jax.tree.map(np.asarray, BALANCES[name](ids, loads, placement))
-    run = jax.jit(BALANCES[name]) if jitted else BALANCES[name]
+        expected = jax.tree.map(np.asarray, JITTED[name](ids, loads, placement))
+    run = jax.jit(JITTED[name]) if jitted else BALANCES[name]
     for spec in itertools.permutations(["x", "y", None], 2):
         if spec[0] == "x":
             continue  # two rows over four devices
@@ -138,14 +152,14 @@ def test_explicit_axes_outside_shard_map(rng, explicit, name, jitted):
                 assert jax.typeof(leaf).sharding.spec == P(*spec)
 
 
-@pytest.mark.parametrize("name", BALANCES)
+@pytest.mark.parametrize("name", JITTED)
 def test_explicit_axes_under_vmap(rng, explicit, name):
     """The mapped axis is sharded, too."""
     placement = PAIR.placement(rng)
     ids = np.stack([tokens(rng, PAIR, 40) for _ in range(4)])
     loads = np.stack([counts_of(row, PAIR.n_logical) for row in ids])
     stacked = jax.tree.map(lambda leaf: np.stack([leaf] * 4), placement)
-    run = jax.jit(jax.vmap(BALANCES[name]))
+    run = jax.jit(jax.vmap(JITTED[name]))
     with jax.default_device(jax.devices("cpu")[0]):
         expected = jax.tree.map(np.asarray, run(ids, loads, stacked))
     sharded = explicit(ids, "x", "y"), explicit(loads, "x", None, "y")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, counts_of, tokens
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from steps import assert_same
 
@@ -138,6 +138,18 @@ def test_native_code(operands, names, name):
     with modes(names):
         assert_same(jax.jit(function)(*operands), expected)
         assert_same(function(*operands), expected)
+
+
+@pytest.mark.parametrize("name", CALLS | INTERIOR)
+def test_a_transfer_guard(operands, name):
+    """Without jit: arrays are on the mesh, and only the library's own tables move there."""
+    function = (CALLS | INTERIOR)[name]
+    expected = jax.jit(function)(*operands)
+    mesh = Mesh(np.array(jax.devices("cpu")[:4]), "ep")
+    placed = jax.device_put(operands, NamedSharding(mesh, P()))
+    with jax.transfer_guard("disallow"):
+        got = jax.block_until_ready(function(*placed))
+    assert_same(got, expected)
 
 
 @pytest.mark.parametrize("name", CALLS)
