@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import pytest
 from cases import Case, random_topology
@@ -497,6 +498,10 @@ def test_without_balance_others_do_not_change_a_bit(rng, mesh):
 
 @pytest.mark.parametrize("balance", ["none", "eplb", "lplb"])
 def test_an_empty_batch(rng, mesh, balance):
+    if jaxlib.__version__.startswith("0.11.") and mesh.devices[0].platform == "cpu":
+        pytest.skip(
+            "XLA of jaxlib 0.11 crashes where an input of shard_map is empty: x, y -> x, y + 1"
+        )
     case = CASES["cube"](rng)
     floats, ids, placement = problem(rng, case, nothing)
     experts = in_slots(floats[2], placement)
