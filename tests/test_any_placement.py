@@ -303,6 +303,50 @@ def test_traced_tables(rng, wrong):
     assert int(placement.logcnt.sum()) == ((table >= 0) & (table < sizes.n_logical)).sum()
 
 
+@pytest.mark.parametrize("name", ["3 x 4", "8 x 6", "33 x 3"])
+def test_experts_without_a_slot(rng, name):
+    """Their loads set no other bit, whatever they are; native code and reference agree."""
+    sizes, n = SIZES[name], 24
+    tables, loads = [], []
+    for _ in range(n):
+        table = sizes.phy2log(rng)
+        table[np.isin(table, rng.choice(sizes.n_logical, rng.integers(1, 4)))] = rng.choice([-1, 0])
+        of_sources = rng.multinomial(
+            rng.choice([100, 10**7]), np.full(sizes.n_logical, 1 / sizes.n_logical), sizes.ep_size
+        )
+        spoilt = rng.choice(sizes.n_logical, 2)
+        of_sources[rng.integers(sizes.ep_size), spoilt] = rng.choice([-7, INT32_MAX])
+        tables.append(table)
+        loads.append(of_sources)
+    tables, loads = np.stack(tables), np.stack(loads).astype(np.int32)
+    hosted = np.stack([sizes.hosts(table) for table in tables])
+    options = {"ep_size": sizes.ep_size, "n_logical": sizes.n_logical}
+    stacked = jax.jit(lambda tables: Placement.from_phy2log(tables, **options))(
+        tables.reshape(n, sizes.ep_size, -1)
+    )
+    split = native_solve(loads, no_columns(stacked), stacked)
+    assert_same(split, spec_solve(loads, no_columns(stacked), stacked))
+    quota, status = np.asarray(split[0]), np.asarray(split[3])[:, 0]
+    for i in range(n):
+        total = np.maximum(loads[i], 0).sum(axis=0, dtype=np.int64)
+        anywhere = hosted[i].any(axis=1)
+        most = (total[:, None] * hosted[i]).sum(axis=0).max()
+        bits = Status(0) if anywhere.all() else Status.BAD_PLACEMENT
+        if (loads[i] < 0)[:, anywhere].any():
+            bits |= Status.NEGATIVE_LOAD
+        if most > INT32_MAX:
+            bits |= Status.LOAD_OVERFLOW
+        assert status[i] == bits
+        assert quota[i].sum(dtype=np.int64) == np.minimum(total, INT32_MAX)[anywhere].sum()
+
+    indices = rng.integers(0, sizes.n_logical, (n, 200), np.int32)
+    results = [f(indices, no_columns(stacked), stacked) for f in (native_rebalance, spec_rebalance)]
+    assert_same(*results)
+    slot = np.asarray(jax.tree.leaves(results[0])[0])
+    unserved = ~np.take_along_axis(hosted.any(axis=2), indices, axis=1)
+    np.testing.assert_array_equal(slot == -1, unserved)
+
+
 def test_homes_are_even(rng):
     """Each rank is home of ⌈n_logical / ep_size⌉ experts at most, where the table allows it."""
     for sizes in SMALL_SIZES.values():

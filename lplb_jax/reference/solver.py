@@ -53,7 +53,8 @@ def solve(
         quota, *values = graph.solve_any(total, too_large, cells)
         max_load, bound, overflow = (value[None] for value in values)
         wrong = graph.misplaced(phy2log, log2phy, cells)
-        status = status_of(overflow, negative.any(), invalid, wrong)
+        # Loads of experts without a slot reach no rank, and only make the placement a wrong one.
+        status = status_of(overflow, (negative & cells.hosts.any(axis=1)).any(), invalid, wrong)
         return quota, max_load, bound, status
 
     n_groups = ep_size // group_size

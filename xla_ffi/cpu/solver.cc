@@ -75,7 +75,8 @@ void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64
   bool overflow = false;
   bool wrong = !graph.known;
   for (int32_t e = 0; e < p.n_logical; ++e) {
-    if (negative[e]) status |= kNegativeLoad;
+    // Loads of experts without a slot reach no rank, and only make the placement a wrong one.
+    if (negative[e] && graph.Hosts(e) > 0) status |= kNegativeLoad;
     wrong |= !graph.IsCell(e, in.log2phy[e * p.max_replicas]);
     loads[e] = std::min<int64_t>(total[e], kInt32Max);
     for (int32_t c = graph.first[e]; c < graph.first[e + 1]; ++c) {
