@@ -127,6 +127,28 @@ def in_slots(experts, placement):
     return jax.tree.map(lambda array: ordered(np.asarray(array)), experts)
 
 
+def ragged_by_gather(operand, output, starts, sizes, places, received, *, axis_name):
+    """`lax.ragged_all_to_all`, which CPUs lack; NaN or −1 where sender and receiver disagree."""
+    n_ranks, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    operands = jax.lax.all_gather(operand, axis_name)
+    starts, sizes, places = (
+        jax.lax.all_gather(array, axis_name).reshape(n_ranks, n_ranks, -1)[:, me].reshape(-1)
+        for array in (starts, sizes, places)
+    )
+    source = jnp.repeat(jnp.arange(n_ranks), len(sizes) // n_ranks)
+    row = jnp.arange(len(output))
+
+    def one(out, update):
+        source, start, size, place = update
+        rows = operands[source].at[start + row - place].get(mode="clip")
+        mine = (row >= place) & (row < place + size)
+        return jnp.where(mine.reshape(-1, *[1] * (out.ndim - 1)), rows, out), None
+
+    out, _ = jax.lax.scan(one, output, (source, starts, sizes, places))
+    wrong = jnp.nan if jnp.issubdtype(out.dtype, jnp.floating) else -1
+    return jnp.where((sizes == received).all(), out, jnp.full_like(out, wrong))
+
+
 def layer_over(mesh, case, *, check_vma=True, **options):
     """The layer on all ranks; experts come and go in the order of the ranks' own slots."""
 

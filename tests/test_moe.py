@@ -28,6 +28,7 @@ from moe_checks import (
     one_expert,
     plainly,
     problem,
+    ragged_by_gather,
     skewed,
     with_slopes,
 )
@@ -107,27 +108,6 @@ def test_every_balance_is_the_same_mathematics(rng, mesh, balance, check_vma):
         # Of an odd number of its tokens, every source sends one more home.
         even = np.asarray(metrics.even_quota(loads, placement))
         assert np.abs(traffic.slot_loads - even).max() <= case.ep_size
-
-
-def ragged_by_gather(operand, output, starts, sizes, places, received, *, axis_name):
-    """`lax.ragged_all_to_all`, which CPUs do not have; NaN where sender and receiver disagree."""
-    n_ranks, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
-    operands = jax.lax.all_gather(operand, axis_name)
-    starts, sizes, places = (
-        jax.lax.all_gather(array, axis_name).reshape(n_ranks, n_ranks, -1)[:, me].reshape(-1)
-        for array in (starts, sizes, places)
-    )
-    source = jnp.repeat(jnp.arange(n_ranks), len(sizes) // n_ranks)
-    row = jnp.arange(len(output))
-
-    def one(out, update):
-        source, start, size, place = update
-        rows = operands[source].at[start + row - place].get(mode="clip")
-        mine = (row >= place) & (row < place + size)
-        return jnp.where(mine.reshape(-1, *[1] * (out.ndim - 1)), rows, out), None
-
-    out, _ = jax.lax.scan(one, output, (source, starts, sizes, places))
-    return jnp.where((sizes == received).all(), out, jnp.nan)
 
 
 @pytest.mark.parametrize("transport", ["padded", "ragged"])
@@ -510,7 +490,7 @@ def test_an_empty_batch(rng, mesh, balance):
     out, (of_tokens, of_gates, of_experts), traffic = run(empty, floats[0][:0], ids[:0], placement)
     assert (out.shape, of_tokens.shape, of_gates.shape) == ((0, HIDDEN), (0, HIDDEN), (0, TOP_K))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_experts))
-    assert not any(np.any(leaf) for leaf in traffic._replace(capacity=0))
+    assert not any(np.any(leaf) for leaf in traffic._replace(capacity=0, phy2log=0))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lplb_jax._axes import varying_as
 from lplb_jax.moe.copies import check_reverse, head, numbers, wider
@@ -16,6 +17,9 @@ from lplb_jax.moe.copies import check_reverse, head, numbers, wider
 GEMMS = ("auto", "xla", "mosaic")
 _BLOCK_K = 64  # rows or columns that a kernel multiplies at a time
 _TILE = 128  # rows that XLA multiplies at a time
+# What the backward pass takes from the forward pass, besides weights.
+_PRODUCTS = ("lplb_rows", "lplb_gate_up", "lplb_hidden")
+_KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(*_PRODUCTS)
 
 
 class Experts(NamedTuple):
@@ -80,8 +84,20 @@ def applied(
     gates: jax.Array,
     activation: Callable[[jax.Array], jax.Array],
     gemm: str,
+    refetch: Callable[[Experts], Experts] | None = None,
 ) -> jax.Array:
-    """`expert_ffn` of checked arguments; rows past the last group get any gradient, also NaN."""
+    """`expert_ffn` of checked arguments; rows past the last group get any gradient, also NaN.
+
+    With `refetch` the weights of the slots are `refetch(experts)`, here and in the backward pass
+    again: they are not kept in between.
+    """
+    if refetch is not None:
+
+        @functools.partial(jax.checkpoint, policy=_KEEP_PRODUCTS)
+        def run(rows: jax.Array, experts: Experts, gates: jax.Array) -> jax.Array:
+            return applied(rows, refetch(experts), group_sizes, gates, activation, gemm)
+
+        return run(rows, experts, gates)
     products = _XLA if _choose_gemm(gemm, rows, experts) == "xla" else _MOSAIC
     experts, gates, group_sizes = varying_as((experts, gates, group_sizes), rows)
     return _ffn(activation, products, rows, experts, gates, group_sizes)
@@ -98,6 +114,7 @@ def _ffn_forward(
     rows = products.cleaned(rows, group_sizes)
     gate_up = products.of_rows(rows, experts.gate_up, group_sizes)
     hidden = _gated(activation, gate_up, gates, group_sizes)
+    rows, gate_up, hidden = map(checkpoint_name, (rows, gate_up, hidden), _PRODUCTS)
     out = products.of_rows(hidden, experts.down, group_sizes)
     return out, (rows, experts, gates, group_sizes, gate_up, hidden)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,16 +12,17 @@ from jax import lax
 
 from lplb_jax import metrics
 from lplb_jax._axes import varying_as, varying_over
-from lplb_jax._problem import check_indices, check_problem
+from lplb_jax._problem import anywhere, check_indices, check_problem
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
+from lplb_jax.batch_copies import check_copies
 from lplb_jax.comm import Comm
 from lplb_jax.loads import count_loads
 from lplb_jax.moe import transfers
 from lplb_jax.moe.copies import check_reverse, copy
 from lplb_jax.moe.exchange import brought_back, capacity_for, exchange, make_plan
 from lplb_jax.moe.experts import Experts, applied, check_experts
-from lplb_jax.moe.moves import home_slots, rows_per_rank
+from lplb_jax.moe.moves import check_homes, home_slots, rows_per_rank
 from lplb_jax.moe.replicas import Fetch, replicate_weights
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split
@@ -38,6 +40,9 @@ class Traffic(NamedTuple):
       status: int32 `[n_groups]`, bits of `lplb_jax.Status`; 0 is well.
       lower_bound: int32 `[n_groups]`, what no routing over these replicas could bring the busiest
         rank of a group below; 0 where `balance` is not "lplb".
+      phy2log: int32 `[n_physical]`, the expert of every slot, −1 where it is empty: as in the
+        placement, or with copies="batch" as chosen. Slots filled beyond n_logical are copies, whose
+        weights travel.
     """
 
     slot_loads: jax.Array
@@ -45,6 +50,7 @@ class Traffic(NamedTuple):
     overflow: jax.Array
     status: jax.Array
     lower_bound: jax.Array
+    phy2log: jax.Array
 
 
 def moe_layer(
@@ -57,6 +63,9 @@ def moe_layer(
     placement: Placement,
     axis_name: Any,
     balance: str = "lplb",
+    copies: str = "placement",
+    fan_out: int | None = None,
+    keep_copies: bool = True,
     capacity_factor: float = 1.25,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
     solver: str = "auto",
@@ -86,6 +95,14 @@ def moe_layer(
       axis_name: the expert-parallel mesh axis (or a tuple of axes).
       balance: "lplb": `rebalance`. "eplb": every source splits an expert's tokens evenly over its
         copies. "none": the copies are neither fetched nor used.
+      copies: "placement": those that `placement` has. "batch": chosen for these tokens, see
+        `place_copies`; `experts` then are the rank's own, and `r2o` and the experts in the
+        placement's other slots do not matter. Slots without a copy move nothing and cost no time.
+      fan_out: for copies="batch", how many copies of its experts a rank sends at most; None for any
+        number.
+      keep_copies: whether copies that are fetched here, without topology, are kept for the backward
+        pass. If not, they are fetched again there: a deep model saves the memory of all layers'
+        copies but one. The results have the same bits.
       capacity_factor: room for rows on every rank, over the mean, at least 1; see `capacity_for`.
       activation: of the experts, see `expert_ffn`.
       solver: see `rebalance`.
@@ -135,7 +152,13 @@ def moe_layer(
         )
     if balance not in BALANCES:
         raise ValueError(f"balance: expected one of {', '.join(BALANCES)}, got {balance!r}")
+    of_batch = check_copies(copies, r2o, fan_out, placement) is not None
+    if of_batch and balance != "lplb":
+        raise ValueError(f"balance: expected 'lplb' with copies='batch', got {balance!r}")
     problem = check_problem(None, r2o, placement, axis_name)
+    if of_batch:
+        check_homes("placement", placement)
+        problem = anywhere(placement)
     if tokens.ndim != 2:
         raise ValueError(f"tokens: expected floats [tokens, hidden], got {list(tokens.shape)}")
     if indices.ndim != 2 or gates.shape != indices.shape or indices.shape[1] < 1:
@@ -151,7 +174,13 @@ def moe_layer(
             "in_place: expected False with a placement that has no topology, got True: its slots "
             "are in another order than the rank's own experts"
         )
-    _check_number(experts, placement, balance, in_place)
+    _check_number(experts, placement, balance, in_place, of_batch)
+    own_only = len(experts.down) == rows_per_rank(placement)
+    if not (keep_copies or (own_only and balance != "none" and not along_topology)):
+        raise ValueError(
+            "keep_copies: expected True where no copies are fetched here or they are fetched along "
+            "a topology, got False; wrap the layer in jax.checkpoint"
+        )
 
     n_tokens = len(tokens)
     if n_tokens == 0 and indices.size == 0:
@@ -159,7 +188,7 @@ def moe_layer(
         tokens, gates = (jnp.pad(array, [(0, 1), (0, 0)]) for array in (tokens, gates))
         indices = varying_as(jnp.full(gates.shape, -1, jnp.int32), indices)
     if balance == "lplb":
-        assignment, split = rebalance(
+        assignment, split, *chosen = rebalance(
             indices,
             None,
             r2o,
@@ -168,7 +197,10 @@ def moe_layer(
             comm=comm,
             solver=solver,
             positions=True,
+            copies=copies,
+            fan_out=fan_out,
         )
+        (placement,) = chosen or (placement,)
         status, lower_bound = split.status, split.lower_bound
     else:
         quotas = metrics.even_quota if balance == "eplb" else metrics.home_quota
@@ -179,10 +211,8 @@ def moe_layer(
     capacity = capacity_for(indices.size, problem.ep_size, capacity_factor)
     plan = make_plan(tokens, gates, assignment, axis_name, capacity, transport)
     tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
-    fetch, group_sizes = None, plan.group_sizes
-    own_only = len(experts.down) == rows_per_rank(placement)
+    fetch, refetch, group_sizes = None, None, plan.group_sizes
     if balance == "none":
-        sent = copy(tokens, plan.sent)
         own_slots = home_slots(placement)[lax.axis_index(axis_name)]
         group_sizes = group_sizes.at[own_slots].get(mode="fill", fill_value=0)
     else:
@@ -191,27 +221,44 @@ def moe_layer(
             room = [(0, placement.redundants_per_rank), (0, 0), (0, 0)]
             experts = jax.tree.map(lambda weights: jnp.pad(weights, room), experts)
         elif own_only:
-            experts = replicate_weights(
-                experts, None, axis_name, placement=placement, transport=transport
+            of_slots = functools.partial(
+                replicate_weights,
+                r2o=None,
+                axis_name=axis_name,
+                placement=placement,
+                transport=transport,
             )
+            experts, refetch = (of_slots(experts), None) if keep_copies else (experts, of_slots)
         if along_topology and (in_place or own_only):
             fetch = Fetch(problem.r2o, axis_name, placement.redundants_per_rank)
+    if balance == "none" or refetch is not None:
+        sent = copy(tokens, plan.sent)  # There are no gradients of copies that had to wait for it.
+    else:
         sent, experts = transfers.sent(fetch, tokens, plan.sent, experts)
     received = exchange(sent, plan.lists, "there")
     row_gates = exchange(copy(gates, plan.sent), plan.lists, "there").reshape(-1)
     rows, row_gates, experts = transfers.in_rows(fetch, received, row_gates, plan.received, experts)
     row_gates = copy(row_gates, plan.choices)
-    rows = applied(rows, experts, group_sizes, row_gates, activation, gemm)
-    traffic = Traffic(plan.slot_loads, jnp.int32(capacity), plan.overflow, status, lower_bound)
+    rows = applied(rows, experts, group_sizes, row_gates, activation, gemm, refetch)
+    traffic = Traffic(
+        plan.slot_loads,
+        jnp.int32(capacity),
+        plan.overflow,
+        status,
+        lower_bound,
+        jnp.asarray(placement.phy2log),
+    )
     out = brought_back(rows, plan)[:n_tokens]
     return (out, traffic, experts) if in_place else (out, traffic)
 
 
-def _check_number(experts: Experts, placement: Placement, balance: str, in_place: bool) -> None:
+def _check_number(
+    experts: Experts, placement: Placement, balance: str, in_place: bool, of_batch: bool
+) -> None:
     """Raises where there are neither as many experts as a rank owns nor as many as its slots."""
     n_local, slots_per_rank = rows_per_rank(placement), placement.n_physical // placement.ep_size
     own, slots = f"{n_local} own experts of a rank", f"{slots_per_rank} slots"
-    if balance == "none":
+    if balance == "none" or of_batch:
         wanted = {n_local: own}
     elif in_place:
         wanted = {slots_per_rank: slots + " of a rank"}

@@ -1,0 +1,188 @@
+"""The layer with copies chosen for the batch at hand: nothing but speed depends on them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Case
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from moe_checks import (
+    HIDDEN,
+    ROOM,
+    ROUTINGS,
+    WIDTH,
+    AnyCase,
+    assert_equals_plain_mathematics,
+    in_slots,
+    layer_over,
+    plainly,
+    problem,
+    ragged_by_gather,
+    skewed,
+    with_slopes,
+)
+
+from lplb_jax import Placement, metrics, moe, place_copies, topologies
+
+CASE = AnyCase(8, 4, 19)
+BATCH = {"copies": "batch", "transport": "padded", "gemm": "xla", **ROOM}
+
+
+@pytest.fixture
+def mesh(cpu_devices):
+    return Mesh(cpu_devices, "ep")
+
+
+def by_rank(problem):
+    """What the layer takes of a problem."""
+    (tokens, gates, experts), ids, placement = problem
+    return (tokens, gates, in_slots(experts, placement)), ids, placement
+
+
+def assert_chosen(traffic, ids, placement, fan_out=None):
+    """The copies are those of place_copies, and the busiest rank has what they allow."""
+    counts = np.bincount(ids[ids >= 0], minlength=placement.n_logical).astype(np.int32)
+    expected = place_copies(counts, placement, fan_out=fan_out)
+    np.testing.assert_array_equal(traffic.phy2log, expected.phy2log)
+    of_experts = np.zeros_like(counts)
+    filled = traffic.phy2log >= 0
+    np.add.at(of_experts, traffic.phy2log[filled], traffic.slot_loads[filled])
+    np.testing.assert_array_equal(of_experts, counts)
+    assert not traffic.slot_loads[~filled].any()
+    loads = metrics.rank_loads(traffic.slot_loads, placement.ep_size)
+    assert loads.max() == traffic.lower_bound[0]
+    assert not traffic.status.any()
+    assert traffic.overflow == 0
+
+
+@pytest.mark.parametrize(("transport", "again"), [("ragged", "copies"), ("padded", "layer")])
+def test_equals_one_device(rng, mesh, monkeypatch, transport, again):
+    """All routings, ranks without tokens among them, and placements through one program, whose
+    backward pass fetches the copies again, or even chooses them again."""
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    options = {**BATCH, "transport": transport, "keep_copies": again == "layer"}
+    layer = layer_over(mesh, CASE, check_vma=transport == "padded", **options)
+    run = with_slopes(jax.checkpoint(layer) if again == "layer" else layer)
+    for routing in ROUTINGS:
+        floats, ids, placement = problem(rng, CASE, routing)
+        traffic = assert_equals_plain_mathematics(run, mesh, floats, ids, placement, rng, 1e-5)
+        assert_chosen(traffic, ids, placement)
+    assert run._cache_size() == 1
+
+
+def test_of_a_placement_along_a_topology(rng, mesh):
+    """Its own experts are at home where they were; the limit on what a rank sends is kept."""
+    case = Case(topologies.cube(), 5, combined=2)
+    floats, ids, placement = problem(rng, case, skewed)
+    layer = jax.jit(layer_over(mesh, AnyCase(8, 7, 40), fan_out=1, **BATCH))
+    out, traffic = layer(*floats[:2], in_slots(floats[2], placement), ids, placement)
+    np.testing.assert_allclose(out, plainly(*floats, ids), atol=1e-4)
+    assert_chosen(jax.tree.map(np.asarray, traffic), ids, placement, fan_out=1)
+
+
+def test_copies_that_are_fetched_again_are_not_kept(rng, mesh):
+    """What the backward pass gets holds the weights of all slots, or those of homes alone."""
+    floats, ids, placement = by_rank(problem(rng, CASE, skewed))
+
+    def kept(keep_copies):
+        layer = layer_over(mesh, CASE, keep_copies=keep_copies, **BATCH)
+        run = jax.jit(lambda *floats: layer(*floats, ids, placement)[0])
+        pull = jax.eval_shape(lambda *floats: jax.vjp(run, *floats)[1], *floats)
+        return {leaf.shape for leaf in jax.tree.leaves(pull)}
+
+    of_slots = {(8 * 4, HIDDEN, 2 * WIDTH), (8 * 4, WIDTH, HIDDEN)}
+    assert of_slots <= kept(True)
+    assert not of_slots & kept(False)
+
+
+def test_strict_modes(rng, mesh):
+    """All at once: the same bits, whether or not copies are kept."""
+    floats, ids, placement = by_rank(problem(rng, CASE, skewed, dtype=jnp.bfloat16))
+
+    def run(keep_copies):
+        layer = with_slopes(layer_over(mesh, CASE, keep_copies=keep_copies, **BATCH))
+        return layer(floats, np.ones(floats[0].shape, np.float32), ids, placement)
+
+    want = run(keep_copies=True)
+    with (
+        jax.enable_x64(True),
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+    ):
+        got = run(keep_copies=False)
+    for ours, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("keep_copies", [True, False])
+def test_the_ragged_transport_has_the_same_types(rng, cpu_devices, keep_copies):
+    """With experts that vary over fewer axes than tokens do."""
+    mesh, case = Mesh(cpu_devices.reshape(2, 4), ("data", "ep")), AnyCase(4, 9, 30)
+    (tokens, gates, experts), ids, placement = by_rank(problem(rng, case, skewed, 64))
+    both = P(("data", "ep"))
+
+    def types(transport):
+        options = {**BATCH, "transport": transport, "keep_copies": keep_copies}
+
+        def rank(tokens, gates, experts, ids, placement):
+            return moe.moe_layer(
+                tokens, ids, gates, experts, placement=placement, axis_name="ep", **options
+            )[0]
+
+        specs = {"in_specs": (both, both, P("ep"), both, P()), "out_specs": both}
+        function = with_slopes(
+            lambda *arguments: (jax.shard_map(rank, mesh=mesh, **specs)(*arguments), None)
+        )
+        arguments = (tokens, gates, experts), tokens, ids, placement
+        return jax.eval_shape(function, *arguments)
+
+    assert types("ragged") == types("padded")
+
+
+def test_bad_arguments(rng, mesh):
+    floats, ids, placement = by_rank(problem(rng, CASE, skewed))
+    slots = jax.tree.map(lambda array: np.resize(array, (32, *array.shape[1:])), floats[2])
+    for experts, words, options in (
+        (floats[2], "^copies: .*got 'all'", {"copies": "all"}),
+        (
+            floats[2],
+            "^balance: expected 'lplb' with copies='batch', got 'eplb'",
+            {"balance": "eplb"},
+        ),
+        (floats[2], "^fan_out: .*got 0", {"fan_out": 0}),
+        (floats[2], "^fan_out: .*got 3", {"copies": "placement", "fan_out": 3}),
+        (floats[2], "^r2o: expected None with copies='batch'", {"r2o": topologies.cube()}),
+        (floats[2], "^in_place: expected False", {"in_place": True}),
+        (slots, "^experts: expected the 3 own experts of a rank, got", {}),
+        (
+            floats[2],
+            "^keep_copies: expected True",
+            {"copies": "placement", "balance": "none", "keep_copies": False},
+        ),
+    ):
+
+        def rank(tokens, gates, experts, ids, options=options):
+            options = {"placement": placement, "axis_name": "ep", **BATCH, **options}
+            return moe.moe_layer(tokens, ids, gates, experts, **options)[0]
+
+        run = jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+        with pytest.raises(ValueError, match=words):
+            jax.eval_shape(run, *floats[:2], experts, ids)
+
+
+def test_homes_that_do_not_fit_are_told(rng, mesh):
+    """A rank has rows for ⌈n_logical / ep_size⌉ experts, whoever chooses the copies."""
+    floats, ids, _ = by_rank(problem(rng, CASE, skewed))
+    table = np.full((8, 4), -1, np.int32)
+    table.ravel()[:19] = np.arange(19)
+    crowded = Placement.from_phy2log(table, ep_size=8)
+
+    def rank(tokens, gates, experts, ids):
+        options = {"placement": crowded, "axis_name": "ep", **BATCH}
+        return moe.moe_layer(tokens, ids, gates, experts, **options)[0]
+
+    run = jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    with pytest.raises(ValueError, match=r"^placement: .*at most 3 experts, got 4 on rank 0"):
+        jax.eval_shape(run, *floats, ids)
