@@ -115,6 +115,13 @@ struct SolveResults {
   int32_t* status;       // [n_groups]
 };
 
+// The tables of the placement that place_copies makes; with a batch, those of its first element.
+struct CopiesResults {
+  int32_t* phy2log;  // [n_physical]
+  int32_t* log2phy;  // [n_logical, width]
+  int32_t* logcnt;   // [n_logical]
+};
+
 // The buffers of one assign besides the tokens.
 struct AssignOperands {
   const int32_t* counts;   // [n_sources, row]
@@ -160,6 +167,16 @@ LPLB_HOST_DEVICE int32_t ExpertOf(Index id, int32_t n_logical) {
     return static_cast<int32_t>(id);
   }
   return id == kAbsent ? -1 : n_logical;
+}
+
+// Targets for which place_copies attempts to find copies; and what fewer copies may cost: the mean
+// rank load, shifted so far.
+constexpr int32_t kNTargets = 32;
+constexpr int32_t kCopiesWorth = 9;
+
+// ⌊of · i² / 2¹⁰⌋, which fits: i is at most kNTargets. See lplb_jax/reference/batch_copies.py.
+LPLB_HOST_DEVICE int32_t CopyTargetPart(int32_t of, int32_t i) {
+  return (of >> 10) * i * i + ((of & 1023) * i * i >> 10);
 }
 
 // ⌊(count · stay + offset) / load⌋ with the rounding offset spread over the source ranks; see

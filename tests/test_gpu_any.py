@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from any_cases import SIZES, Sizes, loads_for
+from cases import spoiled
 from steps import assert_same
+from test_batch_copies import stacked_problems
 
-from lplb_jax import Placement, Status, assign, count_loads, rebalance, solve
+from lplb_jax import Placement, Status, assign, count_loads, place_copies, rebalance, solve
 
 pytestmark = pytest.mark.gpu
 
@@ -113,6 +115,29 @@ def test_tables_that_contradict_themselves(rng, name):
         same_on_both(
             lambda loads, placement: solve(loads, placement=placement).status, loads, placement
         )
+
+
+@pytest.mark.parametrize("fan_out", [None, 1, 3])
+@pytest.mark.parametrize("name", SHAPES)
+def test_place_copies(rng, name, fan_out):
+    """The same tables, for a batch of problems in which ties are the rule, and of large loads."""
+    sizes = SHAPES[name]
+    loads, placements = stacked_problems(rng, sizes, 8)
+    # One passes int32 on its experts, one in all together only.
+    loads[0, 0] = 2**31 - 1
+    loads[1] = 0
+    loads[1, 0] = 2 * (2**30 // sizes.n_logical)
+    choose = jax.vmap(lambda loads, p: place_copies(loads, p, fan_out=fan_out))
+    chosen = same_on_both(choose, loads, placements)
+    assert (chosen.phy2log[0] >= 0).sum() == sizes.n_logical
+
+
+@pytest.mark.parametrize("name", ["one rank", "3 x 4", "8 x 6", "64 x 6", "144 x 3"])
+def test_place_copies_of_tables_that_contradict_themselves(rng, name):
+    sizes = SHAPES[name]
+    loads, placements = stacked_problems(rng, sizes, 20)
+    spoilt = jax.tree.map(lambda array: spoiled(rng, array), placements)
+    same_on_both(jax.vmap(place_copies), loads, spoilt)
 
 
 @pytest.mark.parametrize("n_tokens", [0, 1, 700, 8192, 30_000, 300_000])

@@ -10,13 +10,6 @@
 
 namespace lplb {
 
-// The tables of the placement that is made; with a batch, those of its first element.
-struct CopiesResults {
-  int32_t* phy2log;  // [n_physical]
-  int32_t* log2phy;  // [n_logical, width]
-  int32_t* logcnt;   // [n_logical]
-};
-
 struct CopiesCall {
   int64_t batch;
   Problem problem;

@@ -42,6 +42,15 @@ void LaunchSolve(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources,
                        {As(out[0]), As(out[1]), As(out[2]), As(out[3])}, As<CUstream_st>(stream)));
 }
 
+// in: loads, phy2log, log2phy; out: phy2log, log2phy [n_logical, width], logcnt.
+void LaunchPlaceCopies(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources,
+                       int64_t batch, std::array<Pointer, 3> in, int32_t fan_out, int32_t width,
+                       std::array<Pointer, 3> out, Pointer stream) {
+  ThrowIf(Lent().place_copies(ProblemOf(problem), {sources[0], sources[1]}, batch,
+                              {As(in[0]), As(in[1]), As(in[2]), nullptr}, fan_out, width,
+                              {As(out[0]), As(out[1]), As(out[2])}, As<CUstream_st>(stream)));
+}
+
 // in: indices (int32), phy2log, log2phy, r2o; out: physical, position, slot counts, quota,
 // max_load, lower_bound, status, workspace [n_tiles, words].
 cuda::RouteArguments ArgumentsOf(std::array<int32_t, 6> problem, int64_t batch, int64_t n_tokens,
@@ -111,6 +120,7 @@ void LaunchEmpty(Pointer stream) { ThrowIf(Lent().empty(As<CUstream_st>(stream))
 
 NB_MODULE(_bench, m) {
   m.def("launch_solve", lplb::LaunchSolve);
+  m.def("launch_place_copies", lplb::LaunchPlaceCopies);
   m.def("launch_ipm", lplb::LaunchIpm);
   m.def("launch_sync", lplb::LaunchSyncOf);
   m.def("launch_empty", lplb::LaunchEmpty);

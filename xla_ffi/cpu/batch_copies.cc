@@ -12,9 +12,6 @@
 namespace lplb {
 namespace {
 
-constexpr int32_t kNTargets = 32;
-constexpr int32_t kWorth = 9;  // A copy saved may cost the mean rank load, shifted so far.
-
 // Slots of all ranks, and the tokens of the experts that are at home there.
 struct Homes {
   // Experts whose home is not where log2phy says have none, nor tokens.
@@ -123,9 +120,6 @@ class Attempt {
   std::vector<int32_t> free_;    // [n_ranks], the first free slot of each
 };
 
-// ⌊of · i² / 2¹⁰⌋, which fits: i is at most 32.
-int32_t Part(int32_t of, int32_t i) { return (of >> 10) * i * i + ((of & 1023) * i * i >> 10); }
-
 // The experts of all slots.
 std::vector<int32_t> Choose(const Homes& homes, int32_t fan_out) {
   const int64_t sum = std::accumulate(homes.load.begin(), homes.load.end(), int64_t{0});
@@ -134,8 +128,8 @@ std::vector<int32_t> Choose(const Homes& homes, int32_t fan_out) {
   std::optional<Attempt> best;
   int32_t least = most;
   for (int32_t i = 1; i <= kNTargets; ++i) {
-    const int32_t target = mean + Part(Part(most - mean, i), i);
-    if (best && target - least > (mean >> kWorth)) break;
+    const int32_t target = mean + CopyTargetPart(CopyTargetPart(most - mean, i), i);
+    if (best && target - least > (mean >> kCopiesWorth)) break;
     Attempt attempt(homes, target, fan_out);
     if (!attempt.Run()) continue;
     if (!best) least = target;
@@ -166,7 +160,9 @@ void WriteTables(const Problem& p, const SolveOperands& in, int32_t width,
     for (int32_t slot = 0; slot < p.n_physical; ++slot) {
       const int32_t e = out.phy2log[slot];
       if (e < 0 || (in.log2phy[e * p.max_replicas] == slot) != of_homes) continue;
-      out.log2phy[e * width + out.logcnt[e]++] = slot;
+      // There is room unless other experts have no home, as in a table that contradicts itself.
+      if (out.logcnt[e] < width) out.log2phy[e * width + out.logcnt[e]] = slot;
+      ++out.logcnt[e];
     }
   }
 }

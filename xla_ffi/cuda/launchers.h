@@ -2,6 +2,7 @@
 #ifndef LPLB_XLA_FFI_CUDA_LAUNCHERS_H_
 #define LPLB_XLA_FFI_CUDA_LAUNCHERS_H_
 
+#include "cuda/batch_copies.h"
 #include "cuda/ipm.h"
 #include "cuda/route.h"
 #include "cuda/solver.h"
@@ -11,6 +12,7 @@ namespace lplb {
 
 struct Launchers {
   decltype(&cuda::LaunchSolve) solve;
+  decltype(&cuda::LaunchPlaceCopies) place_copies;
   decltype(&cuda::LaunchIpm) ipm;
   decltype(&cuda::LaunchRebalance) rebalance;
   decltype(&cuda::LaunchSyncedRebalance) synced_rebalance;

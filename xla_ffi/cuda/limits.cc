@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/batch_copies.h"
 #include "cuda/device.h"
 #include "cuda/graph_solver.h"
 #include "cuda/route/shape.h"
@@ -82,6 +83,20 @@ Refusal RefuseRoute(const Problem& p, cuda::Quotas quotas, const cuda::Device& d
                      "use fewer experts or redundant slots, a larger GPU, or the CPU");
 }
 
+Refusal RefuseCopies(const Problem& p, const cuda::Device& device) {
+  if (const Refusal refusal = TooManyRanks(p); !refusal.empty()) return refusal;
+  if (p.n_logical > cuda::kMaxExperts || p.n_physical > cuda::kMaxSlots) {
+    return "the CUDA kernels take at most " + Number(cuda::kMaxExperts) + " experts and " +
+           Number(cuda::kMaxSlots) + " slots, got n_logical = " + Number(p.n_logical) +
+           " and n_physical = " + Number(p.n_physical) +
+           ": use fewer experts and redundant slots, or the CPU";
+  }
+  return NeedsMemory("placement: to choose copies, " + Number(p.n_logical) + " experts in " +
+                         Number(p.n_physical) + " slots on " + Number(p.ep_size) + " ranks",
+                     cuda::PlaceCopiesBytes(p), device,
+                     "use fewer experts or slots, a larger GPU, or the CPU");
+}
+
 Refusal RefuseIpm(const Problem& p, const IpmOptions& options, const cuda::Device& device) {
   const int64_t bytes = p.group_size > cuda::kMaxGroupSize ? 0 : cuda::IpmSharedBytes(p, options);
   if (bytes == 0) {
@@ -136,6 +151,10 @@ ffi::Error CheckRouteFits(const cuda::RouteArguments& arguments, cuda::Quotas qu
   }
   return Check(
       [&](const cuda::Device& device) { return RefuseRoute(arguments.problem, quotas, device); });
+}
+
+ffi::Error CheckCopiesFit(const Problem& problem) {
+  return Check([&](const cuda::Device& device) { return RefuseCopies(problem, device); });
 }
 
 ffi::Error CheckIpmFits(const Problem& problem, const IpmOptions& options) {

@@ -11,9 +11,10 @@
 namespace lplb {
 
 // Whether the current device can run the launchers that need it: solve and rebalance, assign and
-// rebalance, ipm.
+// rebalance, place_copies, ipm.
 ffi::Error CheckSolverFits(const Problem& problem);
 ffi::Error CheckRouteFits(const cuda::RouteArguments& arguments, cuda::Quotas quotas);
+ffi::Error CheckCopiesFit(const Problem& problem);
 ffi::Error CheckIpmFits(const Problem& problem, const IpmOptions& options);
 
 // Python's view: devices, also made up, and the same sentences about them, for tests.

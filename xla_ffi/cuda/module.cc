@@ -9,6 +9,7 @@ namespace lplb {
 namespace {
 
 const Launchers launchers = {cuda::LaunchSolve,
+                             cuda::LaunchPlaceCopies,
                              cuda::LaunchIpm,
                              cuda::LaunchRebalance,
                              cuda::LaunchSyncedRebalance,
