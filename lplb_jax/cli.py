@@ -67,9 +67,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "demo",
         help="balance the routing of a real model over 8 ranks, and check every result",
         description="Balances the packaged routing of a small language model over 8 "
-        "expert-parallel ranks: on 8 GPUs if there are as many, else on 8 virtual CPU devices. "
-        "Prints a table, writes a picture, and exits with status 1 if any result misses the bound, "
-        "2 if it could not run.",
+        "expert-parallel ranks: on 8 GPUs if there are as many, else on 8 virtual CPU devices. It "
+        "does so on copies along a topology, and on as many of any experts on any ranks. Prints a "
+        "table, writes a picture, and exits with status 1 if any result misses the bound, 2 if it "
+        "could not run.",
     )
     command.add_argument(
         "--aux-loss",

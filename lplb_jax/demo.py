@@ -1,4 +1,7 @@
-"""The demonstration: real routing through `rebalance` on 8 ranks, every result checked."""
+"""The demonstration: real routing through `rebalance` on 8 ranks, every result checked.
+
+Each layer is balanced twice: on copies along a topology, and on as many that may be anywhere.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.extend.backend
@@ -29,7 +33,7 @@ from lplb_jax import (
     verify,
 )
 from lplb_jax._problem import check_count
-from lplb_jax._report import Layer
+from lplb_jax._report import Layer, Run
 from lplb_jax.data import AUX_LOSSES, Traces, load_traces, read_traces
 
 EP_SIZE = 8
@@ -82,13 +86,13 @@ def demonstrate(
     )
     placements = [
         place_experts(
-            loads,
-            r2o,
+            history,
+            along,
             n_logical=n_logical,
             ep_size=EP_SIZE,
             redundants_per_rank=redundants_per_rank,
         )
-        for loads in history
+        for along in (r2o, None)
     ]
 
     devices = find_devices(EP_SIZE)
@@ -100,18 +104,23 @@ def demonstrate(
     when = "step 300, routed at step 1200" if traces is None else "loads before these"
     print(f"; experts placed from {when}\n", flush=True)
 
-    layers = []
     with init_comm(mesh, "ep", max_experts=n_logical) as comm:
-        _progress("compiling one step for all layers")
-        step = _compile(mesh, comm, indices[0], placements[0])
-        for i, (chosen, placement) in enumerate(zip(indices, placements, strict=True)):
-            _progress(f"layer {i + 1} of {n_layers}: {repeats} timed calls")
-            layers.append(_run_layer(step, mesh, chosen, placement, repeats))
+        runs = [
+            [*_run_layers(mesh, comm, indices, stacked, repeats, name)]
+            for stacked, name in zip(placements, (topology, "any placement"), strict=True)
+        ]
     _progress("")
+    layers = []
+    for i, pair in enumerate(zip(*runs, strict=True)):
+        loads = np.bincount(indices[i].ravel(), minlength=n_logical)
+        placement = _layer(placements[0], i)
+        quotas = metrics.home_quota(loads, placement), metrics.even_quota(loads, placement)
+        layers.append(Layer(*(_loads_of_ranks(quota) for quota in quotas), *pair))
 
-    print(table(layers))
+    print(table(layers, topology))
     print(
-        f"\ntime: median of {repeats} calls after a warm-up; one call is rebalance() on all "
+        f"\nany: as many copies, of any expert on any rank; even split: of those on the {topology}."
+        f"\nms: median of {repeats} calls after a warm-up; one call is rebalance() on all "
         f"{EP_SIZE} ranks\n(count, sync by {comm.transport}, solve, assign) as one jitted "
         f"shard_map, until every result is ready."
     )
@@ -120,7 +129,7 @@ def demonstrate(
         print("\nWRONG RESULTS\n" + "\n".join(faults))
     else:
         print(
-            f"All {n_layers} layers reach their lower bound, counted from the slots the tokens "
+            f"All {n_layers} layers reach their lower bounds, counted from the slots the tokens "
             f"were sent to."
         )
     if picture:
@@ -238,26 +247,37 @@ def check_output(name: str, path: str, endings: Sequence[str] = ()) -> None:
         raise ValueError(f"{name}: expected a file that can be written, got {path!r}")
 
 
-def table(layers: list[Layer]) -> str:
+def table(layers: list[Layer], topology: str) -> str:
     """The results as text, at most 100 columns wide.
 
-    >>> from lplb_jax.demo import Layer, table
-    >>> loads = np.array([30, 10]), np.array([20, 20])
-    >>> print(table([Layer(loads[0], loads[0], loads[1], 20, 10, 1e-3, [])]))
-           busiest rank's tokens / mean            lower bound       tokens      time
-    layer  no replicas  even split  rebalance    / mean    tokens     moved  per call
-        0        1.500       1.500      1.000     1.000        20        10   1.00 ms
+    >>> from lplb_jax.demo import Layer, Run, table
+    >>> loads = np.array([30, 10]), np.array([25, 15]), np.array([20, 20])
+    >>> runs = Run(loads[1], 25, 5, 1e-3, []), Run(loads[2], 20, 10, 1e-3, [])
+    >>> print(table([Layer(loads[0], loads[0], *runs)], "ring"))
+           busiest rank's tokens / mean               lower bound        tokens moved    ms per call
+    layer  no replicas even split     ring    any     ring    any      ring       any    ring    any
+        0        1.500      1.500    1.250  1.000    1.250  1.000         5        10    1.00   1.00
     """
+    widths = 5, 13, 11, 9, 7, 9, 7, 10, 10, 8, 7
+
+    def line(*cells: Any) -> str:
+        return "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
     lines = [
-        "       busiest rank's tokens / mean            lower bound       tokens      time",
-        "layer  no replicas  even split  rebalance    / mean    tokens     moved  per call",
+        "       busiest rank's tokens / mean"
+        f"{'lower bound':>26}{'tokens moved':>20}{'ms per call':>15}",
+        line("layer", "no replicas", "even split", *4 * [topology, "any"]),
     ]
     for i, layer in enumerate(layers):
-        home, even, balanced = layer.busiest
-        bound = layer.lower_bound / layer.home.mean()
+        runs = layer.along, layer.anywhere
         lines.append(
-            f"{i:5}{home:13.3f}{even:12.3f}{balanced:11.3f}{bound:10.3f}{layer.lower_bound:10,}"
-            f"{layer.moved:10,}{1e3 * layer.seconds:7.2f} ms"
+            line(
+                i,
+                *(f"{load:.3f}" for load in layer.busiest),
+                *(f"{run.lower_bound / layer.home.mean():.3f}" for run in runs),
+                *(f"{run.moved:,}" for run in runs),
+                *(f"{1e3 * run.seconds:.2f}" for run in runs),
+            )
         )
     return "\n".join(lines)
 
@@ -315,13 +335,32 @@ def _put(mesh: Mesh, indices: np.ndarray, placement: Placement) -> tuple[jax.Arr
     )
 
 
+def _run_layers(
+    mesh: Mesh, comm: Comm, indices: np.ndarray, stacked: Placement, repeats: int, name: str
+) -> Iterator[Run]:
+    """Every layer on its placement, by one program."""
+    _progress(f"{name}: compiling one step for all layers")
+    step = _compile(mesh, comm, indices[0], _layer(stacked, 0))
+    for i, chosen in enumerate(indices):
+        _progress(f"{name}, layer {i + 1} of {len(indices)}: {repeats} timed calls")
+        yield _run_layer(step, mesh, chosen, _layer(stacked, i), repeats)
+
+
+def _layer(stacked: Placement, i: int) -> Placement:
+    return jax.tree.map(lambda array: array[i], stacked)
+
+
+def _loads_of_ranks(quota: jax.Array | np.ndarray) -> np.ndarray:
+    return np.asarray(metrics.rank_loads(quota, EP_SIZE))
+
+
 def _run_layer(
     step: jax.stages.Compiled,
     mesh: Mesh,
     indices: np.ndarray,
     placement: Placement,
     repeats: int,
-) -> Layer:
+) -> Run:
     arguments = _put(mesh, indices, placement)
     physical, split = jax.block_until_ready(step(*arguments))  # also the warm-up
     seconds = []
@@ -331,15 +370,10 @@ def _run_layer(
         seconds.append(time.perf_counter() - start)
 
     physical, split = np.asarray(physical), jax.tree.map(np.asarray, split)
-    loads = np.bincount(indices.ravel(), minlength=placement.n_logical)
     in_range = physical[(physical >= 0) & (physical < placement.n_physical)]
     counted = np.bincount(in_range, minlength=placement.n_physical)
-    quotas = metrics.home_quota(loads, placement), metrics.even_quota(loads, placement), counted
-    home, even, balanced = (np.asarray(metrics.rank_loads(quota, EP_SIZE)) for quota in quotas)
-    return Layer(
-        home,
-        even,
-        balanced,
+    return Run(
+        _loads_of_ranks(counted),
         lower_bound=int(split.lower_bound[0]),
         moved=int(metrics.tokens_moved(counted, placement)),
         seconds=statistics.median(seconds),

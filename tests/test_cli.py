@@ -264,3 +264,13 @@ def test_defaults_that_fit(capsys, rng, n_logical, given, chosen):
     options_ = [*options(rng, n_logical=n_logical), "--repeats", "1", "--picture", ""]
     assert cli.main(["demo", *options_, *given]) == 0
     assert chosen in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("topology", cli.TOPOLOGIES)
+def test_the_table_is_narrow(rng, topology):
+    """Columns are aligned, and 100 are enough, whatever the topology's name and the numbers."""
+    loads = rng.integers(0, 2**31 // 8, (2, 8))
+    runs = [demo.Run(row, int(row.max()), int(row.sum()) // 3000, 0.099, []) for row in loads]
+    lines = demo.table([demo.Layer(*loads, *runs)] * 12, topology).split("\n")
+    assert {len(line) for line in lines[1:]} == {len(lines[0])}
+    assert len(lines[0]) <= 100
