@@ -1,6 +1,7 @@
 """Exact load balancing for mixture-of-experts layers in JAX. Start with `rebalance`."""
 
 from lplb_jax import metrics, moe, reference, topologies
+from lplb_jax.advice import Advice, advise
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
 from lplb_jax.batch_copies import place_copies
@@ -15,11 +16,13 @@ from lplb_jax.status import Status
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advice",
     "Assignment",
     "Comm",
     "Placement",
     "Split",
     "Status",
+    "advise",
     "assign",
     "count_loads",
     "export_checks",

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import lplb_jax
-from lplb_jax import demo, topologies
+from lplb_jax import _cost, demo, topologies
+from lplb_jax._models import MODELS
+from lplb_jax._progress import Bar
 from lplb_jax.data import AUX_LOSSES
 
 TOPOLOGIES = tuple(topologies.named(demo.EP_SIZE))
 
-# Of arguments of `demo.demonstrate` whose flag is not their name.
-FLAGS = {"aux_loss": "--aux-loss", "redundants_per_rank": "--redundants"}
+# Of arguments whose flag is not their name.
+FLAGS = {
+    "redundants_per_rank": "--redundants",
+    "workload": "WORKLOAD",
+    "ep_size": "--ranks",
+    "n_nodes": "--nodes",
+    "n_logical": "--experts",
+    "most_layers": "--layers",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,13 +48,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ...
     SystemExit: 0
     """
-    parser, command = _parsers()
+    parser = argparse.ArgumentParser(prog="lplb-jax", description=lplb_jax.__doc__)
+    parser.add_argument("--version", action="version", version=f"lplb_jax {lplb_jax.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_advise(commands)
     options = vars(parser.parse_args(arguments))
-    del options["command"]
+    command, run = options.pop("command"), options.pop("run")
     try:
-        return demo.demonstrate(**options)
+        return run(**options)
+    except BrokenPipeError:  # Whoever reads has enough; nor does Python need to say so at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, RuntimeError, OSError) as error:
         command.error(_with_flags(error, options))
+
+
+def advise(*, json: bool, picture: str, memory_budget: float | None, **options: Any) -> int:
+    """Prints what `lplb_jax.advise` says, and draws it.
+
+    Args:
+      json: print JSON in the place of a table.
+      picture: file to write; empty for none.
+      memory_budget: in GiB.
+      options: of `lplb_jax.advise`.
+
+    Returns:
+      0.
+
+    >>> from lplb_jax.cli import main
+    >>> main(["advise", "mixtral-8x7b", "--ranks", "8", "--picture", ""])  # doctest: +SKIP
+    0
+    """
+    if picture:
+        demo.check_output("picture", picture, demo.PICTURES)
+    budget = None if memory_budget is None else memory_budget * 2**30
+    bar = Bar("trying placements")
+    try:
+        advice = lplb_jax.advise(**options, memory_budget=budget, progress=bar)
+    finally:
+        bar.close()
+    print(advice.to_json() if json else advice)
+    if not picture:
+        return 0
+    try:
+        advice.draw(picture)
+        said = f"\npicture: {picture}"
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        said = "\npicture: none, since matplotlib is missing; get it with: pip install matplotlib"
+    if not json:
+        print(said)
+    return 0
 
 
 def _with_flags(error: Exception, options: dict[str, Any]) -> str:
@@ -52,17 +110,19 @@ def _with_flags(error: Exception, options: dict[str, Any]) -> str:
         name = next((name for name in options if options[name] == error.filename), "")
         text = f"{error.strerror}: {error.filename!r}"
     if name in options:
-        return f"argument {FLAGS.get(name, f'--{name}')}: {text}"
+        sizes = re.compile(rf"\b({'|'.join(options)})(?= =)")
+        return f"argument {_flag(name)}: {sizes.sub(lambda found: _flag(found[0]), text)}"
     if isinstance(error, ValueError):
         raise error
     return str(error)
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """The command line, and that of its one command; names as `demo.demonstrate` has them."""
-    parser = argparse.ArgumentParser(prog="lplb-jax", description=lplb_jax.__doc__)
-    parser.add_argument("--version", action="version", version=f"lplb_jax {lplb_jax.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def _flag(name: str) -> str:
+    return FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
+def _add_demo(commands: Any) -> None:
+    """The command `demo`; names as `demo.demonstrate` has them."""
     command = commands.add_parser(
         "demo",
         help="balance the routing of a real model over 8 ranks, and check every result",
@@ -108,7 +168,91 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         help="where to write the picture; its ending is the format, empty is none "
         "(default: %(default)s)",
     )
-    return parser, command
+    command.set_defaults(command=command, run=demo.demonstrate)
+
+
+def _add_advise(commands: Any) -> None:
+    """The command `advise`; names as `lplb_jax.advise` has them."""
+    command = commands.add_parser(
+        "advise",
+        help="which placement to take for a workload, with how many copies, and what it gains",
+        description="Tries placements and numbers of redundant slots on loads or router choices of "
+        "your own, or on synthetic ones of a published model; prints a table, a recommendation and "
+        "the Python for it, and writes a picture. Exits with status 2 if it cannot.",
+    )
+    command.add_argument(
+        "workload",
+        metavar="WORKLOAD",
+        help="an .npz file with `loads` [layers, batches, n_experts] or `indices` [layers, tokens, "
+        f"top_k], see lplb_jax.advise; or a model, one of {', '.join(MODELS)}",
+    )
+    count = at_least(1)
+    positive = at_least(0, float)
+    for flag, name, kind, metavar, text in (
+        ("--nodes", "n_nodes", count, "N", "nodes that share the ranks evenly (default: 1)"),
+        ("--experts", "n_logical", count, "N", "experts, for indices (default: largest id + 1)"),
+        ("--top-k", "top_k", count, "K", "experts of a token, for loads (default: 1)"),
+        ("--tokens-per-rank", "tokens_per_rank", count, "N", "tokens of a rank in a batch"),
+        ("--hidden", "hidden", count, "N", "width of a token; with --width, gives times"),
+        ("--width", "width", count, "N", "inner width of an expert"),
+        ("--bytes-per-expert", "bytes_per_expert", positive, "N", "(default: 16-bit weights)"),
+        ("--memory-budget", "memory_budget", positive, "GIB", "for the copies of all layers"),
+    ):
+        default = 1 if name == "n_nodes" else None
+        command.add_argument(
+            flag, dest=name, type=kind, metavar=metavar, default=default, help=text
+        )
+    command.add_argument(
+        "--ranks", dest="ep_size", type=count, required=True, metavar="N", help="how many GPUs"
+    )
+    command.add_argument(
+        "--redundants",
+        type=_counts,
+        metavar="N,N,…",
+        help="redundant slots per rank to try (default: 1,2,4,8, as far as they make sense)",
+    )
+    command.add_argument(
+        "--topology",
+        choices=tuple(topologies.NAMED),
+        help="the only one to try (default: all that fit)",
+    )
+    command.add_argument(
+        "--inference", action="store_true", help="forward alone, with weights that stay"
+    )
+    for name, default, text in (
+        ("flops", _cost.FLOPS, "floating-point operations per second that products reach"),
+        ("link", _cost.LINK, "bytes per second between ranks of a node"),
+        ("node_link", _cost.NODE_LINK, "bytes per second and rank between nodes"),
+        ("memory_rate", _cost.MEMORY, "bytes per second that weights are read with"),
+    ):
+        command.add_argument(
+            _flag(name),
+            type=positive,
+            default=default,
+            metavar="X",
+            help=f"{text} (default: {default:g}, as measured on H200s)",
+        )
+    command.add_argument(
+        "--layers",
+        dest="most_layers",
+        type=count,
+        default=4,
+        metavar="N",
+        help="layers to look at, evenly spaced (default: %(default)s)",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON in the place of a table")
+    command.add_argument(
+        "--picture",
+        default="lplb_jax_advice.png",
+        metavar="PATH",
+        help="where to write the picture, empty is none (default: %(default)s)",
+    )
+    command.set_defaults(command=command, run=advise)
+
+
+def _counts(text: str) -> list[int]:
+    """Type of an option that is a list of whole numbers of at least 1."""
+    return [at_least(1)(part) for part in text.split(",")]
 
 
 def at_least(least: int, kind: type = int) -> Callable[[str], Any]:

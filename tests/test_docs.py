@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import lplb_jax
+from lplb_jax import _study
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
 MODULES = [
     "lplb_jax",
     *(
@@ -85,6 +86,9 @@ def test_sections_of_a_functions_docstring(name):
 
 
 RESULTS = [
+    lplb_jax.Advice,
+    _study.Ageing,
+    _study.Choice,
     lplb_jax.Split,
     lplb_jax.Placement,
     lplb_jax.moe.Experts,
@@ -107,6 +111,12 @@ def test_signatures_are_the_contract():
         "rebalance": (
             "(indices, loads, r2o=None, *, placement=None, axis_name=None, comm=None, "
             "solver='auto', rank_weights=None, positions=False, copies='placement', fan_out=None)"
+        ),
+        "advise": (
+            "(workload, *, ep_size, n_nodes=1, redundants=None, topology=None, n_logical=None, "
+            "top_k=None, tokens_per_rank=None, hidden=None, width=None, bytes_per_expert=None, "
+            "memory_budget=None, inference=False, flops=550000000000000.0, link=270000000000.0, "
+            "node_link=45000000000.0, memory_rate=2700000000000.0, most_layers=4, progress=None)"
         ),
         "place_copies": "(loads, placement, *, fan_out=None)",
         "count_loads": "(indices, n_logical)",
@@ -143,10 +153,11 @@ def test_signatures_are_the_contract():
         assert str(bare) == signature, name
 
 
-def test_python_in_the_readme_runs(tmp_path):
+@pytest.mark.parametrize("page", ["README.md", "docs/advise.md"])
+def test_python_of_a_page_runs(tmp_path, page):
     """All its blocks, one after the other, as a user would type them."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
-    assert blocks, "README.md has no example"
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    assert blocks, f"{page} has no example"
     # -P: not the source tree, which has no native modules. A warning would say that they lack.
     done = subprocess.run(
         [sys.executable, "-P", "-W", "error::UserWarning", "-c", "\n".join(blocks)],

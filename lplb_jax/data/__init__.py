@@ -100,7 +100,19 @@ def read_traces(path: str | Path) -> Traces:
 
 
 def _arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of an .npz file. For one that is damaged NumPy has errors of many types."""
+    """All those of an .npz file."""
+    arrays = arrays_of(path, names)
+    for name in names:
+        if name not in arrays:
+            raise ValueError(
+                f"path: expected an .npz file with the arrays {' and '.join(names)}, got {path}, "
+                f"which has no array {name}"
+            )
+    return arrays
+
+
+def arrays_of(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Those that an .npz file has. For one that is damaged NumPy has errors of many types."""
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in names if name in file}
@@ -111,10 +123,4 @@ def _arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
             f"path: expected an .npz file as numpy.savez writes it, got {path}, which is none or "
             f"is damaged"
         ) from None
-    for name in names:
-        if not isinstance(arrays.get(name), np.ndarray):
-            raise ValueError(
-                f"path: expected an .npz file with the arrays {' and '.join(names)}, got {path}, "
-                f"which has no array {name}"
-            )
-    return arrays
+    return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}

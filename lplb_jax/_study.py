@@ -1,0 +1,272 @@
+"""Placements tried on a workload: how even they are, what they cost, how long they last."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from lplb_jax import topologies
+from lplb_jax._cost import Costs
+from lplb_jax._portfolio import imbalances
+from lplb_jax._problem import check_count
+from lplb_jax._workload import Workload
+from lplb_jax.batch_copies import place_copies
+from lplb_jax.placement import Placement, place_experts
+from lplb_jax.solver import solve
+
+# Kinds of placements beside those along topologies.
+GIVEN, PACKED, EVEN = "given order", "packed", "EPLB, even split"
+ANY, BATCH = "any ranks", "copies per batch"
+_REDUNDANTS = (1, 2, 4, 8)
+# What one more redundant slot must gain: of layer time, or of the mean load where that is unknown.
+_WORTH = 0.005
+# A placement is too old when it costs so much more of the mean than a fresh one.
+_TOO_OLD = 0.02
+_MOST_SPANS, _LEAST_LATER, _AGEING_LAYERS = 6, 4, 2
+
+
+class Choice(NamedTuple):
+    """One way to place experts, and what it comes to.
+
+    Attributes:
+      placement: "given order": experts in the order of their ids. "packed": by load, without
+        copies. "EPLB, even split": EPLB's copies, and equal shares for all copies of an expert.
+        "any ranks": `place_experts` without topology. "copies per batch": `place_copies`. Else the
+        name of a topology. All but the even split are balanced exactly.
+      redundants: redundant slots of each rank.
+      mean: the largest over the mean rank load, averaged over all batches and layers.
+      p99: what 99 of 100 do not exceed.
+      bound: the mean of what no routing over the same copies can go below, as `mean` is.
+      memory: bytes of a rank's copies, in all layers of the model; None if unknown.
+      traffic: bytes of copies and of their gradients per rank, layer and step; None if unknown.
+      seconds: of a layer, estimated; None if unknown.
+      fits: whether the memory is within the budget.
+    """
+
+    placement: str
+    redundants: int
+    mean: float
+    p99: float
+    bound: float
+    memory: float | None
+    traffic: float | None
+    seconds: float | None
+    fits: bool
+
+
+class Ageing(NamedTuple):
+    """What becomes of a placement that stays.
+
+    Attributes:
+      placement: which, as in `Choice`.
+      redundants: likewise.
+      age: batches since it was made, in the middle of each span.
+      kept: largest over mean rank load with it.
+      fresh: the same with one made just before that span.
+      refresh_after: batches after which it costs 0.02 of the mean more than a fresh one; None if
+        it never did.
+    """
+
+    placement: str
+    redundants: int
+    age: list[float]
+    kept: list[float]
+    fresh: list[float]
+    refresh_after: int | None
+
+
+def plans(
+    n_logical: int, ep_size: int, redundants: Sequence[int] | None, topology: str | None
+) -> list[tuple[str, int]]:
+    """What to try: kinds of placement and redundant slots; raises where `topology` never fits."""
+    n_local = -(-n_logical // ep_size)
+    fitting = {name: r2o.n_columns for name, r2o in topologies.named(ep_size).items()}
+    fitting = (
+        {name: n for name, n in fitting.items() if n <= n_local}
+        if (n_logical % ep_size == 0)
+        else {}
+    )
+    if topology is not None:
+        _check_topology(topology, n_logical, ep_size, fitting)
+        fitting = {topology: fitting[topology]}
+    if redundants is None:
+        most = max(1, min(2 * n_local, n_logical - n_local))
+        redundants = [n for n in _REDUNDANTS if n <= most] or [1]
+        if topology is not None:
+            n_columns = fitting[topology]
+            redundants = [n * n_columns for n in _REDUNDANTS if n * n_columns <= n_local]
+    tried = [(GIVEN, 0), (PACKED, 0)]
+    for n in sorted(set(redundants)):
+        check_count("redundants", n)
+        along = [name for name, columns in fitting.items() if n <= n_local and n % columns == 0]
+        kinds = along if topology is not None else [EVEN, *along, ANY, BATCH]
+        tried += [(kind, int(n)) for kind in kinds]
+    if topology is not None and len(tried) == 2:
+        raise ValueError(
+            f"redundants: expected multiples of the {fitting[topology]} columns of the {topology}, "
+            f"at most the {n_local} experts of a rank, got {', '.join(map(str, redundants))}"
+        )
+    return tried
+
+
+def _check_topology(topology: str, n_logical: int, ep_size: int, fitting: dict[str, int]) -> None:
+    """Raises, with the names of those that fit, where `topology` does not."""
+    if topology in fitting:
+        return
+    if topology not in topologies.NAMED:
+        expected = f"one of {', '.join(topologies.NAMED)}"
+    elif fitting:
+        expected = f"one that fits {ep_size} ranks of {n_logical // ep_size} experts each"
+    else:
+        expected = f"none, since no topology fits {n_logical} experts on {ep_size} ranks"
+    fit = f"; these fit: {', '.join(fitting)}" if fitting else ""
+    raise ValueError(f"topology: expected {expected}, got {topology!r}{fit}")
+
+
+class Study:
+    """Placements for a workload, each made once."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        ep_size: int,
+        n_nodes: int,
+        costs: Costs | None,
+        memory_per_expert: float | None,
+        memory_budget: float | None,
+    ) -> None:
+        self._workload, self._costs = workload, costs
+        self._memory_per_expert, self._memory_budget = memory_per_expert, memory_budget
+        self._sizes = {"n_logical": workload.n_logical, "ep_size": ep_size}
+        self._ep_size, self._n_nodes = ep_size, n_nodes
+
+    def judge(self, kind: str, redundants: int) -> Choice:
+        """How even the later batches are on placements from the earlier ones, and at what cost."""
+        results = []
+        for history, batches in zip(self._workload.history, self._workload.batches, strict=True):
+            placement = self._placement(kind, redundants, history)
+            bound = self._exactly(kind, placement, batches)
+            results.append((self._evenly(placement, batches) if kind == EVEN else bound, bound))
+        found, bound = np.concatenate(results, axis=1)
+        mean = float(found.mean())
+        p99 = float(np.quantile(found, 0.99, method="higher"))
+        cost = self._cost(kind, redundants, mean)
+        return Choice(kind, redundants, mean, p99, float(bound.mean()), *cost)
+
+    def _cost(
+        self, kind: str, redundants: int, mean: float
+    ) -> tuple[float | None, float | None, float | None, bool]:
+        """memory, traffic, seconds and fits of a Choice."""
+        memory = traffic = seconds = None
+        if self._memory_per_expert is not None:
+            memory = redundants * self._memory_per_expert * self._workload.n_layers
+        if self._costs is not None:
+            traffic = self._costs.traffic(redundants, kind == BATCH)
+            n_slots = -(-self._workload.n_logical // self._ep_size) + redundants
+            seconds = self._costs.layer(mean, n_slots, traffic)
+        fits = memory is None or self._memory_budget is None or memory <= self._memory_budget
+        return memory, traffic, seconds, fits
+
+    def _placement(self, kind: str, redundants: int, history: np.ndarray) -> Placement:
+        """The placement of a layer, from its earlier batches `[batches, n_logical]`."""
+        n_logical, ep_size = self._workload.n_logical, self._ep_size
+        if kind == GIVEN:
+            experts = np.full((ep_size, -(-n_logical // ep_size)), -1)
+            for row, part in zip(
+                experts, np.array_split(np.arange(n_logical), ep_size), strict=True
+            ):
+                row[: len(part)] = part
+            return Placement.from_phy2log(experts, ep_size=ep_size, n_logical=n_logical)
+        sizes = {"n_logical": n_logical, "ep_size": ep_size, "n_nodes": self._n_nodes}
+        if kind == BATCH:
+            homes = self._placement(PACKED, 0, history).phy2log.reshape(ep_size, -1)
+            empty = np.full((ep_size, redundants), -1)
+            table = np.concatenate([homes, empty], axis=1)
+            return Placement.from_phy2log(table, **sizes)
+        if kind in (PACKED, ANY, EVEN):
+            method = "eplb" if kind == EVEN else "auto"
+            stacked = place_experts(
+                history[None], **sizes, redundants_per_rank=redundants, method=method
+            )
+            return jax.tree.map(lambda array: array[0], stacked)
+        r2o = topologies.named(ep_size)[kind]
+        return place_experts(history.sum(axis=0), r2o, **sizes, redundants_per_rank=redundants)
+
+    def _exactly(self, kind: str, placement: Placement, batches: np.ndarray) -> np.ndarray:
+        """Largest over mean rank load of every batch, which no routing can go below."""
+        if kind != BATCH:
+            return imbalances(placement.phy2log, self._ep_size, batches)
+        chosen = np.asarray(_copies_of(batches.astype(np.int32), placement).phy2log)
+        pairs = zip(chosen, batches, strict=True)
+        return np.concatenate([imbalances(row, self._ep_size, batch[None]) for row, batch in pairs])
+
+    def _evenly(self, placement: Placement, batches: np.ndarray) -> np.ndarray:
+        """The same where all copies of an expert get equal shares."""
+        share = np.append(batches / placement.logcnt, np.zeros((len(batches), 1)), axis=1)
+        ranks = share[:, placement.phy2log].reshape(len(batches), self._ep_size, -1).sum(axis=2)
+        return ranks.max(axis=1) / ranks.mean(axis=1)
+
+    def ranks(self, choice: Choice) -> list[int]:
+        """Tokens of every rank, in the last batch of the first layer."""
+        history, batch = self._workload.history[0], self._workload.batches[0, -1].astype(np.int32)
+        placement = self._placement(choice.placement, choice.redundants, history)
+        if choice.placement == BATCH:
+            placement = place_copies(batch, placement)
+        quota = np.asarray(solve(batch, placement=placement).quota)
+        return quota.reshape(self._ep_size, -1).sum(axis=1).tolist()
+
+    def ageing(self, best: Choice, choices: Sequence[Choice]) -> Ageing | None:
+        """What becomes of the best placement, or of one on any ranks if that does not age."""
+        later = self._workload.batches.shape[1]
+        if best.placement == BATCH:
+            others = [c for c in choices if c[:2] == (ANY, best.redundants)]
+            best = others[0] if others else best
+        fixed = best.placement in (GIVEN, BATCH)
+        if fixed or not self._workload.in_order or later < _LEAST_LATER:
+            return None
+        spans = np.array_split(np.arange(later), min(_MOST_SPANS, later))
+        layers = range(min(_AGEING_LAYERS, len(self._workload.history)))
+        found = np.mean([self._ageing_of(best, layer, spans) for layer in layers], axis=0)
+        kept, fresh = found.T.tolist()
+        spans_too_old = np.flatnonzero(found[:, 0] > found[:, 1] + _TOO_OLD)
+        anew = max(1, int(spans[spans_too_old[0]][0])) if len(spans_too_old) else None
+        ages = [float(span.mean()) + 1 for span in spans]
+        return Ageing(best.placement, best.redundants, ages, kept, fresh, anew)
+
+    def _ageing_of(
+        self, choice: Choice, layer: int, spans: list[np.ndarray]
+    ) -> list[tuple[float, float]]:
+        """Of one layer: with the first placement and with a new one, in every span."""
+        history, batches = self._workload.history[layer], self._workload.batches[layer]
+        kind, redundants = choice.placement, choice.redundants
+        first = self._placement(kind, redundants, history)
+        found = []
+        for span in spans:
+            past = np.concatenate([history, batches[: span[0]]])[-len(history) :]
+            fresh = self._placement(kind, redundants, past) if span[0] else first
+            both = [self._exactly(kind, each, batches[span]).mean() for each in (first, fresh)]
+            found.append((float(both[0]), float(both[1])))
+        return found
+
+
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(0, None))
+def _copies_of(loads: jax.Array, placement: Placement) -> Placement:
+    return place_copies(loads, placement)
+
+
+def recommended(choices: list[Choice]) -> Choice:
+    """The choice that takes least time, or nearly so with fewer redundant slots.
+
+    An even split is never better than the exact one of the same copies.
+    """
+    possible = [choice for choice in choices if choice.fits and choice.placement != EVEN]
+    timed = all(choice.seconds is not None for choice in possible)
+    costs = [choice.seconds if timed else choice.mean for choice in possible]
+    most = min(costs) * (1 + _WORTH)
+    good = [choice for choice, cost in zip(possible, costs, strict=True) if cost <= most]
+    return min(good, key=lambda choice: choice.redundants)

@@ -1,0 +1,261 @@
+"""What `advise` is asked about: loads to place from, and others to judge by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lplb_jax._models import MODELS, Model, synthetic_loads
+from lplb_jax.data import Traces, arrays_of
+
+# More layers and batches say little more, and take longer.
+_MOST_HISTORY, _MOST_JUDGED = 16, 64
+# Where nobody says how many tokens a rank has.
+_TOKENS_PER_RANK = 4096
+_SYNTHETIC_BATCHES = 48
+
+
+class Workload(NamedTuple):
+    """Loads of some layers, and the sizes that came with them.
+
+    Attributes:
+      name: where they come from, in words.
+      history: `[layers, batches, n_logical]`, to place from.
+      batches: int64 `[layers, batches, n_logical]`, to judge placements by, the later ones; of
+        the same batch as `history` where there is no other.
+      n_layers: of the model; `history` may hold fewer.
+      rows: tokens of a batch, each as often as it chooses an expert.
+      top_k: experts of a token, None if unknown.
+      model: its sizes, None if unknown.
+      in_order: whether `batches` follow `history` in time, so that age has a meaning.
+    """
+
+    name: str
+    history: np.ndarray
+    batches: np.ndarray
+    n_layers: int
+    rows: float
+    top_k: int | None
+    model: Model | None
+    in_order: bool
+
+    @property
+    def n_logical(self) -> int:
+        """Experts of a layer."""
+        return self.history.shape[-1]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether placements are judged by other batches than those they are made from."""
+        return self.history is not self.batches
+
+
+def find_workload(
+    workload: Any,
+    *,
+    ep_size: int,
+    n_logical: int | None,
+    tokens_per_rank: int | None,
+    top_k: int | None,
+    most_layers: int,
+) -> Workload:
+    """The workload that a file, the name of a model, or an array describes.
+
+    Args:
+      workload: see `lplb_jax.advise`.
+      ep_size: ranks.
+      n_logical: experts where only ids say how many; None for the largest id + 1.
+      tokens_per_rank: tokens of a rank in a batch; None for what the workload has.
+      top_k: experts of a token where loads do not say.
+      most_layers: layers to look at, evenly spaced.
+
+    Raises:
+      OSError: the file cannot be read.
+      TypeError, ValueError: it holds something else; the message begins with an argument's name.
+    """
+    if isinstance(workload, str) and workload in MODELS and not Path(workload).exists():
+        return _of_model(workload, ep_size, tokens_per_rank, most_layers)
+    if isinstance(workload, str | Path):
+        return _of_file(workload, ep_size, n_logical, tokens_per_rank, top_k, most_layers)
+    if isinstance(workload, Traces):
+        name, arrays = "traces", workload._asdict()
+    else:
+        name, arrays = "loads", {"loads": np.asarray(workload)}
+    return _of_arrays(name, arrays, ep_size, n_logical, tokens_per_rank, top_k, most_layers)
+
+
+def _of_model(name: str, ep_size: int, tokens_per_rank: int | None, most_layers: int) -> Workload:
+    model = MODELS[name]
+    tokens = (tokens_per_rank or _TOKENS_PER_RANK) * ep_size
+    n_layers = min(most_layers, model.n_layers)
+    loads = synthetic_loads(model, n_layers, _SYNTHETIC_BATCHES, tokens)
+    loads = _split(f"{name} (synthetic routing)", loads)
+    rows = float(tokens * model.top_k)
+    return loads._replace(n_layers=model.n_layers, rows=rows, top_k=model.top_k, model=model)
+
+
+def _of_file(path: str | Path, *sizes: Any) -> Workload:
+    if not Path(path).exists():
+        raise ValueError(
+            f"workload: expected an .npz file that exists, or a model, one of {', '.join(MODELS)}, "
+            f"got {str(path)!r}"
+        )
+    try:
+        arrays = arrays_of(path, ("indices", "history", "loads"))
+    except ValueError as error:
+        raise ValueError(str(error).replace("path", "workload", 1)) from None
+    if ("indices" in arrays) == ("loads" in arrays):
+        held = "both" if arrays.keys() >= {"indices", "loads"} else "none of them"
+        raise ValueError(
+            f"workload: expected an .npz file with an array `indices` [layers, tokens, top_k] or "
+            f"`loads` [layers, batches, n_experts], got {held} in {path}"
+        )
+    return _of_arrays(str(path), arrays, *sizes)
+
+
+def _of_arrays(
+    name: str,
+    arrays: dict[str, np.ndarray],
+    ep_size: int,
+    n_logical: int | None,
+    tokens_per_rank: int | None,
+    top_k: int | None,
+    most_layers: int,
+) -> Workload:
+    """From `indices` or `loads`, and `history` of earlier batches where there is one."""
+    if "history" in arrays:
+        history = _checked_loads(arrays["history"], n_logical, name)
+        n_logical = history.shape[-1]
+    if "indices" in arrays:
+        indices = _checked_ids(arrays["indices"], n_logical, name)
+        top_k = indices.shape[2]
+        n_logical = n_logical or int(indices.max()) + 1
+        layers = _some(len(indices), most_layers)
+        parts = _parts(indices.shape[1], ep_size, tokens_per_rank, "history" in arrays)
+        loads = np.array([[_count(part, n_logical) for part in parts(indices[i])] for i in layers])
+        n_layers = len(indices)
+    else:
+        loads = _checked_loads(arrays["loads"], None if "history" in arrays else n_logical, name)
+        n_layers, layers = len(loads), _some(len(loads), most_layers)
+        loads = loads[layers]
+    if "history" in arrays:
+        expected, got = (n_layers, loads.shape[-1]), (len(history), n_logical)
+        if expected != got:
+            raise ValueError(
+                f"workload: expected as many layers and experts in history as in the batches, "
+                f"{expected}, got {got} in {name}"
+            )
+        found = Workload(
+            name, history[layers][:, -_MOST_HISTORY:], _as_tokens(loads), 0, 0.0, None, None, False
+        )
+    else:
+        found = _split(name, loads)
+    rows = _rows_of(found, ep_size, tokens_per_rank, top_k)
+    return found._replace(n_layers=n_layers, rows=rows, top_k=top_k)
+
+
+def _split(name: str, loads: np.ndarray) -> Workload:
+    """The first half of the batches to place from, the rest to judge by."""
+    n_batches = loads.shape[1]
+    n_history = n_batches // 2
+    tokens = _as_tokens(loads)
+    if n_history == 0:
+        return Workload(name, tokens, tokens, 0, 0.0, None, None, False)
+    history = loads[:, max(0, n_history - _MOST_HISTORY) : n_history]
+    judged = tokens[:, n_history : n_history + _MOST_JUDGED]
+    return Workload(name, history, judged, 0, 0.0, None, None, True)
+
+
+def _rows_of(
+    workload: Workload, ep_size: int, tokens_per_rank: int | None, top_k: int | None
+) -> float:
+    if tokens_per_rank is not None and top_k is not None:
+        return float(tokens_per_rank * top_k * ep_size)
+    return float(workload.batches.sum(axis=2).mean())
+
+
+def _some(n_layers: int, most: int) -> np.ndarray:
+    """Which layers to look at: all, or evenly spaced ones."""
+    return np.unique(np.linspace(0, n_layers - 1, min(most, n_layers)).round().astype(int))
+
+
+def _parts(n_tokens: int, ep_size: int, tokens_per_rank: int | None, has_history: bool) -> Any:
+    """A function that cuts the tokens of a layer into batches."""
+    if tokens_per_rank is None:
+        n_batches = 1 if has_history or n_tokens < 2 else 2
+        return lambda ids: np.array_split(ids, n_batches)
+    size = tokens_per_rank * ep_size
+    if n_tokens < size * (1 if has_history else 2):
+        raise ValueError(
+            f"tokens_per_rank: expected at most "
+            f"{n_tokens // ep_size // (1 if has_history else 2)}, so that {n_tokens} tokens are "
+            f"{'a batch' if has_history else 'two batches'} of {ep_size} ranks, got "
+            f"{tokens_per_rank}"
+        )
+    return lambda ids: np.split(ids[: len(ids) // size * size], len(ids) // size)
+
+
+def _count(ids: np.ndarray, n_logical: int) -> np.ndarray:
+    return np.bincount(ids[ids >= 0].ravel(), minlength=n_logical)
+
+
+def _as_tokens(loads: np.ndarray) -> np.ndarray:
+    """int64 loads; those in other units than tokens become about a million."""
+    if loads.dtype.kind == "f" and not np.array_equal(loads, np.rint(loads)):
+        total = loads.sum(axis=2, keepdims=True)
+        loads = loads * ((1 << 20) / np.where(total > 0, total, 1))
+    return np.rint(loads).astype(np.int64)
+
+
+def _checked_ids(indices: np.ndarray, n_logical: int | None, name: str) -> np.ndarray:
+    """Ids int64 `[layers, tokens, top_k]`, −1 for none."""
+    if indices.dtype.kind not in "iu" or indices.ndim != 3 or indices.size == 0:
+        raise ValueError(
+            f"workload: expected indices as integers [layers, tokens, top_k], no size 0, got "
+            f"{indices.dtype} {list(indices.shape)} in {name}"
+        )
+    none = np.iinfo(indices.dtype).max if indices.dtype.kind == "u" else -1
+    is_none = indices == none
+    if is_none.any() and none >= 0 and n_logical is not None and none < n_logical:
+        is_none[:] = False  # A type that is full of experts has no id left for none.
+    ids = np.where(is_none, -1, indices.astype(np.int64))
+    most = n_logical if n_logical is not None else 1 << 20
+    if ids.min() < -1 or ids.max() >= most:
+        wrong = ids.min() if ids.min() < -1 else ids.max()
+        raise ValueError(
+            f"workload: expected expert ids below {most}, or {none} for none, got {wrong} in {name}"
+        )
+    if ids.max() < 0:
+        raise ValueError(f"workload: expected tokens that choose an expert, got none in {name}")
+    return ids
+
+
+def _checked_loads(loads: np.ndarray, n_logical: int | None, name: str) -> np.ndarray:
+    """Loads `[layers, batches, n_logical]`, finite and at least 0."""
+    good_type = loads.dtype.kind in "iuf"
+    if not good_type or not 1 <= loads.ndim <= 3 or loads.size == 0:
+        raise ValueError(
+            f"workload: expected loads as numbers [layers, batches, n_experts], [layers, "
+            f"n_experts] or [n_experts], no size 0, got {loads.dtype} {list(loads.shape)} in {name}"
+        )
+    if loads.ndim < 3:
+        loads = loads.reshape(-1, 1, loads.shape[-1])
+    if n_logical is not None and loads.shape[-1] != n_logical:
+        raise ValueError(
+            f"n_logical: expected {loads.shape[-1]}, as many as loads in {name} have, got "
+            f"{n_logical}"
+        )
+    if not np.isfinite(loads).all() or loads.min() < 0 or loads.max() >= 1 << 40:
+        raise ValueError(
+            f"workload: expected finite loads of at least 0 and below 2⁴⁰, got {loads.min()} to "
+            f"{loads.max()} in {name}"
+        )
+    if not loads.any(axis=2).all():
+        layer, batch = np.argwhere(~loads.any(axis=2))[0]
+        raise ValueError(
+            f"workload: expected tokens in every batch, got none in layer {layer}, batch {batch} "
+            f"of {name}"
+        )
+    return loads
