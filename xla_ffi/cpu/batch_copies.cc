@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <numeric>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "xla_ffi/cpu/handler.h"
@@ -127,8 +128,11 @@ std::vector<int32_t> Choose(const Homes& homes, int32_t fan_out) {
   const int32_t most = *std::max_element(homes.load.begin(), homes.load.end());
   std::optional<Attempt> best;
   int32_t least = most;
+  int32_t target = -1;
   for (int32_t i = 1; i <= kNTargets; ++i) {
-    const int32_t target = mean + CopyTargetPart(CopyTargetPart(most - mean, i), i);
+    const int32_t before =
+        std::exchange(target, mean + CopyTargetPart(CopyTargetPart(most - mean, i), i));
+    if (target == before) continue;  // As near the mean of few tokens: nothing new.
     if (best && target - least > (mean >> kCopiesWorth)) break;
     Attempt attempt(homes, target, fan_out);
     if (!attempt.Run()) continue;
