@@ -147,17 +147,8 @@ def choose_solver(solver: str, loads: jax.Array | None, rank_weights: Any) -> st
     return solver
 
 
-def check_solves(method: str, problem: Problem) -> None:
-    """Raises where there is no such solver for the problem."""
-    if method == "ipm" and problem.node_size:
-        raise ValueError(
-            "solver: expected 'exact', int32 loads and no rank_weights for a placement without a "
-            "topology, got a problem for the interior point; use a placement along a topology"
-        )
-
-
-def check_factor(factor: str, method: str) -> bool:
-    """Whether the interior point shall use cuSolverDx; raises where it was not built in."""
+def check_factor(factor: str, method: str, problem: Problem) -> bool:
+    """Whether the interior point shall use cuSolverDx; raises where it cannot."""
     if factor not in FACTORS:
         raise ValueError(f"factor: expected one of {', '.join(FACTORS)}, got {factor!r}")
     if factor == "elimination":
@@ -166,6 +157,10 @@ def check_factor(factor: str, method: str) -> bool:
         raise ValueError(
             f"factor: expected 'elimination' for solver={method!r}, which factors nothing, got "
             f"{factor!r}; use solver='ipm'"
+        )
+    if problem.node_size:
+        raise ValueError(
+            f"factor: expected 'elimination' for a placement without a topology, got {factor!r}"
         )
     extension = _native.cuda()
     if extension is None or not extension.has_cusolverdx():

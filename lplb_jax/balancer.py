@@ -15,7 +15,6 @@ from lplb_jax._problem import (
     check_indices,
     check_loads,
     check_problem,
-    check_solves,
     check_sources,
     check_weights,
     choose_solver,
@@ -117,7 +116,6 @@ def rebalance(
     problem = check_problem(loads, r2o, placement, axis_name)
     if limit is not None:
         problem = anywhere(problem.placement)
-    check_solves(method, problem)
     weights = check_weights(rank_weights, len(problem.r2o))
     check_sources(indices, loads, problem, axis_name)
     if comm is not None:

@@ -13,7 +13,6 @@ from lplb_jax._problem import (
     check_factor,
     check_loads,
     check_problem,
-    check_solves,
     check_weights,
     choose_solver,
 )
@@ -64,8 +63,8 @@ def solve(
         of its slots.
       placement: where the experts are; None for the given order with one redundant slot per column
         (and, if `loads` is `[n_logical]`, a single group).
-      solver: "exact", integer waves on the replica graph; "ipm", a float32 interior point, which
-        needs a topology; "auto", exact for int32 loads without weights, else ipm.
+      solver: "exact", integer waves on the replica graph; "ipm", a float32 interior point; "auto",
+        exact for int32 loads without weights, else ipm.
       rank_weights: float `[group_size]`, positive: how fast every rank of a group is, in any unit.
         Then the largest load / weight is what is made small. Weights below 2⁻⁴⁰ of the largest
         count as that, and set a status bit. None: all ranks are equal.
@@ -95,9 +94,8 @@ def solve(
     loads = check_loads(loads, floats=True)
     method = choose_solver(solver, loads, rank_weights)
     problem = check_problem(loads, r2o, placement, axis_name=None)
-    check_solves(method, problem)
     weights = check_weights(rank_weights, len(problem.r2o))
-    cusolverdx = check_factor(factor, method)
+    cusolverdx = check_factor(factor, method, problem)
     return split_loads(loads, problem, method, weights, repair, cusolverdx)
 
 

@@ -8,6 +8,8 @@ from collections import deque
 import numpy as np
 from cases import INT32_MAX
 
+from lplb_jax import Placement
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -69,6 +71,33 @@ SIZES = {
     "128 x 40": Sizes(128, 40, 2048),
 }
 SMALL_SIZES = {name: SIZES[name] for name in ["one rank", "no room", "3 x 4", "8 x 6", "16 x 5"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyCase:
+    """As `cases.Case`, of any placement: one group of all ranks."""
+
+    sizes: Sizes
+    n_groups: int = 1
+
+    @property
+    def r2o(self) -> np.ndarray:
+        return np.zeros((self.ep_size, 0), np.int32)
+
+    @property
+    def ep_size(self) -> int:
+        return self.sizes.ep_size
+
+    @property
+    def n_logical(self) -> int:
+        return self.sizes.n_logical
+
+    def placement(self, rng: np.random.Generator) -> Placement:
+        """A random one; now and then, one expert is everywhere."""
+        table = self.sizes.phy2log if rng.random() < 0.8 else self.sizes.phy2log_one_everywhere
+        return Placement.from_phy2log(
+            table(rng).reshape(self.ep_size, -1), ep_size=self.ep_size, n_logical=self.n_logical
+        )
 
 
 def loads_for(rng: np.random.Generator, sizes: Sizes, hosts: np.ndarray) -> np.ndarray:

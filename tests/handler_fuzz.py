@@ -84,9 +84,7 @@ def valid_call(rng: np.random.Generator, case: Case) -> Call:
     node_size = rng.choice([n for n in range(1, case.ep_size + 1) if case.ep_size % n == 0])
     nodes = {"node_size": int(node_size) if anywhere else 0}
     types = [np.int32] * 8
-    targets = ["count", "solve", "place_copies", "assign", "rebalance"] + (
-        [] if anywhere else ["ipm"]
-    )
+    targets = ["count", "solve", "ipm", "place_copies", "assign", "rebalance"]
     target = str(rng.choice(targets))
     if target == "count":
         operands, shapes, attributes = [indices], [(n_logical + 1,)], {"n_logical": n_logical}

@@ -22,7 +22,8 @@ def host_matrix(placement: Placement) -> np.ndarray:
     """Whether rank r hosts expert e, bool `[n_logical, ep_size]`."""
     hosts = np.zeros((placement.n_logical, placement.ep_size), bool)
     rank = np.arange(placement.n_physical) // (placement.n_physical // placement.ep_size)
-    hosts[np.asarray(placement.phy2log), rank] = True
+    slot = np.flatnonzero(np.asarray(placement.phy2log) >= 0)
+    hosts[np.asarray(placement.phy2log)[slot], rank[slot]] = True
     return hosts
 
 

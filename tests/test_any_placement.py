@@ -432,16 +432,6 @@ def test_wrong_placements(rng):
         assert status == [0 if name == "logcnt" else Status.BAD_PLACEMENT]
 
 
-def test_only_the_exact_solver(rng):
-    placement = layer(placements(rng, SIZES["3 x 4"], 1), 0)
-    loads = np.ones(7, np.int32)
-    for options in ({"solver": "ipm"}, {"rank_weights": np.ones(3)}):
-        with pytest.raises(ValueError, match="solver: expected 'exact'"):
-            solve(loads, placement=placement, **options)
-    with pytest.raises(ValueError, match="solver: expected 'exact'"):
-        solve(loads.astype(np.float32), placement=placement)
-
-
 def test_new_placements_need_no_compilation(rng):
     sizes = SIZES["8 x 6"]
     stacked = placements(rng, sizes, 5)

@@ -6,6 +6,7 @@ By the native code and by the specification, and checked against the cuts of all
 import jax
 import numpy as np
 import pytest
+from any_cases import SMALL_SIZES, AnyCase
 from cases import INT32_MAX, SMALL_CASES, layers
 from oracles import group_views, weighted_optimum
 
@@ -42,7 +43,13 @@ TOKEN_FAMILIES = {
     "at the end": lambda rng, n: rng.integers(0, INT32_MAX // 9, n),
     "one has all": lambda rng, n: INT32_MAX * (np.arange(n) == rng.integers(n)),
 }
-KINDS = [(name, "native") for name in SMALL_CASES] + [("random 5x3", "reference")]
+# Along topologies, and of any placement.
+PROBLEMS = SMALL_CASES | {
+    name: lambda rng, name=name: AnyCase(SMALL_SIZES[name]) for name in ("3 x 4", "8 x 6")
+}
+KINDS = [(name, "native") for name in PROBLEMS] + [
+    (name, "reference") for name in ("random 5x3", "3 x 4")
+]
 # Powers of ten, up and down from 1, between which the weights are.
 SPREADS = [0, 0.5, 2, 4, 12, 38]
 
@@ -51,9 +58,8 @@ def solver_of(kind, case, **options):
     """One compiled solve of a batch of loads, placements and weights; weights None for equal."""
 
     def native(row, placement, weights):
-        return solve(
-            row, case.r2o, placement=placement, solver="ipm", rank_weights=weights, **options
-        )
+        r2o = case.r2o if case.r2o.size else None
+        return solve(row, r2o, placement=placement, solver="ipm", rank_weights=weights, **options)
 
     def specified(row, placement, weights):
         equal = np.ones(len(case.r2o), np.float32)
@@ -124,7 +130,7 @@ def check(case, loads, stacked, weights, results):
 
 def problem(rng, name, families):
     """A case, and of every family and spread of the weights: loads, a placement, and weights."""
-    case = SMALL_CASES[name](rng)
+    case = PROBLEMS[name](rng)
     kinds = [(family, spread) for family in families.values() for spread in SPREADS]
     loads = np.stack([family(rng, case.n_logical) for family, _ in kinds])
     weights = [log_uniform(rng, -spread, spread, len(case.r2o)) for _, spread in kinds]

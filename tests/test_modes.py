@@ -28,6 +28,10 @@ from lplb_jax import (
 )
 
 CASE = Case(topologies.ring(4), 4, combined=2)
+# Along no topology: experts two and three times, one slot empty.
+ANYWHERE = Placement.from_phy2log(
+    [[0, 1, 2, 3, 8], [4, 5, 6, 7, 8], [8, 9, 10, 11, 0], [12, 13, 14, 15, -1]], ep_size=4
+)
 
 MODES = {
     "strict types": lambda: jax.numpy_dtype_promotion("strict"),
@@ -83,11 +87,8 @@ def measured(ids, loads, placement):
 
 
 def with_copies_anywhere(ids, loads, placement):
-    """A placement along no topology: experts two and three times, one slot empty."""
-    table = np.array([[0, 1, 2, 3, 8], [4, 5, 6, 7, 8], [8, 9, 10, 11, 0], [12, 13, 14, 15, -1]])
-    anywhere = Placement.from_phy2log(table, ep_size=4)
-    split = solve(loads, placement=anywhere)
-    return split, rebalance(ids, None, placement=anywhere, positions=True)
+    split = solve(loads, placement=ANYWHERE)
+    return split, rebalance(ids, None, placement=ANYWHERE, positions=True)
 
 
 # Functions of ids `[ep_size, tokens]`, loads by source, and a placement.
@@ -116,6 +117,10 @@ INTERIOR = {
     ),
     "solve without repair": lambda ids, loads, p: solve(
         loads, CASE.r2o, placement=p, solver="ipm", repair=False
+    ),
+    "any placement by interior point": lambda ids, loads, p: (
+        solve(loads.astype(jnp.float32), placement=ANYWHERE, rank_weights=[1, 2, 1, 3]),
+        rebalance(ids, None, placement=ANYWHERE, solver="ipm"),
     ),
     "rebalance by interior point": lambda ids, loads, p: rebalance(
         ids, None, CASE.r2o, placement=p, rank_weights=np.ones(4)

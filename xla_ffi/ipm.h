@@ -36,8 +36,6 @@ struct IpmCall {
                  std::to_string(sizes.group_size.value));
     }
     problem = ProblemOf(frame, sizes);
-    if (problem.n_columns == 0)
-      frame.Fail("r2o: expected columns for the interior point, got none");
     sources = SourcesOf(frame, source_sizes, problem);
     ReadSplit(frame, problem, sizes, type,
               options.float_loads_out() ? ffi::DataType::F32 : ffi::DataType::S32, out);

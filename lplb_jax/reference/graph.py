@@ -14,14 +14,15 @@ All arithmetic is int32 in a fixed order, and ranks of one distance touch no com
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Shaped
 
-from lplb_jax.reference.search import distances
 from lplb_jax.reference.sums import INT32_MAX, ceil_mean, exact_sum
+from lplb_jax.reference.waves import balance, distances, push_levels
 
 # A push is divided among so many ranks at most: more take longer than the phases they save.
 MAX_SPREAD = 4
@@ -93,78 +94,84 @@ def solve_any(
     Bool[Array, ""],
 ]:
     """Quotas, largest load, lower bound and overflow; `too_large`: the total passed 2³¹ − 1."""
-    # A plan's rank loads never pass this sum, so where it fits nothing in the waves overflows.
-    _, rank_too_large = exact_sum(jnp.where(cells.hosts, total[:, None], 0), axis=0)
-    overflow = (too_large & cells.hosts.any(axis=1)).any() | rank_too_large.any()
+    overflow = may_overflow(total, too_large, cells)
     tokens, load, target = waves(jnp.where(overflow, 0, total), cells)
+    max_load = jnp.where(overflow, INT32_MAX, load.max())
+    return quotas(tokens, total, overflow, cells), max_load, target, overflow
 
-    nothing = jnp.zeros(cells.expert.size, jnp.int32)
+
+def may_overflow(
+    total: Int32[Array, " n_logical"], too_large: Bool[Array, " n_logical"], cells: Cells
+) -> Bool[Array, ""]:
+    """Whether some rank could get more than 2³¹ − 1, which no rank of any plan gets otherwise."""
+    _, rank_too_large = exact_sum(jnp.where(cells.hosts, total[:, None], 0), axis=0)
+    return (too_large & cells.hosts.any(axis=1)).any() | rank_too_large.any()
+
+
+def quotas(
+    tokens: Shaped[Array, "n_logical ep_size"],
+    total: Shaped[Array, " n_logical"],
+    overflow: Bool[Array, ""],
+    cells: Cells,
+) -> Shaped[Array, " n_physical"]:
+    """Tokens per slot: those of its cell, or, where the loads are too large, all at home."""
+    nothing = jnp.zeros(cells.expert.size, total.dtype)
     quota = nothing.at[cells.slot].set(tokens, mode="drop")
-    at_home = nothing.at[cells.home].set(total, mode="drop")
-    return (
-        jnp.where(overflow, at_home, quota),
-        jnp.where(overflow, INT32_MAX, load.max()),
-        target,
-        overflow,
-    )
-
-
-class Plan(NamedTuple):
-    """The state of the waves; every state is a legal plan."""
-
-    load: Int32[Array, " ep_size"]
-    tokens: Int32[Array, "n_logical ep_size"]
-    target: Int32[Array, ""]
+    return jnp.where(overflow, nothing.at[cells.home].set(total, mode="drop"), quota)
 
 
 def waves(
     total: Int32[Array, " n_logical"], cells: Cells
 ) -> tuple[Int32[Array, "n_logical ep_size"], Int32[Array, " ep_size"], Int32[Array, ""]]:
     """Tokens of every cell, rank loads, and the target, which is the lower bound."""
-
-    def phase(plan: Plan) -> Plan:
-        level, depth = levels(plan, cells)
-        unseen = level < 0
-        stuck = (unseen & (plan.load > plan.target)).any()
-        # Nothing more can leave the unseen ranks: their mean load is a new lower bound.
-        rise = ceil_mean(jnp.where(unseen, plan.load - plan.target, 0), unseen)
-        # With depth 0 nothing is pushed.
-        plan = push(plan, cells, level, jnp.where(stuck, 0, depth))
-        return plan._replace(target=plan.target + jnp.where(stuck, rise, 0))
-
-    plan = lax.while_loop(
-        lambda plan: (plan.load > plan.target).any(), phase, even_start(total, cells)
-    )
-    return plan.tokens, plan.load, plan.target
+    load, tokens, target = balance(*even_start(total, cells), **moves(cells))
+    return tokens, load, target
 
 
-def even_start(total: Int32[Array, " n_logical"], cells: Cells) -> Plan:
-    """Loads divided evenly among the hosts, the first ones get one more.
+def moves(cells: Cells) -> dict[str, Any]:
+    """How tokens move between the cells, for `balance`."""
+    return {"levels": partial(levels, cells), "push": partial(push, cells)}
 
-    The target is the bound of the set of all ranks and of the sets of one rank.
-    """
+
+def even_start(
+    total: Int32[Array, " n_logical"], cells: Cells
+) -> tuple[Int32[Array, " ep_size"], Int32[Array, "n_logical ep_size"], Int32[Array, ""]]:
+    """Loads divided evenly among the hosts, the first ones get one more; the first target."""
     hosts = cells.hosts
     n_hosts = hosts.sum(axis=1, dtype=jnp.int32)[:, None]
     each, more = jnp.divmod(total[:, None], jnp.maximum(n_hosts, 1))
     nth = jnp.cumsum(hosts, axis=1, dtype=jnp.int32) - 1
     tokens = jnp.where(hosts, each + (nth < more).astype(jnp.int32), 0)
     load = tokens.sum(axis=0, dtype=jnp.int32)
-    stays = jnp.where(n_hosts == 1, tokens, 0).sum(axis=0, dtype=jnp.int32)
-    everyone = jnp.ones(load.shape, bool)
-    return Plan(load, tokens, jnp.maximum(ceil_mean(load, everyone), stays.max()))
+    return load, tokens, first_target(load, tokens, cells)
 
 
-def levels(plan: Plan, cells: Cells) -> tuple[Int32[Array, " ep_size"], Int32[Array, ""]]:
+def first_target(
+    load: Int32[Array, " ep_size"], tokens: Int32[Array, "n_logical ep_size"], cells: Cells
+) -> Int32[Array, ""]:
+    """The bounds of the set of all ranks and of the sets of one rank, from any legal plan."""
+    alone = cells.hosts.sum(axis=1, dtype=jnp.int32) == 1
+    stays = jnp.where(alone[:, None], tokens, 0).sum(axis=0, dtype=jnp.int32)
+    return jnp.maximum(ceil_mean(load, jnp.ones(load.shape, bool)), stays.max())
+
+
+def levels(
+    cells: Cells, excess: Int32[Array, " ep_size"], tokens: Int32[Array, "n_logical ep_size"]
+) -> tuple[Int32[Array, " ep_size"], Int32[Array, ""]]:
     """`distances` over the arcs from a rank to every host of every expert that it has tokens of."""
-    serves, hosts = (plan.tokens > 0).astype(jnp.float32), cells.hosts.astype(jnp.float32)
+    serves, hosts = (tokens > 0).astype(jnp.float32), cells.hosts.astype(jnp.float32)
     arc = serves.T @ hosts > 0
-    return distances(plan.load, plan.target, lambda frontier: (arc & frontier).any(axis=1))
+    return distances(excess, lambda frontier: (arc & frontier).any(axis=1))
 
 
 def push(
-    plan: Plan, cells: Cells, level: Int32[Array, " ep_size"], depth: Int32[Array, ""]
-) -> Plan:
-    """Every rank above the target pushes its excess one level down, the deepest level first."""
+    cells: Cells,
+    excess: Int32[Array, " ep_size"],
+    tokens: Int32[Array, "n_logical ep_size"],
+    level: Int32[Array, " ep_size"],
+    depth: Int32[Array, ""],
+) -> tuple[Int32[Array, " ep_size"], Int32[Array, "n_logical ep_size"]]:
+    """Every rank pushes its excess one level down, the deepest level first; what is left of it."""
     n_ranks, n_slots = cells.expert.shape
     rank = jnp.arange(n_ranks, dtype=jnp.int32)
     # Row r: the ranks in cyclic order, beginning after r.
@@ -172,9 +179,9 @@ def push(
     hosts = cells.hosts
 
     def push_slot(k, state):
-        tokens, load, excess, depth = state
+        tokens, excess, mine, depth = state
         e = cells.expert[:, k]
-        amount = jnp.minimum(excess, tokens.at[e, rank].get(mode="fill", fill_value=0))
+        amount = jnp.minimum(mine, tokens.at[e, rank].get(mode="fill", fill_value=0))
         to = hosts.at[e[:, None], after].get(mode="fill", fill_value=False)
         to &= level[after] == depth - 1
         nth = jnp.cumsum(to, axis=1, dtype=jnp.int32) - 1
@@ -184,16 +191,11 @@ def push(
         amount = part.sum(axis=1, dtype=jnp.int32)
         tokens = tokens.at[e[:, None], after].add(part, mode="drop")
         tokens = tokens.at[e, rank].add(-amount, mode="drop")
-        load = load.at[after].add(part) - amount
-        return tokens, load, excess - amount, depth
+        return tokens, excess.at[after].add(part) - amount, mine - amount, depth
 
-    def push_level(state):
-        plan, depth = state
-        excess = jnp.where(level == depth, jnp.maximum(plan.load - plan.target, 0), 0)
-        tokens, load, _, _ = lax.fori_loop(
-            0, n_slots, push_slot, (plan.tokens, plan.load, excess, depth)
-        )
-        return Plan(load, tokens, plan.target), depth - 1
+    def push_level(mine, excess, tokens, depth):
+        state = (tokens, excess, mine, depth)
+        tokens, excess, _, _ = lax.fori_loop(0, n_slots, push_slot, state)
+        return excess, tokens
 
-    plan, _ = lax.while_loop(lambda state: state[1] > 0, push_level, (plan, depth))
-    return plan
+    return push_levels(excess, tokens, level, depth, push_level)

@@ -1,34 +1,20 @@
 """The interior point solver: real loads, and ranks of different speeds.
 
-One group has G ranks; column d of rank u is an edge from u to v = dst[u, d] along which
-0 ≤ x ≤ cap may move. With weights w > 0 (relative speeds, of mean 1), we look for
+One group has G ranks. Along a topology, column d of rank u is an edge from u to v = dst[u, d] along
+which 0 ≤ x ≤ cap may move. On any placement, expert e has x_er tokens on its host r, which sum to
+its load. With weights w > 0 (relative speeds, of mean 1), we look for
 
-    minimise t  such that  L + s = t·w,  s ≥ 0,  L = base − Σ x over edges out + Σ x over edges in.
+    minimise t  such that  L + s = t·w,  s ≥ 0,  with L the ranks' loads.
 
-A primal–dual predictor–corrector (Mehrotra) follows the central path. Per rank there are s and the
-multiplier y ≥ 0 with wᵀy = 1; per edge x, xb = cap − x and their multipliers zl, zu ≥ 0 with
-zl − zu = y_v − y_u. How far the iterate is from that are the residuals
-
-    rp = t·w − L − s,   rt = 1 − wᵀy,   rd = (y_v − y_u) − (zl − zu)
-
-and what the products x·zl, xb·zu and s·y lack to their targets are rl, ru and rs. A Newton step
-dx, …, dt takes all of them to 0. Eliminating all but dy and dt leaves the G × G system
-
-    M dy + w dt = q,   wᵀdy = rt,   M = diag(s/y) + Σ_e H_e (1_u − 1_v)(1_u − 1_v)ᵀ
-
-with H_e = 1 / (zl/x + zu/xb). M is a graph Laplacian with a positive diagonal: near the solution
-almost singular, and the differences of dy along edges are what matters. Two safeguards make float32
-enough: `factor` never subtracts, and `solve_saddle` takes the mean out of the right-hand side.
-
-The ranks sorted by y give cuts: for a set S of ranks, what cannot leave S is a lower bound,
-(base(S) − cap(edges leaving S)) / w(S) ≤ t*. The best one so far is the certificate. What is
-reported as proven is computed anew from the loads, in integers (`proven_by_units`,
-`least_value`), and it alone decides whether the result counts as converged.
+`interior_point` is the iteration and `networks` what moves in it. The ranks sorted by y give cuts:
+for a set S of ranks, what cannot leave S, divided by w(S), is a lower bound. The best one so far is
+the certificate. What is reported as proven is computed anew from the loads, in integers
+(`proven_by_units`, `least_value`), and it alone decides whether the result counts as converged.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -36,104 +22,19 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float32, Int32
 
-from lplb_jax.reference.solver import (
-    INT32_MAX,
-    Plan,
-    arrived,
-    exact_sum,
-    finish_waves,
-    first_target,
-    levels,
-    misplaced,
-    push,
-    quotas,
-)
+from lplb_jax.reference import graph, solver
+from lplb_jax.reference.interior_point import Fractional, iterate
+from lplb_jax.reference.networks import EdgeNetwork, HostNetwork, net_inflow
+from lplb_jax.reference.solver import arrived, quotas, status_of
+from lplb_jax.reference.sums import INT32_MAX, exact_sum
+from lplb_jax.reference.waves import balance
 from lplb_jax.status import Status
 
-MAX_STEPS = 16  # 8 do on sparse topologies; where a rank has 30 edges, 12 were seen.
-STOP_GAP = np.float32(5e-5)  # Of the largest load.
-CONVERGED_GAP = np.float32(1e-4)  # Likewise.
+CONVERGED_GAP = np.float32(1e-4)  # Of the largest load.
 LEAST_WEIGHT = np.float32(2.0**-40)  # Of the largest: smaller weights count as this.
 MOST_LOAD = np.float32(3.4e38)  # Just below float32's end, so that no rounding passes it.
 MOST_TOKENS = np.float32(2147483520.0)  # The largest float32 that is an int32.
 INFINITY = np.int32(0x7F800000)  # The bits of float32's infinity.
-LEAST_EDGE = np.float32(1e-9)  # Of a rank's mean load: edges that move less are left out.
-START_SLACK = np.float32(0.03)  # t above the largest load of the first plan.
-START_PRODUCT = np.float32(0.05)  # x·√(zl·zu) of the first iterate, of its s·y.
-BACK_OFF = np.float32(0.99)  # How much of the way to the boundary a step goes.
-LEAST_SIGMA = np.float32(0.01)  # The corrector's target is at least this much of the mean product,
-CAUTION = np.float32(0.3)  # and this much of it, times the square of what the predictor fell short.
-LEAST_MU = np.float32(3e-8)
-LEAST_PRIMAL = np.float32(1e-12)
-LEAST_SHARE = np.float32(1e-3)  # Of an edge's cap, where that is below LEAST_PRIMAL.
-LEAST_DUAL = np.float32(1e-20)
-
-
-class Fractional(NamedTuple):
-    """What the interior point found.
-
-    `moved` is a legal plan, `largest` its largest load / weight, `cut` the ranks of the best cut,
-    `bound` that cut's value in float32, which proves nothing, and `steps` how many it took.
-    """
-
-    moved: Float32[Array, "group_size n_columns"]
-    largest: Float32[Array, ""]
-    cut: Bool[Array, " group_size"]
-    bound: Float32[Array, ""]
-    steps: Int32[Array, ""]
-
-
-class Network(NamedTuple):
-    """One group as the iteration sees it: its largest load / weight is about 1.
-
-    `live` are the edges that count; the others move nothing.
-    """
-
-    base: Float32[Array, " group_size"]
-    cap: Float32[Array, "group_size n_columns"]
-    w: Float32[Array, " group_size"]
-    r2o: Int32[Array, "group_size n_columns"]
-    dst: Int32[Array, "group_size n_columns"]
-    live: Bool[Array, "group_size n_columns"]
-
-    def loads(self, x: Float32[Array, "group_size n_columns"]) -> Float32[Array, " group_size"]:
-        """L, the ranks' loads under the plan x."""
-        return self.base + net_inflow(x, self.r2o)
-
-    def along_edges(self, y: Float32[Array, " group_size"]) -> Array:
-        """y_v − y_u of every edge."""
-        return y[self.dst] - y[:, None]
-
-    def over_edges(self, values: Float32[Array, "group_size n_columns"]) -> Float32[Array, ""]:
-        """The sum over the edges that count."""
-        return jnp.where(self.live, values, 0).sum()
-
-
-class Iterate(NamedTuple):
-    """Primal and dual variables, all but t positive; or a step of them."""
-
-    x: Float32[Array, "group_size n_columns"]
-    xb: Float32[Array, "group_size n_columns"]
-    zl: Float32[Array, "group_size n_columns"]
-    zu: Float32[Array, "group_size n_columns"]
-    s: Float32[Array, " group_size"]
-    y: Float32[Array, " group_size"]
-    t: Float32[Array, ""]
-
-
-class Lack(NamedTuple):
-    """rl, ru, rs: what the products lack to their targets."""
-
-    xzl: Float32[Array, "group_size n_columns"]
-    xbzu: Float32[Array, "group_size n_columns"]
-    sy: Float32[Array, " group_size"]
-
-
-class Factor(NamedTuple):
-    """M = (I − lower) diag(pivot) (I − lower)ᵀ; lower ≥ 0, pivot > 0."""
-
-    lower: Float32[Array, "group_size group_size"]
-    pivot: Float32[Array, " group_size"]
 
 
 def ipm(
@@ -152,44 +53,47 @@ def ipm(
 
     Quotas are of the loads' type. The largest loads and lower bounds are int32 where loads are
     int32 and `weighted` is 0, else float32 and divided by the weights. `repair`: whether waves
-    finish what is rounded. `cusolverdx` changes nothing here: another way to compute `factor`.
+    finish what is rounded. `cusolverdx` changes nothing here: another way to compute the factor.
     """
     n_logical = log2phy.shape[0]
-    group_size = r2o.shape[0]
-    n_local = n_logical // ep_size
-    slots = phy2log.reshape(ep_size // group_size, group_size, -1)
-    experts = jnp.clip(slots[:, :, :n_local], 0, n_logical - 1)
-    n_redundant = slots.shape[2] - n_local
-
     counts = loads[:, :n_logical]
     negative = ~(counts >= 0)  # NaN, too.
     counts = jnp.where(negative, 0, counts)
+    negative, invalid = negative.any(axis=0), (loads[:, n_logical:] != 0).any()
     weights, taken = normalised(weights)
     if not weighted:
         weights, taken = jnp.ones_like(weights), taken | True
     if jnp.issubdtype(loads.dtype, jnp.integer):
-        total, too_large = exact_sum(counts, axis=0)
-        finish = weighted_tokens if weighted else equal_tokens
-        results = jax.vmap(
-            lambda own, too_large: solve_tokens(
-                own, too_large, r2o, weights, n_redundant, finish, repair
-            )
-        )(total[experts], too_large[experts].any(axis=(1, 2)))
+        total = exact_sum(counts, axis=0)
+        options = {"weights": weights, "finish": partial(finish, weights, weighted, repair)}
+        along, anywhere = tokens_along_topology, tokens_anywhere
     else:
-        results = jax.vmap(lambda own: solve_reals(own, r2o, weights, n_redundant))(
-            counts.sum(axis=0)[experts]
-        )
-    quota, max_load, bound, overflow = results
+        total = (jnp.minimum(counts.sum(axis=0), np.finfo(np.float32).max),)  # Overflows below.
+        options = {"weights": weights}
+        along, anywhere = reals_along_topology, reals_anywhere
+
+    if r2o.shape[1] == 0:
+        cells = graph.cells_of(phy2log, log2phy, ep_size)
+        quota, *values = anywhere(*total, cells, **options)
+        max_load, bound, overflow = (value[None] for value in values)
+        # Loads of experts without a slot reach no rank, and only make the placement a wrong one.
+        negative = (negative & cells.hosts.any(axis=1)).any()
+        wrong = graph.misplaced(phy2log, log2phy, cells)
+    else:
+        slots = phy2log.reshape(ep_size // len(r2o), len(r2o), -1)
+        n_local = n_logical // ep_size
+        experts = jnp.clip(slots[:, :, :n_local], 0, n_logical - 1)
+        n_redundant = slots.shape[2] - n_local
+        quota, max_load, bound, overflow = jax.vmap(
+            lambda *own: along(*own, r2o, n_redundant, **options)
+        )(*(of_expert[experts] for of_expert in total))
+        negative = negative[experts].any(axis=(1, 2))
+        wrong = solver.misplaced(slots, log2phy, r2o)
     gap = (max_load - bound).astype(jnp.float32)
     converged = overflow | (gap <= CONVERGED_GAP * max_load.astype(jnp.float32))
-    status = (
-        jnp.where(overflow, Status.LOAD_OVERFLOW, 0)
-        | jnp.where(negative.any(axis=0)[experts].any(axis=(1, 2)), Status.NEGATIVE_LOAD, 0)
-        | jnp.where((loads[:, n_logical:] != 0).any(), Status.INVALID_INDEX, 0)
-        | jnp.where(misplaced(slots, log2phy, r2o), Status.BAD_PLACEMENT, 0)
-        | jnp.where(converged & taken, 0, Status.NOT_CONVERGED)
-    )
-    return quota.reshape(-1), max_load, bound, status.astype(jnp.int32)
+    status = status_of(overflow, negative, invalid, wrong)
+    status = status | jnp.where(converged & taken, 0, Status.NOT_CONVERGED).astype(jnp.int32)
+    return quota.reshape(-1), max_load, bound, status
 
 
 def normalised(
@@ -209,7 +113,7 @@ def normalised(
     return weights / weights.mean(), taken
 
 
-def solve_tokens(own, too_large, r2o, weights, n_redundant, finish, repair):
+def tokens_along_topology(own, too_large, r2o, n_redundant, *, weights, finish):
     """Integer quotas, largest load, lower bound and overflow of one group."""
     dst = inverse(r2o)
     base, base_too_large = exact_sum(own, axis=1)
@@ -217,36 +121,103 @@ def solve_tokens(own, too_large, r2o, weights, n_redundant, finish, repair):
     cap = jnp.where(dst == jnp.arange(len(own))[:, None], 0, exact_sum(replicated, axis=1)[0])
     entering = arrived(cap, r2o)
     _, most_too_large = exact_sum(jnp.concatenate([base[:, None], entering], axis=1), axis=1)
-    overflow = too_large | base_too_large.any() | most_too_large.any()
+    overflow = too_large.any() | base_too_large.any() | most_too_large.any()
     base, cap = jnp.where(overflow, 0, base), jnp.where(overflow, 0, cap)
 
     best = interior_point(base.astype(jnp.float32), cap.astype(jnp.float32), weights, r2o, dst)
-    moved = jnp.minimum(jnp.round(jnp.minimum(best.moved, MOST_TOKENS)).astype(jnp.int32), cap)
+    moved = jnp.minimum(jnp.round(jnp.minimum(best.plan[0], MOST_TOKENS)).astype(jnp.int32), cap)
     load = base + net_inflow(moved, r2o)
-    plan, max_load, bound = finish(
-        Plan(load, moved, first_target(base, cap)), base, cap, best.cut, weights, r2o, dst, repair
+    moved, max_load, bound = finish(
+        load,
+        moved,
+        solver.first_target(base, cap),
+        best.cut,
+        cut_value(base, cap, best.cut, dst),
+        solver.moves(cap, r2o, dst),
     )
     max_load = jnp.where(overflow, jnp.asarray(INT32_MAX, max_load.dtype), max_load)
-    return quotas(own, plan.moved, r2o, n_redundant), max_load, bound, overflow
+    return quotas(own, moved, r2o, n_redundant), max_load, bound, overflow
 
 
-def equal_tokens(plan, base, cap, cut, weights, r2o, dst, repair):
-    """The plan, repaired or not, its largest load and its lower bound: ranks of equal speed."""
-    size = jnp.maximum(cut.sum(dtype=jnp.int32), 1)
-    proven = ceil_divide(*cut_value(base, cap, cut, dst), size)
-    plan = plan._replace(target=jnp.maximum(plan.target, proven))
+def tokens_anywhere(total, too_large, cells, *, weights, finish):
+    """Integer quotas, largest load, lower bound and overflow of any placement."""
+    hosts = cells.hosts
+    overflow = graph.may_overflow(total, too_large, cells)
+    loads = jnp.where(overflow | ~hosts.any(axis=1), 0, total)
+    shares, cut = between_hosts(loads.astype(jnp.float32), hosts, weights)
+    tokens = whole_tokens(shares, loads, hosts)
+    load = tokens.sum(axis=0, dtype=jnp.int32)
+    kept = jnp.where(confined(hosts, cut), loads, 0)
+    tokens, max_load, bound = finish(
+        load,
+        tokens,
+        graph.first_target(load, tokens, cells),
+        cut,
+        limbs(kept),
+        graph.moves(cells),
+    )
+    max_load = jnp.where(overflow, jnp.asarray(INT32_MAX, max_load.dtype), max_load)
+    return graph.quotas(tokens, total, overflow, cells), max_load, bound, overflow
+
+
+def whole_tokens(
+    shares: Float32[Array, "n_logical ep_size"],
+    total: Int32[Array, " n_logical"],
+    hosts: Bool[Array, "n_logical ep_size"],
+) -> Int32[Array, "n_logical ep_size"]:
+    """Tokens by these shares: an expert's hosts up to each together have what they should, rounded.
+
+    So all have, and each is off by less than one, float32's rounding aside.
+    """
+    last = jnp.where(hosts, jnp.arange(hosts.shape[1]), -1).max(axis=1)
+
+    def deal(state, of_rank):
+        share, given = state
+        rank, more = of_rank
+        share = share + more
+        upto = jnp.round(jnp.minimum(share * total.astype(jnp.float32), MOST_TOKENS))
+        upto = jnp.clip(upto.astype(jnp.int32), given, total)
+        upto = jnp.where(rank == last, total, jnp.where(hosts[:, rank], upto, given))
+        return (share, upto), upto - given
+
+    nothing = shares[:, 0] * 0
+    state = (nothing, nothing.astype(jnp.int32))
+    _, tokens = lax.scan(deal, state, (jnp.arange(hosts.shape[1]), shares.T))
+    return tokens.T
+
+
+def finish(weights, weighted, repair, load, moving, target, cut, kept, moves):
+    """The plan of tokens, repaired or not, its largest load / weight, and its lower bound.
+
+    `target` is proven, and that the ranks of `cut` keep so many tokens, in limbs; `moves` are those
+    of the waves.
+    """
+    if not weighted:
+        size = jnp.maximum(cut.sum(dtype=jnp.int32), 1)
+        bound = jnp.maximum(target, ceil_divide(*kept, size))
+        if repair:
+            load, moving, bound = balance(load, moving, bound, **moves)
+        return moving, load.max(), bound
+    bound = least_value(*kept, cut, weights)
     if repair:
-        plan = finish_waves(plan, cap, r2o, dst)
-    return plan, plan.load.max(), plan.target
+        # Every rank has a target of its own, and ranks that nothing can leave what they have.
+        load, moving, bound = balance(
+            load,
+            moving,
+            bound,
+            allowed=lambda value: token_limits(value, weights),
+            proven=lambda load, unseen, _: least_value(
+                *limbs(jnp.where(unseen, load, 0)), unseen, weights
+            ),
+            **moves,
+        )
+    max_load = (load.astype(jnp.float32) / weights).max()
+    return moving, max_load, jnp.minimum(bound, max_load)
 
 
-def weighted_tokens(plan, base, cap, cut, weights, r2o, dst, repair):
-    """Likewise for ranks of different speeds: the largest load / weight."""
-    bound = least_value(*cut_value(base, cap, cut, dst), cut, weights)
-    if repair:
-        plan, bound = finish_weighted_waves(plan, bound, cap, weights, r2o, dst)
-    max_load = (plan.load.astype(jnp.float32) / weights).max()
-    return plan, max_load, jnp.minimum(bound, max_load)
+def limbs(values: Int32[Array, " n"]) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
+    """The sum of values ≥ 0, exactly: high · 2¹⁶ + low."""
+    return (values >> 16).sum(dtype=jnp.int32), (values & 0xFFFF).sum(dtype=jnp.int32)
 
 
 def token_limits(
@@ -292,80 +263,71 @@ def positive(high: Int32[Array, ""], low: Int32[Array, ""]) -> Bool[Array, ""]:
     return (high > 0) | ((high == 0) & ((low & 0xFFFF) > 0))
 
 
-def finish_weighted_waves(
-    plan: Plan,
-    value: Float32[Array, ""],
-    cap: Int32[Array, "group_size n_columns"],
-    w: Float32[Array, " group_size"],
-    r2o: Int32[Array, "group_size n_columns"],
-    dst: Int32[Array, "group_size n_columns"],
-) -> tuple[Plan, Float32[Array, ""]]:
-    """Waves from any legal plan and proven value to the least load / weight in whole tokens.
-
-    As `finish_waves`, except that every rank has a target of its own, what `value` allows it.
-    """
-
-    def relative(plan: Plan, value) -> Plan:
-        """Loads as they differ from what is allowed; the target is 0."""
-        return plan._replace(load=plan.load - token_limits(value, w), target=plan.target & 0)
-
-    def phase(state):
-        plan, value = state
-        ahead = relative(plan, value)
-        level, depth = levels(ahead, cap, r2o, dst)
-        unseen = level < 0
-        stuck = (unseen & (ahead.load > 0)).any()
-        pushed = push(ahead, cap, r2o, dst, level, jnp.where(stuck, 0, depth))
-        plan = plan._replace(load=plan.load + pushed.load - ahead.load, moved=pushed.moved)
-        # Nothing more can leave the unseen ranks: they must be allowed what they have.
-        kept = jnp.where(unseen, plan.load, 0)
-        high = (kept >> 16).sum(dtype=jnp.int32)
-        low = (kept & 0xFFFF).sum(dtype=jnp.int32)
-        return plan, jnp.where(stuck, least_value(high, low, unseen, w), value)
-
-    return lax.while_loop(lambda state: (relative(*state).load > 0).any(), phase, (plan, value))
-
-
-def solve_reals(own, r2o, weights, n_redundant):
+def reals_along_topology(own, r2o, n_redundant, *, weights):
     """Real quotas, largest load / weight, lower bound and overflow of one group."""
     dst = inverse(r2o)
-    own = jnp.minimum(own, np.finfo(np.float32).max)  # The overflow shows below.
     replicated = own[:, :n_redundant].reshape(len(own), -1, r2o.shape[1])
     cap = jnp.where(dst == jnp.arange(len(own))[:, None], 0, replicated.sum(axis=1))
     base = own.sum(axis=1)
-    most = base + arrived(cap, r2o).sum(axis=1)
-    overflow = ~(jnp.maximum(most, most / weights).max() <= MOST_LOAD)
+    overflow = too_much(base + arrived(cap, r2o).sum(axis=1), weights)
     base, cap = jnp.where(overflow, 0, base), jnp.where(overflow, 0, cap)
 
     best = interior_point(base, cap, weights, r2o, dst)
-    quota = quotas(own, best.moved, r2o, n_redundant)
+    quota = quotas(own, best.plan[0], r2o, n_redundant)
     max_load = jnp.where(overflow, jnp.inf, (quota.sum(axis=1) / weights).max())
-    bound = proven_by_units(jnp.where(overflow, 0, own), best.cut, weights, dst, n_redundant)
+    local = jnp.arange(n_redundant)
+    leaves = jnp.zeros(own.shape, bool)
+    leaves = leaves.at[:, :n_redundant].set(~best.cut[dst][:, local % dst.shape[1]])
+    kept = jnp.where(best.cut[:, None] & ~leaves & ~overflow, own, 0)
+    bound = proven_by_units(kept, best.cut, weights)
     return quota, max_load, jnp.minimum(bound, max_load), overflow
 
 
-def proven_by_units(
-    own: Float32[Array, "group_size n_local"],
-    cut: Bool[Array, " group_size"],
-    w: Float32[Array, " group_size"],
-    dst: Int32[Array, "group_size n_columns"],
-    n_redundant: int,
-) -> Float32[Array, ""]:
-    """What the experts all of whose slots are in the cut prove, never rounded up.
+def reals_anywhere(total, cells, *, weights):
+    """Real quotas, largest load / weight, lower bound and overflow of any placement."""
+    hosts = cells.hosts
+    overflow = too_much(jnp.where(hosts, total[:, None], 0).sum(axis=0), weights)
+    loads = jnp.where(overflow | ~hosts.any(axis=1), 0, total)
+    shares, cut = between_hosts(loads, hosts, weights)
+    quota = graph.quotas(shares * loads[:, None], total, overflow, cells)
+    load = quota.reshape(len(weights), -1).sum(axis=1)
+    max_load = jnp.where(overflow, jnp.inf, (load / weights).max())
+    kept = jnp.where(confined(hosts, cut), loads, 0)
+    bound = proven_by_units(kept[:, None], cut, weights)
+    return quota, max_load, jnp.minimum(bound, max_load), overflow
 
-    Their loads are added in units of a power of two: a rank's sum stays below 2³⁰, and what is
-    lost of an expert is below 2⁻²⁸ of the largest of those sums.
+
+def too_much(
+    most: Float32[Array, " n_ranks"], weights: Float32[Array, " n_ranks"]
+) -> Bool[Array, ""]:
+    """Whether some rank's load, or load / weight, could be more than MOST_LOAD."""
+    return ~(jnp.maximum(most, most / weights).max() <= MOST_LOAD)
+
+
+def confined(
+    hosts: Bool[Array, "n_logical ep_size"], cut: Bool[Array, " ep_size"]
+) -> Bool[Array, " n_logical"]:
+    """The experts all of whose hosts are in the cut."""
+    return ~(hosts & ~cut).any(axis=1)
+
+
+def proven_by_units(
+    kept: Float32[Array, "n_parts n_experts"],
+    cut: Bool[Array, " n_ranks"],
+    w: Float32[Array, " n_ranks"],
+) -> Float32[Array, ""]:
+    """What the loads that cannot leave the cut prove, never rounded up.
+
+    They are added in units of a power of two: a part's sum stays below 2³⁰, and what is lost of an
+    expert is below 2⁻²⁸ of the largest of those sums.
     """
-    local = jnp.arange(n_redundant)
-    leaves = jnp.zeros(own.shape, bool).at[:, :n_redundant].set(~cut[dst][:, local % dst.shape[1]])
-    kept = jnp.where(cut[:, None] & ~leaves, own, 0)
     # In two steps: the smallest loads take more than one power of two to get that far.
     first = -exponent(kept.max())
     kept = kept * power_of_two(first)
     second = 28 - exponent(kept.sum(axis=1).max())
     units = (kept * power_of_two(second)).astype(jnp.int32).sum(axis=1, dtype=jnp.int32)
-    total = (units >> 16).sum(dtype=jnp.int32).astype(jnp.float32) * 65536
-    total = total + (units & 0xFFFF).sum(dtype=jnp.int32).astype(jnp.float32)
+    high, low = limbs(units)
+    total = high.astype(jnp.float32) * 65536 + low.astype(jnp.float32)
     weight = jnp.where(cut, w, 0).sum()
     safe = np.float32(1 - 2.0**-23 * (len(w) + 4))
     proven = total / jnp.where(cut.any(), weight, 1) * safe
@@ -389,234 +351,34 @@ def interior_point(
     r2o: Int32[Array, "group_size n_columns"],
     dst: Int32[Array, "group_size n_columns"],
 ) -> Fractional:
-    """The best of at most MAX_STEPS + 1 iterates and the best cut; feasible in any case."""
+    """Along a topology; of the result only the plan is in the loads' unit."""
     # A power of two first, since the sum of all ranks' loads could overflow.
     power = exponent(base.max())
     base, cap = base * power_of_two(-power), cap * power_of_two(-power)
     scale = jnp.maximum(base.sum() / w.sum(), ((base - cap.sum(axis=1)) / w).max())
-    unit = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
-    cap = cap * unit
-    network = Network(base * unit, cap, w, r2o, dst, cap > LEAST_EDGE * w[:, None])
-
-    def advance(state):
-        v, best = state
-        v = step(network, v)
-        return v, better_of(best, judge(network, v))
-
-    def unfinished(state):
-        _, best = state
-        return (best.largest - best.bound > STOP_GAP * best.largest) & (best.steps < MAX_STEPS)
-
-    v = start(network)
-    _, best = lax.while_loop(unfinished, advance, (v, judge(network, v)))
-    back = power_of_two(power)
-    return best._replace(
-        moved=best.moved * scale * back,
-        largest=best.largest * scale * back,
-        bound=best.bound * scale * back,
-    )
+    unit = inverse_or_zero(scale)
+    best = iterate(EdgeNetwork(base * unit, cap * unit, w, r2o, dst))
+    return best._replace(plan=best.plan * scale * power_of_two(power))
 
 
-def judge(network: Network, v: Iterate) -> Fractional:
-    """The plan of an iterate, made legal, and the best of its cuts; `steps` is 0."""
-    x = jnp.minimum(v.x, network.cap)
-    plan = jnp.where(network.live & (x > 0), x, 0)
-    largest = (network.loads(plan) / network.w).max()
-    cut, bound = best_cut(network, v.y)
-    # From the data, not a fresh constant: under shard_map it must vary over the same axes.
-    return Fractional(plan, largest, cut, bound, network.live.sum(dtype=jnp.int32) & 0)
+def between_hosts(
+    total: Float32[Array, " n_logical"],
+    hosts: Bool[Array, "n_logical ep_size"],
+    w: Float32[Array, " ep_size"],
+) -> tuple[Float32[Array, "n_logical ep_size"], Bool[Array, " ep_size"]]:
+    """Of every expert's load, what its hosts should have of it; the ranks of the best cut."""
+    total = total * power_of_two(-exponent(total.max()))
+    alone = jnp.where(hosts.sum(axis=1) == 1, total, 0)
+    stays = jnp.where(hosts, alone[:, None], 0).sum(axis=0)
+    scale = jnp.maximum(total.sum() / w.sum(), (stays / w).max())
+    network = HostNetwork(total * inverse_or_zero(scale), hosts, w)
+    best = iterate(network)
+    return network.shares(best.plan), best.cut
 
 
-def better_of(best: Fractional, new: Fractional) -> Fractional:
-    """The better plan and the better cut, one step later. Nothing is better where it is NaN."""
-    better, higher = new.largest < best.largest, new.bound > best.bound
-    return Fractional(
-        jnp.where(better, new.moved, best.moved),
-        jnp.where(better, new.largest, best.largest),
-        jnp.where(higher, new.cut, best.cut),
-        jnp.where(higher, new.bound, best.bound),
-        best.steps + 1,
-    )
-
-
-def start(network: Network) -> Iterate:
-    """Half of everything moves; y centred for that plan."""
-    live = network.live
-    x = jnp.where(live, network.cap / 2, 0)
-    load = network.loads(x)
-    t = (load / network.w).max() + START_SLACK
-    s = t * network.w - load
-    mu = 1 / (network.w / s).sum()
-    y = mu / s
-    # zl and zu of that difference whose product is m².
-    m = jnp.where(live, START_PRODUCT * mu / jnp.where(live, x, 1), 0)
-    h = network.along_edges(y) / 2
-    larger = jnp.sqrt(m * m + h * h) + jnp.abs(h)
-    smaller = m * m / jnp.where(live, larger, 1)
-    zl, zu = jnp.where(h > 0, larger, smaller), jnp.where(h > 0, smaller, larger)
-    x, zl, zu = (jnp.where(live, a, 1) for a in (x, zl, zu))
-    return Iterate(x, x, zl, zu, s, y, t)
-
-
-def step(network: Network, v: Iterate) -> Iterate:
-    """One predictor and corrector."""
-    live = network.live
-    H = jnp.where(live, 1 / (v.zl / v.x + v.zu / v.xb), 0)
-    M = factor(H, v.s / v.y, network.dst)
-
-    # Predictor: straight at the solution. How far it gets says how much to centre.
-    lack = Lack(-v.x * v.zl, -v.xb * v.zu, -v.s * v.y)
-    d = direction(network, v, H, M, lack)
-    primal, dual = step_lengths(v, d, live, np.float32(1))
-    n_pairs = len(network.base) + 2 * live.sum(dtype=jnp.int32).astype(jnp.float32)
-    mu = products(network, v, v) / n_pairs
-    first, second = products(network, d, v), products(network, d, d)
-    affine = mu * (1 - dual) + ((primal - dual) * first + primal * dual * second) / n_pairs
-    reach = jnp.minimum(primal, dual)
-    target = target_mu(mu, affine, reach)
-
-    # Corrector: the same matrix, with the predictor's second-order terms.
-    lack = Lack(
-        target + lack.xzl - reach * d.x * d.zl,
-        target + lack.xbzu - reach * d.xb * d.zu,
-        target + lack.sy - reach * d.s * d.y,
-    )
-    d = direction(network, v, H, M, lack)
-    primal, dual = step_lengths(v, d, live, BACK_OFF)
-    least_x = jnp.minimum(LEAST_PRIMAL, LEAST_SHARE * network.cap)
-    least_s = LEAST_PRIMAL * jnp.minimum(network.w, 1)
-    return Iterate(
-        jnp.maximum(v.x + primal * d.x, least_x),
-        jnp.maximum(v.xb + primal * d.xb, least_x),
-        jnp.maximum(v.zl + dual * d.zl, LEAST_DUAL),
-        jnp.maximum(v.zu + dual * d.zu, LEAST_DUAL),
-        jnp.maximum(v.s + primal * d.s, least_s),
-        jnp.maximum(v.y + dual * d.y, LEAST_DUAL),
-        v.t + primal * d.t,
-    )
-
-
-def direction(
-    network: Network,
-    v: Iterate,
-    H: Float32[Array, "group_size n_columns"],
-    M: Factor,
-    lack: Lack,
-) -> Iterate:
-    """The Newton step from v."""
-    rp = v.t * network.w - network.loads(jnp.where(network.live, v.x, 0)) - v.s
-    rt = 1 - (network.w * v.y).sum()
-    rd = network.along_edges(v.y) - (v.zl - v.zu)
-    g = lack.xzl / v.x - lack.xbzu / v.xb - rd
-    q = lack.sy / v.y - rp + net_inflow(H * g, network.r2o)
-    dy, dt = solve_saddle(M, network.w, q, rt)
-    dx = H * (g - network.along_edges(dy))
-    dzl, dzu = (lack.xzl - v.zl * dx) / v.x, (lack.xbzu + v.zu * dx) / v.xb
-    return Iterate(dx, -dx, dzl, dzu, (lack.sy - v.s * dy) / v.y, dy, dt)
-
-
-def products(network: Network, a: Iterate, b: Iterate) -> Float32[Array, ""]:
-    """The sum of all primal values of a times the dual ones of b."""
-    return network.over_edges(a.x * b.zl + a.xb * b.zu) + (a.s * b.y).sum()
-
-
-def target_mu(mu, affine, reach) -> Float32[Array, ""]:
-    """The corrector's target for every product.
-
-    Their mean is mu now, and would be `affine` if the predictor's step went `reach` of its way.
-    """
-    sigma = jnp.maximum(LEAST_SIGMA, CAUTION * (1 - reach) ** 2)
-    return jnp.maximum(jnp.maximum((affine / mu) ** 3, sigma) * mu, LEAST_MU)
-
-
-def step_lengths(
-    v: Iterate,
-    d: Iterate,
-    live: Bool[Array, "group_size n_columns"],
-    back_off: np.float32,
-) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """The longest primal and dual steps, at most 1, that keep everything positive."""
-
-    def limit(a, da, where=True):
-        falls = (da < 0) & where
-        return jnp.where(falls, a / jnp.where(falls, -da, 1), jnp.inf).min()
-
-    def shortest(*limits):
-        return jnp.minimum(back_off * jnp.stack(limits).min(), 1)
-
-    return (
-        shortest(limit(v.x, d.x, live), limit(v.xb, d.xb, live), limit(v.s, d.s)),
-        shortest(limit(v.zl, d.zl, live), limit(v.zu, d.zu, live), limit(v.y, d.y)),
-    )
-
-
-def factor(
-    H: Float32[Array, "group_size n_columns"],
-    excess: Float32[Array, " group_size"],
-    dst: Int32[Array, "group_size n_columns"],
-) -> Factor:
-    """Eliminates without a single subtraction.
-
-    M's diagonal is never stored: a row is its off-diagonals −o ≤ 0 and its excess, by how much the
-    diagonal is larger than the sum of o. Elimination keeps that form, and all digits.
-    """
-    n = len(excess)
-    rank = jnp.arange(n)
-    o = jnp.zeros((n, n), jnp.float32).at[rank[:, None], dst].add(H)
-    o = jnp.where(rank[:, None] == rank[None], 0, o + o.T)
-
-    def eliminate(k, state):
-        o, excess, lower, pivot = state
-        row = jnp.where(rank > k, o[k], 0)
-        p = excess[k] + row.sum()
-        share = row / p
-        return (
-            o + share[:, None] * row[None],
-            excess + share * excess[k],
-            lower.at[:, k].set(share),
-            pivot.at[k].set(p),
-        )
-
-    _, _, lower, pivot = lax.fori_loop(0, n, eliminate, (o, excess, o * 0, excess))
-    return Factor(lower, pivot)
-
-
-def solve_factored(M: Factor, q: Float32[Array, " group_size"]) -> Float32[Array, " group_size"]:
-    """M⁻¹q, by substitution."""
-    n = len(q)
-    # As M varies, so that under shard_map the loop's carry keeps its type.
-    q = q + 0 * M.pivot
-    q = lax.fori_loop(0, n, lambda k, q: q + M.lower[:, k] * q[k], q) / M.pivot
-    return lax.fori_loop(0, n, lambda i, q: q.at[n - 1 - i].add(M.lower[:, n - 1 - i] @ q), q)
-
-
-def solve_saddle(
-    M: Factor, w: Float32[Array, " group_size"], q: Float32[Array, " group_size"], rt: Array
-) -> tuple[Float32[Array, " group_size"], Float32[Array, ""]]:
-    """dy, dt of M dy + w dt = q, wᵀdy = rt.
-
-    M⁻¹ is huge along k = M⁻¹w, so q is first freed of its mean, the part that dt takes up.
-    """
-    k = solve_factored(M, w)
-    wk = w @ k
-    k = k / wk
-    mean = k @ q
-    p = solve_factored(M, q - mean * w)
-    rest = w @ p - rt
-    return p - rest * k, mean + rest / wk
-
-
-def best_cut(
-    network: Network, y: Float32[Array, " group_size"]
-) -> tuple[Bool[Array, " group_size"], Float32[Array, ""]]:
-    """Of the sets {ranks whose y is at least y_r} the one that proves most, and its bound."""
-    inside = y[None, :] >= y[:, None]
-    leaves = inside[:, :, None] & ~inside[:, network.dst]
-    value = jnp.where(inside, network.base[None], 0).sum(axis=1)
-    value = value - jnp.where(leaves, network.cap[None], 0).sum(axis=(1, 2))
-    value = value / jnp.where(inside, network.w[None], 0).sum(axis=1)
-    best = value.argmax()
-    return inside[best], value[best]
+def inverse_or_zero(scale: Float32[Array, ""]) -> Float32[Array, ""]:
+    """1 / scale; 0 of 0."""
+    return jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
 
 
 def cut_value(
@@ -644,11 +406,6 @@ def ceil_divide(
     quotient = high // n
     value = (quotient << 16) + (((high - quotient * n) << 16) + low + n - 1) // n
     return jnp.where(high < 0, 0, value)
-
-
-def net_inflow(flow: Array, r2o: Int32[Array, "group_size n_columns"]) -> Array:
-    """What arrives at every rank less what leaves it."""
-    return (arrived(flow, r2o) - flow).sum(axis=1, dtype=flow.dtype)
 
 
 def inverse(r2o: Int32[Array, "group_size n_columns"]) -> Int32[Array, "group_size n_columns"]:

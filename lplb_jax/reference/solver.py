@@ -12,16 +12,17 @@ they are kept as two 16-bit limbs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Bool, Int32, Shaped
 
 from lplb_jax.reference import graph
-from lplb_jax.reference.search import distances
 from lplb_jax.reference.sums import INT32_MAX, ceil_mean, exact_sum
+from lplb_jax.reference.waves import balance, distances, push_levels
 from lplb_jax.status import Status
 
 
@@ -140,14 +141,6 @@ def quotas(
     return jnp.concatenate([own.at[:, :n_redundant].add(-away), copies], axis=1)
 
 
-class Plan(NamedTuple):
-    """The state of the waves; every state is a legal plan."""
-
-    load: Int32[Array, " group_size"]
-    moved: Int32[Array, "group_size n_columns"]
-    target: Int32[Array, ""]
-
-
 def waves(
     base: Int32[Array, " group_size"],
     cap: Int32[Array, "group_size n_columns"],
@@ -155,8 +148,18 @@ def waves(
     dst: Int32[Array, "group_size n_columns"],
 ) -> tuple[Int32[Array, "group_size n_columns"], Int32[Array, " group_size"], Int32[Array, ""]]:
     """Tokens moved along every edge, rank loads, and the target, which is the lower bound."""
-    plan = finish_waves(Plan(base, cap - cap, first_target(base, cap)), cap, r2o, dst)
-    return plan.moved, plan.load, plan.target
+    start = first_target(base, cap)
+    load, moved, target = balance(base, cap - cap, start, **moves(cap, r2o, dst))
+    return moved, load, target
+
+
+def moves(
+    cap: Int32[Array, "group_size n_columns"],
+    r2o: Int32[Array, "group_size n_columns"],
+    dst: Int32[Array, "group_size n_columns"],
+) -> dict[str, Any]:
+    """How tokens move along the edges, for `balance`."""
+    return {"levels": partial(levels, cap, r2o, dst), "push": partial(push, cap, r2o, dst)}
 
 
 def first_target(
@@ -167,77 +170,53 @@ def first_target(
     return jnp.maximum(ceil_mean(base, everyone), (base - cap.sum(axis=1, dtype=jnp.int32)).max())
 
 
-def finish_waves(
-    plan: Plan,
-    cap: Int32[Array, "group_size n_columns"],
-    r2o: Int32[Array, "group_size n_columns"],
-    dst: Int32[Array, "group_size n_columns"],
-) -> Plan:
-    """Waves from any legal plan whose target is proven; loads may be negative."""
-
-    def phase(plan: Plan) -> Plan:
-        level, depth = levels(plan, cap, r2o, dst)
-        unseen = level < 0
-        stuck = (unseen & (plan.load > plan.target)).any()
-        # Nothing more can leave the unseen ranks: their mean load is a new lower bound.
-        rise = ceil_mean(jnp.where(unseen, plan.load - plan.target, 0), unseen)
-        # With depth 0 nothing is pushed.
-        plan = push(plan, cap, r2o, dst, level, jnp.where(stuck, 0, depth))
-        return plan._replace(target=plan.target + jnp.where(stuck, rise, 0))
-
-    return lax.while_loop(lambda plan: (plan.load > plan.target).any(), phase, plan)
-
-
 def levels(
-    plan: Plan,
     cap: Int32[Array, "group_size n_columns"],
     r2o: Int32[Array, "group_size n_columns"],
     dst: Int32[Array, "group_size n_columns"],
+    excess: Int32[Array, " group_size"],
+    moved: Int32[Array, "group_size n_columns"],
 ) -> tuple[Int32[Array, " group_size"], Int32[Array, ""]]:
     """`distances` over the residual edges."""
-    can_send = plan.moved < cap
-    can_return = arrived(plan.moved, r2o) > 0
+    can_send = moved < cap
+    can_return = arrived(moved, r2o) > 0
 
     def reaches(frontier):
         return ((can_send & frontier[dst]) | (can_return & frontier[r2o])).any(axis=1)
 
-    return distances(plan.load, plan.target, reaches)
+    return distances(excess, reaches)
 
 
 def push(
-    plan: Plan,
     cap: Int32[Array, "group_size n_columns"],
     r2o: Int32[Array, "group_size n_columns"],
     dst: Int32[Array, "group_size n_columns"],
+    excess: Int32[Array, " group_size"],
+    moved: Int32[Array, "group_size n_columns"],
     level: Int32[Array, " group_size"],
     depth: Int32[Array, ""],
-) -> Plan:
-    """Every rank above the target pushes its excess one level down, the deepest level first."""
+) -> tuple[Int32[Array, " group_size"], Int32[Array, "group_size n_columns"]]:
+    """Every rank pushes its excess one level down, the deepest level first; what is left of it."""
     n_columns = cap.shape[1]
     column = jnp.arange(n_columns)
 
-    def push_level(state):
-        plan, depth = state
-        excess = jnp.where(level == depth, jnp.maximum(plan.load - plan.target, 0), 0)
+    def push_level(mine, excess, moved, depth):
         below = level == depth - 1
-        entered = arrived(plan.moved, r2o)
+        entered = arrived(moved, r2o)
         sent, returned = [], []
         for d in range(n_columns):
-            send = jnp.where(below[dst[:, d]], jnp.minimum(excess, (cap - plan.moved)[:, d]), 0)
-            excess = excess - send
-            back = jnp.where(below[r2o[:, d]], jnp.minimum(excess, entered[:, d]), 0)
-            excess = excess - back
+            send = jnp.where(below[dst[:, d]], jnp.minimum(mine, (cap - moved)[:, d]), 0)
+            mine = mine - send
+            back = jnp.where(below[r2o[:, d]], jnp.minimum(mine, entered[:, d]), 0)
+            mine = mine - back
             sent.append(send)
             returned.append(back)
         sent, returned = jnp.stack(sent, axis=1), jnp.stack(returned, axis=1)
         got_back = returned[dst, column]
         change = arrived(sent, r2o) + got_back - sent - returned
-        load = plan.load + change.sum(axis=1, dtype=jnp.int32)
-        plan = Plan(load, plan.moved + sent - got_back, plan.target)
-        return plan, depth - 1
+        return excess + change.sum(axis=1, dtype=jnp.int32), moved + sent - got_back
 
-    plan, _ = lax.while_loop(lambda state: state[1] > 0, push_level, (plan, depth))
-    return plan
+    return push_levels(excess, moved, level, depth, push_level)
 
 
 def arrived(

@@ -66,6 +66,25 @@ struct ReplicaGraph {
            begin + first[expert + 1];
   }
 
+  // Whether no slot holds an unknown id and every expert is at home where log2phy [n_logical,
+  // max_replicas] names a slot first.
+  bool Agrees(const int32_t* log2phy, int32_t max_replicas) const {
+    bool agrees = known;
+    for (int32_t e = 0; e < n_logical; ++e) agrees &= IsCell(e, log2phy[e * max_replicas]);
+    return agrees;
+  }
+
+  // The quotas where loads are too large to be divided: all at home.
+  template <typename Load>
+  void WriteHomeQuotas(const int32_t* log2phy, int32_t max_replicas, const Load* loads,
+                       int32_t n_physical, Load* quota) const {
+    std::fill_n(quota, n_physical, Load{0});
+    for (int32_t e = 0; e < n_logical; ++e) {
+      const int32_t home = HomeOf(e, log2phy[e * max_replicas]);
+      if (home >= 0) quota[home] = loads[e];
+    }
+  }
+
   struct Shared {
     int32_t expert;
     int32_t cell;

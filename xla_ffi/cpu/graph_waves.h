@@ -26,6 +26,7 @@ class GraphWaves {
       : graph_(graph),
         tokens_(graph.rank.size()),
         load_(graph.n_ranks),
+        proof_(graph.n_ranks),
         level_(graph.n_ranks),
         expert_level_(graph.n_logical) {
     reached_.reserve(graph.n_ranks);
@@ -35,42 +36,13 @@ class GraphWaves {
   // 2⁶³. Returns the largest rank load, which is the lower bound that `Proof` gives.
   template <typename Load>
   int64_t Run(const Load* loads) {
-    StartEvenly(loads);
-    while (*std::max_element(load_.begin(), load_.end()) > target_) {
-      if (SetLevels()) {
-        // The deepest level first; within a level the order does not matter.
-        for (auto r = reached_.rbegin(); r != reached_.rend() && level_[*r] > 0; ++r) Push(*r);
-      } else {
-        RaiseTarget();
-      }
-    }
-    return target_;
+    return Finish(Start(loads));
   }
 
-  // Tokens of every cell of the graph, and of every rank, after the last Run.
-  const std::vector<int64_t>& tokens() const { return tokens_; }
-  const std::vector<int64_t>& load() const { return load_; }
-
-  // Ranks S for which ⌈tokens that cannot leave S / |S|⌉ is what Run returned.
-  const std::vector<bool>& Proof() const { return proof_; }
-
-  // Tokens that every slot serves, [n_physical].
-  template <typename Quota>
-  void WriteQuotas(Quota* quota, int32_t n_physical) const {
-    std::fill_n(quota, n_physical, Quota{0});
-    for (size_t c = 0; c < tokens_.size(); ++c) {
-      quota[graph_.slot[c]] = static_cast<Quota>(tokens_[c]);
-    }
-  }
-
- private:
-  // A push is divided among so many ranks at most: more take longer than the phases they save.
-  static constexpr int32_t kMaxSpread = 4;
-
-  // Every expert's tokens are divided evenly among its hosts, the first ones get one more. The
-  // first target is the bound of the set of all ranks and of the sets of one rank.
+  // Every expert's tokens are divided evenly among its hosts, the first ones get one more. Returns
+  // the first target, which is the bound of the set of all ranks and of the sets of one rank.
   template <typename Load>
-  void StartEvenly(const Load* loads) {
+  int64_t Start(const Load* loads) {
     std::fill(load_.begin(), load_.end(), 0);
     std::vector<int64_t>& fixed = stays_;
     fixed.assign(graph_.n_ranks, 0);
@@ -101,7 +73,50 @@ class GraphWaves {
       target_ = *fullest;
       proof_[fullest - fixed.begin()] = true;
     }
+    return target_;
   }
+
+  // From the legal plan that tokens() and load() hold. `target` must be proven.
+  int64_t Finish(int64_t target) {
+    return Finish(target, [this](const std::vector<bool>&) { RaiseTarget(); });
+  }
+
+  // Likewise, where `raise` does what is to be done with loads that are counted from one of each
+  // rank's own. Its argument says of every rank whether nothing more can leave it.
+  template <typename Raise>
+  int64_t Finish(int64_t target, Raise&& raise) {
+    target_ = target;
+    while (*std::max_element(load_.begin(), load_.end()) > target_) {
+      if (SetLevels()) {
+        // The deepest level first; within a level the order does not matter.
+        for (auto r = reached_.rbegin(); r != reached_.rend() && level_[*r] > 0; ++r) Push(*r);
+      } else {
+        for (int32_t r = 0; r < graph_.n_ranks; ++r) proof_[r] = level_[r] < 0;
+        raise(proof_);
+      }
+    }
+    return target_;
+  }
+
+  // Tokens of every cell of the graph, and of every rank.
+  std::vector<int64_t>& tokens() { return tokens_; }
+  std::vector<int64_t>& load() { return load_; }
+
+  // Ranks S for which ⌈tokens that cannot leave S / |S|⌉ is what Run returned.
+  const std::vector<bool>& Proof() const { return proof_; }
+
+  // Tokens that every slot serves, [n_physical].
+  template <typename Quota>
+  void WriteQuotas(Quota* quota, int32_t n_physical) const {
+    std::fill_n(quota, n_physical, Quota{0});
+    for (size_t c = 0; c < tokens_.size(); ++c) {
+      quota[graph_.slot[c]] = static_cast<Quota>(tokens_[c]);
+    }
+  }
+
+ private:
+  // A push is divided among so many ranks at most: more take longer than the phases they save.
+  static constexpr int32_t kMaxSpread = 4;
 
   // Distance of every rank to the nearest one below the target, −1 where not reached; stops when
   // all ranks above the target have one. `reached_` are the ranks in the order of their distance.
@@ -139,12 +154,11 @@ class GraphWaves {
     return true;
   }
 
-  // Nothing more can leave the ranks not reached: their mean load is a new lower bound.
+  // Nothing more can leave the ranks of the proof: their mean load is a new lower bound.
   void RaiseTarget() {
     int64_t excess = 0;
     int64_t n = 0;
     for (int32_t r = 0; r < graph_.n_ranks; ++r) {
-      proof_[r] = level_[r] < 0;
       if (!proof_[r]) continue;
       excess += load_[r] - target_;
       ++n;

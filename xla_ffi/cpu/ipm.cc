@@ -7,8 +7,10 @@
 #include <limits>
 #include <vector>
 
+#include "xla_ffi/cpu/graph_waves.h"
 #include "xla_ffi/cpu/handler.h"
 #include "xla_ffi/cpu/interior_point.h"
+#include "xla_ffi/cpu/networks.h"
 #include "xla_ffi/cpu/steps.h"
 #include "xla_ffi/cpu/waves.h"
 
@@ -48,11 +50,19 @@ std::vector<float> ToFloat(const std::vector<Load>& values) {
   return std::vector<float>(values.begin(), values.end());
 }
 
-InteriorPoint::Best FindBest(const Problem& p, const Waves& waves, std::vector<float> base,
-                             std::vector<float> cap, const std::vector<float>& weights) {
+// The best plan that the interior point finds along the topology, and its best cut.
+struct Found {
+  std::vector<float> moved;
+  std::vector<bool> cut;
+};
+
+Found FindBest(const Problem& p, const Waves& waves, std::vector<float> base,
+               std::vector<float> cap, const std::vector<float>& weights) {
   std::vector<int32_t> u(cap.size());
   for (size_t e = 0; e < u.size(); ++e) u[e] = static_cast<int32_t>(e) / p.n_columns;
-  return InteriorPoint(std::move(base), std::move(cap), weights, std::move(u), waves.dst()).Run();
+  EdgeNetwork network(std::move(base), std::move(cap), weights, std::move(u), waves.dst());
+  std::vector<bool> cut = InteriorPoint(network, weights).Run();
+  return {network.Moved(), std::move(cut)};
 }
 
 // The tokens that cannot leave the cut.
@@ -81,27 +91,22 @@ float LeastValue(int64_t tokens, const std::vector<bool>& cut, const std::vector
   });
 }
 
-// What the real loads prove of the experts all of whose slots are in the cut: added in units of a
-// power of two, so that a rank's sum stays below 2³⁰, and never rounded up.
-float ProvenByUnits(const Problem& p, const Waves& waves, const std::vector<bool>& cut,
-                    const std::vector<float>& own, const std::vector<float>& weights) {
-  const auto for_kept = [&](auto&& function) {
-    for (int32_t i = 0; i < p.group_size * p.n_local; ++i) {
-      const int32_t r = i / p.n_local;
-      const int32_t k = i % p.n_local;
-      const bool leaves = k < p.n_redundant && !cut[waves.dst()[waves.Edge(r, k % p.n_columns)]];
-      if (cut[r] && !leaves) function(r, own[i]);
-    }
-  };
-  std::vector<float> sum(p.group_size);
-  for_kept([&](int32_t r, float load) { sum[r] += load; });
+// What real loads prove that cannot leave the cut; for_kept(function) calls function(part, load) of
+// each. They are added in units of a power of two, so that a part's sum stays below 2³⁰, and never
+// rounded up.
+template <typename ForKept>
+float ProvenByUnits(const std::vector<bool>& cut, const std::vector<float>& weights,
+                    int32_t n_parts, ForKept&& for_kept) {
+  std::vector<float> sum(n_parts);
+  for_kept([&](int32_t part, float load) { sum[part] += load; });
   const int32_t exponent = 28 - std::ilogb(std::max(*std::max_element(sum.begin(), sum.end()),
                                                     std::numeric_limits<float>::min()));
   int64_t units = 0;
   for_kept([&](int32_t, float load) { units += static_cast<int64_t>(std::ldexp(load, exponent)); });
+  const int32_t n_ranks = static_cast<int32_t>(cut.size());
   float weight = 0;
-  for (int32_t r = 0; r < p.group_size; ++r) weight += cut[r] ? weights[r] : 0;
-  return std::ldexp(Provable(static_cast<float>(units), weight, p.group_size), -exponent);
+  for (int32_t r = 0; r < n_ranks; ++r) weight += cut[r] ? weights[r] : 0;
+  return std::ldexp(Provable(static_cast<float>(units), weight, n_ranks), -exponent);
 }
 
 template <typename Load>
@@ -113,39 +118,57 @@ float LargestShare(const std::vector<Load>& load, const std::vector<float>& weig
   return largest;
 }
 
+// Whether some rank's load, or load / weight, could be more than kMostLoad.
+bool TooMuch(const std::vector<float>& most, const std::vector<float>& weights) {
+  const float largest = *std::max_element(most.begin(), most.end());
+  return !(std::max(LargestShare(most, weights), largest) <= kMostLoad);
+}
+
 void Put(float value, int32_t* out) { memcpy(out, &value, sizeof(value)); }
 
-// Integer loads of ranks of equal speed: proves, repairs, and returns status bits.
-int32_t FinishEqual(const Problem& p, bool repair, Waves& waves, const std::vector<bool>& cut,
-                    const std::vector<int32_t>& base, const std::vector<int32_t>& cap,
-                    std::vector<int32_t>& load, std::vector<int32_t>& moved, int32_t* max_load,
+// Nothing is divided, and nothing proven; returns status bits.
+int32_t GiveUp(const IpmOptions& options, int32_t* max_load, int32_t* lower_bound) {
+  *lower_bound = 0;  // As a float, too.
+  *max_load = kInt32Max;
+  if (options.floats) {
+    Put(std::numeric_limits<float>::infinity(), max_load);
+  } else if (options.weighted) {
+    Put(static_cast<float>(kInt32Max), max_load);
+  }
+  return kLoadOverflow;
+}
+
+// Integer loads of ranks of equal speed: proves, repairs, and returns status bits. `target` is
+// proven, and so is that the cut keeps `kept` tokens; balance(target) are the waves, which return
+// the target reached.
+template <typename Load, typename Balance>
+int32_t FinishEqual(bool repair, const std::vector<bool>& cut, int64_t kept, int32_t target,
+                    const std::vector<Load>& load, Balance&& balance, int32_t* max_load,
                     int32_t* lower_bound) {
   const int64_t size = std::max<int64_t>(std::count(cut.begin(), cut.end(), true), 1);
-  const int64_t tokens = std::max<int64_t>(TokensOf(p, waves, cut, base, cap), 0);
-  *lower_bound =
-      std::max(waves.FirstTarget(base, cap), static_cast<int32_t>(CeilDiv(tokens, size)));
-  if (repair) *lower_bound = waves.Run(load, cap, moved, *lower_bound);
-  *max_load = *std::max_element(load.begin(), load.end());
+  *lower_bound = std::max(target, static_cast<int32_t>(CeilDiv(std::max<int64_t>(kept, 0), size)));
+  if (repair) *lower_bound = static_cast<int32_t>(balance(*lower_bound));
+  *max_load = static_cast<int32_t>(*std::max_element(load.begin(), load.end()));
   return Converged(*max_load, *lower_bound) ? 0 : kNotConverged;
 }
 
 // Likewise for ranks of different speeds, where every rank has a target of its own: what the least
 // load / weight that is proven allows it.
-int32_t FinishWeighted(const Problem& p, bool repair, Waves& waves, const std::vector<bool>& cut,
-                       const std::vector<int32_t>& base, const std::vector<int32_t>& cap,
-                       const std::vector<float>& weights, std::vector<int32_t>& load,
-                       std::vector<int32_t>& moved, int32_t* max_load, int32_t* lower_bound) {
-  float value = LeastValue(TokensOf(p, waves, cut, base, cap), cut, weights);
+template <typename Load, typename Balance>
+int32_t FinishWeighted(bool repair, const std::vector<bool>& cut, int64_t kept,
+                       const std::vector<float>& weights, std::vector<Load>& load,
+                       Balance&& balance, int32_t* max_load, int32_t* lower_bound) {
+  float value = LeastValue(kept, cut, weights);
   if (repair) {
     const auto count_from = [&](int32_t sign) {
       for (size_t r = 0; r < load.size(); ++r) load[r] += sign * TokenLimit(value, weights[r]);
     };
     count_from(-1);
-    waves.Run(load, cap, moved, 0, [&](const std::vector<bool>& kept) {
+    balance(0, [&](const std::vector<bool>& stuck) {
       count_from(1);
       int64_t tokens = 0;
-      for (size_t r = 0; r < load.size(); ++r) tokens += kept[r] ? load[r] : 0;
-      value = LeastValue(tokens, kept, weights);
+      for (size_t r = 0; r < load.size(); ++r) tokens += stuck[r] ? load[r] : 0;
+      value = LeastValue(tokens, stuck, weights);
       count_from(-1);
     });
     count_from(1);
@@ -157,6 +180,20 @@ int32_t FinishWeighted(const Problem& p, bool repair, Waves& waves, const std::v
   return Converged(largest, value) ? 0 : kNotConverged;
 }
 
+// Real quotas, and what is proven; returns status bits.
+int32_t FinishReal(const Problem& p, float bound, const std::vector<float>& weights,
+                   const float* quota, int32_t* max_load, int32_t* lower_bound) {
+  std::vector<float> load(p.group_size);
+  for (int32_t i = 0; i < p.group_size * p.slots_per_rank; ++i) {
+    load[i / p.slots_per_rank] += quota[i];
+  }
+  const float largest = LargestShare(load, weights);
+  bound = std::min(largest, bound);
+  Put(largest, max_load);
+  Put(bound, lower_bound);
+  return Converged(largest, bound) ? 0 : kNotConverged;
+}
+
 // Integer loads; returns status bits.
 int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r2o,
                    std::vector<int32_t> own, bool overflow, const std::vector<float>& weights,
@@ -166,10 +203,7 @@ int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r
   std::vector<int32_t> moved(group.cap.size());
   if (overflow || *std::max_element(group.most.begin(), group.most.end()) > kInt32Max) {
     WriteQuotas(p, waves, group.own, moved, quota);
-    *max_load = kInt32Max;
-    if (options.weighted) Put(static_cast<float>(kInt32Max), max_load);
-    *lower_bound = 0;  // As a float, too.
-    return kLoadOverflow;
+    return GiveUp(options, max_load, lower_bound);
   }
   const std::vector<int32_t> base(group.base.begin(), group.base.end());
   const std::vector<int32_t> cap(group.cap.begin(), group.cap.end());
@@ -180,41 +214,131 @@ int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r
     load[e / p.n_columns] -= moved[e];
     load[waves.dst()[e]] += moved[e];
   }
-  const int32_t status = options.weighted
-                             ? FinishWeighted(p, options.repair, waves, best.cut, base, cap,
-                                              weights, load, moved, max_load, lower_bound)
-                             : FinishEqual(p, options.repair, waves, best.cut, base, cap, load,
-                                           moved, max_load, lower_bound);
+  const int64_t kept = TokensOf(p, waves, best.cut, base, cap);
+  const auto balance = [&](auto&&... how) { return waves.Run(load, cap, moved, how...); };
+  const int32_t status =
+      options.weighted ? FinishWeighted(options.repair, best.cut, kept, weights, load, balance,
+                                        max_load, lower_bound)
+                       : FinishEqual(options.repair, best.cut, kept, waves.FirstTarget(base, cap),
+                                     load, balance, max_load, lower_bound);
   WriteQuotas(p, waves, group.own, moved, quota);
   return status;
 }
 
 // Real loads; returns status bits.
-int32_t SolveGroup(const Problem& p, const IpmOptions&, const int32_t* r2o, std::vector<float> own,
-                   bool overflow, const std::vector<float>& weights, float* quota,
-                   int32_t* max_load, int32_t* lower_bound) {
+int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r2o,
+                   std::vector<float> own, bool overflow, const std::vector<float>& weights,
+                   float* quota, int32_t* max_load, int32_t* lower_bound) {
   Waves waves(p.group_size, p.n_columns, r2o);
   const Group<float, float> group(p, waves, r2o, std::move(own));
   std::vector<float> moved(group.cap.size());
-  if (overflow ||
-      !(std::max(LargestShare(group.most, weights),
-                 *std::max_element(group.most.begin(), group.most.end())) <= kMostLoad)) {
+  if (overflow || TooMuch(group.most, weights)) {
     WriteQuotas(p, waves, group.own, moved, quota);
-    Put(std::numeric_limits<float>::infinity(), max_load);
-    Put(0, lower_bound);
-    return kLoadOverflow;
+    return GiveUp(options, max_load, lower_bound);
   }
   auto best = FindBest(p, waves, group.base, group.cap, weights);
   WriteQuotas(p, waves, group.own, best.moved, quota);
-  std::vector<float> load(p.group_size);
-  for (int32_t i = 0; i < p.group_size * p.slots_per_rank; ++i) {
-    load[i / p.slots_per_rank] += quota[i];
+  const float bound = ProvenByUnits(best.cut, weights, p.group_size, [&](auto&& function) {
+    for (int32_t i = 0; i < p.group_size * p.n_local; ++i) {
+      const int32_t r = i / p.n_local;
+      const int32_t k = i % p.n_local;
+      const bool leaves =
+          k < p.n_redundant && !best.cut[waves.dst()[waves.Edge(r, k % p.n_columns)]];
+      if (best.cut[r] && !leaves) function(r, group.own[i]);
+    }
+  });
+  return FinishReal(p, bound, weights, quota, max_load, lower_bound);
+}
+
+// The experts of any placement all of whose hosts are in the cut.
+std::vector<int32_t> Confined(const ReplicaGraph& graph, const std::vector<bool>& cut) {
+  std::vector<int32_t> experts;
+  for (int32_t e = 0; e < graph.n_logical; ++e) {
+    bool confined = graph.Hosts(e) > 0;
+    for (int32_t c = graph.first[e]; c < graph.first[e + 1]; ++c) confined &= cut[graph.rank[c]];
+    if (confined) experts.push_back(e);
   }
-  const float largest = LargestShare(load, weights);
-  const float bound = std::min(largest, ProvenByUnits(p, waves, best.cut, group.own, weights));
-  Put(largest, max_load);
-  Put(bound, lower_bound);
-  return Converged(largest, bound) ? 0 : kNotConverged;
+  return experts;
+}
+
+// Whole tokens of an expert's cells by their shares: those up to each together have what they
+// should, rounded.
+void DealTokens(const ReplicaGraph& graph, const std::vector<float>& shares,
+                const std::vector<int32_t>& total, std::vector<int64_t>& tokens) {
+  for (int32_t e = 0; e < graph.n_logical; ++e) {
+    float share = 0;
+    int32_t given = 0;
+    for (int32_t c = graph.first[e]; c < graph.first[e + 1]; ++c) {
+      share += shares[c];
+      const bool last = c + 1 == graph.first[e + 1];
+      const int32_t upto =
+          last ? total[e]
+               : std::max(given, RoundTokens(share * static_cast<float>(total[e]), total[e]));
+      tokens[c] = upto - given;
+      given = upto;
+    }
+  }
+}
+
+// Any placement, integer loads, 0 of experts without a slot; returns status bits.
+int32_t SolveAnywhere(const Problem& p, const IpmOptions& options, const ReplicaGraph& graph,
+                      const std::vector<int32_t>& total, const std::vector<float>& weights,
+                      int32_t* quota, int32_t* max_load, int32_t* lower_bound) {
+  HostNetwork network(graph, ToFloat(total), weights);
+  const std::vector<bool> cut = InteriorPoint(network, weights).Run();
+  GraphWaves waves(graph);
+  const int32_t target = static_cast<int32_t>(waves.Start(total.data()));
+  DealTokens(graph, network.Shares(), total, waves.tokens());
+  std::fill(waves.load().begin(), waves.load().end(), 0);
+  for (size_t c = 0; c < graph.rank.size(); ++c) waves.load()[graph.rank[c]] += waves.tokens()[c];
+  int64_t kept = 0;
+  for (const int32_t e : Confined(graph, cut)) kept += total[e];
+  const auto balance = [&](auto&&... how) { return waves.Finish(how...); };
+  const int32_t status = options.weighted
+                             ? FinishWeighted(options.repair, cut, kept, weights, waves.load(),
+                                              balance, max_load, lower_bound)
+                             : FinishEqual(options.repair, cut, kept, target, waves.load(), balance,
+                                           max_load, lower_bound);
+  waves.WriteQuotas(quota, p.n_physical);
+  return status;
+}
+
+// Likewise, real loads.
+int32_t SolveAnywhere(const Problem& p, const IpmOptions&, const ReplicaGraph& graph,
+                      const std::vector<float>& total, const std::vector<float>& weights,
+                      float* quota, int32_t* max_load, int32_t* lower_bound) {
+  HostNetwork network(graph, total, weights);
+  const std::vector<bool> cut = InteriorPoint(network, weights).Run();
+  std::fill_n(quota, p.n_physical, 0.0f);
+  for (int32_t e = 0; e < graph.n_logical; ++e) {
+    for (int32_t c = graph.first[e]; c < graph.first[e + 1]; ++c) {
+      quota[graph.slot[c]] = network.Shares()[c] * total[e];
+    }
+  }
+  const float bound = ProvenByUnits(cut, weights, p.n_logical, [&](auto&& function) {
+    for (const int32_t e : Confined(graph, cut)) function(e, total[e]);
+  });
+  return FinishReal(p, bound, weights, quota, max_load, lower_bound);
+}
+
+// Whether some rank of any placement could get more than its type holds; `total` may already have
+// been more itself.
+bool MayOverflow(const ReplicaGraph& graph, const std::vector<int64_t>& total,
+                 const std::vector<float>&) {
+  std::vector<int64_t> most(graph.n_ranks);
+  for (int32_t e = 0; e < graph.n_logical; ++e) {
+    for (int32_t c = graph.first[e]; c < graph.first[e + 1]; ++c) most[graph.rank[c]] += total[e];
+  }
+  return *std::max_element(most.begin(), most.end()) > kInt32Max;
+}
+
+bool MayOverflow(const ReplicaGraph& graph, const std::vector<float>& total,
+                 const std::vector<float>& weights) {
+  std::vector<float> most(graph.n_ranks);
+  for (int32_t e = 0; e < graph.n_logical; ++e) {
+    for (int32_t c = graph.first[e]; c < graph.first[e + 1]; ++c) most[graph.rank[c]] += total[e];
+  }
+  return TooMuch(most, weights);
 }
 
 // Rank weights of mean 1. Where one is no speed all count as equal, and none counts as less than
@@ -261,6 +385,29 @@ void SolveOne(const Problem& p, const Sources& sources, const IpmOptions& option
   }
   const std::vector<float> weights = Normalised(p, options, in.weights, shared_status);
 
+  constexpr Sum kMost = std::numeric_limits<Load>::max();
+  Load* quotas = reinterpret_cast<Load*>(out.quota);
+  if (p.n_columns == 0) {
+    const ReplicaGraph graph(p.ep_size, p.n_logical, p.slots_per_rank, in.solve.phy2log);
+    std::vector<Load> loads(p.n_logical);
+    for (int32_t e = 0; e < p.n_logical; ++e) {
+      // Loads of experts without a slot reach no rank, and only make the placement a wrong one.
+      if (graph.Hosts(e) == 0) continue;
+      if (negative[e]) shared_status |= kNegativeLoad;
+      loads[e] = static_cast<Load>(std::min(total[e], kMost));
+    }
+    if (MayOverflow(graph, total, weights)) {
+      graph.WriteHomeQuotas(in.solve.log2phy, p.max_replicas, loads.data(), p.n_physical, quotas);
+      shared_status |= GiveUp(options, out.max_load, out.lower_bound);
+    } else {
+      shared_status |=
+          SolveAnywhere(p, options, graph, loads, weights, quotas, out.max_load, out.lower_bound);
+    }
+    if (!graph.Agrees(in.solve.log2phy, p.max_replicas)) shared_status |= kBadPlacement;
+    out.status[0] = shared_status;
+    return;
+  }
+
   const int32_t slots = p.slots_per_rank;
   for (int32_t g = 0; g < p.n_groups; ++g) {
     const int64_t first_slot = static_cast<int64_t>(g) * p.group_size * slots;
@@ -272,17 +419,14 @@ void SolveOne(const Problem& p, const Sources& sources, const IpmOptions& option
         const int32_t expert =
             std::clamp(in.solve.phy2log[first_slot + r * slots + k], 0, p.n_logical - 1);
         Sum load = total[expert];
-        if (load > static_cast<Sum>(std::numeric_limits<Load>::max())) {
-          overflow = true;
-          load = static_cast<Sum>(std::numeric_limits<Load>::max());
-        }
+        overflow |= load > kMost;
+        load = std::min(load, kMost);
         if (negative[expert]) status |= kNegativeLoad;
         own.push_back(static_cast<Load>(load));
       }
     }
-    Load* quota = reinterpret_cast<Load*>(out.quota) + first_slot;
-    status |= SolveGroup(p, options, in.solve.r2o, std::move(own), overflow, weights, quota,
-                         &out.max_load[g], &out.lower_bound[g]);
+    status |= SolveGroup(p, options, in.solve.r2o, std::move(own), overflow, weights,
+                         quotas + first_slot, &out.max_load[g], &out.lower_bound[g]);
     if (Misplaced(p, in.solve, g)) status |= kBadPlacement;
     out.status[g] = status;
   }

@@ -70,15 +70,13 @@ void SolveGroup(const Problem& p, const SolveOperands& in, const std::vector<int
 void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64_t>& total,
               const std::vector<bool>& negative, int32_t status, const SolveResults& out) {
   const ReplicaGraph graph(p.ep_size, p.n_logical, p.slots_per_rank, in.phy2log);
-  std::vector<int64_t> loads(p.n_logical);
+  std::vector<int32_t> loads(p.n_logical);
   std::vector<int64_t> most(p.ep_size);
   bool overflow = false;
-  bool wrong = !graph.known;
   for (int32_t e = 0; e < p.n_logical; ++e) {
     // Loads of experts without a slot reach no rank, and only make the placement a wrong one.
     if (negative[e] && graph.Hosts(e) > 0) status |= kNegativeLoad;
-    wrong |= !graph.IsCell(e, in.log2phy[e * p.max_replicas]);
-    loads[e] = std::min<int64_t>(total[e], kInt32Max);
+    loads[e] = static_cast<int32_t>(std::min<int64_t>(total[e], kInt32Max));
     for (int32_t c = graph.first[e]; c < graph.first[e + 1]; ++c) {
       overflow |= total[e] > kInt32Max;
       most[graph.rank[c]] += loads[e];
@@ -90,17 +88,13 @@ void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64
     status |= kLoadOverflow;
     out.max_load[0] = kInt32Max;
     out.lower_bound[0] = 0;
-    std::fill_n(out.quota, p.n_physical, 0);
-    for (int32_t e = 0; e < p.n_logical; ++e) {
-      const int32_t home = graph.HomeOf(e, in.log2phy[e * p.max_replicas]);
-      if (home >= 0) out.quota[home] = static_cast<int32_t>(loads[e]);
-    }
+    graph.WriteHomeQuotas(in.log2phy, p.max_replicas, loads.data(), p.n_physical, out.quota);
   } else {
     GraphWaves waves(graph);
     out.max_load[0] = out.lower_bound[0] = static_cast<int32_t>(waves.Run(loads.data()));
     waves.WriteQuotas(out.quota, p.n_physical);
   }
-  if (wrong) status |= kBadPlacement;
+  if (!graph.Agrees(in.log2phy, p.max_replicas)) status |= kBadPlacement;
   out.status[0] = status;
 }
 

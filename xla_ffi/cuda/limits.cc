@@ -98,6 +98,10 @@ Refusal RefuseCopies(const Problem& p, const cuda::Device& device) {
 }
 
 Refusal RefuseIpm(const Problem& p, const IpmOptions& options, const cuda::Device& device) {
+  if (IsAnywhere(p)) {
+    return "solver: on GPUs, expected 'exact', int32 loads and no rank_weights for a placement "
+           "without a topology, got a problem for the interior point: use a topology, or the CPU";
+  }
   const int64_t bytes = p.group_size > cuda::kMaxGroupSize ? 0 : cuda::IpmSharedBytes(p, options);
   if (bytes == 0) {
     return "r2o: the CUDA interior point takes groups of at most " + Number(cuda::kMaxGroupSize) +
