@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -35,7 +34,8 @@ class Config:
       width: hidden width of an expert.
       context: bytes of a sequence.
       aux_loss: weight of the loss that pulls the router towards equal loads.
-      balance: "lplb", "eplb" or "none", see `lplb_jax.moe.moe_layer`.
+      balance: "lplb", "eplb" or "none", see `lplb_jax.moe.moe_layer`; "any": "lplb" on placements
+        without topology.
       capacity_factor: see `lplb_jax.moe.moe_layer`.
       dtype: what the experts compute in; weights are kept in float32.
     """
@@ -99,7 +99,6 @@ def loss(
     weights: dict[str, Any],
     text: jax.Array,
     placements: list[Placement],
-    r2o: np.ndarray,
     config: Config,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Mean cross entropy of every next byte, over all ranks.
@@ -108,7 +107,6 @@ def loss(
       weights: from `init`; experts `[experts / ranks, …]` in the order of the rank's slots.
       text: uint8 `[sequences, context + 1]` of this rank.
       placements: one per block.
-      r2o: the topology.
       config: sizes.
 
     Returns:
@@ -121,9 +119,7 @@ def loss(
         experts = jax.tree.map(lambda array: array.astype(config.dtype), block["experts"])
         if config.balance != "none":
             # Before attention, so that the transfer can hide behind it.
-            experts = moe.replicate_weights(
-                experts, r2o, AXIS, redundants_per_rank=placement.redundants_per_rank
-            )
+            experts = moe.replicate_weights(experts, None, AXIS, placement=placement)
         stream = stream + attention(block, stream, config.heads)
         tokens = norm(stream, block["norm_experts"]).reshape(-1, config.hidden)
         ids, gates, aux = route(block["router"], tokens, config.top_k)
@@ -132,10 +128,9 @@ def loss(
             ids,
             gates,
             experts,
-            r2o,
             placement=placement,
             axis_name=AXIS,
-            balance=config.balance,
+            balance="lplb" if config.balance == "any" else config.balance,
             capacity_factor=config.capacity_factor,
         )
         stream = stream + out.astype(stream.dtype).reshape(stream.shape)

@@ -2,6 +2,7 @@
 
     python examples/train_moe.py                     # on all GPUs, or 8 virtual CPU devices
     python examples/train_moe.py --balance none      # the same mathematics, another load
+    python examples/train_moe.py --balance any       # copies of any experts on any ranks
     python examples/train_moe.py --help
 
 It learns from text files, by default the Python sources of the standard library. Every --refresh
@@ -78,7 +79,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    choices = {"balance": ["lplb", "eplb", "none"], "dtype": ["float32", "bfloat16"]}
+    choices = {"balance": ["lplb", "any", "eplb", "none"], "dtype": ["float32", "bfloat16"]}
     numbers = {"aux_loss": at_least(0, float), "capacity_factor": at_least(1, float)}
     for field in dataclasses.fields(model.Config):
         kind = at_least(1) if isinstance(field.default, int) else str
@@ -176,7 +177,8 @@ class Training:
         self.mesh = mesh
         self.r2o, self.redundants = topology(options, mesh.size)
         self.tokens_per_step = options.batch * options.context
-        self.placements = self._placed(None)
+        # As weights are made, in the order of their ids.
+        self.placements = self.config.layers * [self._placed(None, self.r2o)]
         self.optimizer = optax.adamw(
             optax.warmup_cosine_decay_schedule(
                 0, options.learning_rate, min(20, options.steps // 5), options.steps
@@ -188,6 +190,8 @@ class Training:
         self.loads = np.zeros((self.config.layers, self.config.experts), np.int64)
         self.last_loads, self.last_indices = self.loads, None
         self._step = self._compiled_step()
+        if self.config.balance == "any":
+            self.place()
 
     def step(self, text: np.ndarray) -> dict[str, Any]:
         """Learns from one batch, uint8 `[sequences, context + 1]`; returns what to log."""
@@ -217,7 +221,11 @@ class Training:
 
     def place(self) -> None:
         """Places the experts by the loads since the last time, and moves what belongs to them."""
-        new = self._placed(self.loads)
+        if self.config.balance == "any":
+            layers = zip(self.loads, self.placements, strict=True)
+            new = [self._placed(loads, None, previous=old) for loads, old in layers]
+        else:
+            new = [self._placed(loads, self.r2o) for loads in self.loads]
         self.weights = self._moved(self.weights, new)
         self.state = self._moved(self.state, new)
         self.placements, self.last_loads = new, self.loads
@@ -229,16 +237,15 @@ class Training:
         indices = np.asarray(self.last_indices).astype(np.uint16)
         np.savez_compressed(path, indices=indices, history=history.astype(np.int32))
 
-    def _placed(self, history: np.ndarray | None) -> list[Placement]:
-        place = functools.partial(
-            place_experts,
-            r2o=self.r2o,
+    def _placed(self, history: np.ndarray | None, r2o: Any, **options: Any) -> Placement:
+        return place_experts(
+            history,
+            r2o,
             n_logical=self.config.experts,
             ep_size=self.mesh.size,
             redundants_per_rank=self.redundants,
+            **options,
         )
-        rows = [None] * self.config.layers if history is None else history
-        return [place(row) for row in rows]
 
     def _moved(self, tree: Any, new: list[Placement]) -> Any:
         def move(path: tuple[Any, ...], array: jax.Array) -> jax.Array:
@@ -260,7 +267,7 @@ class Training:
         of_weights = model.specs(self.weights)
         seen = {"nats": P(), "traffic": P(), "indices": P(None, model.AXIS)}
         loss = jax.shard_map(
-            lambda *arguments: model.loss(*arguments, self.r2o, self.config),
+            lambda *arguments: model.loss(*arguments, self.config),
             mesh=self.mesh,
             in_specs=(of_weights, P(model.AXIS), P()),
             out_specs=(P(), seen),
