@@ -8,8 +8,10 @@ from lplb_jax.batch_copies import place_copies
 from lplb_jax.certificate import verify
 from lplb_jax.comm import Comm, init_comm
 from lplb_jax.exporting import export_checks
+from lplb_jax.history import LoadHistory
 from lplb_jax.loads import count_loads, sync_loads
 from lplb_jax.placement import Placement, place_experts
+from lplb_jax.refreshing import Refresh, Refresher, refresh
 from lplb_jax.solver import Split, solve
 from lplb_jax.status import Status
 
@@ -19,7 +21,10 @@ __all__ = [
     "Advice",
     "Assignment",
     "Comm",
+    "LoadHistory",
     "Placement",
+    "Refresh",
+    "Refresher",
     "Split",
     "Status",
     "advise",
@@ -33,6 +38,7 @@ __all__ = [
     "place_experts",
     "rebalance",
     "reference",
+    "refresh",
     "solve",
     "sync_loads",
     "topologies",

@@ -108,6 +108,34 @@ def _even_quota(loads: jax.Array, placement: Placement) -> jax.Array:
     return share * (nth_of_slot > 0).astype(loads.dtype)
 
 
+def expert_loads(slot_loads: jax.Array, placement: Placement) -> jax.Array:
+    """Tokens per expert from tokens per slot, such as `moe.Traffic.slot_loads`.
+
+    Args:
+      slot_loads: int32 `[..., n_physical]`, tokens per physical slot.
+      placement: where the experts are. Stacked, its layers are those of the first axis of
+        slot_loads.
+
+    Returns:
+      int32 `[..., n_logical]`, as `place_experts` and `LoadHistory.update` take them.
+
+    Raises:
+      ValueError: slot_loads do not have the placement's slots, or its layers.
+
+    >>> from lplb_jax import Placement
+    >>> placement = Placement.from_phy2log([[0, 1, 2], [2, 3, -1]], ep_size=2)
+    >>> expert_loads(jnp.array([5, 1, 4, 3, 2, 0]), placement).tolist()
+    [5, 1, 7, 2]
+    """
+    return _by_layer(_expert_loads, "slot_loads", slot_loads, placement, placement.n_physical)
+
+
+def _expert_loads(slot_loads: jax.Array, placement: Placement) -> jax.Array:
+    log2phy = placement.log2phy
+    served = slot_loads[log2phy] * (log2phy >= 0).astype(slot_loads.dtype)
+    return served.sum(axis=1, dtype=slot_loads.dtype)
+
+
 def imbalance(loads_of_ranks: jax.Array) -> jax.Array:
     """Largest load over mean load: 1.0 is perfect balance, and 1.0 where there is no load.
 

@@ -87,6 +87,8 @@ def test_sections_of_a_functions_docstring(name):
 
 RESULTS = [
     lplb_jax.Advice,
+    lplb_jax.LoadHistory,
+    lplb_jax.Refresh,
     _study.Ageing,
     _study.Choice,
     lplb_jax.Split,
@@ -117,6 +119,10 @@ def test_signatures_are_the_contract():
             "top_k=None, tokens_per_rank=None, hidden=None, width=None, bytes_per_expert=None, "
             "memory_budget=None, inference=False, flops=550000000000000.0, link=270000000000.0, "
             "node_link=45000000000.0, memory_rate=2700000000000.0, most_layers=4, progress=None)"
+        ),
+        "refresh": (
+            "(history, placement, *, steps, row_s, bytes_per_expert, inference=False, "
+            "link=270000000000.0, most_layers=None, most_bytes=None)"
         ),
         "place_copies": "(loads, placement, *, fan_out=None)",
         "count_loads": "(indices, n_logical)",
@@ -153,7 +159,7 @@ def test_signatures_are_the_contract():
         assert str(bare) == signature, name
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/advise.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/advise.md", "docs/refresh.md"])
 def test_python_of_a_page_runs(tmp_path, page):
     """All its blocks, one after the other, as a user would type them."""
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)

@@ -1,0 +1,293 @@
+"""refresh(): whether placing experts anew is worth what moving them costs."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lplb_jax import _cost
+from lplb_jax._portfolio import imbalances
+from lplb_jax._problem import check_count
+from lplb_jax.history import LoadHistory
+from lplb_jax.placement import Placement, place_experts
+
+# Of the batches kept, this share is not placed from, but judges.
+_JUDGES = 0.25
+
+
+class Refresh(NamedTuple):
+    """What `refresh` decided, by layer.
+
+    Attributes:
+      placement: the one in force from now on, stacked like the one given.
+      moved: bool `[layers]`, which layers have a new placement.
+      before: float `[layers]`, largest over mean rank load of the placement given, on the newest
+        batches.
+      after: the same of the placement in force.
+      saved_s: float `[layers]`, seconds that a new placement saves until the next refresh, less
+        what moving takes; where nothing moves, what it would.
+      fetched: int `[layers]`, experts that the rank with most of them receives; 0 where nothing
+        moves.
+      reason: the decision in words.
+    """
+
+    placement: Placement
+    moved: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    saved_s: np.ndarray
+    fetched: np.ndarray
+    reason: str
+
+
+def refresh(
+    history: LoadHistory | Any,
+    placement: Placement,
+    *,
+    steps: int,
+    row_s: float,
+    bytes_per_expert: float,
+    inference: bool = False,
+    link: float = _cost.LINK,
+    most_layers: int | None = None,
+    most_bytes: float | None = None,
+) -> Refresh:
+    """Places experts anew where that is worth it, on the host, with few moves.
+
+    A new placement is made from all batches but the newest quarter, on which both are balanced
+    exactly. It is taken where the tokens that the busiest rank then has less save more time until
+    the next refresh than its move takes. The layers that can gain most come first.
+
+    Args:
+      history: a `LoadHistory`, or loads `[layers, batches, n_logical]`, the oldest first.
+      placement: the one in force, stacked, `[layers, …]`; along topologies or not.
+      steps: steps until the next refresh.
+      row_s: seconds that one row (a token, once for each expert it chooses) takes on its rank:
+        6 · parameters of an expert / FLOP/s in training, 2 · … in inference.
+      bytes_per_expert: what moves with an expert: its weights and, in training, its optimiser's
+        state.
+      inference: copies stay where they are, so that they have to be moved, too. Else only homes
+        count: copies are fetched in every step anyway.
+      link: bytes per second that a rank receives while experts move.
+      most_layers: layers to place anew in one call, at most; None for all.
+      most_bytes: bytes that a rank may receive in one call; None for any number.
+
+    Returns:
+      A `Refresh`. Where nothing is worth it, its placement is the one given.
+
+    Raises:
+      TypeError, ValueError: an argument is not as above; the message names it.
+
+    Example: experts 0 and 1, both on rank 0, have become hot; to move one takes 4 ms.
+
+    >>> placement = Placement.from_phy2log([[[0, 1], [2, 3]]], ep_size=2)
+    >>> history = np.array([[[300, 300, 100, 100]] * 4])  # 600 and 200 tokens on the ranks
+    >>> costs = {"row_s": 1e-7, "bytes_per_expert": 1e9, "link": 2.5e11}
+    >>> refresh(history, placement, steps=100, **costs).reason
+    'no: to move experts takes longer than what is saved, or more than the limits allow'
+    >>> result = refresh(history, placement, steps=1000, **costs)
+    >>> result.reason, result.before.tolist(), result.after.tolist()
+    ('1 of 1 layers placed anew: 0.016 s saved', [1.5], [1.0])
+    """
+    steps = check_count("steps", steps)
+    for name, limit in (("most_layers", most_layers), ("most_bytes", most_bytes)):
+        if limit is not None and not limit > 0:
+            raise ValueError(f"{name}: expected None or a number above 0, got {limit!r}")
+    for name, value in (("row_s", row_s), ("bytes_per_expert", bytes_per_expert), ("link", link)):
+        if not 0 < value < np.inf:
+            raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+    placement = _on_host(placement)
+    batches = _batches_of(history, placement)
+    n_layers, n_batches, _ = batches.shape
+    result = Refresh(
+        placement,
+        moved=np.zeros(n_layers, bool),
+        before=np.ones(n_layers),
+        after=np.ones(n_layers),
+        saved_s=np.zeros(n_layers),
+        fetched=np.zeros(n_layers, int),
+        reason="no: there is no batch yet",
+    )
+    if n_batches == 0:
+        return result
+    n_judges = max(1, round(_JUDGES * n_batches))
+    judges, earlier = batches[:, -n_judges:], batches[:, : n_batches - n_judges or None]
+    seconds, move_s = steps * row_s, bytes_per_expert / link
+    mean = judges.sum(axis=2).mean(axis=1) / placement.ep_size
+    now = np.array([_largest(*pair) for pair in zip(_layers(placement), judges, strict=True)])
+    result.before[:] = result.after[:] = now / np.where(mean > 0, mean, now + (now == 0))
+    # No placement can save more than what is above the mean. In training, new copies are free.
+    most_saved = (now - mean) * seconds
+    worth_a_try = most_saved > (move_s if inference else 0)
+    hopeful = np.argsort(-most_saved, kind="stable")[: worth_a_try.sum()][:most_layers]
+    if len(hopeful) == 0:
+        why = "no: the busiest ranks have too little above the mean to be worth a move"
+        return result._replace(reason=why)
+
+    layers, room = _layers(placement), np.inf if most_bytes is None else most_bytes
+    for i in hopeful:
+        new = _anew(earlier[i], layers[i])
+        fetched = _most_fetched(layers[i], new, inference)
+        largest = _largest(new, judges[i])
+        result.saved_s[i] = (now[i] - largest) * seconds - fetched * move_s
+        if result.saved_s[i] <= 0 or fetched * bytes_per_expert > room:
+            continue
+        room -= fetched * bytes_per_expert
+        layers[i] = new
+        result.moved[i], result.fetched[i], result.after[i] = True, fetched, largest / mean[i]
+    if not result.moved.any():
+        why = "no: to move experts takes longer than what is saved, or more than the limits allow"
+        return result._replace(reason=why)
+    saved_s = result.saved_s[result.moved].sum()
+    why = f"{result.moved.sum()} of {n_layers} layers placed anew: {saved_s:.3f} s saved"
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    return result._replace(placement=stacked, reason=why)
+
+
+class Refresher:
+    """`refresh` in a thread, beside training: `start` it, and `poll` in later steps.
+
+    An error of the thread is raised by the next call of either method.
+
+    Args:
+      options: of `refresh`.
+
+    >>> placement = Placement.from_phy2log([[[0, 1], [2, 3]]], ep_size=2)
+    >>> refresher = Refresher(steps=1000, row_s=1e-7, bytes_per_expert=1e9)
+    >>> refresher.start(np.array([[[300, 300, 100, 100]]]), placement)
+    >>> refresher.poll(wait=True).moved.tolist(), refresher.poll()
+    ([True], None)
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "lplb_jax-refresh")
+        self._running: concurrent.futures.Future[Refresh] | None = None
+
+    def start(self, history: LoadHistory | Any, placement: Placement) -> None:
+        """Begins with loads and a placement as they are now; they may be donated afterwards.
+
+        Raises:
+          RuntimeError: the last result has not been polled; and whatever `refresh` raises.
+        """
+        if self._running is not None:
+            self._running.exception()  # Waits: one that failed is to be seen before another runs.
+            running, self._running = self._running, None
+            running.result()
+            raise RuntimeError("start: expected the last result to be polled first")
+        copies = jax.tree.map(lambda array: jnp.copy(array), history)
+        self._running = self._thread.submit(refresh, copies, _on_host(placement), **self._options)
+
+    def poll(self, *, wait: bool = False) -> Refresh | None:
+        """The result, once; None where there is none yet, or nothing was started.
+
+        Args:
+          wait: until it is there.
+
+        Raises:
+          Exception: what `refresh` raised.
+        """
+        if self._running is None or not (wait or self._running.done()):
+            return None
+        running, self._running = self._running, None
+        return running.result()
+
+
+def _on_host(placement: Placement) -> Placement:
+    """A stacked placement in NumPy arrays, as wide as a new one may be."""
+    if not isinstance(placement, Placement):
+        raise TypeError(
+            f"placement: expected a lplb_jax.Placement, got {type(placement).__name__}; make one "
+            f"with place_experts"
+        )
+    placement = jax.device_get(placement)
+    if np.ndim(placement.phy2log) != 2:
+        raise ValueError(
+            f"placement: expected a layer axis, phy2log [layers, n_physical], got "
+            f"{list(np.shape(placement.phy2log))}; stack the placements of layers"
+        )
+    width = placement.log2phy.shape[-1]
+    along = placement.topology is not None
+    more = max(0, (2 if along else placement.n_physical - placement.n_logical + 1) - width)
+    wide = np.pad(placement.log2phy, [(0, 0), (0, 0), (0, more)], constant_values=-1)
+    return dataclasses.replace(placement, log2phy=wide)
+
+
+def _layers(placement: Placement) -> list[Placement]:
+    n_layers = len(placement.phy2log)
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], placement) for i in range(n_layers)]
+
+
+def _batches_of(history: LoadHistory | Any, placement: Placement) -> np.ndarray:
+    """int64 `[layers, batches, n_logical]`."""
+    kept = history.batches() if isinstance(history, LoadHistory) else jax.device_get(history)
+    kept = np.asarray(kept)
+    expected = len(placement.phy2log), placement.n_logical
+    if kept.ndim != 3 or (kept.shape[0], kept.shape[2]) != expected:
+        raise ValueError(
+            f"history: expected [layers, batches, n_logical] = [{expected[0]}, …, {expected[1]}] "
+            f"as placement has, got {list(kept.shape)}"
+        )
+    if kept.dtype.kind not in "iu" or (kept.size and kept.min() < 0):
+        raise ValueError(
+            f"history: expected whole tokens of at least 0, got {kept.dtype}"
+            f"{f' and {kept.min()}' if kept.size else ''}"
+        )
+    return kept.astype(np.int64)
+
+
+def _largest(placement: Placement, batches: np.ndarray) -> float:
+    """Tokens on the busiest rank, balanced exactly, in the mean over batches."""
+    totals = batches.sum(axis=1)
+    some = batches[totals > 0]
+    if len(some) == 0:
+        return 0.0
+    largest = imbalances(placement.phy2log, placement.ep_size, some) * some.sum(axis=1)
+    return float(largest.sum() / placement.ep_size / len(batches))
+
+
+def _anew(batches: np.ndarray, previous: Placement) -> Placement:
+    """A placement for these batches that keeps what it can of the one in force; as wide."""
+    sizes = {
+        "n_logical": previous.n_logical,
+        "ep_size": previous.ep_size,
+        "n_nodes": previous.n_nodes,
+    }
+    if previous.topology is not None:
+        redundants = previous.redundants_per_rank
+        new = place_experts(
+            batches.sum(axis=0),
+            previous.topology,
+            **sizes,
+            redundants_per_rank=redundants,
+            previous=previous,
+        )
+    else:
+        stacked = jax.tree.map(lambda leaf: leaf[None], previous)
+        n_physical = previous.n_physical
+        new = place_experts(batches[None], **sizes, n_physical=n_physical, previous=stacked)
+        new = jax.tree.map(lambda leaf: leaf[0], new)
+    more = previous.log2phy.shape[1] - new.log2phy.shape[1]
+    wide = np.pad(new.log2phy, [(0, 0), (0, more)], constant_values=-1)
+    return dataclasses.replace(new, log2phy=wide)
+
+
+def _most_fetched(old: Placement, new: Placement, copies: bool) -> int:
+    """Experts that the rank with most of them receives: homes alone, or copies, too."""
+
+    def hosts(placement: Placement) -> np.ndarray:
+        """Whether a rank has an expert, bool `[n_logical, ep_size]`."""
+        slots = np.arange(placement.n_physical)
+        if not copies:
+            slots = placement.log2phy[:, 0]
+        experts, rank = placement.phy2log[slots], slots * placement.ep_size // placement.n_physical
+        found = np.zeros((placement.n_logical, placement.ep_size), bool)
+        found[experts[experts >= 0], rank[experts >= 0]] = True
+        return found
+
+    return int((hosts(new) & ~hosts(old)).sum(axis=0).max())
