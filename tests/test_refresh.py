@@ -172,7 +172,7 @@ def test_a_placement_that_gains_less_than_its_move_is_not_taken(rng):
 
 
 def test_copies_are_free_in_training(rng):
-    """They are fetched in every step: a new choice of them costs nothing, however large they are."""
+    """They are fetched in every step: a new choice costs nothing, however large they are."""
     loads, placement = drawn(rng), given_order()
     result = refresh(loads, placement, **(COSTS | {"bytes_per_expert": 1e30}))
     assert not result.fetched.any()
