@@ -1,4 +1,4 @@
-"""The demonstration's picture: how far every rank's load is from the mean, in four stages."""
+"""The demonstration's picture: how far every rank's load is from the mean, stage by stage."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 from lplb_jax._report import Layer
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
-COLOURS = "#7f7f7f", "#d55e00", "#0072b2", "#009e73"
+COLOURS = "#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7"
 INK, FAINT = "#222222", "#777777"
 
 
 def draw(layers: list[Layer], topology: str) -> Figure:
-    """A panel per layer: rank loads without replicas, evenly split, and after `rebalance`, twice.
+    """A panel per layer: rank loads without replicas, evenly split, and after every `rebalance`.
 
     Args:
       layers: `lplb_jax.demo.Layer` results, at least one.
@@ -25,26 +25,28 @@ def draw(layers: list[Layer], topology: str) -> Figure:
 
     >>> from lplb_jax._picture import draw
     >>> from lplb_jax.demo import Layer, Run
-    >>> loads, run = np.array([30, 10]), Run(np.array([20, 20]), 20, 10, 1e-3, [])
-    >>> len(draw([Layer(loads, loads, run, run)], "ring").axes)
+    >>> loads, run = np.array([30, 10]), Run("ring", np.array([20, 20]), 20, 1, 10, 1e-3, [])
+    >>> len(draw([Layer(loads, loads, (run, run, run))], "ring").axes)
     1
     """
     n_columns = min(2, len(layers))
     n_rows = -(-len(layers) // n_columns)
-    figure = Figure(figsize=(6 * n_columns, 2.9 * n_rows + 1.1), dpi=130, layout="constrained")
+    figure = Figure(figsize=(7 * n_columns, 2.9 * n_rows + 1.1), dpi=130, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12, rect=(0, 0.065, 1, 0.875))
     panels = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False).ravel()
     for i, (panel, layer) in enumerate(zip(panels, layers, strict=False)):
-        _draw_layer(panel, layer, topology, f"Layer {i}", explain=i == 0)
+        _draw_layer(panel, layer, f"Layer {i}", explain=i == 0)
     for panel in panels[len(layers) :]:
         panel.axis("off")
 
-    home, even, along, anywhere = np.mean([layer.busiest for layer in layers], axis=0)
+    home, even, *after = np.mean([layer.busiest for layer in layers], axis=0)
+    names = [run.name for run in layers[0].runs]
+    figures = ", ".join(f"{load:.2f} {name}" for load, name in zip(after, names, strict=True))
     figure.text(
         0.015,
         0.985,
         f"Busiest of {len(layers[0].home)} ranks, average of {len(layers)} layers: {home:.2f} × "
-        f"mean load → {along:.2f} along the {topology}, {anywhere:.2f} on any placement",
+        f"mean load → {figures}",
         va="top",
         fontsize=12,
         fontweight="bold",
@@ -53,20 +55,21 @@ def draw(layers: list[Layer], topology: str) -> Figure:
     figure.text(
         0.015,
         0.015,
-        f"One dot per rank, its tokens over the mean. Even split: half of an expert's tokens to "
-        f"each copy along the {topology} ({even:.2f} on average).\n"
-        f"Any placement: as many copies, of any expert on any rank.",
+        f"One dot per rank, its tokens over the mean; dashes: the lower bound. Even split: half of "
+        f"an expert's tokens to each copy along the {topology} ({even:.2f} on average).\n"
+        f"Any placement: as many copies, of any expert on any rank. Batch: at most as many, chosen "
+        f"for the tokens at hand.",
         fontsize=8.5,
         color=FAINT,
     )
     return figure
 
 
-def _draw_layer(panel: Axes, layer: Layer, topology: str, title: str, *, explain: bool) -> None:
+def _draw_layer(panel: Axes, layer: Layer, title: str, *, explain: bool) -> None:
     n_ranks = len(layer.home)
-    names = "no replicas", "even split", f"rebalance,\n{topology}", "rebalance,\nany placement"
-    starts = np.arange(4) * (n_ranks + 3)
-    for stage, (start, name, colour) in enumerate(zip(starts, names, COLOURS, strict=True)):
+    names = "no replicas", "even split", *(f"rebalance,\n{run.name}" for run in layer.runs)
+    starts = np.arange(len(names)) * (n_ranks + 3)
+    for stage, (start, name, colour) in enumerate(zip(starts, names, COLOURS, strict=False)):
         loads = layer.over_mean[stage]
         ranks = start + np.arange(n_ranks)
         panel.vlines(ranks, 1, loads, color=colour, linewidth=2.5)
@@ -97,15 +100,14 @@ def _draw_layer(panel: Axes, layer: Layer, topology: str, title: str, *, explain
             color=colour,
         )
     panel.axhline(1, color=INK, linewidth=0.8, zorder=1)
-    for start, run in zip(starts[2:], (layer.along, layer.anywhere), strict=True):
+    for start, run in zip(starts[2:], layer.runs, strict=True):
         bound = run.lower_bound / layer.home.mean()
         left, right = start - 1.2, start + n_ranks + 0.2
         panel.plot(
             (left, right), (bound, bound), color=INK, linewidth=1.2, linestyle=(0, (3, 2)), zorder=1
         )
     if explain:
-        panel.text(right + 0.3, bound, "lower\nbound", va="bottom", fontsize=8.5, color=INK)
-        panel.text(right + 0.3, 1, "mean", va="top", fontsize=8.5, color=INK)
+        panel.text(right + 0.3, 1.005, "mean", va="bottom", fontsize=8.5, color=INK)
     panel.set_title(title, loc="left", fontsize=10.5, color=INK)
     panel.set_xticks([])
     panel.set_xlim(-1.5, right + 3.6)

@@ -11,15 +11,19 @@ class Run(NamedTuple):
     """What `rebalance` made of one batch on one placement.
 
     Attributes:
+      name: where its copies are, in a word or two.
       loads: int `[ep_size]`, tokens per rank, counted from the physical indices it returned.
       lower_bound: what no routing over these copies can bring the busiest rank below.
+      n_copies: slots with an expert whose home is another one.
       moved: tokens that another slot than their expert's home serves.
       seconds: median time of a call.
       faults: what is wrong with the result, in words; empty if all is well.
     """
 
+    name: str
     loads: np.ndarray
     lower_bound: int
+    n_copies: int
     moved: int
     seconds: float
     faults: list[str]
@@ -31,19 +35,17 @@ class Layer(NamedTuple):
     Attributes:
       home: loads without replicas.
       even: loads where the tokens of experts copied along the topology are split evenly.
-      along: what `rebalance` made of the copies along the topology.
-      anywhere: the same of a placement that may have any number of copies on any ranks.
+      runs: what `rebalance` made of the batch, on one placement after the other.
     """
 
     home: np.ndarray
     even: np.ndarray
-    along: Run
-    anywhere: Run
+    runs: tuple[Run, ...]
 
     @property
     def over_mean(self) -> list[np.ndarray]:
-        """`home`, `even`, and the loads of `along` and `anywhere`, divided by the mean load."""
-        stages = (self.home, self.even, self.along.loads, self.anywhere.loads)
+        """`home`, `even`, and the loads of all runs, divided by the mean load."""
+        stages = (self.home, self.even, *(run.loads for run in self.runs))
         return [loads / self.home.mean() for loads in stages]
 
     @property
@@ -53,6 +55,5 @@ class Layer(NamedTuple):
 
     @property
     def faults(self) -> list[str]:
-        """Those of both runs."""
-        anywhere = [f"any placement: {fault}" for fault in self.anywhere.faults]
-        return self.along.faults + anywhere
+        """Those of all runs."""
+        return [f"{run.name}: {fault}" for run in self.runs for fault in run.faults]

@@ -1,6 +1,7 @@
 """The demonstration: real routing through `rebalance` on 8 ranks, every result checked.
 
-Each layer is balanced twice: on copies along a topology, and on as many that may be anywhere.
+Each layer is balanced three times: on copies along a topology, on as many that may be anywhere, and
+on copies chosen for the batch.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from jax.sharding import PartitionSpec as P
 from lplb_jax import (
     Comm,
     Placement,
-    Split,
     init_comm,
     metrics,
+    place_copies,
     place_experts,
     rebalance,
+    solve,
     topologies,
     verify,
 )
@@ -37,6 +39,7 @@ from lplb_jax._report import Layer, Run
 from lplb_jax.data import AUX_LOSSES, Traces, load_traces, read_traces
 
 EP_SIZE = 8
+MANY_RANKS, FEW_SLOTS = 64, 2  # what `solve` shows of more ranks than there are devices
 PICTURES = (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 
 
@@ -105,25 +108,34 @@ def demonstrate(
     print(f"; experts placed from {when}\n", flush=True)
 
     with init_comm(mesh, "ep", max_experts=n_logical) as comm:
+        along, anywhere = placements
         runs = [
-            [*_run_layers(mesh, comm, indices, stacked, repeats, name)]
-            for stacked, name in zip(placements, (topology, "any placement"), strict=True)
+            [*_run_layers(mesh, comm, indices, stacked, repeats, name, copies)]
+            for stacked, name, copies in (
+                (along, topology, "placement"),
+                (anywhere, "any placement", "placement"),
+                (anywhere, "batch", "batch"),
+            )
         ]
     _progress("")
     layers = []
-    for i, pair in enumerate(zip(*runs, strict=True)):
+    for i, of_layer in enumerate(zip(*runs, strict=True)):
         loads = np.bincount(indices[i].ravel(), minlength=n_logical)
-        placement = _layer(placements[0], i)
+        placement = _layer(along, i)
         quotas = metrics.home_quota(loads, placement), metrics.even_quota(loads, placement)
-        layers.append(Layer(*(_loads_of_ranks(quota) for quota in quotas), *pair))
+        layers.append(Layer(*(_loads_of_ranks(quota) for quota in quotas), of_layer))
 
     print(table(layers, topology))
     print(
-        f"\nany: as many copies, of any expert on any rank; even split: of those on the {topology}."
+        f"\nnone: no replicas; even: along the {topology}, tokens of an expert halved; any: copies "
+        f"of any expert\non any rank; batch: copies chosen for these tokens. On all ranks there "
+        f"are {_copies(runs)}."
         f"\nms: median of {repeats} calls after a warm-up; one call is rebalance() on all "
         f"{EP_SIZE} ranks\n(count, sync by {comm.transport}, solve, assign) as one jitted "
         f"shard_map, until every result is ready."
     )
+    if n_logical % MANY_RANKS == 0:
+        print(_on_many_ranks(indices, history))
     faults = [f"layer {i}: {fault}" for i, layer in enumerate(layers) for fault in layer.faults]
     if faults:
         print("\nWRONG RESULTS\n" + "\n".join(faults))
@@ -252,34 +264,32 @@ def table(layers: list[Layer], topology: str) -> str:
 
     >>> from lplb_jax.demo import Layer, Run, table
     >>> loads = np.array([30, 10]), np.array([25, 15]), np.array([20, 20])
-    >>> runs = Run(loads[1], 25, 5, 1e-3, []), Run(loads[2], 20, 10, 1e-3, [])
-    >>> print(table([Layer(loads[0], loads[0], *runs)], "ring"))
-           busiest rank's tokens / mean               lower bound        tokens moved    ms per call
-    layer  no replicas even split     ring    any     ring    any      ring       any    ring    any
-        0        1.500      1.500    1.250  1.000    1.250  1.000         5        10    1.00   1.00
+    >>> runs = [Run(name, loads[2], 20, 1, 10, 1e-3, []) for name in ("ring", "any", "batch")]
+    >>> print(table([Layer(*loads[:2], tuple(runs))], "ring"))
+           busiest rank's tokens / mean              tokens moved              ms per call
+    layer   none   even     ring    any  batch      ring      any    batch     ring    any  batch
+        0  1.500  1.250    1.000  1.000  1.000        10       10       10     1.00   1.00   1.00
     """
-    widths = 5, 13, 11, 9, 7, 9, 7, 10, 10, 8, 7
+    widths = 5, 7, 7, 9, 7, 7, 10, 9, 9, 9, 7, 7
+    runs = topology, "any", "batch"
 
     def line(*cells: Any) -> str:
         return "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
     lines = [
-        "       busiest rank's tokens / mean"
-        f"{'lower bound':>26}{'tokens moved':>20}{'ms per call':>15}",
-        line("layer", "no replicas", "even split", *4 * [topology, "any"]),
+        f"       busiest rank's tokens / mean{'tokens moved':>26}{'ms per call':>25}{'':>7}",
+        line("layer", "none", "even", *3 * runs),
     ]
     for i, layer in enumerate(layers):
-        runs = layer.along, layer.anywhere
         lines.append(
             line(
                 i,
                 *(f"{load:.3f}" for load in layer.busiest),
-                *(f"{run.lower_bound / layer.home.mean():.3f}" for run in runs),
-                *(f"{run.moved:,}" for run in runs),
-                *(f"{1e3 * run.seconds:.2f}" for run in runs),
+                *(f"{run.moved:,}" for run in layer.runs),
+                *(f"{1e3 * run.seconds:.2f}" for run in layer.runs),
             )
         )
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _routing(aux_loss: str | None, traces: str | None) -> Traces:
@@ -301,6 +311,34 @@ def _routing(aux_loss: str | None, traces: str | None) -> Traces:
     return read
 
 
+def _copies(runs: list[list[Run]]) -> str:
+    """How many copies each kind of placement has, from layer to layer."""
+    numbers = [[run.n_copies for run in of_layers] for of_layers in runs]
+    spans = [sorted({min(of_layers), max(of_layers)}) for of_layers in numbers]
+    return ", ".join(" to ".join(map(str, span)) for span in spans) + " copies"
+
+
+def _on_many_ranks(indices: np.ndarray, history: np.ndarray) -> str:
+    """The busiest rank's tokens over the mean where there are many ranks, by `solve` alone."""
+    sizes = {"n_logical": history.shape[1], "ep_size": MANY_RANKS}
+    packed = place_experts(history, **sizes, redundants_per_rank=0, method="eplb")
+    placed = place_experts(history, **sizes, redundants_per_rank=FEW_SLOTS)
+
+    def busiest(layer: int) -> list[float]:
+        loads = np.bincount(indices[layer].ravel(), minlength=history.shape[1]).astype(np.int32)
+        static = _layer(placed, layer)
+        placements = _layer(packed, layer), static, place_copies(loads, static)
+        splits = [solve(loads, placement=placement) for placement in placements]
+        return [float(split.max_load[0]) / loads.sum() * MANY_RANKS for split in splits]
+
+    rows = [busiest(layer) for layer in range(len(indices))]
+    none, anywhere, batch = np.mean(rows, axis=0)
+    return (
+        f"\n{MANY_RANKS} ranks, {FEW_SLOTS} redundant slots, by solve(), mean of all layers: "
+        f"none {none:.3f}, any {anywhere:.3f}, batch {batch:.3f}"
+    )
+
+
 def _describe(devices: list[jax.Device]) -> str:
     if devices[0].platform == "cpu":
         return f"{len(devices)} virtual CPU devices ({len(os.sched_getaffinity(0))} cores)"
@@ -314,14 +352,17 @@ def _progress(text: str) -> None:
 
 
 def _compile(
-    mesh: Mesh, comm: Comm, indices: np.ndarray, placement: Placement
+    mesh: Mesh, comm: Comm, indices: np.ndarray, placement: Placement, copies: str
 ) -> jax.stages.Compiled:
     """rebalance() as one program for all ranks. The placement is an argument: it may change."""
+    specs = (P("ep"), P()) if copies == "placement" else (P("ep"), P(), P())
 
     @jax.jit
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("ep"), P()), out_specs=(P("ep"), P()))
-    def step(indices: jax.Array, placement: Placement) -> tuple[jax.Array, Split]:
-        return rebalance(indices, None, placement=placement, axis_name="ep", comm=comm)
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("ep"), P()), out_specs=specs)
+    def step(indices: jax.Array, placement: Placement) -> tuple[Any, ...]:
+        return rebalance(
+            indices, None, placement=placement, axis_name="ep", comm=comm, copies=copies
+        )
 
     # Compiled once, ahead: another layer could not recompile it even if it had to.
     return step.lower(*_put(mesh, indices, placement)).compile()
@@ -336,14 +377,20 @@ def _put(mesh: Mesh, indices: np.ndarray, placement: Placement) -> tuple[jax.Arr
 
 
 def _run_layers(
-    mesh: Mesh, comm: Comm, indices: np.ndarray, stacked: Placement, repeats: int, name: str
+    mesh: Mesh,
+    comm: Comm,
+    indices: np.ndarray,
+    stacked: Placement,
+    repeats: int,
+    name: str,
+    copies: str,
 ) -> Iterator[Run]:
     """Every layer on its placement, by one program."""
     _progress(f"{name}: compiling one step for all layers")
-    step = _compile(mesh, comm, indices[0], _layer(stacked, 0))
+    step = _compile(mesh, comm, indices[0], _layer(stacked, 0), copies)
     for i, chosen in enumerate(indices):
         _progress(f"{name}, layer {i + 1} of {len(indices)}: {repeats} timed calls")
-        yield _run_layer(step, mesh, chosen, _layer(stacked, i), repeats)
+        yield _run_layer(step, mesh, chosen, _layer(stacked, i), repeats, name)
 
 
 def _layer(stacked: Placement, i: int) -> Placement:
@@ -360,9 +407,12 @@ def _run_layer(
     indices: np.ndarray,
     placement: Placement,
     repeats: int,
+    name: str,
 ) -> Run:
     arguments = _put(mesh, indices, placement)
-    physical, split = jax.block_until_ready(step(*arguments))  # also the warm-up
+    physical, split, *chosen = jax.block_until_ready(step(*arguments))  # also the warm-up
+    if chosen:
+        placement = jax.tree.map(np.asarray, chosen[0])
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -373,8 +423,10 @@ def _run_layer(
     in_range = physical[(physical >= 0) & (physical < placement.n_physical)]
     counted = np.bincount(in_range, minlength=placement.n_physical)
     return Run(
+        name,
         _loads_of_ranks(counted),
         lower_bound=int(split.lower_bound[0]),
+        n_copies=int((placement.phy2log >= 0).sum()) - placement.n_logical,
         moved=int(metrics.tokens_moved(counted, placement)),
         seconds=statistics.median(seconds),
         faults=verify(None, split, placement=placement, indices=indices, physical_indices=physical),
