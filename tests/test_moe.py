@@ -197,19 +197,35 @@ def test_the_ragged_exchange_of_weights_has_the_same_types(rng, cpu_devices, che
     assert types("ragged") == types("padded")
 
 
-@pytest.mark.parametrize("balance", ["lplb", "eplb", "none"])
-def test_any_placement_equals_one_device(rng, mesh, balance):
+def crowded(rng, case):
+    """One expert on every rank with a slot to spare, twice where there are two; one is empty."""
+    placement = case.placement(rng)
+    spare = np.setdiff1d(np.arange(placement.n_physical), placement.log2phy[:, 0])
+    table = placement.phy2log.copy()
+    table[spare] = rng.integers(case.n_logical)
+    table[rng.choice(spare)] = -1
+    return Placement.from_phy2log(table, ep_size=case.ep_size, n_logical=case.n_logical)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "balance"),
+    [((8, 4, 19), "lplb"), ((8, 4, 19), "eplb"), ((8, 4, 19), "none"), ((8, 3, 3), "lplb")],
+)
+def test_any_placement_equals_one_device(rng, mesh, sizes, balance):
     """Value and gradients, of one program for all placements; then moved to another one."""
-    case = AnyCase(8, 4, 19)
+    case = AnyCase(*sizes)
     run = with_slopes(layer_over(mesh, case, balance=balance, **PORTABLE, **ROOM))
-    for routing in (skewed, one_expert, half_silent):
+    for k, routing in enumerate([*ROUTINGS, skewed, one_expert]):
         floats, ids, placement = problem(rng, case, routing)
+        if k >= len(ROUTINGS):
+            placement = crowded(rng, case)
         traffic = assert_equals_plain_mathematics(run, mesh, floats, ids, placement, rng, 1e-5)
         of_experts = np.zeros(case.n_logical, np.int64)
         filled = placement.phy2log >= 0
         np.add.at(of_experts, placement.phy2log[filled], traffic.slot_loads[filled])
         loads = np.bincount(ids[ids >= 0], minlength=case.n_logical)
         np.testing.assert_array_equal(of_experts, loads)
+        assert not traffic.slot_loads[~filled].any()
         assert not traffic.status.any()
         if balance == "lplb":
             assert metrics.rank_loads(traffic.slot_loads, 8).max() == traffic.lower_bound[0]
@@ -218,6 +234,53 @@ def test_any_placement_equals_one_device(rng, mesh, balance):
         )
         jax.tree.map(np.testing.assert_array_equal, moved, in_slots(floats[2], new))
     assert run._cache_size() == 1
+
+
+def test_any_placements_by_layer_in_a_scan(rng, mesh):
+    """Each layer has experts and a placement of its own: value and gradients, layer by layer."""
+    case, n_layers = AnyCase(8, 4, 19), 3
+    layers = [problem(rng, case, routing) for routing in (skewed, one_expert, half_silent)]
+    (tokens, gates, experts), ids, placements = jax.tree.map(lambda *a: np.stack(a), *layers)
+    tokens = tokens[0]
+
+    def scanned(tokens, gates, experts, ids, placements):
+        @jax.checkpoint
+        def body(stream, layer):
+            gates, experts, ids, placement = layer
+            out, traffic = moe.moe_layer(
+                stream, ids, gates, experts, placement=placement, axis_name="ep",
+                **PORTABLE, **ROOM,
+            )  # fmt: skip
+            return stream + out, (traffic.status, traffic.overflow)
+
+        return jax.lax.scan(body, tokens, (gates, experts, ids, placements))
+
+    def plain(tokens, gates, experts, ids):
+        for gates_, experts_, ids_ in zip(gates, zip(*experts, strict=True), ids, strict=True):
+            tokens = tokens + plainly(tokens, gates_, moe.Experts(*experts_), ids_)
+        return tokens, None
+
+    by_layer = P(None, "ep")
+    run = jax.shard_map(
+        scanned,
+        mesh=mesh,
+        in_specs=(P("ep"), by_layer, by_layer, by_layer, P()),
+        out_specs=(P("ep"), P()),
+    )
+
+    def in_slots_of_layers(experts):
+        return jax.tree.map(lambda array: in_layers_slots(array, placements), experts)
+
+    floats = tokens, gates, in_slots_of_layers(experts)
+    upstream = rng.normal(0, 1, tokens.shape).astype(np.float32)
+    *ours, flags = with_slopes(run)(floats, upstream, ids, placements)
+    out, (*slopes, of_experts), _ = with_slopes(plain)((tokens, gates, experts), upstream, ids)
+    expected = [out, *slopes, in_slots_of_layers(of_experts)]
+    assert not any(flag.any() for flag in flags)
+    assert len(of_experts.down) == n_layers
+    for got, want in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
+        scale = max(np.abs(want).max(), 1e-6)
+        np.testing.assert_allclose(got / scale, want / scale, atol=1e-5)
 
 
 def test_bad_any_placements(rng, mesh):
