@@ -35,7 +35,7 @@ class Config:
       context: bytes of a sequence.
       aux_loss: weight of the loss that pulls the router towards equal loads.
       balance: "lplb", "eplb" or "none", see `lplb_jax.moe.moe_layer`; "any": "lplb" on placements
-        without topology.
+        without topology; "batch": with copies chosen for the tokens at hand.
       capacity_factor: see `lplb_jax.moe.moe_layer`.
       dtype: what the experts compute in; weights are kept in float32.
     """
@@ -117,7 +117,7 @@ def loss(
     uneven, traffic, indices = jnp.float32(0), [], []
     for block, placement in zip(weights["blocks"], placements, strict=True):
         experts = jax.tree.map(lambda array: array.astype(config.dtype), block["experts"])
-        if config.balance != "none":
+        if config.balance not in ("none", "batch"):
             # Before attention, so that the transfer can hide behind it.
             experts = moe.replicate_weights(experts, None, AXIS, placement=placement)
         stream = stream + attention(block, stream, config.heads)
@@ -130,7 +130,8 @@ def loss(
             experts,
             placement=placement,
             axis_name=AXIS,
-            balance="lplb" if config.balance == "any" else config.balance,
+            balance=config.balance if config.balance in ("eplb", "none") else "lplb",
+            copies="batch" if config.balance == "batch" else "placement",
             capacity_factor=config.capacity_factor,
         )
         stream = stream + out.astype(stream.dtype).reshape(stream.shape)

@@ -3,12 +3,13 @@
     python examples/train_moe.py                     # on all GPUs, or 8 virtual CPU devices
     python examples/train_moe.py --balance none      # the same mathematics, another load
     python examples/train_moe.py --balance any       # copies of any experts on any ranks
+    python examples/train_moe.py --balance batch     # copies chosen in every step, nothing moves
     python examples/train_moe.py --help
 
 It learns from text files, by default the Python sources of the standard library. Every --refresh
 steps the experts are placed anew from the loads just seen, and their weights and the optimiser's
-state move with them. Out come a log (JSON lines), a picture, and, with --traces, the router's
-decisions for `lplb-jax demo --traces`.
+state move with them; where copies are chosen in every step, they stay. Out come a log (JSON lines),
+a picture, and, with --traces, the router's decisions for `lplb-jax demo --traces`.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     with open(options.log, "w") as log, tqdm(total=options.steps, unit="step") as bar:
         for step in range(options.steps):
             record = training.step(next(batches))
-            if (step + 1) % options.refresh == 0:
+            if (step + 1) % options.refresh == 0 and options.balance != "batch":
                 training.place()
             records.append({"step": step, **record})
             log.write(json.dumps(records[-1]) + "\n")
@@ -79,7 +80,10 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    choices = {"balance": ["lplb", "any", "eplb", "none"], "dtype": ["float32", "bfloat16"]}
+    choices = {
+        "balance": ["lplb", "any", "batch", "eplb", "none"],
+        "dtype": ["float32", "bfloat16"],
+    }
     numbers = {"aux_loss": at_least(0, float), "capacity_factor": at_least(1, float)}
     for field in dataclasses.fields(model.Config):
         kind = at_least(1) if isinstance(field.default, int) else str
@@ -96,7 +100,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--redundants", type=count, help="slots per rank, None for one per column")
     parser.add_argument("--batch", type=count, default=16, help="sequences, over all ranks")
     parser.add_argument("--steps", type=count, default=300)
-    parser.add_argument("--refresh", type=count, default=20, help="steps between placements")
+    parser.add_argument(
+        "--refresh", type=count, default=20, help="steps between placements, not for batch"
+    )
     parser.add_argument("--learning-rate", type=at_least(0, float), default=2e-3)
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--log", default="train_moe.jsonl")
@@ -203,7 +209,7 @@ class Training:
         before, after, overflow = [], [], 0
         for layer, (of_layer, placement) in enumerate(zip(traffic, self.placements, strict=True)):
             loads = np.zeros(self.config.experts, np.int32)
-            np.add.at(loads, placement.phy2log, of_layer.slot_loads)
+            np.add.at(loads, of_layer.phy2log, of_layer.slot_loads)  # none where a slot is empty
             self.loads[layer] += loads
             home = metrics.rank_loads(metrics.home_quota(loads, placement), self.mesh.size)
             received = metrics.rank_loads(of_layer.slot_loads, self.mesh.size)
@@ -322,11 +328,14 @@ def draw(options: argparse.Namespace, records: list[dict[str, Any]]) -> Figure:
             label, (1, float(np.mean(curve[-20:]))), xycoords=bottom.get_yaxis_transform(),
             xytext=(6, up), textcoords="offset points", color=color, va=va, annotation_clip=False,
         )  # fmt: skip
-    for step in range(options.refresh, options.steps, options.refresh):
-        bottom.axvline(step, color="lightgray", linewidth=1, zorder=0)
+    title = "Load, mean over layers"
+    if options.balance != "batch":
+        title += "; experts placed anew at the gray lines"
+        for step in range(options.refresh, options.steps, options.refresh):
+            bottom.axvline(step, color="lightgray", linewidth=1, zorder=0)
     bottom.axhline(1, color="gray", linewidth=1)
     bottom.set_ylabel("busiest rank's tokens / mean")
-    bottom.set_title("Load, mean over layers; experts placed anew at the gray lines", loc="left")
+    bottom.set_title(title, loc="left")
     bottom.set_xlabel("step")
     bottom.set_xlim(-0.5, steps[-1] + 0.5)
     bottom.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)

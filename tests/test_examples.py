@@ -38,9 +38,9 @@ def trained(*arguments):
 
 
 def test_balance_does_not_change_what_is_learnt(rng):
-    """50 steps, with the experts placed anew every ten."""
+    """50 steps, with the experts placed anew every ten, or copies chosen in each."""
     same = ["--layers", "1", "--steps", "50", "--seed", str(rng.integers(1000))]
-    runs = [trained("--balance", balance, *same) for balance in ("none", "lplb", "any")]
+    runs = [trained("--balance", balance, *same) for balance in ("none", "lplb", "any", "batch")]
     none, *balanced = (np.array([record["bits_per_byte"] for record in run]) for run in runs)
     assert none[-1] < none[0] - 1, "nothing was learnt"
     for curve in balanced:
@@ -182,7 +182,7 @@ def test_the_topology_fits_the_experts(experts):
     assert redundants == r2o.shape[1] == {"8": 1, "16": 2}[experts]
 
 
-@pytest.mark.parametrize("balance", ["lplb", "any", "none"])
+@pytest.mark.parametrize("balance", ["lplb", "any", "batch", "none"])
 @pytest.mark.parametrize("n_steps", [1, 2, 5, 300])
 def test_labels_are_beside_the_frame(rng, balance, n_steps):
     """Not over it, not over one another, and within the picture; also where curves coincide."""
