@@ -22,8 +22,8 @@ from lplb_jax._portfolio import (
 # load: on the batches as they are, and in the mean on what may soon become of them. Of the latter
 # a few show the way.
 _WORSE, _SOON_WORSE, _SOON_BATCHES = 1.009, 1.05, 3
-# How often the exact solver may run on the way to each aim.
-_MOST_SOLVES = 3000
+# How much the exact solver may do on the way to each aim: batches solved times slots.
+_MOST_WORK = 1_200_000
 
 
 def keep(
@@ -95,9 +95,8 @@ def _amended(
 ) -> Table:
     """The table, with changes until every batch reaches its goal or no change helps."""
     phy2log, homes = (np.array(array, np.int32) for array in table)
-    native().amend(
-        phy2log, homes, sizes.ep_size, sizes.n_nodes, along, tokens.ravel(), goals, _MOST_SOLVES
-    )
+    how = sizes.ep_size, sizes.n_nodes, along
+    native().amend(phy2log, homes, *how, tokens.ravel(), goals, _MOST_WORK // len(phy2log))
     return Table(phy2log, homes)
 
 

@@ -187,17 +187,25 @@ class Amending {
     return excess;
   }
 
-  std::vector<Step> Promising() const {
-    if (sizes_.swaps_only) return Best(Exchanges(Kind::kSwap));
-    std::vector<Step> steps = Best(Copies());
-    for (const Step& step : Best(Exchanges(Kind::kExchange))) steps.push_back(step);
-    return steps;
-  }
+  // The best steps of a kind, in order.
+  class Shortlist {
+   public:
+    void Add(const Step& step) {
+      if (steps_.size() == kTried && !(step < steps_.back())) return;
+      if (steps_.size() == kTried) steps_.pop_back();
+      steps_.insert(std::upper_bound(steps_.begin(), steps_.end(), step), step);
+    }
+    const std::vector<Step>& steps() const { return steps_; }
 
-  static std::vector<Step> Best(std::vector<Step> steps) {
-    const size_t n = std::min(steps.size(), kTried);
-    std::partial_sort(steps.begin(), steps.begin() + n, steps.end());
-    steps.resize(n);
+   private:
+    std::vector<Step> steps_;
+  };
+
+  std::vector<Step> Promising() const {
+    if (sizes_.swaps_only) return Exchanges(Kind::kSwap).steps();
+    std::vector<Step> steps = Copies().steps();
+    const Shortlist exchanges = Exchanges(Kind::kExchange);
+    steps.insert(steps.end(), exchanges.steps().begin(), exchanges.steps().end());
     return steps;
   }
 
@@ -222,7 +230,7 @@ class Amending {
 
   // The heaviest confined experts get a copy where there is room and where the copy that has to go
   // serves little.
-  std::vector<Step> Copies() const {
+  Shortlist Copies() const {
     std::vector<int32_t> experts;
     for (int32_t e = 0; e < sizes_.n_logical; ++e) {
       if (confined_[e] > 0) experts.push_back(e);
@@ -230,7 +238,7 @@ class Amending {
     std::stable_sort(experts.begin(), experts.end(),
                      [&](int32_t a, int32_t b) { return confined_[a] > confined_[b]; });
     experts.resize(std::min(experts.size(), kTried));
-    std::vector<Step> steps;
+    Shortlist steps;
     for (int32_t to = 0; to < sizes_.n_physical(); ++to) {
       const int32_t f = phy2log_[to];
       if (tight_[RankOf(to)] || (f >= 0 && homes_[f] == to)) continue;
@@ -238,15 +246,15 @@ class Amending {
         if (Hosts(e, RankOf(to))) continue;
         const double out = std::min({confined_[e], need_, room_[RankOf(to)] + served_[to]});
         if (out <= served_[to]) continue;
-        steps.push_back({Kind::kCopy, out - served_[to], Cost(1, homes_[e], to), e, f, to});
+        steps.Add({Kind::kCopy, out - served_[to], Cost(1, homes_[e], to), e, f, to});
       }
     }
     return steps;
   }
 
   // Confined experts exchange slots with experts outside that have less load.
-  std::vector<Step> Exchanges(Kind kind) const {
-    std::vector<Step> steps;
+  Shortlist Exchanges(Kind kind) const {
+    Shortlist steps;
     for (int32_t e = 0; e < sizes_.n_logical; ++e) {
       if (confined_[e] == 0) continue;
       const int32_t from = homes_[e];
@@ -264,7 +272,7 @@ class Amending {
         const double out = confined_[e] - (confines ? load_[f] : 0);
         const double too_much = std::max(out - std::max(room_[RankOf(to)], 0.0), 0.0);
         const double value = std::min(out, need_) - too_much;
-        if (value > 0) steps.push_back({kind, value, Cost(moved, from, to), e, f, to});
+        if (value > 0) steps.Add({kind, value, Cost(moved, from, to), e, f, to});
       }
     }
     return steps;
