@@ -127,7 +127,7 @@ def _add_demo(commands: Any) -> None:
         "demo",
         help="balance the routing of a real model over 8 ranks, and check every result",
         description="Balances the packaged routing of a small language model over 8 "
-        "expert-parallel ranks: on 8 GPUs if there are as many, else on 8 virtual CPU devices. It "
+        "expert-parallel ranks: on 8 GPUs if available, otherwise on 8 virtual CPU devices. It "
         "does so on copies along a topology, and on as many of any experts on any ranks. Prints a "
         "table, writes a picture, and exits with status 1 if any result misses the bound, 2 if it "
         "could not run.",

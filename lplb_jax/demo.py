@@ -150,7 +150,7 @@ def demonstrate(
 
 
 def find_devices(n: int) -> list[jax.Device]:
-    """`n` GPUs if there are as many, else `n` virtual CPU devices. Call it before JAX is used.
+    """`n` GPUs if available, otherwise `n` virtual CPU devices. Call it before JAX is used.
 
     Args:
       n: devices wanted.

@@ -159,11 +159,15 @@ def test_signatures_are_the_contract():
         assert str(bare) == signature, name
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/advise.md", "docs/refresh.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/advise.md", "docs/refresh.md", "docs/checkpoints.md"]
+)
 def test_python_of_a_page_runs(tmp_path, page):
     """All its blocks, one after the other, as a user would type them."""
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
     assert blocks, f"{page} has no example"
+    if any("import orbax" in block for block in blocks):
+        pytest.importorskip("orbax.checkpoint")
     # -P: not the source tree, which has no native modules. A warning would say that they lack.
     done = subprocess.run(
         [sys.executable, "-P", "-W", "error::UserWarning", "-c", "\n".join(blocks)],

@@ -2,7 +2,7 @@
 
 A token goes to a rank once, however many of its choices the rank serves; there it is copied to a
 row for each. What the experts made of those rows is summed there, too, and travels back as one.
-The rows stand slot by slot, and in a slot source by source, as a grouped matrix product wants them.
+The rows stand slot by slot, and in a slot source by source: the layout of a grouped GEMM.
 A source knows everybody's counts, and from `Assignment.position` the row of each of its choices:
 it sends the numbers of the rows beside the token.
 
