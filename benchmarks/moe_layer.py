@@ -7,10 +7,11 @@
 
 Routing is that of a packaged trace. The experts are arranged so that the busiest rank has 1.1,
 1.3 and 1.6 times the mean load; then, side by side in one run, a step (forward and backward) is
-timed without copies ("none"), with an even split over copies ("eplb") and with `rebalance`
-("lplb"). There are as many copies as balance needs, and buffers are as small as they can be
-without overflow. Each result is checked. GPUs of one kind differ in speed by some per cent: the
-busiest rank is the first of them and the last in turn, and times are means of both.
+timed without copies ("none"), with an even split over copies ("eplb"), with `rebalance` ("lplb")
+and with as many slots for copies chosen in the step ("batch"; those are not in place, so the own
+weights are copied once). There are as many copies as balance needs, and buffers are as small as
+they can be without overflow. Each result is checked. GPUs of one kind differ in speed by some per
+cent: the busiest rank is the first of them and the last in turn, and times are means of both.
 
 With --traces, the experts of every layer of every trace are placed by the loads of an earlier
 step of training, as in the demo.
@@ -34,7 +35,7 @@ from jax.sharding import PartitionSpec as P
 from per_gpu import one_per_gpu
 from wall import median_seconds
 
-from lplb_jax import metrics, moe, place_experts, rebalance, solve, topologies
+from lplb_jax import metrics, moe, place_copies, place_experts, rebalance, solve, topologies
 from lplb_jax.data import AUX_LOSSES, load_traces
 
 TOP_K = 8
@@ -90,9 +91,10 @@ def main() -> None:
     repeats = 0 if options.compile_for else options.repeats
     record["results"] = [measure(label, of_turns, repeats) for label, of_turns in turns]
     if repeats:
-        record["rebalance_ms"] = of_rebalance = rebalance_time(mesh, r2o, cases[0])
         record["forward_ms"] = forward = forward_time(cases[0], repeats)
-        print(f"rebalance {of_rebalance:.3f} ms, {of_rebalance / forward:.1%} of a forward pass")
+        for key, copies in (("rebalance_ms", "placement"), ("rebalance_batch_ms", "batch")):
+            record[key] = ms = rebalance_time(mesh, cases[0], copies)
+            print(f"rebalance, copies of the {copies}: {ms:.3f} ms, {ms / forward:.1%} of forward")
     if options.json and jax.process_index() == 0:
         with open(options.json, "w") as file:
             json.dump(record, file, indent=1)
@@ -184,9 +186,9 @@ class Batch(NamedTuple):
 
 
 class Case:
-    """One arrangement of the experts: its three steps, compiled and timed."""
+    """One arrangement of the experts: its steps, compiled and timed."""
 
-    names = ("none", "eplb", "lplb")
+    names = ("none", "eplb", "lplb", "batch")
 
     def __init__(self, mesh: Mesh, r2o: np.ndarray, options: Any, ids: np.ndarray) -> None:
         self.mesh, self.r2o, self.ids = mesh, r2o, ids
@@ -209,11 +211,16 @@ class Case:
         self.placement = place_experts(
             None, self.r2o, n_logical=len(loads), ep_size=n_ranks, redundants_per_rank=n_copies
         )
+        chosen = place_copies(loads, self.placement)
         quotas = {
             "none": metrics.home_quota(loads, self.placement),
             "eplb": metrics.even_quota(loads, self.placement),
             "lplb": solve(loads, self.r2o, placement=self.placement).quota,
+            "batch": solve(loads, placement=chosen).quota,
         }
+        # Of all ranks: what a step moves.
+        self.copies = dict.fromkeys(("eplb", "lplb"), n_ranks * n_copies)
+        self.copies |= {"none": 0, "batch": int((chosen.phy2log >= 0).sum()) - len(loads)}
         self.imbalance = {
             name: float(metrics.rank_loads(quota, n_ranks).max()) * n_ranks / loads.sum()
             for name, quota in quotas.items()
@@ -235,14 +242,14 @@ class Case:
         return make(jax.random.key(seed))
 
     def experts(self, name: str) -> moe.Experts:
-        """The same weights for all; with copies, followed by room for them."""
+        """The same weights for all; where copies come in place, followed by room for them."""
         n_local, hidden, width = self.sizes
-        n_slots = self.mesh.size * (n_local + (self.n_copies if name != "none" else 0))
+        n_slots = self.mesh.size * (n_local + self.n_copies)
         own = moe.Experts(
             self._normal(2, (self.mesh.size * n_local, hidden, 2 * width), hidden**-0.5),
             self._normal(3, (self.mesh.size * n_local, width, hidden), width**-0.5),
         )
-        if name == "none":
+        if name in ("none", "batch"):
             return own
         room = jax.jit(
             jax.shard_map(
@@ -256,12 +263,13 @@ class Case:
 
     def layer(self, name: str, tokens: jax.Array, gates: jax.Array, experts: Any, ids: Any) -> Any:
         """One rank's forward pass: output, and what is left of it."""
-        out, traffic, experts = moe.moe_layer(
-            tokens, ids, gates, experts, self.r2o, placement=self.placement, axis_name="ep",
-            balance=name, capacity_factor=self.key(name)[1], in_place=True,
-            transport=self.transport,
+        of_batch = name == "batch"
+        out, traffic, *filled = moe.moe_layer(
+            tokens, ids, gates, experts, placement=self.placement, axis_name="ep",
+            balance="lplb" if of_batch else name, copies="batch" if of_batch else "placement",
+            capacity_factor=self.key(name)[1], in_place=not of_batch, transport=self.transport,
         )  # fmt: skip
-        return out, (experts, traffic)
+        return out, (filled[0] if filled else experts, traffic)
 
     def key(self, name: str) -> tuple[str, float, int]:
         """What a step is compiled for: its kind, room over the mean load, and copies."""
@@ -294,7 +302,7 @@ class Case:
         return run.lower(*shapes).compile()
 
     def check(self, batch: Batch) -> None:
-        """All three give the same results, and nothing overflows."""
+        """All give the same results, and nothing overflows."""
         want = None
         for name in self.names:
             _, slopes, out, traffic = self.steps[name](self.experts(name), batch)
@@ -329,10 +337,10 @@ def measure(label: str, turns: list[Case], repeats: int) -> dict[str, Any]:
     for name in case.names:
         row = {
             "imbalance": case.imbalance[name],
-            "copies": case.n_copies if name != "none" else 0,
+            "copies": case.copies[name] / case.mesh.size,
             "gib": case.gib(name),
         }
-        line = f"  {name}: imbalance {row['imbalance']:.3f}, {row['copies']} copies, "
+        line = f"  {name}: imbalance {row['imbalance']:.3f}, {row['copies']:g} copies, "
         line += f"{row['gib']:.2f} GiB"
         if times:
             of_turns = [times[turn, name] for turn in turns]
@@ -371,14 +379,14 @@ def close(got: jax.Array, want: jax.Array) -> jax.Array:
     return jnp.sqrt(((got - want) ** 2).sum() / (want**2).sum()) < 1e-2
 
 
-def rebalance_time(mesh: Mesh, r2o: np.ndarray, case: Case, n_layers: int = 50) -> float:
+def rebalance_time(mesh: Mesh, case: Case, copies: str, n_layers: int = 50) -> float:
     """ms of one `rebalance`, the exchange of loads included: of many layers in one program."""
 
     def rank(ids: jax.Array) -> jax.Array:
         def layer(shift: jax.Array, _: Any) -> Any:
-            assigned, split = rebalance(
-                (ids + shift) % case.placement.n_logical, None, r2o, placement=case.placement,
-                axis_name="ep", positions=True,
+            assigned, split, *_ = rebalance(
+                (ids + shift) % case.placement.n_logical, None, placement=case.placement,
+                axis_name="ep", positions=True, copies=copies,
             )  # fmt: skip
             return split.max_load[0] % 2 + shift, assigned.position[0, 0]
 
