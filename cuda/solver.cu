@@ -33,8 +33,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int32_t helper =
       static_cast<int32_t>(threadIdx.x) - (static_cast<int32_t>(blockDim.x) - 32);
   if (helper >= 0) {
-    LoadTopology(p, in.r2o, memory, helper, 32);
-    if (helper == 0) *memory.broken = 0;
     int32_t invalid = 0;
     if (sources.row > p.n_logical) {
 #pragma unroll 1
@@ -44,6 +42,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
     const bool any_invalid = __any_sync(kFullWarp, invalid != 0);
     if (helper == 0) *memory.status = any_invalid ? kInvalidIndex : 0;
+    LoadTopology(p, in.r2o, memory, helper, 32);
   }
 #pragma unroll 1
   for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
@@ -53,7 +52,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   __syncthreads();
   LoadRanks<Block>(p, in, groups, fetched, SummedTotals{total}, memory);
   CheckPrefetched(p, groups, fetched, memory);
-  if (helper >= 0) CheckTopology(p, 1, memory, helper, 32);
   __syncthreads();
   int32_t* quota =
       BatchElement(p, first_out, element).quota + groups.first * p.group_size * p.slots_per_rank;

@@ -25,12 +25,11 @@ struct GroupMemory {
   int32_t* cap;     // [group_size, n_columns], for BlockWaves
   int32_t* level;   // [group_size], for BlockWaves
   int32_t* sums;    // [3], for BlockWaves
-  int32_t* broken;  // whether r2o is no topology, for CheckTopology; set to 0 before
   int32_t* status;  // [n_groups], set to 0 before LoadRanks
 
   LPLB_HOST_DEVICE static int32_t Words(const Problem& p, int32_t n_groups) {
     return n_groups * (p.group_size * (p.n_local + 1 + p.n_columns) + 1) +
-           p.group_size * (3 * p.n_columns + 1) + 4;
+           p.group_size * (3 * p.n_columns + 1) + 3;
   }
 
   __device__ GroupMemory(const Problem& p, int32_t n_groups, int32_t* memory) {
@@ -44,8 +43,7 @@ struct GroupMemory {
     cap = dst + edges;
     level = cap + edges;
     sums = level + p.group_size;
-    broken = sums + 3;
-    status = broken + 1;
+    status = sums + 3;
   }
 };
 
@@ -115,7 +113,9 @@ __device__ __forceinline__ uint32_t TileSum(const Problem& p, uint32_t value) {
   return value;
 }
 
-// Stores edge i of r2o both ways; addresses stay in range whatever r2o holds.
+// Stores edge i of r2o both ways; addresses stay in range whatever r2o holds. Where a column is no
+// permutation, `dst` is not set everywhere: the waves then move tokens that are nobody's, but they
+// end, and CheckCopies finds that the placement is not one along r2o.
 __device__ __forceinline__ void StoreEdge(const Problem& p, const GroupMemory& memory, int32_t i,
                                           int32_t source) {
   const int32_t rank = p.by_columns.Quotient(i);
@@ -132,31 +132,6 @@ __device__ __forceinline__ void LoadTopology(const Problem& p, const int32_t* r2
 #pragma unroll 1
   for (int32_t i = first; i < p.group_size * p.n_columns; i += stride) {
     StoreEdge(p, memory, i, r2o[i]);
-  }
-}
-
-// Says so in *broken and in every group's status where a column of r2o is no permutation; `dst` is
-// then not even set everywhere. Behind a barrier after LoadTopology; threads first, first + stride,
-// … take part, and a barrier must follow.
-__device__ __forceinline__ void CheckTopology(const Problem& p, int32_t n_groups,
-                                              const GroupMemory& memory, int32_t first,
-                                              int32_t stride) {
-#pragma unroll 1
-  for (int32_t i = first; i < p.group_size * p.n_columns; i += stride) {
-    const int32_t rank = p.by_columns.Quotient(i);
-    const int32_t column = i - rank * p.n_columns;
-    if (memory.dst[memory.src[i] * p.n_columns + column] == rank) continue;
-    *memory.broken = 1;
-    for (int32_t g = 0; g < n_groups; ++g) atomicOr(&memory.status[g], kBadPlacement);
-  }
-}
-
-// Leads all edges of a broken topology back to where they start, where nothing moves along them.
-__device__ __forceinline__ void DropEdges(const Problem& p, const GroupMemory& memory,
-                                          int32_t first, int32_t stride) {
-#pragma unroll 1
-  for (int32_t i = first; i < p.group_size * p.n_columns; i += stride) {
-    memory.src[i] = memory.dst[i] = p.by_columns.Quotient(i);
   }
 }
 
@@ -287,7 +262,7 @@ __device__ __forceinline__ Copy<Load> PrepareCopy(const Problem& p, const GroupM
   const int32_t column = p.by_columns.Remainder(k);
   const int32_t group = p.by_group.Quotient(rank);
   const int32_t in_group = rank - group * p.group_size;
-  const int32_t found = memory.dst[in_group * p.n_columns + column];  // Anything, if broken.
+  const int32_t found = memory.dst[in_group * p.n_columns + column];  // See StoreEdge.
   const int32_t holder = group * p.group_size + min(max(found, 0), p.group_size - 1);
   const Load* own = reinterpret_cast<const Load*>(memory.own) + rank * p.n_local;
   Load before = 0;
@@ -398,7 +373,6 @@ template <int kWords, int kColumns>
 __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
                                              const GroupMemory& memory) {
   const int32_t lane = threadIdx.x & 31;
-  const bool broken = *memory.broken != 0;
   WarpGraph<kWords, kColumns> graph;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
@@ -426,8 +400,7 @@ __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
     }
 #pragma unroll
     for (int d = 0; d < kColumns; ++d) {
-      const bool leads_away = graph.dst[d][w] != rank && !broken;
-      graph.cap[d][w] = leads_away ? static_cast<int32_t>(tokens[d]) : 0;
+      graph.cap[d][w] = graph.dst[d][w] == rank ? 0 : static_cast<int32_t>(tokens[d]);
     }
   }
   const int32_t target = WarpFirstTarget(p.by_group, graph);
@@ -468,13 +441,10 @@ __device__ inline Proof SolveInBlock(const Problem& p, int32_t group, const Grou
   const int32_t first_rank = group * p.group_size;
   int32_t* moved = memory.moved + first_rank * p.n_columns;
   int32_t* load = memory.base + first_rank;
-  if (*memory.broken != 0) {
-    DropEdges(p, memory, threadIdx.x, Threads::Size());
-    Threads::Sync();
-  }
   for (int32_t i = threadIdx.x; i < p.group_size * p.n_columns; i += Threads::Size()) {
     const int32_t rank = p.by_columns.Quotient(i);
     memory.cap[i] = CapacityOf<int32_t>(p, memory, group, rank, i - rank * p.n_columns);
+    memory.dst[i] = min(max(memory.dst[i], 0), p.group_size - 1);  // See StoreEdge.
     moved[i] = 0;
   }
   Threads::Sync();

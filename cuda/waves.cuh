@@ -41,6 +41,10 @@ __device__ __forceinline__ int32_t CeilDivide(uint32_t high, uint32_t low, const
   return (first << 16) + second + (rest - second * n.divisor > 0);
 }
 
+// No problem takes nearly as many phases. Where an r2o is no topology tokens get lost, and this
+// ends the waves, which nothing else might.
+constexpr int32_t kMostPhases = 1 << 20;
+
 // One bit or one value per rank of a group whose rank r is lane r % 32 of word r / 32.
 template <int kWords>
 struct RankSet {
@@ -123,7 +127,8 @@ __device__ __forceinline__ int32_t WarpWaves(int32_t n_ranks, int32_t target,
     for (int d = 0; d < kColumns; ++d) entered[d][w] = 0;
   }
 
-  while (true) {
+#pragma unroll 1
+  for (int32_t phase = 0;; ++phase) {
     RankSet<kWords> above;
     uint32_t any_above = 0;
 #pragma unroll
@@ -131,7 +136,7 @@ __device__ __forceinline__ int32_t WarpWaves(int32_t n_ranks, int32_t target,
       above.word[w] = __ballot_sync(kFullWarp, load[w] > target);
       any_above |= above.word[w];
     }
-    if (any_above == 0) return target;
+    if (any_above == 0 || phase == kMostPhases) return target;
 
     // Breadth first from the ranks below the target, until all above have a level or nothing new
     // has. Idle places, whose load is 0, count as seen.
@@ -307,12 +312,12 @@ __device__ inline int32_t BlockWaves(const BlockGraph& graph, int32_t target, co
   const int32_t first = rank * graph.n_columns;
   const int32_t n_columns = live ? graph.n_columns : 0;
 
-  while (true) {
+  for (int32_t phase = 0;; ++phase) {
     const int32_t load = live ? graph.load[rank] : 0;
     const bool above = live && load > target;
     int32_t level = live && load < target ? 0 : -1;
     if (live) graph.level[rank] = level;
-    if (!Threads::Any(above)) return target;
+    if (!Threads::Any(above) || phase == kMostPhases) return target;
 
     int32_t depth = 0;
     bool reached = true;

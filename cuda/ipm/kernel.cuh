@@ -43,7 +43,7 @@ struct IpmBlock {
         PrefetchSlot<Block>(p, in.solve, groups);  // Arrives behind the barrier.
     const int32_t n_edges = p.group_size * p.n_columns;
     if (threadIdx.x == 0) {
-      *memory.group.status = *memory.group.broken = 0;
+      *memory.group.status = 0;
       shared.most = shared.max_load = 0;
       shared.bound = 0;
     }
@@ -55,10 +55,7 @@ struct IpmBlock {
     if (threadIdx.x >= blockDim.x - 32) {
       const int32_t lane = threadIdx.x & 31;
       LoadTopology(p, in.solve.r2o, memory.group, lane, 32);
-      __syncwarp();
-      CheckTopology(p, 1, memory.group, lane, 32);
-      __syncwarp();
-      if (*memory.group.broken != 0) DropEdges(p, memory.group, lane, 32);
+      DropBrokenTopology(p, memory.group);
       LoadWeights(p, options, in.weights, memory, solver.w);
       for (int32_t i = n_edges + lane; i < PaddedEdges(n_edges); i += 32) {
         memory.ends[i] = make_float4(0, 0, 0, 0);

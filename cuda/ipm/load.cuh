@@ -9,6 +9,27 @@
 
 namespace lplb::cuda {
 
+// Where a column of r2o is no permutation, takes all edges away and says so; `dst` is then not even
+// set everywhere. For the warp that has called LoadTopology alone.
+__device__ __forceinline__ void DropBrokenTopology(const Problem& p, const GroupMemory& memory) {
+  const int32_t lane = threadIdx.x & 31;
+  const int32_t n_edges = p.group_size * p.n_columns;
+  bool broken = false;
+  __syncwarp();
+#pragma unroll 1
+  for (int32_t i = lane; i < n_edges; i += 32) {
+    const int32_t rank = p.by_columns.Quotient(i);
+    const int32_t column = i - rank * p.n_columns;
+    broken |= memory.dst[memory.src[i] * p.n_columns + column] != rank;
+  }
+  if (!__any_sync(kFullWarp, broken)) return;
+#pragma unroll 1
+  for (int32_t i = lane; i < n_edges; i += 32) {
+    memory.src[i] = memory.dst[i] = p.by_columns.Quotient(i);
+  }
+  if (lane == 0) atomicOr(memory.status, kBadPlacement);
+}
+
 // What a group needs in shared memory besides the interior point's own.
 struct IpmMemory {
   float4* ends;           // [edges, padded], see InteriorPoint

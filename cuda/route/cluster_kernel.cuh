@@ -120,7 +120,6 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
 
   Await<Event::kCounted>();
   SendCounts(row, n_blocks, block, memory);
-  Routing::template Check<kQuotas, Threads>(a, memory);
   AwaitBytes(memory.arrivals);
   SumCounts(row, n_blocks, block, memory, [&](int32_t e, int2 total) {
     if constexpr (kQuotas == Quotas::kSynced) {

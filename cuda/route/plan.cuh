@@ -86,7 +86,6 @@ __device__ __forceinline__ void StorePrefetched(const RouteArguments& a, const S
     if (i < edges) StoreEdge(p, groups, i, fetched.source);
     LoadTopology(p, in.r2o, groups, i + Threads::Size(), Threads::Size());
     for (int32_t g = i; g < p.n_groups; g += Threads::Size()) groups.status[g] = 0;
-    if (i == 0) *groups.broken = 0;
     FetchHome(p, in, fetched.slot);
   }
 }

@@ -28,16 +28,6 @@ struct AlongTopology {
     StorePrefetched<kQuotas, Threads>(a, in, tables, fetched, memory);
   }
 
-  // What can be checked before the totals are there; behind a barrier, and another must follow.
-  template <Quotas kQuotas, typename Threads>
-  static __device__ __forceinline__ void Check(const RouteArguments& a, const RouteMemory& memory) {
-    if constexpr (kQuotas != Quotas::kGiven) {
-      const Problem& p = a.problem;
-      const GroupMemory groups(p, p.n_groups, memory.groups);
-      CheckTopology(p, p.n_groups, groups, threadIdx.x, Threads::Size());
-    }
-  }
-
   template <typename Threads>
   static __device__ __forceinline__ void Receive(const RouteArguments& a, const SyncCall& call,
                                                  bool leader, const RouteMemory& memory) {
@@ -107,9 +97,6 @@ struct Anywhere {
     }
     BuildGraph<kWords, Threads>(a.problem, tables.phy2log, tables.log2phy, fetched, graph);
   }
-
-  template <Quotas kQuotas, typename Threads>
-  static __device__ __forceinline__ void Check(const RouteArguments&, const RouteMemory&) {}
 
   template <typename Threads>
   static __device__ __forceinline__ void Receive(const RouteArguments& a, const SyncCall& call,

@@ -123,7 +123,6 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
   cudaGridDependencySynchronize();  // From here on the tiles' counts are there.
 #endif
   __syncthreads();
-  Routing::template Check<kQuotas, Block>(a, memory);
   // Each part of the threads sums every n_parts-th tile.
   const int32_t width = (row + 31) / 32 * 32;
   const int32_t n_parts = max(static_cast<int32_t>(blockDim.x) / width, 1);
