@@ -1263,14 +1263,16 @@ def spoil_memory(mesh):
     ("dtype", "gemm", "tolerance"),
     [(np.float32, "xla", 1e-4), (jnp.bfloat16, "mosaic", 3e-2), (jnp.bfloat16, "auto", 3e-2)],
 )
-@pytest.mark.parametrize("anywhere", [False, True], ids=["topology", "anywhere"])
-def test_gpus_equal_one_device(rng, gpu_mesh, dtype, gemm, tolerance, options, anywhere):
+@pytest.mark.parametrize("where", ["topology", "anywhere", "copies of the batch"])
+def test_gpus_equal_one_device(rng, gpu_mesh, dtype, gemm, tolerance, options, where):
     size = gpu_mesh.size
-    case = AnyCase(size, 7, 5 * size - 1) if anywhere else case_of(size)
+    case = case_of(size) if where == "topology" else AnyCase(size, 7, 5 * size - 1)
+    copies = "batch" if where == "copies of the batch" else "placement"
     spoil_memory(gpu_mesh)
     # In full precision: the plain mathematics are.
     with jax.default_matmul_precision("highest"):
-        run = with_slopes(layer_over(gpu_mesh, case, transport="ragged", gemm=gemm, **ROOM))
+        layer = layer_over(gpu_mesh, case, transport="ragged", gemm=gemm, copies=copies, **ROOM)
+        run = with_slopes(layer)
         run = jax.jit(run, compiler_options=options)
         for routing in ROUTINGS:
             n_tokens = 300 * gpu_mesh.size
