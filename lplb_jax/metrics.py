@@ -287,17 +287,18 @@ def experts_fetched(old: Placement, new: Placement) -> jax.Array:
     [1, 0]
     """
 
-    def hosts(placement: Placement) -> jax.Array:
-        phy2log = jnp.asarray(placement.phy2log)
-        ranks = jnp.arange(phy2log.size) // (phy2log.size // placement.ep_size)
-        expert = jnp.where(phy2log >= 0, phy2log, placement.n_logical)
-        nowhere = jnp.zeros((placement.n_logical, placement.ep_size), bool)
-        return nowhere.at[expert, ranks].set(True, mode="drop")
+    return _of_both(_experts_fetched, old, new)
 
-    def of_layer(old: Placement, new: Placement) -> jax.Array:
-        return (hosts(new) & ~hosts(old)).sum(axis=0, dtype=jnp.int32)
 
-    return _of_both(of_layer, old, new)
+def _experts_fetched(old: Placement, new: Placement) -> jax.Array:
+    return (_hosts(new) & ~_hosts(old)).sum(axis=0, dtype=jnp.int32)
+
+
+def _hosts(placement: Placement) -> jax.Array:
+    """Whether expert e has a slot on rank r, bool `[n_logical, ep_size]`."""
+    by_rank = placement.phy2log.reshape(placement.ep_size, -1)
+    experts = jnp.arange(placement.n_logical, dtype=jnp.int32)[:, None, None]
+    return (by_rank[None] == experts).any(axis=2)
 
 
 def homes_moved(old: Placement, new: Placement) -> jax.Array:
@@ -320,14 +321,12 @@ def homes_moved(old: Placement, new: Placement) -> jax.Array:
     2
     """
 
-    def rank(placement: Placement) -> jax.Array:
-        slots_per_rank = placement.n_physical // placement.ep_size
-        return jnp.asarray(placement.log2phy)[:, 0] // slots_per_rank
+    return _of_both(_homes_moved, old, new)
 
-    def of_layer(old: Placement, new: Placement) -> jax.Array:
-        return (rank(old) != rank(new)).sum(dtype=jnp.int32)
 
-    return _of_both(of_layer, old, new)
+def _homes_moved(old: Placement, new: Placement) -> jax.Array:
+    was, now = (one.log2phy[:, 0] // (one.n_physical // one.ep_size) for one in (old, new))
+    return (was != now).sum(dtype=jnp.int32)
 
 
 def _of_both(
@@ -347,6 +346,14 @@ def _of_both(
         raise ValueError(
             f"new: expected [(layers,) n_logical, ep_size] = {expected} as old has, got {given}"
         )
+    with jax.transfer_guard("allow"):  # of the placements' tables
+        return _mapped_pair(function, *jax.tree.map(_native.whole, (old, new)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mapped_pair(
+    function: Callable[[Placement, Placement], jax.Array], old: Placement, new: Placement
+) -> jax.Array:
     return (jax.vmap(function) if old.phy2log.ndim == 2 else function)(old, new)
 
 

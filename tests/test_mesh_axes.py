@@ -111,7 +111,8 @@ def measured(ids, loads, placement):
     home, even = metrics.home_quota(counts, placement), metrics.even_quota(counts, placement)
     ranks = metrics.rank_loads(home, PAIR.ep_size), metrics.rank_loads(even, PAIR.ep_size)
     moved = metrics.tokens_moved(even, placement)
-    return home, even, ranks, moved, metrics.imbalance(ranks[0]), metrics.gain(*ranks)
+    weights = [of(placement, placement) for of in (metrics.experts_fetched, metrics.homes_moved)]
+    return home, even, ranks, moved, weights, metrics.imbalance(ranks[0]), metrics.gain(*ranks)
 
 
 # Public calls over ids `[2, tokens]`, loads by source, and a placement.

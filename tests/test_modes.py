@@ -83,7 +83,8 @@ def measured(ids, loads, placement):
     ranks = metrics.rank_loads(split.quota, CASE.ep_size)
     quotas = metrics.home_quota(counts, placement), metrics.even_quota(counts, placement)
     moved = metrics.tokens_moved(split.quota, placement)
-    return quotas, ranks, moved, metrics.imbalance(ranks), metrics.gain(ranks, ranks)
+    weights = [of(ANYWHERE, placement) for of in (metrics.experts_fetched, metrics.homes_moved)]
+    return quotas, ranks, moved, weights, metrics.imbalance(ranks), metrics.gain(ranks, ranks)
 
 
 def with_copies_anywhere(ids, loads, placement):
