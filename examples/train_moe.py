@@ -7,9 +7,10 @@
     python examples/train_moe.py --help
 
 It learns from text files, by default the Python sources of the standard library. Every --refresh
-steps the experts are placed anew from the loads just seen, and their weights and the optimiser's
-state move with them; where copies are chosen in every step, they stay. Out come a log (JSON lines),
-a picture, and, with --traces, the router's decisions for `lplb-jax demo --traces`.
+steps `lplb_jax.refresh` decides from the loads just seen whether to place experts anew; then their
+weights and the optimiser's state move with them. Where copies are chosen in every step, they stay.
+Out come a log (JSON lines), a picture, and, with --traces, the router's decisions for
+`lplb-jax demo --traces`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import model
 import numpy as np
 import optax
@@ -33,7 +35,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from lplb_jax import Placement, metrics, moe, place_experts, topologies
+from lplb_jax import LoadHistory, Placement, metrics, moe, place_experts, refresh, topologies
 from lplb_jax.cli import at_least
 from lplb_jax.demo import PICTURES, check_output, choose_topology, find_devices
 
@@ -58,10 +60,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     records = []
     with open(options.log, "w") as log, tqdm(total=options.steps, unit="step") as bar:
         for step in range(options.steps):
-            record = training.step(next(batches))
+            record = {"step": step, **training.step(next(batches))}
             if (step + 1) % options.refresh == 0 and options.balance != "batch":
-                training.place()
-            records.append({"step": step, **record})
+                record["refresh"] = training.place()
+            records.append(record)
             log.write(json.dumps(records[-1]) + "\n")
             bar.set_postfix(
                 bits=f"{record['bits_per_byte']:.3f}",
@@ -193,24 +195,27 @@ class Training:
         weights = model.init(jax.random.key(options.seed), self.config)
         self.weights = self._spread(weights)
         self.state = self._spread(self.optimizer.init(weights))
-        self.loads = np.zeros((self.config.layers, self.config.experts), np.int64)
-        self.last_loads, self.last_indices = self.loads, None
+        history = LoadHistory.empty(
+            n_layers=self.config.layers, n_logical=self.config.experts, n_batches=options.refresh
+        )
+        self.history = jax.device_put(history, NamedSharding(mesh, P()))
+        self.steps_between, self.last_indices = options.refresh, None
         self._step = self._compiled_step()
         if self.config.balance == "any":
-            self.place()
+            self.move(self.config.layers * [self._placed(None, None)])
 
     def step(self, text: np.ndarray) -> dict[str, Any]:
         """Learns from one batch, uint8 `[sequences, context + 1]`; returns what to log."""
         start = time.perf_counter()
         text = jax.device_put(text, NamedSharding(self.mesh, P(model.AXIS)))
-        self.weights, self.state, seen = self._step(self.weights, self.state, text, self.placements)
+        self.weights, self.state, self.history, seen = self._step(
+            self.weights, self.state, self.history, text, self.placements
+        )
         traffic = jax.tree.map(np.asarray, seen["traffic"])  # waits for the step
         seconds = time.perf_counter() - start
         before, after, overflow = [], [], 0
-        for layer, (of_layer, placement) in enumerate(zip(traffic, self.placements, strict=True)):
-            loads = np.zeros(self.config.experts, np.int32)
-            np.add.at(loads, of_layer.phy2log, of_layer.slot_loads)  # none where a slot is empty
-            self.loads[layer] += loads
+        for of_layer, placement in zip(traffic, self.placements, strict=True):
+            loads = expert_loads(of_layer, self.config.experts)
             home = metrics.rank_loads(metrics.home_quota(loads, placement), self.mesh.size)
             received = metrics.rank_loads(of_layer.slot_loads, self.mesh.size)
             before.append(float(metrics.imbalance(home)))
@@ -225,32 +230,40 @@ class Training:
             "tokens_per_second": self.tokens_per_step / seconds,
         }
 
-    def place(self) -> None:
-        """Places the experts by the loads since the last time, and moves what belongs to them."""
-        if self.config.balance == "any":
-            layers = zip(self.loads, self.placements, strict=True)
-            new = [self._placed(loads, None, previous=old) for loads, old in layers]
-        else:
-            new = [self._placed(loads, self.r2o) for loads in self.loads]
+    def place(self) -> str:
+        """Places experts anew in layers where that is worth it; returns the decision in words."""
+        parameters = 3 * self.config.hidden * self.config.width
+        found = refresh(
+            self.history,
+            jax.tree.map(lambda *layers: np.stack(layers), *self.placements),
+            steps=self.steps_between,
+            row_s=6 * parameters / 5.5e14,  # FLOP/s that an H200 reaches
+            bytes_per_expert=12 * parameters,  # weights and both moments of Adam, 32-bit floats
+        )
+        if found.moved.any():
+            self.move([jax.tree.map(lambda leaf, i=i: leaf[i], found.placement)
+                       for i in range(self.config.layers)])  # fmt: skip
+        return found.reason
+
+    def move(self, new: list[Placement]) -> None:
+        """Moves what belongs to the experts to where new placements have them."""
         self.weights = self._moved(self.weights, new)
         self.state = self._moved(self.state, new)
-        self.placements, self.last_loads = new, self.loads
-        self.loads = np.zeros_like(self.loads)
+        self.placements = new
 
     def write_traces(self, path: str) -> None:
-        """The last batch's router decisions, and loads of steps before it."""
-        history = self.last_loads if self.last_loads.any() else self.loads
+        """The last batch's router decisions, and loads of steps until then."""
         indices = np.asarray(self.last_indices).astype(np.uint16)
-        np.savez_compressed(path, indices=indices, history=history.astype(np.int32))
+        history = self.history.batches().sum(axis=1, dtype=np.int32)
+        np.savez_compressed(path, indices=indices, history=history)
 
-    def _placed(self, history: np.ndarray | None, r2o: Any, **options: Any) -> Placement:
+    def _placed(self, history: np.ndarray | None, r2o: Any) -> Placement:
         return place_experts(
             history,
             r2o,
             n_logical=self.config.experts,
             ep_size=self.mesh.size,
             redundants_per_rank=self.redundants,
-            **options,
         )
 
     def _moved(self, tree: Any, new: list[Placement]) -> Any:
@@ -279,19 +292,32 @@ class Training:
             out_specs=(P(), seen),
         )
 
-        @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=moe.COMPILER_OPTIONS)
-        def step(weights: Any, state: Any, text: Any, placements: Any) -> tuple[Any, Any, Any]:
+        @functools.partial(jax.jit, donate_argnums=(0, 1, 2), compiler_options=moe.COMPILER_OPTIONS)
+        def step(
+            weights: Any, state: Any, history: LoadHistory, text: Any, placements: Any
+        ) -> tuple[Any, Any, LoadHistory, Any]:
             slopes, seen = jax.grad(loss, has_aux=True)(weights, text, placements)
             updates, state = self.optimizer.update(slopes, state, weights)
-            return optax.apply_updates(weights, updates), state, seen
+            loads = [expert_loads(traffic, self.config.experts) for traffic in seen["traffic"]]
+            history = history.update(jnp.stack(loads))
+            return optax.apply_updates(weights, updates), state, history, seen
 
         return step
+
+
+def expert_loads(traffic: moe.Traffic, n_experts: int) -> jax.Array:
+    """Tokens per expert of a layer; empty slots, −1, have none."""
+    return jnp.zeros(n_experts, jnp.int32).at[traffic.phy2log].add(traffic.slot_loads)
 
 
 def report(options: argparse.Namespace, records: list[dict[str, Any]]) -> None:
     """Says how it ended, and draws how it went."""
     last = records[-min(20, len(records)) :]
-    mean = {key: float(np.mean([record[key] for record in last])) for key in last[0]}
+    keys = ("bits_per_byte", "imbalance_before", "imbalance_after", "tokens_per_second")
+    mean = {key: float(np.mean([record[key] for record in last])) for key in keys}
+    answers = [record["refresh"] for record in records if "refresh" in record]
+    moved = sum(not answer.startswith("no") for answer in answers)
+    print(f"experts placed anew {moved} of {len(answers)} times; the log says why")
     print(
         f"{options.balance}: {mean['bits_per_byte']:.3f} bits per byte, busiest rank "
         f"{mean['imbalance_before']:.3f} → {mean['imbalance_after']:.3f} times the mean, "
@@ -330,9 +356,12 @@ def draw(options: argparse.Namespace, records: list[dict[str, Any]]) -> Figure:
         )  # fmt: skip
     title = "Load, mean over layers"
     if options.balance != "batch":
-        title += "; experts placed anew at the gray lines"
-        for step in range(options.refresh, options.steps, options.refresh):
-            bottom.axvline(step, color="lightgray", linewidth=1, zorder=0)
+        title += "; gray: placed anew, dotted: not worth it"
+        for record in records[:-1]:
+            if "refresh" in record:
+                style = ":" if record["refresh"].startswith("no") else "-"
+                at = record["step"] + 1
+                bottom.axvline(at, color="lightgray", linewidth=1, linestyle=style, zorder=0)
     bottom.axhline(1, color="gray", linewidth=1)
     bottom.set_ylabel("busiest rank's tokens / mean")
     bottom.set_title(title, loc="left")

@@ -144,7 +144,7 @@ def refresh(
         why = "no: to move experts takes longer than what is saved, or more than the limits allow"
         return result._replace(reason=why)
     saved_s = result.saved_s[result.moved].sum()
-    why = f"{result.moved.sum()} of {n_layers} layers placed anew: {saved_s:.3f} s saved"
+    why = f"{result.moved.sum()} of {n_layers} layers placed anew: {saved_s:.2g} s saved"
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
     return result._replace(placement=stacked, reason=why)
 

@@ -61,7 +61,7 @@ def test_balance_does_not_change_what_is_learnt(rng):
 
 
 @pytest.mark.parametrize("balance", ["lplb", "any"])
-def test_experts_move_exactly(rng, monkeypatch, balance):
+def test_experts_move_exactly(rng, balance):
     """Every expert's weights and optimiser state, bit for bit; all else stays as it is."""
     given = ["--steps", "5", "--balance", balance, "text"]
     options = train_moe.command_line().parse_args([*SMALL, *given])
@@ -70,9 +70,8 @@ def test_experts_move_exactly(rng, monkeypatch, balance):
     for _ in range(3):
         training.step(next(batches))
     # So that all experts move.
-    training.loads = rng.integers(0, 1000, training.loads.shape)
-    place = training._placed
-    monkeypatch.setattr(training, "_placed", lambda loads, r2o, previous=None: place(loads, r2o))
+    loads = rng.integers(0, 1000, (training.config.layers, 16))
+    new = [training._placed(row, None if balance == "any" else training.r2o) for row in loads]
 
     def by_expert():
         """Leaves in the order of expert ids, and the others."""
@@ -87,7 +86,7 @@ def test_experts_move_exactly(rng, monkeypatch, balance):
         return found
 
     before, old = by_expert(), training.placements
-    training.place()
+    training.move(new)
     assert metrics.homes_moved(old[0], training.placements[0]) > 4
     for was, now in zip(before, by_expert(), strict=True):
         np.testing.assert_array_equal(was, now)
@@ -106,7 +105,10 @@ def test_log_picture_and_traces(capsys):
     lines = pathlib.Path("train_moe.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == records
     assert pathlib.Path("out.png").read_bytes().startswith(b"\x89PNG")
-    assert "0 rows found no room" in capsys.readouterr().out
+    assert [record["step"] for record in records if "refresh" in record] == [9]
+    out = capsys.readouterr().out
+    assert "0 rows found no room" in out
+    assert re.search("placed anew [01] of 1 times", out)
     assert demo.demonstrate(traces="traces.npz", repeats=1, picture=None) == 0
     assert "16 experts, traces.npz" in capsys.readouterr().out
 
