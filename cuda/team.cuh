@@ -19,7 +19,7 @@ struct Block {
 template <int kThreads>
 struct Team {
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kMostSums = 4;
+  static constexpr int kMostSums = 5;
 
   // Two buffers in turn: between two uses of one there is always the barrier of the other.
   struct Memory {
