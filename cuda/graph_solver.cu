@@ -22,7 +22,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll 1
   for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
     total[e] = SumSources(in.loads, sources, e);
-    status |= total[e].y;
   }
   if (sources.row > p.n_logical) {
 #pragma unroll 1

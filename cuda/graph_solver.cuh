@@ -7,22 +7,23 @@
 
 namespace lplb::cuda {
 
-// Status bits of loads that are not all small; kLoadOverflow, too, where some rank could be given
-// more than int32 holds if it served all tokens of its experts. All threads of the team call it.
-// It is out of line, since in between it would only be in the way of the instructions.
+// Status bits of the loads of experts with slots, if not all are small; kLoadOverflow, too, where
+// some rank could be given more than int32 holds if it served all tokens of its experts. All
+// threads of the team call it. It is out of line, since in between it would only be in the way of
+// the instructions.
 template <typename Threads, typename Totals>
-__device__ __noinline__ int32_t LargeLoads(int32_t n_logical, int32_t ep_size,
-                                           int32_t slots_per_rank, Totals totals,
+__device__ __noinline__ int32_t LargeLoads(int32_t ep_size, int32_t slots_per_rank, Totals totals,
                                            const uint32_t* of_slot) {
   int32_t status = 0;
-#pragma unroll 1
-  for (int32_t e = threadIdx.x; e < n_logical; e += Threads::Size()) status |= totals[e].y;
 #pragma unroll 1
   for (int32_t r = threadIdx.x; r < ep_size; r += Threads::Size()) {
     int64_t most = 0;
 #pragma unroll 1
     for (int32_t i = r * slots_per_rank; i < (r + 1) * slots_per_rank; ++i) {
-      if (ExpertIn(of_slot[i]) != kNoExpert) most += totals[ExpertIn(of_slot[i])].x;
+      if (ExpertIn(of_slot[i]) == kNoExpert) continue;
+      const int2 total = totals[ExpertIn(of_slot[i])];
+      most += total.x;
+      status |= total.y;
     }
     if (most > kInt32Max) status |= kLoadOverflow;
   }
@@ -95,8 +96,7 @@ __device__ inline Proof SolveGraph(const Problem& p, const Totals& totals,
                                    const GraphMemory& graph) {
   const bool safe = StartEven<Threads>(p, totals, graph);
   if (Threads::Any(!safe)) {
-    const int32_t status =
-        LargeLoads<Threads>(p.n_logical, p.ep_size, p.slots_per_rank, totals, graph.of_slot);
+    const int32_t status = LargeLoads<Threads>(p.ep_size, p.slots_per_rank, totals, graph.of_slot);
     if (status != 0) atomicOr(graph.status, status);
     if (Threads::Any(status & kLoadOverflow)) {
       StayHome<kWords, Threads>(p.n_logical, totals, graph);

@@ -123,6 +123,23 @@ def loads_for(rng: np.random.Generator, sizes: Sizes, hosts: np.ndarray) -> np.n
     return (loads * (INT32_MAX - n) / (loads @ hosts).max()).astype(np.int32)
 
 
+def without_a_slot(rng: np.random.Generator, sizes: Sizes, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tables `[n, n_physical]` that lack some experts, and loads `[n, ep_size, n_logical]`, of
+    which some are negative or more than int32 holds, also those of experts that are lacking."""
+    tables, loads = [], []
+    for _ in range(n):
+        table = sizes.phy2log(rng)
+        table[np.isin(table, rng.choice(sizes.n_logical, rng.integers(1, 4)))] = rng.choice([-1, 0])
+        of_sources = rng.multinomial(
+            rng.choice([100, 10**7]), np.full(sizes.n_logical, 1 / sizes.n_logical), sizes.ep_size
+        )
+        spoilt = rng.choice(sizes.n_logical, 2)
+        of_sources[rng.integers(sizes.ep_size), spoilt] = rng.choice([-7, INT32_MAX])
+        tables.append(table)
+        loads.append(of_sources)
+    return np.stack(tables), np.stack(loads).astype(np.int32)
+
+
 def can_improve(quota: np.ndarray, phy2log: np.ndarray, sizes: Sizes) -> bool:
     """Whether another split has a smaller largest load, in integers of any size.
 

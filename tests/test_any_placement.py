@@ -4,7 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from any_cases import SIZES, SMALL_SIZES, Sizes, can_improve, deal_slowly, loads_for
+from any_cases import (
+    SIZES,
+    SMALL_SIZES,
+    Sizes,
+    can_improve,
+    deal_slowly,
+    loads_for,
+    without_a_slot,
+)
 from cases import INT32_MAX, counts_of, spoiled
 from jax.sharding import PartitionSpec
 from oracles import (
@@ -307,18 +315,7 @@ def test_traced_tables(rng, wrong):
 def test_experts_without_a_slot(rng, name):
     """Their loads set no other bit, whatever they are; native code and reference agree."""
     sizes, n = SIZES[name], 24
-    tables, loads = [], []
-    for _ in range(n):
-        table = sizes.phy2log(rng)
-        table[np.isin(table, rng.choice(sizes.n_logical, rng.integers(1, 4)))] = rng.choice([-1, 0])
-        of_sources = rng.multinomial(
-            rng.choice([100, 10**7]), np.full(sizes.n_logical, 1 / sizes.n_logical), sizes.ep_size
-        )
-        spoilt = rng.choice(sizes.n_logical, 2)
-        of_sources[rng.integers(sizes.ep_size), spoilt] = rng.choice([-7, INT32_MAX])
-        tables.append(table)
-        loads.append(of_sources)
-    tables, loads = np.stack(tables), np.stack(loads).astype(np.int32)
+    tables, loads = without_a_slot(rng, sizes, n)
     hosted = np.stack([sizes.hosts(table) for table in tables])
     options = {"ep_size": sizes.ep_size, "n_logical": sizes.n_logical}
     stacked = jax.jit(lambda tables: Placement.from_phy2log(tables, **options))(

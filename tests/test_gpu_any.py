@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from any_cases import SIZES, Sizes, loads_for
+from any_cases import SIZES, Sizes, loads_for, without_a_slot
 from cases import spoiled
 from steps import assert_same
 from test_batch_copies import stacked_problems
@@ -115,6 +115,19 @@ def test_tables_that_contradict_themselves(rng, name):
         same_on_both(
             lambda loads, placement: solve(loads, placement=placement).status, loads, placement
         )
+
+
+@pytest.mark.parametrize("name", ["3 x 4", "8 x 6", "64 x 6", "144 x 3"])
+def test_experts_without_a_slot(rng, name):
+    """Their loads set no bit, whatever they are."""
+    sizes = SHAPES[name]
+    tables, loads = without_a_slot(rng, sizes, 24)
+    options = {"ep_size": sizes.ep_size, "n_logical": sizes.n_logical}
+
+    def run(table, loads):
+        return solve(loads, placement=Placement.from_phy2log(table, **options))
+
+    same_on_both(jax.vmap(run), tables.reshape(24, sizes.ep_size, -1), loads)
 
 
 @pytest.mark.parametrize("fan_out", [None, 1, 3])
