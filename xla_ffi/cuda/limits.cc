@@ -49,10 +49,26 @@ Refusal TooManyRanks(const Problem& p) {
          ": use a topology, or the CPU";
 }
 
+std::string ExpertsInSlots(const Problem& p) {
+  return Number(p.n_logical) + " experts in " + Number(p.n_physical) + " slots on " +
+         Number(p.ep_size) + " ranks";
+}
+
+std::string SizesOf(const Problem& p) {
+  return "n_logical = " + Number(p.n_logical) + " and n_physical = " + Number(p.n_physical);
+}
+
+// Of the kernels that hold experts and slots in 16 bits.
+Refusal TooManySlots(const Problem& p) {
+  if (p.n_logical <= cuda::kMaxExperts && p.n_physical <= cuda::kMaxSlots) return "";
+  return "the CUDA kernels take at most " + Number(cuda::kMaxExperts) + " experts and " +
+         Number(cuda::kMaxSlots) + " slots, got " + SizesOf(p) +
+         ": use fewer experts and redundant slots, or the CPU";
+}
+
 Refusal RefuseSolveAnywhere(const Problem& p, const cuda::Device& device) {
   if (const Refusal refusal = TooManyRanks(p); !refusal.empty()) return refusal;
-  return NeedsMemory("placement: in the CUDA solver, " + Number(p.n_logical) + " experts in " +
-                         Number(p.n_physical) + " slots on " + Number(p.ep_size) + " ranks",
+  return NeedsMemory("placement: in the CUDA solver, " + ExpertsInSlots(p),
                      cuda::SolveSharedBytes(p), device,
                      "use fewer experts or slots, a larger GPU, or the CPU");
 }
@@ -71,30 +87,17 @@ Refusal RefuseRoute(const Problem& p, cuda::Quotas quotas, const cuda::Device& d
   if (p.node_size > 0) {
     if (const Refusal refusal = TooManyRanks(p); !refusal.empty()) return refusal;
   }
-  const std::string sizes =
-      "n_logical = " + Number(p.n_logical) + " and n_physical = " + Number(p.n_physical);
-  if (p.n_logical > cuda::kMaxExperts || p.n_physical > cuda::kMaxSlots) {
-    return "the CUDA kernels take at most " + Number(cuda::kMaxExperts) + " experts and " +
-           Number(cuda::kMaxSlots) + " slots, got " + sizes +
-           ": use fewer experts and redundant slots, or the CPU";
-  }
-  return NeedsMemory("the tables of " + sizes + " on " + Number(p.ep_size) + " ranks",
+  if (const Refusal refusal = TooManySlots(p); !refusal.empty()) return refusal;
+  return NeedsMemory("the tables of " + SizesOf(p) + " on " + Number(p.ep_size) + " ranks",
                      cuda::LeastSharedBytes(p, quotas), device,
                      "use fewer experts or redundant slots, a larger GPU, or the CPU");
 }
 
 Refusal RefuseCopies(const Problem& p, const cuda::Device& device) {
   if (const Refusal refusal = TooManyRanks(p); !refusal.empty()) return refusal;
-  if (p.n_logical > cuda::kMaxExperts || p.n_physical > cuda::kMaxSlots) {
-    return "the CUDA kernels take at most " + Number(cuda::kMaxExperts) + " experts and " +
-           Number(cuda::kMaxSlots) + " slots, got n_logical = " + Number(p.n_logical) +
-           " and n_physical = " + Number(p.n_physical) +
-           ": use fewer experts and redundant slots, or the CPU";
-  }
-  return NeedsMemory("placement: to choose copies, " + Number(p.n_logical) + " experts in " +
-                         Number(p.n_physical) + " slots on " + Number(p.ep_size) + " ranks",
-                     cuda::PlaceCopiesBytes(p), device,
-                     "use fewer experts or slots, a larger GPU, or the CPU");
+  if (const Refusal refusal = TooManySlots(p); !refusal.empty()) return refusal;
+  return NeedsMemory("placement: to choose copies, " + ExpertsInSlots(p), cuda::PlaceCopiesBytes(p),
+                     device, "use fewer experts or slots, a larger GPU, or the CPU");
 }
 
 Refusal RefuseIpm(const Problem& p, const IpmOptions& options, const cuda::Device& device) {
