@@ -12,7 +12,13 @@ import numpy as np
 
 from lplb_jax import _native
 from lplb_jax._axes import check_axis
-from lplb_jax.placement import Placement, check_fits, choose_topology, given_order
+from lplb_jax.placement import (
+    Placement,
+    check_fits,
+    check_nodes,
+    choose_topology,
+    given_order,
+)
 from lplb_jax.topologies import Topology
 
 _INDEX_DTYPES = ("int32", "int64", "uint8", "uint16")
@@ -25,10 +31,12 @@ class Problem:
     """The checked static description of one balancing problem, and its placement.
 
     Without a topology, r2o has no columns and a row per rank: any placement, one group of all.
+    `n_nodes` is what the caller says; None leaves it to the placement, if there is no topology.
     """
 
     r2o: Topology | np.ndarray
     placement: Placement
+    n_nodes: int | None = None
 
     @property
     def ep_size(self) -> int:
@@ -39,19 +47,28 @@ class Problem:
         return self.placement.n_logical
 
     @property
+    def along_topology(self) -> bool:
+        return self.r2o is None or self.r2o.shape[1] > 0
+
+    @property
     def node_size(self) -> int:
-        """Ranks of a node, 0 along a topology: there the order of the sources knows no nodes."""
-        along_topology = self.r2o is None or self.r2o.shape[1] > 0
-        return 0 if along_topology else self.ep_size // self.placement.n_nodes
+        """Ranks of a node; 0 along a topology, where nobody asks for nodes: home ranks first."""
+        if self.n_nodes is None and self.along_topology:
+            return 0
+        return self.ep_size // (self.n_nodes or self.placement.n_nodes)
 
 
-def anywhere(placement: Placement) -> Problem:
+def anywhere(placement: Placement, n_nodes: int | None = None) -> Problem:
     """The problem of a placement as any other, whatever topology it was made along."""
-    return Problem(np.zeros((placement.ep_size, 0), np.int32), placement)
+    return Problem(np.zeros((placement.ep_size, 0), np.int32), placement, n_nodes)
 
 
 def check_problem(
-    loads: jax.Array | None, r2o: Any, placement: Placement | None, axis_name: Any
+    loads: jax.Array | None,
+    r2o: Any,
+    placement: Placement | None,
+    axis_name: Any,
+    n_nodes: int | None = None,
 ) -> Problem:
     """Finds ep_size and n_logical, and raises where the arguments contradict one another."""
     if r2o is None and isinstance(placement, Placement) and placement.topology is None:
@@ -83,7 +100,9 @@ def check_problem(
             f"loads: expected shape [n_logical] = [{placement.n_logical}] or [ep_size, n_logical] "
             f"= [{ep_size}, {placement.n_logical}], got {list(loads.shape)}"
         )
-    return Problem(topology, placement)
+    if n_nodes is not None:
+        check_nodes(ep_size, n_nodes)
+    return Problem(topology, placement, n_nodes)
 
 
 def check_indices(indices: Any) -> jax.Array:
@@ -158,7 +177,7 @@ def check_factor(factor: str, method: str, problem: Problem) -> bool:
             f"factor: expected 'elimination' for solver={method!r}, which factors nothing, got "
             f"{factor!r}; use solver='ipm'"
         )
-    if problem.node_size:
+    if not problem.along_topology:
         raise ValueError(
             f"factor: expected 'elimination' for a placement without a topology, got {factor!r}"
         )

@@ -48,16 +48,17 @@ def assign(
     placement: Placement | None = None,
     axis_name: Any = None,
     positions: bool = False,
+    n_nodes: int | None = None,
 ) -> jax.Array | Assignment:
     """Turns logical expert indices into physical ones so that every slot gets its quota.
 
     The tokens of an expert are taken in a fixed order, exact to the token and without further
     exchange. Along a topology: source ranks with the expert's home rank first and its replica's
     rank last, tokens of a rank in the order of `indices`; the first `quota[home]` go home and the
-    rest to the replica. Without one: a rank that hosts the expert keeps its first tokens, up to its
-    quota; what is left meets the left quotas of its node, each in the order of the ranks, and then
-    those of all nodes. No other rule with these quotas keeps more tokens on their own rank, nor,
-    then, on their own node.
+    rest to the replica. Without one, or where `n_nodes` is given: a rank that hosts the expert
+    keeps its first tokens, up to its quota; what is left meets the left quotas of its node, each in
+    the order of the ranks, and then those of all nodes. No other rule with these quotas keeps more
+    tokens on their own rank, nor, then, on their own node.
 
     Args:
       indices: int32, int64, uint8 or uint16 of any shape: logical expert ids of this source rank.
@@ -71,6 +72,8 @@ def assign(
       placement: where the experts are; None for the given order along r2o.
       axis_name: the expert-parallel mesh axis inside `jax.shard_map`; tells which source this is.
       positions: also return every token's place in its slot's list.
+      n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each, for the order above, also
+        along a topology; None for the placement's where it has no topology.
 
     Returns:
       int32 of `indices`' shape: physical slots 0 … n_physical − 1, or −1. With `positions`, an
@@ -86,7 +89,7 @@ def assign(
     """
     given, indices = indices, check_indices(indices)
     loads = None if loads is None else check_loads(loads)
-    problem = check_problem(loads, r2o, placement, axis_name)
+    problem = check_problem(loads, r2o, placement, axis_name, n_nodes)
     if not isinstance(split, Split) or split.quota.shape != (problem.placement.n_physical,):
         got = list(split.quota.shape) if isinstance(split, Split) else type(split).__name__
         raise ValueError(

@@ -47,6 +47,7 @@ def rebalance(
     positions: bool = False,
     copies: str = "placement",
     fan_out: int | None = None,
+    n_nodes: int | None = None,
 ) -> Any:
     """Routes tokens to replicas so that the busiest rank of every group gets the fewest possible.
 
@@ -80,6 +81,9 @@ def rebalance(
         count. Then `r2o` is None, and all ranks are one group.
       fan_out: for copies="batch", how many copies of its experts a rank may send at most; None for
         any number.
+      n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each. A source's tokens then stay on
+        their own rank, then on their own node, as far as the quotas allow, see `assign`. None: the
+        placement's where it has no topology; along one, home ranks come first.
 
     Returns:
       `(physical_indices, split)`: int32 of `indices`' shape, slots 0 … n_physical − 1 or −1, and
@@ -113,9 +117,9 @@ def rebalance(
     loads = None if loads is None else check_loads(loads)
     method = choose_solver(solver, loads, rank_weights)
     limit = check_copies(copies, r2o, fan_out, placement)
-    problem = check_problem(loads, r2o, placement, axis_name)
+    problem = check_problem(loads, r2o, placement, axis_name, n_nodes)
     if limit is not None:
-        problem = anywhere(problem.placement)
+        problem = anywhere(problem.placement, n_nodes)
     weights = check_weights(rank_weights, len(problem.r2o))
     check_sources(indices, loads, problem, axis_name)
     if comm is not None:
@@ -124,7 +128,9 @@ def rebalance(
         check_comm(comm, axis_name, problem.n_logical)
 
     at_once = comm.fuses if comm is not None else axis_name is None
-    if loads is None and method == "exact" and at_once and limit is None:
+    # Along a topology, the kernels that do it at once have no order of sources but home first.
+    plain = not (problem.along_topology and problem.node_size)
+    if loads is None and method == "exact" and at_once and limit is None and plain:
         assigned, split = _rebalance_at_once(indices, problem, axis_name, comm, positions)
         return returned(given, assigned, positions), split
 
@@ -133,7 +139,7 @@ def rebalance(
     if sources is None:
         sources = own if axis_name is None else gather(own, axis_name, comm)
     if limit is not None:
-        problem = anywhere(copies_for(sources, problem.placement, limit))
+        problem = anywhere(copies_for(sources, problem.placement, limit), n_nodes)
     split = split_loads(sources, problem, method, weights)
     if loads is None:
         loads = None if axis_name is None else sources

@@ -112,7 +112,8 @@ def test_signatures_are_the_contract():
     expected = {
         "rebalance": (
             "(indices, loads, r2o=None, *, placement=None, axis_name=None, comm=None, "
-            "solver='auto', rank_weights=None, positions=False, copies='placement', fan_out=None)"
+            "solver='auto', rank_weights=None, positions=False, copies='placement', fan_out=None, "
+            "n_nodes=None)"
         ),
         "advise": (
             "(workload, *, ep_size, n_nodes=1, redundants=None, topology=None, n_logical=None, "
@@ -137,7 +138,8 @@ def test_signatures_are_the_contract():
             "n_physical=None, n_nodes=1, n_groups=1, method='auto', previous=None)"
         ),
         "assign": (
-            "(indices, loads, split, r2o=None, *, placement=None, axis_name=None, positions=False)"
+            "(indices, loads, split, r2o=None, *, placement=None, axis_name=None, positions=False, "
+            "n_nodes=None)"
         ),
         "verify": (
             "(loads, split, r2o=None, *, placement=None, indices=None, physical_indices=None)"

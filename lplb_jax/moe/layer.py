@@ -73,6 +73,7 @@ def moe_layer(
     gemm: str = "auto",
     comm: Comm | None = None,
     in_place: bool = False,
+    n_nodes: int | None = None,
 ) -> tuple[jax.Array, Traffic] | tuple[jax.Array, Traffic, Experts]:
     """A mixture-of-experts layer over the ranks of `axis_name`. Call it inside `jax.shard_map`.
 
@@ -114,6 +115,7 @@ def moe_layer(
         own weights is made where XLA may reuse their buffer: donate them to `jax.jit` and return
         what comes out of here, before other results. It is typed as one that varies over all axes
         that `tokens` does; where experts do not, fetch them by `replicate_weights`.
+      n_nodes: nodes of the ranks, within which tokens stay if they can, see `rebalance`.
 
     Returns:
       `(out, traffic)`: `[tokens, hidden]`, the weighted sums of what the experts gave; and what
@@ -199,6 +201,7 @@ def moe_layer(
             positions=True,
             copies=copies,
             fan_out=fan_out,
+            n_nodes=n_nodes,
         )
         (placement,) = chosen or (placement,)
         status, lower_bound = split.status, split.lower_bound
