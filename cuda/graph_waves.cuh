@@ -352,15 +352,33 @@ struct Search<16> {
   }
 };
 
+// The target, raised to the mean load of the ranks that were not seen.
+template <int kWords>
+struct RaiseToMean {
+  const Problem& p;
+
+  __device__ __forceinline__ int32_t operator()(int32_t (&load)[kWords],
+                                                const RankSet<kWords>& seen, int32_t target) const {
+    int32_t n_seen = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      load[w] = seen.word[w] >> (threadIdx.x & 31) & 1 ? 0 : load[w] - target;
+      n_seen += __popc(seen.word[w]);
+    }
+    return target + WarpCeilMean(load, SmallDivisor(p.ep_size - n_seen));
+  }
+};
+
 // Balances the loads of the ranks, which must be what the cells' tokens make of them; `target` is
 // proven. Returns the target, raised to what is proven, which no load is above then. The threads of
-// RankTeam call it behind a barrier; another must follow.
-template <int kWords>
-__device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph, int32_t target) {
+// RankTeam call it behind a barrier; another must follow. `raise` gives the target where nothing
+// can leave the ranks that were not seen; it may change what loads are counted from.
+template <int kWords, typename Raise>
+__device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph, int32_t target,
+                                     Raise&& raise) {
   using Ranks = RankTeam<kWords>;
   constexpr int kRanks = Ranks::kRanks;
   const int32_t n_threads = Ranks::Size(p);
-  const int32_t lane = threadIdx.x & 31;
   int32_t rank[kRanks];
   HeldRank<kWords> mine[kRanks];
 #pragma unroll
@@ -414,14 +432,8 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
       }
     }
 
-    if (AnyOf(waiting)) {  // Nothing can leave the unseen ranks: raise the target to their mean.
-      int32_t n_seen = 0;
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        load[w] = seen.word[w] >> lane & 1 ? 0 : load[w] - target;
-        n_seen += __popc(seen.word[w]);
-      }
-      target += WarpCeilMean(load, SmallDivisor(p.ep_size - n_seen));
+    if (AnyOf(waiting)) {
+      target = raise(load, seen, target);
       Ranks::Sync(n_threads);  // All have read the rows.
       continue;
     }
@@ -436,6 +448,11 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
       Ranks::Sync(n_threads);
     }
   }
+}
+
+template <int kWords>
+__device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph, int32_t target) {
+  return GraphWaves<kWords>(p, graph, target, RaiseToMean<kWords>{p});
 }
 
 }  // namespace lplb::cuda

@@ -14,8 +14,8 @@ namespace lplb::cuda {
 // Whether this was built with cuSolverDx.
 bool HasCuSolverDx();
 
-// Shared memory of the block that solves a group of at most kMaxGroupSize ranks; 0 where no kernel
-// takes its shape.
+// Shared memory of the block that solves a group of at most kMaxGroupSize ranks, or all of them of
+// any placement; 0 where no kernel takes its shape.
 int64_t IpmSharedBytes(const Problem& problem, const IpmOptions& options);
 
 // Solves every group of every batch element, one block each. The current device must have room for

@@ -155,8 +155,7 @@ __device__ __noinline__ void KeepFirstSlots(uint32_t* of_slot, const uint32_t* t
 #pragma unroll 1
   for (int32_t i = threadIdx.x / 32; i < n; i += Threads::Size() / 32) {
     const int32_t slot = static_cast<int32_t>(twice[i]);
-    // Another warp may have another slot of the cell: all lanes take what the first one sees.
-    const uint32_t expert = __shfl_sync(kFullWarp, of_slot[slot], 0);
+    const uint32_t expert = of_slot[slot];
     if (expert == kNoExpert) continue;  // Another of the cell's slots was taken before.
     uint32_t* of_rank = of_slot + by_slots.Quotient(slot) * slots_per_rank;
     bool found = false;

@@ -173,6 +173,28 @@ def test_solvers_fit_or_are_refused(rng, solver):
             solver_bytes(solver, sizes, chip(89, needed - 1, 0, False), options)
 
 
+@pytest.mark.parametrize("solver", ["exact", "interior point"])
+def test_solvers_of_any_placement_fit_or_are_refused(rng, solver):
+    for _ in range(100):
+        ep_size = int(rng.integers(1, 129))
+        n_logical = int(rng.integers(1, 500))
+        slots = ep_size * (-(-n_logical // ep_size) + int(rng.integers(0, 9)))
+        sizes = [ep_size, ep_size, 0, n_logical, slots, int(rng.integers(1, 9))]
+        options = tuple(rng.integers(2, size=3).astype(bool).tolist())
+        needed = solver_bytes(solver, sizes, chip(89, 1 << 30, 0, False), options)
+        assert solver_bytes(solver, sizes, chip(89, needed, 0, False), options) == needed
+        words = rf"^placement: .* {ep_size} ranks need {needed} bytes .* has {needed - 1}: use"
+        with pytest.raises(ValueError, match=words):
+            solver_bytes(solver, sizes, chip(89, needed - 1, 0, False), options)
+
+
+@pytest.mark.parametrize(("solver", "most"), [("exact", 512), ("interior point", 128)])
+def test_too_many_ranks_of_any_placement_are_refused(solver, most):
+    sizes, device = [most + 1, most + 1, 0, 600, 2 * (most + 1), 2], chip(*CHIPS["H100"])
+    with pytest.raises(ValueError, match=rf"^placement: .*at most {most} ranks, got {most + 1}"):
+        solver_bytes(solver, sizes, device)
+
+
 def test_the_exact_solver_takes_what_a_chip_has():
     sizes = sizes_of(128, 128, 8, 64, 64)
     for name in ("A100", "H100"):

@@ -1,10 +1,9 @@
-// The interior point for one group by one team, with the names of lplb_jax/reference/ipm.py, which
-// explains it. Thread r is also rank r; edges are dealt out to all threads in turn.
+// The interior point along a topology, for one group by one team; edges are dealt out to all
+// threads in turn.
 #ifndef LPLB_CUDA_IPM_ITERATION_CUH_
 #define LPLB_CUDA_IPM_ITERATION_CUH_
 
-#include "cuda/ipm/arithmetic.h"
-#include "cuda/ipm/factor.cuh"
+#include "cuda/ipm/ranks.cuh"
 
 namespace lplb::cuda {
 
@@ -21,29 +20,17 @@ struct Graph {
 // Places for edges, so that the threads of a row can take them in fours.
 LPLB_HOST_DEVICE int64_t PaddedEdges(int64_t n_edges) { return (n_edges + 15) / 16 * 16; }
 
-// kEdges: the most edges of one thread. Factor: what solves with the matrix, Table in factor.cuh or
-// what has the same interface.
+// kEdges: the most edges of one thread. For Factor see RankIterate.
 template <int kRanks, int kParts, int kEdges, template <int, int> typename Factor = Table>
-class InteriorPoint {
- public:
-  using TableOf = Factor<kRanks, kParts>;
-  static constexpr int kMostRanks = kRanks;
-  static constexpr int kThreads = TableOf::kThreads;
-  using TeamOf = Team<kThreads>;
+class InteriorPoint : RankIterate<kRanks, kParts, Factor> {
+  using Base = RankIterate<kRanks, kParts, Factor>;
 
-  struct Memory {
-    typename TableOf::Memory table;
-    typename TeamOf::Memory team;
-    // One entry per rank, 0 in the idle places.
-    alignas(16) float base[kRanks];
-    alignas(16) float w[kRanks];
-    alignas(16) float y[kRanks];
-    alignas(16) float ex[kRanks];
-    alignas(16) float q[kRanks];
-    alignas(16) float k[kRanks];
-    alignas(16) float p[kRanks];
-    alignas(16) float middle[kRanks];
-  };
+ public:
+  using Base::kMostRanks;
+  using Base::kThreads;
+  using typename Base::Memory;
+  using typename Base::TableOf;
+  using typename Base::TeamOf;
 
   // Of one edge each: the capacity and, once that is read, the best plan; flow; H; the values of y
   // at its ends with the capacity, which is 0 in the places that pad them. Of one rank each:
@@ -57,13 +44,10 @@ class InteriorPoint {
   };
 
   __device__ InteriorPoint(const Graph& graph, Memory& memory, const GroupArrays& edges)
-      : graph_(graph),
-        memory_(memory),
+      : Base(graph.n_ranks, memory),
+        graph_(graph),
         edges_(edges),
-        team_(memory.team),
-        table_(memory.table),
-        n_edges_(graph.n_ranks * graph.n_columns),
-        is_rank_(threadIdx.x < graph.n_ranks) {}
+        n_edges_(graph.n_ranks * graph.n_columns) {}
 
   // In: memory.base and memory.w, and edges.cap, 0 for what is no edge; a barrier is behind them.
   // The sum of base must be a float. Out: edges.flow is the best plan, times `back`, and edges.cut
@@ -71,22 +55,29 @@ class InteriorPoint {
   __device__ void Run(float back) {
     const float scale = Scale();
     Start();
-    float largest = 0;
-    float bound = 0;
-    bool in_cut = true;
     for (int n = 0;; ++n) {
-      const bool better = Judge(n == 0, largest, bound, in_cut);
+      const bool better = Judge(n == 0);
       if (better) ForEdges([&](int i, int e) { edges_.cap[e] = Plan(i); });
-      if (!(largest - bound > kStopGap * largest) || n == kMaxSteps) break;
+      if (this->Done(n)) break;
       Step();
     }
     TeamOf::Sync();
     ForEdges([&](int, int e) { edges_.flow[e] = edges_.cap[e] * scale * back; });
-    if (is_rank_) edges_.cut[threadIdx.x] = in_cut;
+    if (is_rank_) edges_.cut[threadIdx.x] = in_cut_;
     TeamOf::Sync();
   }
 
  private:
+  using Base::base_;
+  using Base::in_cut_;
+  using Base::inverse_w_;
+  using Base::is_rank_;
+  using Base::load_;
+  using Base::memory_;
+  using Base::table_;
+  using Base::team_;
+  using Base::w_;
+
   template <typename Function>
   __device__ __forceinline__ void ForEdges(Function&& function) const {
 #pragma unroll
@@ -115,9 +106,7 @@ class InteriorPoint {
 
   // Divides all loads by their scale, and leaves out the edges that can move next to nothing.
   __device__ float Scale() {
-    base_ = is_rank_ ? memory_.base[threadIdx.x] : 0;
-    w_ = is_rank_ ? memory_.w[threadIdx.x] : 0;
-    inverse_w_ = is_rank_ ? Quotient(1, w_) : 0;
+    this->LoadRank();
     float stuck = base_;
     if (is_rank_) {
       for (int d = 0; d < graph_.n_columns; ++d) {
@@ -125,7 +114,7 @@ class InteriorPoint {
       }
     }
     // The weights' mean is 1.
-    const float mean = Sum(memory_.base) / static_cast<float>(graph_.n_ranks);
+    const float mean = Base::Sum(memory_.base) / static_cast<float>(graph_.n_ranks);
     float value[1] = {fmaxf(stuck * inverse_w_, 0)};
     team_.template Reduce<1>(value);
     const float scale = fmaxf(value[0], mean);
@@ -156,17 +145,7 @@ class InteriorPoint {
 
   __device__ void Start() {
     load_ = is_rank_ ? base_ + Gather(edges_.flow) : 0;
-    float most[1] = {fmaxf(load_ * inverse_w_, 0)};
-    team_.template Reduce<1>(most);
-    t_ = most[0] + kStartSlack;
-    s_ = is_rank_ ? t_ * w_ - load_ : 1;
-    float sum[2] = {is_rank_ ? Quotient(w_, s_) : 0, n_live_};
-    team_.template Reduce<0>(sum);
-    const float mu = Quotient(1, sum[0]);
-    inverse_pairs_ = Quotient(1, static_cast<float>(graph_.n_ranks) + 2 * sum[1]);
-    y_ = is_rank_ ? Quotient(mu, s_) : 1;
-    if (is_rank_) memory_.y[threadIdx.x] = y_;
-    TeamOf::Sync();
+    const float mu = this->StartRanks(2 * n_live_);
     ForEdges([&](int i, int) {
       if (!Live(i)) return;
       const float m = Quotient(kStartProduct * mu, x_[i]);
@@ -180,7 +159,7 @@ class InteriorPoint {
 
   // Measures the plan and the cuts by y; says whether the plan is the best so far. In: y and the
   // edges' x. Out: load_ of the plan, and the edges' ends.
-  __device__ __forceinline__ bool Judge(bool first, float& largest, float& bound, bool& in_cut) {
+  __device__ __forceinline__ bool Judge(bool first) {
     ForEdges([&](int i, int e) {
       edges_.flow[e] = Plan(i);
       edges_.ends[e] = make_float4(memory_.y[U(i)], memory_.y[V(i)], cap_[i], 0);
@@ -220,82 +199,11 @@ class InteriorPoint {
     }
     stuck = TableOf::OverRow(stuck);
     weight = TableOf::OverRow(weight);
-    const bool counts = table_.row() < graph_.n_ranks;
-    const uint2 best = team_.Best(counts ? fmaxf(Quotient(stuck, weight), 0) : 0, table_.row());
-    float most[1] = {fmaxf(load_ * inverse_w_, 0)};
-    team_.template Reduce<1>(most);
-    const float value = __uint_as_float(best.x);
-    if (first || value > bound) {
-      bound = value;
-      in_cut = is_rank_ && y_ >= memory_.y[best.y];
-    }
-    const bool better = first || most[0] < largest;
-    if (better) largest = most[0];
-    return better;
-  }
-
-  // Sum over the ranks, as Dot.
-  static __device__ __forceinline__ float Sum(const float* a) {
-    float sum[4] = {0, 0, 0, 0};
-    if constexpr (kRanks <= 32) {
-#pragma unroll
-      for (int i = 0; i < kRanks / 4; ++i) {
-        const float4 b = reinterpret_cast<const float4*>(a)[i];
-        sum[0] += b.x;
-        sum[1] += b.y;
-        sum[2] += b.z;
-        sum[3] += b.w;
-      }
-      return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    } else {
-      float own[1] = {0};
-#pragma unroll
-      for (int i = 0; i < kRanks; i += 32) own[0] += a[i + (threadIdx.x & 31)];
-      TeamOf::template SumUp<0>(own);
-      return own[0];
-    }
-  }
-
-  // aᵀb over the ranks, in every thread by itself: few ranks are added faster than exchanged.
-  static __device__ __forceinline__ float Dot(const float* a, const float* b) {
-    if constexpr (kRanks <= 32) {
-      float sum[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int i = 0; i < kRanks / 4; ++i) {
-        const float4 c = reinterpret_cast<const float4*>(a)[i];
-        const float4 d = reinterpret_cast<const float4*>(b)[i];
-        sum[0] += c.x * d.x;
-        sum[1] += c.y * d.y;
-        sum[2] += c.z * d.z;
-        sum[3] += c.w * d.w;
-      }
-      return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    } else {
-      float sum[1] = {0};
-#pragma unroll
-      for (int i = 0; i < kRanks; i += 32) {
-        sum[0] += a[i + (threadIdx.x & 31)] * b[i + (threadIdx.x & 31)];
-      }
-      TeamOf::template SumUp<0>(sum);
-      return sum[0];
-    }
-  }
-
-  // dy = p − r · k and dt from the right-hand side in memory.q: the right-hand side is centred, and
-  // wᵀdy = rt.
-  __device__ __forceinline__ float Saddle(float rt, float inverse_wk) {
-    const float qm = Dot(memory_.k, memory_.q) * inverse_wk;
-    table_.Solve(memory_.q, memory_.w, qm, memory_.middle, memory_.p);
-    r_ = (Dot(memory_.w, memory_.p) - rt) * inverse_wk;
-    return qm + r_;
+    return this->KeepBest(first, stuck, weight);
   }
 
   // dy_v − dy_u of an edge.
-  __device__ __forceinline__ float Difference(int i) const {
-    const int u = U(i);
-    const int v = V(i);
-    return memory_.p[v] - memory_.p[u] - r_ * (memory_.k[v] - memory_.k[u]);
-  }
+  __device__ __forceinline__ float Difference(int i) const { return Base::Difference(U(i), V(i)); }
 
   __device__ __forceinline__ void Step() {
     // The matrix, and the predictor's right-hand side. Its targets are 0, which makes g = y_u −
@@ -310,20 +218,14 @@ class InteriorPoint {
       edges_.H[e] = H[i];
       edges_.flow[e] = H[i] * g[i];
     });
-    const float iy = Quotient(1, y_);
-    const float ex = s_ * iy;
-    if (is_rank_) memory_.ex[threadIdx.x] = ex;
+    this->BeginStep();
     TeamOf::Sync();
-    const float rest = load_ - t_ * w_;
-    if (is_rank_) memory_.q[threadIdx.x] = rest + Gather(edges_.flow);
+    this->SetRightSide(is_rank_ ? Gather(edges_.flow) : 0);
     Assemble();
-    table_.Factor(graph_.n_ranks, memory_.ex[table_.row()]);
-    table_.Solve(memory_.w, memory_.w, 0, memory_.middle, memory_.k);
-    const float inverse_wk = Quotient(1, Dot(memory_.w, memory_.k));
-    const float rt = 1 - Dot(memory_.w, memory_.y);
+    this->FactorMatrix();
 
     // Predictor: straight at the solution. How far it gets says how much to centre.
-    Saddle(rt, inverse_wk);
+    this->Saddle();
     float el[kEdges], eu[kEdges];
     float value[5] = {0, 0, 0, 0, 0};  // Reciprocals of the limits; products of v·v, d·v, d·d.
     ForEdges([&](int i, int) {
@@ -341,26 +243,8 @@ class InteriorPoint {
       el[i] = dx * dzl;
       eu[i] = dx * dzu;
     });
-    float second = 0;
-    if (is_rank_) {
-      const float dy = memory_.p[threadIdx.x] - r_ * memory_.k[threadIdx.x];
-      const float a = dy * iy;
-      const float ds = -s_ * (1 + a);
-      value[0] = fmaxf(value[0], 1 + a);
-      value[1] = fmaxf(value[1], -a);
-      value[2] += s_ * y_;
-      value[3] += ds * y_;
-      value[4] += ds * dy;
-      second = ds * dy;
-    }
-    team_.template Reduce<2>(value);
-    float ap = value[0] > 1 ? Quotient(1, value[0]) : 1;
-    float ad = value[1] > 1 ? Quotient(1, value[1]) : 1;
-    const float mu = value[2] * inverse_pairs_;
-    const float reached =
-        mu * (1 - ad) + ((ap - ad) * value[3] + ap * ad * value[4]) * inverse_pairs_;
-    const float c = fminf(ap, ad);
-    const float target = TargetMu(mu, reached, c);
+    float c;
+    const float target = this->Target(value, c);
 
     // Corrector: the same matrix, with the predictor's second-order terms.
     ForEdges([&](int i, int e) {
@@ -373,11 +257,10 @@ class InteriorPoint {
       g[i] += el[i] - eu[i];
       edges_.flow[e] = H[i] * g[i];
     });
-    const float es = (target - c * second) * iy;
     TeamOf::Sync();
-    if (is_rank_) memory_.q[threadIdx.x] = rest + es + Gather(edges_.flow);
+    this->CorrectRightSide(target, c, is_rank_ ? Gather(edges_.flow) : 0);
     TeamOf::Sync();
-    const float dt = Saddle(rt, inverse_wk);
+    const float dt = this->Saddle();
     float limit[2] = {0, 0};
     ForEdges([&](int i, int) {
       if (!Live(i)) return;
@@ -389,15 +272,8 @@ class InteriorPoint {
           fmaxf(limit[1], fmaxf(1 + a - Quotient(el[i], zl_[i]), 1 - b - Quotient(eu[i], zu_[i])));
       g[i] = dx;
     });
-    float dy = 0;
-    if (is_rank_) {
-      dy = memory_.p[threadIdx.x] - r_ * memory_.k[threadIdx.x];
-      limit[0] = fmaxf(limit[0], 1 + dy * iy - Quotient(es, s_));
-      limit[1] = fmaxf(limit[1], -dy * iy);
-    }
-    team_.template Reduce<2>(limit);
-    ap = limit[0] > kBackOff ? Quotient(kBackOff, limit[0]) : 1;
-    ad = limit[1] > kBackOff ? Quotient(kBackOff, limit[1]) : 1;
+    float ap, ad;
+    this->StepLengths(limit, ap, ad);
     ForEdges([&](int i, int) {
       if (!Live(i)) return;
       const float dx = g[i];
@@ -409,14 +285,7 @@ class InteriorPoint {
       zl_[i] = fmaxf(zl_[i] + ad * dzl, kLeastDual);
       zu_[i] = fmaxf(zu_[i] + ad * dzu, kLeastDual);
     });
-    if (is_rank_) {
-      const float ds = es - s_ - ex * dy;
-      s_ = fmaxf(s_ + ap * ds, LeastSlack(w_));
-      y_ = fmaxf(y_ + ad * dy, kLeastDual);
-      memory_.y[threadIdx.x] = y_;
-    }
-    t_ += ap * dt;
-    TeamOf::Sync();
+    this->MoveRanks(ap, ad, dt);
   }
 
   // The off-diagonals of this thread's part of a row.
@@ -440,22 +309,14 @@ class InteriorPoint {
   }
 
   const Graph graph_;
-  Memory& memory_;
   const GroupArrays edges_;
-  TeamOf team_;
-  TableOf table_;
   const int n_edges_;
-  const bool is_rank_;
-  float inverse_pairs_;
   float n_live_;
-  float r_;  // What dy needs of k.
 
   // This thread's edges.
   int uv_[kEdges];     // Its ends, u in the high half.
   float cap_[kEdges];  // 0 where it counts as none.
   float x_[kEdges], xb_[kEdges], zl_[kEdges], zu_[kEdges];
-  // This thread's rank, and t, which all threads know.
-  float base_, w_, inverse_w_, load_, s_, y_, t_;
 };
 
 }  // namespace lplb::cuda

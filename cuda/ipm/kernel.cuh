@@ -56,11 +56,11 @@ struct IpmBlock {
       const int32_t lane = threadIdx.x & 31;
       LoadTopology(p, in.solve.r2o, memory.group, lane, 32);
       DropBrokenTopology(p, memory.group);
-      LoadWeights(p, options, in.weights, memory, solver.w);
+      LoadWeights(p.group_size, options, in.weights, memory.weight, solver.w, memory.group.status);
       for (int32_t i = n_edges + lane; i < PaddedEdges(n_edges); i += 32) {
         memory.ends[i] = make_float4(0, 0, 0, 0);
       }
-      CheckInvalid(lane);
+      CheckInvalid<Load>(p, sources, in.solve.loads, memory.group.status);
     }
     if constexpr (kFloats) {
       LoadRealRanks(p, in.solve, groups, fetched, sources, memory.group, solver.base);
@@ -69,18 +69,6 @@ struct IpmBlock {
                        memory.group);
     }
     __syncthreads();
-  }
-
-  // Ids that named no expert, which rows may count in their last place; by one warp.
-  __device__ __forceinline__ void CheckInvalid(int32_t lane) const {
-    if (sources.row <= p.n_logical) return;
-#pragma unroll 1
-    for (int32_t s = lane; s < sources.n_sources; s += 32) {
-      const int64_t last = static_cast<int64_t>(s) * sources.row + p.n_logical;
-      if (reinterpret_cast<const Load*>(in.solve.loads)[last] != 0) {
-        atomicOr(memory.group.status, kInvalidIndex);
-      }
-    }
   }
 
   // What needs no plan; threads first, first + stride, … take part.
@@ -156,13 +144,7 @@ struct IpmBlock {
       memory.group.moved[i] = 0;
       memory.flow[i] = 0;
     }
-    if (threadIdx.x == 0) {
-      shared.max_load = kFloats            ? kInfinity
-                        : options.weighted ? __float_as_int(static_cast<float>(kInt32Max))
-                                           : kInt32Max;
-      shared.target = 0;
-      shared.bound = 0;
-    }
+    if (threadIdx.x == 0) NoProof<kFloats>(options, shared);
     __syncthreads();
   }
 
@@ -172,27 +154,6 @@ struct IpmBlock {
     for (int32_t i = threadIdx.x; i < p.group_size * p.n_redundant; i += blockDim.x) {
       FinishCopy(PrepareCopy<Load>(p, memory.group, i), moved, quota);
     }
-  }
-
-  // By one thread.
-  __device__ __forceinline__ void WriteProof(const SolveResults& out) const {
-    int32_t lower_bound = shared.target;
-    bool converged = Converged(shared.max_load, shared.target);
-    if (options.float_loads_out()) {
-      const float max_load = __int_as_float(shared.max_load);
-      const float bound = fminf(shared.bound, max_load);
-      lower_bound = __float_as_int(bound);
-      converged = Converged(max_load, bound);
-    }
-    int32_t status = *memory.group.status;
-    if (shared.overflow) {
-      status |= kLoadOverflow;
-    } else if (!converged) {
-      status |= kNotConverged;
-    }
-    out.max_load[groups.first] = shared.max_load;
-    out.lower_bound[groups.first] = lower_bound;
-    out.status[groups.first] = status;
   }
 };
 
@@ -240,7 +201,7 @@ __global__ void __launch_bounds__(MostThreads<Solver>(), 1)
     if (!overflow) FinishTokens(p, options, memory, shared);
     block.WriteSplit(memory.group.moved);
   }
-  if (thread == 0) block.WriteProof(out);
+  if (thread == 0) WriteProof(options, shared, *memory.group.status, groups.first, out);
 }
 
 constexpr int32_t kMostEdges = 16;  // Of one thread.
@@ -277,6 +238,11 @@ IpmChoice IpmOf32(const Problem& p, const IpmOptions& options);
 IpmChoice IpmOf64(const Problem& p, const IpmOptions& options);
 IpmChoice IpmOf128(const Problem& p, const IpmOptions& options);
 IpmChoice IpmWithCuSolverDx(const Problem& p, const IpmOptions& options);
+// Likewise, of any placement.
+IpmChoice IpmOfHosts16(const IpmOptions& options);
+IpmChoice IpmOfHosts32(const IpmOptions& options);
+IpmChoice IpmOfHosts64(const IpmOptions& options);
+IpmChoice IpmOfHosts128(const IpmOptions& options);
 
 }  // namespace lplb::cuda
 

@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "cuda/ipm.h"
-#include "cuda/ipm/kernel.cuh"
+#include "cuda/ipm/host_kernel.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/solver.h"
 
@@ -10,7 +10,16 @@ namespace {
 
 __global__ void EmptyKernel() {}
 
+bool IsAnywhere(const Problem& p) { return p.n_columns == 0; }
+
 IpmChoice Choose(const Problem& p, const IpmOptions& options) {
+  if (IsAnywhere(p)) {
+    if (options.cusolverdx) return {};
+    if (p.ep_size <= 16) return IpmOfHosts16(options);
+    if (p.ep_size <= 32) return IpmOfHosts32(options);
+    if (p.ep_size <= 64) return IpmOfHosts64(options);
+    return IpmOfHosts128(options);
+  }
 #ifdef LPLB_MATHDX
   if (options.cusolverdx) return IpmWithCuSolverDx(p, options);
 #endif
@@ -19,6 +28,11 @@ IpmChoice Choose(const Problem& p, const IpmOptions& options) {
   if (p.group_size <= 32) return IpmOf32(p, options);
   if (p.group_size <= 64) return IpmOf64(p, options);
   return IpmOf128(p, options);
+}
+
+// Dynamic shared memory of a block.
+int64_t DynamicBytes(const Problem& p, const IpmChoice& choice) {
+  return choice.bytes + (IsAnywhere(p) ? HostMemory::Bytes(p) : IpmMemory::Bytes(p));
 }
 
 }  // namespace
@@ -34,7 +48,7 @@ bool HasCuSolverDx() {
 int64_t IpmSharedBytes(const Problem& problem, const IpmOptions& options) {
   constexpr int64_t kStatic = 1024;  // At most, of every kernel.
   const IpmChoice choice = Choose(problem, options);
-  return choice.kernel == nullptr ? 0 : IpmMemory::Bytes(problem) + choice.bytes + kStatic;
+  return choice.kernel == nullptr ? 0 : DynamicBytes(problem, choice) + kStatic;
 }
 
 cudaError_t LaunchIpm(const Problem& problem, const Sources& sources, const IpmOptions& options,
@@ -42,13 +56,16 @@ cudaError_t LaunchIpm(const Problem& problem, const Sources& sources, const IpmO
                       cudaStream_t stream) {
   if (batch == 0) return cudaSuccess;
   const IpmChoice choice = Choose(problem, options);
-  // A thread per expert, and at least two warps for what needs no plan where there is room.
-  const int32_t experts = problem.group_size << problem.tile_log2;
   LaunchShape launch = {};
   launch.grid = dim3(static_cast<unsigned>(batch), problem.n_groups);
-  launch.threads =
-      std::min(std::max((experts + 31) / 32 * 32 + 32, choice.threads + 64), choice.most_threads);
-  launch.shared_bytes = choice.bytes + IpmMemory::Bytes(problem);
+  launch.threads = choice.most_threads;
+  if (!IsAnywhere(problem)) {
+    // A thread per expert, and at least two warps for what needs no plan where there is room.
+    const int32_t experts = problem.group_size << problem.tile_log2;
+    launch.threads =
+        std::min(std::max((experts + 31) / 32 * 32 + 32, choice.threads + 64), choice.most_threads);
+  }
+  launch.shared_bytes = DynamicBytes(problem, choice);
   return Launch(choice.kernel, launch, stream, problem, sources, options, in, out);
 }
 

@@ -80,6 +80,25 @@ struct LoadedTotals {
   }
 };
 
+// An expert's real load over all sources.
+struct RealTotal {
+  float load;
+  bool negative;  // Or NaN.
+};
+
+__device__ __forceinline__ RealTotal SumRealSources(const float* loads, const Sources& sources,
+                                                    int32_t expert) {
+  RealTotal total = {0, false};
+#pragma unroll 4
+  for (int32_t s = 0; s < sources.n_sources; ++s) {
+    const float load = loads[s * sources.row + expert];
+    total.negative |= !(load >= 0);
+    total.load += load >= 0 ? load : 0;
+  }
+  total.load = fminf(total.load, FLT_MAX);  // Which is an overflow still.
+  return total;
+}
+
 // LoadRanks for float loads: the ranks' sums go to `base`.
 __device__ __forceinline__ void LoadRealRanks(const Problem& p, const SolveOperands& in,
                                               Groups groups, const PrefetchedSlot& fetched,
@@ -100,16 +119,10 @@ __device__ __forceinline__ void LoadRealRanks(const Problem& p, const SolveOpera
 #pragma unroll 1
     for (int32_t k = tile.lane; k < end; k += tile.width) {
       if (step > 0 || k >= tile.width) expert = slots[k];
-      float total = 0;
-#pragma unroll 4
-      for (int32_t s = 0; s < sources.n_sources; ++s) {
-        const float load = loads[s * sources.row + KnownExpert(p, expert)];
-        negative |= !(load >= 0);  // NaN, too.
-        total += load >= 0 ? load : 0;
-      }
-      total = fminf(total, FLT_MAX);  // Which is an overflow still.
-      reinterpret_cast<float*>(memory.own)[rank * p.n_local + k] = total;
-      sum += total;
+      const RealTotal total = SumRealSources(loads, sources, KnownExpert(p, expert));
+      negative |= total.negative;
+      reinterpret_cast<float*>(memory.own)[rank * p.n_local + k] = total.load;
+      sum += total.load;
     }
 #pragma unroll
     for (int32_t distance = 16; distance > 0; distance /= 2) {
@@ -123,14 +136,14 @@ __device__ __forceinline__ void LoadRealRanks(const Problem& p, const SolveOpera
 
 // The ranks' weights with mean 1, by one warp. Where one is no speed all count as equal, and none
 // counts as less than kLeastWeight of the largest; both set a status bit.
-__device__ __forceinline__ void LoadWeights(const Problem& p, const IpmOptions& options,
-                                            const float* weights, const IpmMemory& memory,
-                                            float* w) {
+__device__ __forceinline__ void LoadWeights(int32_t n_ranks, const IpmOptions& options,
+                                            const float* weights, float* weight, float* w,
+                                            int32_t* status) {
   const int32_t lane = threadIdx.x & 31;
   bool good = options.weighted;
   float largest = 0;
 #pragma unroll 1
-  for (int32_t r = lane; r < p.group_size && good; r += 32) {
+  for (int32_t r = lane; r < n_ranks && good; r += 32) {
     good = IsSpeed(weights[r]);
     largest = fmaxf(largest, weights[r]);
   }
@@ -145,17 +158,29 @@ __device__ __forceinline__ void LoadWeights(const Problem& p, const IpmOptions& 
     least = kLeastWeight * (largest * power);
     float sum = 0;
 #pragma unroll 1
-    for (int32_t r = lane; r < p.group_size; r += 32) {
+    for (int32_t r = lane; r < n_ranks; r += 32) {
       taken &= weights[r] * power >= least;
       sum += fmaxf(weights[r] * power, least);
     }
-    mean = WarpSum(sum) / static_cast<float>(p.group_size);
+    mean = WarpSum(sum) / static_cast<float>(n_ranks);
   }
 #pragma unroll 1
-  for (int32_t r = lane; r < p.group_size; r += 32) {
-    w[r] = memory.weight[r] = good ? fmaxf(weights[r] * power, least) / mean : 1;
+  for (int32_t r = lane; r < n_ranks; r += 32) {
+    w[r] = weight[r] = good ? fmaxf(weights[r] * power, least) / mean : 1;
   }
-  if (options.weighted && !taken) atomicOr(memory.group.status, kNotConverged);
+  if (options.weighted && !taken) atomicOr(status, kNotConverged);
+}
+
+// Ids that named no expert, which rows may count in their last place; by one warp.
+template <typename Load>
+__device__ __forceinline__ void CheckInvalid(const Problem& p, const Sources& sources,
+                                             const int32_t* loads, int32_t* status) {
+  if (sources.row <= p.n_logical) return;
+#pragma unroll 1
+  for (int32_t s = threadIdx.x & 31; s < sources.n_sources; s += 32) {
+    const int64_t last = static_cast<int64_t>(s) * sources.row + p.n_logical;
+    if (reinterpret_cast<const Load*>(loads)[last] != 0) atomicOr(status, kInvalidIndex);
+  }
 }
 
 }  // namespace lplb::cuda

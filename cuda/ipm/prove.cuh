@@ -61,23 +61,62 @@ __device__ __forceinline__ CutTokens TokensOfCut(const Problem& p, const IpmMemo
   return value;
 }
 
-// The least load / weight at which the ranks of the cut may have that many tokens, by one warp.
-__device__ inline float LeastValue(const Problem& p, const IpmMemory& memory, int64_t tokens) {
+// The least load / weight at which the ranks r with has(r) may have that many tokens, by one warp.
+template <typename Has>
+__device__ __forceinline__ float LeastValue(int32_t n_ranks, const float* weight, int64_t tokens,
+                                            Has&& has) {
   return LeastFloat([&](float value) {
     int64_t allowed = 0;
 #pragma unroll 1
-    for (int32_t r = threadIdx.x & 31; r < p.group_size; r += 32) {
-      if (memory.cut[r]) allowed += TokenLimit(value, memory.weight[r]);
+    for (int32_t r = threadIdx.x & 31; r < n_ranks; r += 32) {
+      if (has(r)) allowed += TokenLimit(value, weight[r]);
     }
     return WarpSum(allowed) >= tokens;
   });
 }
 
+// Likewise, of the best cut.
+__device__ inline float LeastValue(const Problem& p, const IpmMemory& memory, int64_t tokens) {
+  return LeastValue(p.group_size, memory.weight, tokens,
+                    [&](int32_t r) { return memory.cut[r] != 0; });
+}
+
 // Raises *largest to the ranks' largest value ≥ 0, ints or bits of floats. All threads call it.
-__device__ __forceinline__ void NoteLargest(const Problem& p, int32_t value, int32_t* largest) {
-  if ((threadIdx.x & ~31) >= p.group_size) return;
-  value = __reduce_max_sync(kFullWarp, threadIdx.x < p.group_size ? value : 0);
+__device__ __forceinline__ void NoteLargest(int32_t n_ranks, int32_t value, int32_t* largest) {
+  if ((threadIdx.x & ~31) >= n_ranks) return;
+  value = __reduce_max_sync(kFullWarp, threadIdx.x < n_ranks ? value : 0);
   if ((threadIdx.x & 31) == 0) atomicMax(largest, value);
+}
+
+// What is reported where nothing is divided and nothing proven, by one thread.
+template <bool kFloats>
+__device__ __forceinline__ void NoProof(const IpmOptions& options, Shared& shared) {
+  shared.max_load = kFloats            ? kInfinity
+                    : options.weighted ? __float_as_int(static_cast<float>(kInt32Max))
+                                       : kInt32Max;
+  shared.target = 0;
+  shared.bound = 0;
+}
+
+// The group's results besides the quotas, by one thread.
+__device__ __forceinline__ void WriteProof(const IpmOptions& options, const Shared& shared,
+                                           int32_t status, int32_t group, const SolveResults& out) {
+  int32_t lower_bound = shared.target;
+  bool converged = Converged(shared.max_load, shared.target);
+  if (options.float_loads_out()) {
+    const float max_load = __int_as_float(shared.max_load);
+    const float bound = fminf(shared.bound, max_load);
+    lower_bound = __float_as_int(bound);
+    converged = Converged(max_load, bound);
+  }
+  if (shared.overflow) {
+    status |= kLoadOverflow;
+  } else if (!converged) {
+    status |= kNotConverged;
+  }
+  out.max_load[group] = shared.max_load;
+  out.lower_bound[group] = lower_bound;
+  out.status[group] = status;
 }
 
 // Calls function(load) for this lane's part of rank r's experts all of whose slots are in the cut.
@@ -227,7 +266,7 @@ __device__ __forceinline__ void FinishTokens(const Problem& p, const IpmOptions&
   if (options.weighted && rank < p.group_size) {
     load = __float_as_int(static_cast<float>(load) / memory.weight[rank]);
   }
-  NoteLargest(p, load, &shared.max_load);
+  NoteLargest(p.group_size, load, &shared.max_load);
   __syncthreads();
 }
 

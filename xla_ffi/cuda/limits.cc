@@ -100,11 +100,24 @@ Refusal RefuseCopies(const Problem& p, const cuda::Device& device) {
                      device, "use fewer experts or slots, a larger GPU, or the CPU");
 }
 
-Refusal RefuseIpm(const Problem& p, const IpmOptions& options, const cuda::Device& device) {
-  if (IsAnywhere(p)) {
-    return "solver: on GPUs, expected 'exact', int32 loads and no rank_weights for a placement "
-           "without a topology, got a problem for the interior point: use a topology, or the CPU";
+Refusal RefuseIpmAnywhere(const Problem& p, const IpmOptions& options, const cuda::Device& device) {
+  if (p.ep_size > cuda::kMaxGroupSize) {
+    return "placement: without a topology, the CUDA interior point takes at most " +
+           Number(cuda::kMaxGroupSize) + " ranks, got " + Number(p.ep_size) +
+           ": use solver='exact', a topology, or the CPU";
   }
+  if (options.cusolverdx) {
+    return "factor: expected 'elimination' for a placement without a topology, got 'cusolverdx'";
+  }
+  return NeedsMemory("placement: in the CUDA interior point, " + Number(p.n_logical) +
+                         " experts in " + Number(p.n_physical) + " slots on " + Number(p.ep_size) +
+                         " ranks",
+                     cuda::IpmSharedBytes(p, options), device,
+                     "use fewer experts or slots, solver='exact', a topology, or the CPU");
+}
+
+Refusal RefuseIpm(const Problem& p, const IpmOptions& options, const cuda::Device& device) {
+  if (IsAnywhere(p)) return RefuseIpmAnywhere(p, options, device);
   const int64_t bytes = p.group_size > cuda::kMaxGroupSize ? 0 : cuda::IpmSharedBytes(p, options);
   if (bytes == 0) {
     return "r2o: the CUDA interior point takes groups of at most " + Number(cuda::kMaxGroupSize) +
