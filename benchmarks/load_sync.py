@@ -26,6 +26,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from per_gpu import one_per_gpu
+from rebalance_call import RebalanceCall
 from virtual_ranks import VirtualRanks
 
 from lplb_jax import (
@@ -125,18 +126,22 @@ def kernel_times(ranks: VirtualRanks) -> dict[str, float]:
     counts = [ranks.put(rank, np.arange(N_LOGICAL, dtype=np.int32)) for rank in range(size)]
     matrix = np.full((size, N_LOGICAL), -7, np.int32)
     matrices = [ranks.put(rank, matrix) for rank in range(size)]
-    r2o, placement = placed(size)
     ids = routing(size, 0)
-    calls = [ranks.call(rank, r2o, placement, ids[rank]) for rank in range(size)]
 
     def sync(rank: int, stream: int) -> None:
         ranks.sync(rank, counts[rank], matrices[rank], stream)
 
-    def whole(rank: int, stream: int) -> None:
+    def whole(calls: list[RebalanceCall], rank: int, stream: int) -> None:
         ranks.rebalance(rank, calls[rank], stream)
 
+    ways: dict[str, Callable[[int, int], None]] = {"sync_loads": sync}
+    balanced = []
+    for name, (r2o, placement) in placements(size).items():
+        r2o = np.zeros((size, 0), np.int32) if r2o is None else r2o
+        balanced.append([ranks.call(rank, r2o, placement, ids[rank]) for rank in range(size)])
+        ways[f"rebalance, {name}"] = functools.partial(whole, balanced[-1])
     seconds = {}
-    for name, launch in {"sync_loads": sync, "rebalance": whole}.items():
+    for name, launch in ways.items():
         graphs = []
         for rank in range(size):
             ranks.use_device(rank)
@@ -154,19 +159,24 @@ def kernel_times(ranks: VirtualRanks) -> dict[str, float]:
             graph.close()
     for of_rank in matrices:
         np.testing.assert_array_equal(of_rank, [np.arange(N_LOGICAL)] * size)
-    quota = np.asarray(calls[0].results.quota)
-    np.testing.assert_array_equal(sum(np.asarray(call.results.counts) for call in calls), quota)
-    assert calls[0].results.max_load == calls[0].results.lower_bound
+    for calls in balanced:
+        got = calls[0].results
+        of_slots = sum(np.asarray(call.results.counts) for call in calls)
+        np.testing.assert_array_equal(of_slots, np.asarray(got.quota))
+        assert got.max_load == got.lower_bound
     assert not any(ranks.failures()), ranks.failures()
     return seconds
 
 
-def placed(size: int) -> tuple[np.ndarray, Placement]:
-    """The topology of so many ranks, and experts on them in the given order."""
+def placements(size: int) -> dict[str, tuple[np.ndarray | None, Placement]]:
+    """Experts along a topology in the given order, and on any ranks, by the routing's loads."""
     r2o = topologies.cube() if size == 8 else topologies.ring(size)
-    return r2o, place_experts(
-        None, r2o, n_logical=N_LOGICAL, ep_size=size, redundants_per_rank=r2o.shape[1]
-    )
+    sizes = {"n_logical": N_LOGICAL, "ep_size": size, "redundants_per_rank": r2o.shape[1]}
+    loads = np.bincount(routing(size, 0).ravel(), minlength=N_LOGICAL)
+    return {
+        "topology": (r2o, place_experts(None, r2o, **sizes)),
+        "any placement": (None, place_experts(loads, **sizes)),
+    }
 
 
 def routing(size: int, layer: int) -> np.ndarray:
@@ -178,10 +188,12 @@ def routing(size: int, layer: int) -> np.ndarray:
 def layers_programs(mesh: Mesh, comm: Comm) -> dict[str, Program]:
     """N_LAYERS rebalances of real routing, and the same without other ranks or through XLA."""
     size = mesh.devices.size
-    r2o, placement = placed(size)
+    placed = placements(size)
     layers = [everywhere(mesh, routing(size, i)) for i in range(N_LAYERS)]
 
-    def program(**options: Any) -> Program:
+    def program(name: str, **options: Any) -> Program:
+        r2o, placement = placed[name]
+
         def rank(layers: list[jax.Array]) -> jax.Array:
             max_loads = []
             for ids in layers:
@@ -190,12 +202,18 @@ def layers_programs(mesh: Mesh, comm: Comm) -> dict[str, Program]:
                 max_loads.append(rebalance(ids, None, r2o, **options_of_all)[1].max_load)
             return jnp.concatenate(max_loads)
 
-        return steady(rank, mesh, layers, (N_LAYERS * size // len(r2o),))
+        n_groups = 1 if r2o is None else size // len(r2o)
+        return steady(rank, mesh, layers, (N_LAYERS * n_groups,))
 
+    among_ranks = {"axis_name": "ep", "comm": comm}
     return {
-        "rebalance, no other ranks": program(),
-        "rebalance, lax.all_gather": program(axis_name="ep"),
-        "rebalance, comm": program(axis_name="ep", comm=comm),
+        "rebalance, no other ranks": program("topology"),
+        "rebalance, lax.all_gather": program("topology", axis_name="ep"),
+        "rebalance, comm": program("topology", **among_ranks),
+        "rebalance, comm, any placement": program("any placement", **among_ranks),
+        "rebalance, comm, copies of the batch": program(
+            "any placement", copies="batch", **among_ranks
+        ),
     }
 
 
@@ -230,11 +248,11 @@ def report(figures: dict[str, Any]) -> None:
     print(f"{figures['device']}, jax {figures['jax']}, transport {figures['transport']}")
     print(f"{N_LOGICAL} experts; {N_CALLS} syncs, or {N_LAYERS} layers of {N_INDICES:,}, a program")
     for name, microseconds in figures["microseconds"].items():
-        print(f"{name:<32}{microseconds:>9.2f} µs")
+        print(f"{name:<40}{microseconds:>9.2f} µs")
     for n_ranks, kernels in figures.get("kernels", {}).items():
         for name, microseconds in kernels.items():
             label = f"kernel of {name}, {n_ranks}"
-            print(f"{label:<32}{microseconds:>9.2f} µs")
+            print(f"{label:<40}{microseconds:>9.2f} µs")
 
 
 def main() -> None:
