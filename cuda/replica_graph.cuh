@@ -227,7 +227,11 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
   for (int32_t e = thread; e < p.n_logical; e += n_threads) {
     const int32_t n_hosts = HostsOf<kWords>(graph, e);
     if (n_hosts > 1) graph.first[e] = FetchAdd(graph.n_cells, n_hosts);
-    bad |= n_hosts == 0;
+    int32_t home = e == thread ? fetched.home : log2phy[e * p.max_replicas];
+    const bool right = home >= 0 && home < p.n_physical && ExpertIn(graph.of_slot[home]) == e;
+    if (!right) home = AnySlotOf(e, graph.of_slot, p.n_physical);
+    bad |= !right;
+    graph.home[e] = home;
   }
 #pragma unroll 1
   for (int32_t i = thread; i < p.n_physical; i += n_threads) {
@@ -258,14 +262,6 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
 #pragma unroll 1
     for (int32_t w = 0; w < k >> 5; ++w) k_shared += __popc(shared[w]);
     graph.shared[rank * p.slots_per_rank + k_shared] = graph.of_slot[i];
-  }
-#pragma unroll 1
-  for (int32_t e = thread; e < p.n_logical; e += n_threads) {
-    int32_t home = e == thread ? fetched.home : log2phy[e * p.max_replicas];
-    const bool right = home >= 0 && home < p.n_physical && ExpertIn(graph.of_slot[home]) == e;
-    if (!right) home = AnySlotOf(e, graph.of_slot, p.n_physical);
-    bad |= !right;
-    graph.home[e] = home;
   }
   if (bad) atomicOr(graph.status, kBadPlacement);
   Threads::Sync();

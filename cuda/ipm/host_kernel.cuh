@@ -325,7 +325,8 @@ struct HostBlock {
     const int32_t n_threads = Ranks::Size(p);
     if (!options.weighted) {
       const int32_t target = GraphWaves<kWords>(p, graph, shared.target);
-      if (threadIdx.x == 0) shared.target = target;
+      // Where no wave was needed no barrier was passed, and others may still read it.
+      if (threadIdx.x == 0 && target != shared.target) shared.target = target;
       return;
     }
     float value = shared.bound;
