@@ -148,10 +148,10 @@ def assign_tokens(
     else:
         sources = indices.reshape(problem.ep_size, -1)
         assigned = jax.vmap(of_source)(sources, jnp.arange(problem.ep_size, dtype=jnp.int32))
-    return shaped(indices, *assigned, positions=positions)
+    return as_assignment(indices, *assigned, positions=positions)
 
 
-def shaped(
+def as_assignment(
     indices: jax.Array,
     physical: jax.Array,
     position: jax.Array,

@@ -21,16 +21,16 @@ from lplb_jax._problem import (
 )
 from lplb_jax.assignment import (
     Assignment,
+    as_assignment,
     assign_tokens,
     returned,
-    shaped,
     workspace_shape,
 )
 from lplb_jax.batch_copies import check_copies, copies_for
 from lplb_jax.comm import Comm, check_comm
-from lplb_jax.loads import count, gather
+from lplb_jax.loads import all_gather_counts, count
 from lplb_jax.placement import Placement
-from lplb_jax.solver import Split, split_loads
+from lplb_jax.solver import Split, solve_checked
 from lplb_jax.status import Status
 
 
@@ -137,10 +137,10 @@ def rebalance(
     own = count(indices, problem.n_logical)
     sources = loads
     if sources is None:
-        sources = own if axis_name is None else gather(own, axis_name, comm)
+        sources = own if axis_name is None else all_gather_counts(own, axis_name, comm)
     if limit is not None:
         problem = anywhere(copies_for(sources, problem.placement, limit), n_nodes)
-    split = split_loads(sources, problem, method, weights)
+    split = solve_checked(sources, problem, method, weights)
     if loads is None:
         loads = None if axis_name is None else sources
     else:
@@ -180,4 +180,4 @@ def _rebalance_at_once(
             **common,
         )
     physical, position, counts, *split = results
-    return shaped(indices, physical, position, counts, positions=positions), Split(*split)
+    return as_assignment(indices, physical, position, counts, positions=positions), Split(*split)

@@ -69,10 +69,10 @@ def sync_loads(counts: jax.Array, axis_name: Any, *, comm: Comm | None = None) -
     if counts.dtype != jnp.int32 or counts.ndim != 1:
         raise TypeError(f"counts: expected int32 [n], got {counts.dtype.name} {list(counts.shape)}")
     check_comm(comm, axis_name, counts.size)
-    return gather(counts, axis_name, comm)
+    return all_gather_counts(counts, axis_name, comm)
 
 
-def gather(counts: jax.Array, axis_name: Any, comm: Comm | None) -> jax.Array:
+def all_gather_counts(counts: jax.Array, axis_name: Any, comm: Comm | None) -> jax.Array:
     """`sync_loads` of checked arguments."""
     if comm is None or comm.transport == "xla":
         return lax.all_gather(counts, axis_name, to="invarying")

@@ -96,10 +96,10 @@ def solve(
     problem = check_problem(loads, r2o, placement, axis_name=None)
     weights = check_weights(rank_weights, len(problem.r2o))
     cusolverdx = check_factor(factor, method, problem)
-    return split_loads(loads, problem, method, weights, repair, cusolverdx)
+    return solve_checked(loads, problem, method, weights, repair, cusolverdx)
 
 
-def split_loads(
+def solve_checked(
     loads: jax.Array,
     problem: Problem,
     method: str = "exact",

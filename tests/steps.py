@@ -15,7 +15,7 @@ from lplb_jax._problem import Problem
 from lplb_jax.assignment import assign_tokens
 from lplb_jax.balancer import _rebalance_at_once as rebalance_at_once
 from lplb_jax.loads import count
-from lplb_jax.solver import split_loads
+from lplb_jax.solver import solve_checked
 from lplb_jax.topologies import Topology
 
 
@@ -42,7 +42,7 @@ def solve_instances(loads, stacked, case, **options):
 @jax.vmap
 def native_solve(loads, r2o, placement):
     """loads `[batch, n_sources, n_logical]`; r2o and placement with a leading axis, too."""
-    return tuple(split_loads(loads, Problem(r2o, placement)))
+    return tuple(solve_checked(loads, Problem(r2o, placement)))
 
 
 @on_cpu

@@ -37,7 +37,7 @@ from lplb_jax import (
     topologies,
 )
 from lplb_jax._problem import Problem
-from lplb_jax.solver import split_loads
+from lplb_jax.solver import solve_checked
 
 pytestmark = pytest.mark.gpu
 
@@ -136,7 +136,7 @@ def test_a_topology_that_is_none_is_a_bad_placement(rng, name):
     @jax.jit
     @jax.vmap
     def interior(loads, r2o, placement):
-        return split_loads(loads[None], Problem(r2o, placement), "ipm", None, True)
+        return solve_checked(loads[None], Problem(r2o, placement), "ipm", None, True)
 
     ids = random_ids(rng, "int32", case.n_logical, len(loads), 1000)
     split = native_solve(loads[:, None], r2o, stacked)
@@ -192,7 +192,7 @@ def test_ipm(rng, name, floats, weighted, repair, garbage):
     @jax.vmap
     def run(loads, placement, weights):
         problem = Problem(case.r2o, placement)
-        return split_loads(loads[None], problem, "ipm", weights if weighted else None, repair)
+        return solve_checked(loads[None], problem, "ipm", weights if weighted else None, repair)
 
     split = run(loads, stacked, weights)
     other = on_cpu(run)(loads, stacked, weights)

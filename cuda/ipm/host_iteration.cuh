@@ -69,7 +69,7 @@ class HostInteriorPoint : RankIterate<kRanks, kParts, Table> {
     Scale();
     Start();
     for (int n = 0;; ++n) {
-      if (Judge(n == 0)) {
+      if (UpdateBest(n == 0)) {
         ForExperts([&](const Expert& e) {
           ForCells(e, [&](int c, int) { arrays_.share[c] = arrays_.flow[c]; });
         });
@@ -240,7 +240,7 @@ class HostInteriorPoint : RankIterate<kRanks, kParts, Table> {
 
   // Measures the plan and the cuts by y; says whether the plan, then in flow, is the best so far.
   // Out: load_ of the plan.
-  __device__ __forceinline__ bool Judge(bool first) {
+  __device__ __forceinline__ bool UpdateBest(bool first) {
     ForExperts([&](const Expert& e) {
       float sum = 0;
       float least = kNoLimit;

@@ -56,7 +56,7 @@ class InteriorPoint : RankIterate<kRanks, kParts, Factor> {
     const float scale = Scale();
     Start();
     for (int n = 0;; ++n) {
-      const bool better = Judge(n == 0);
+      const bool better = UpdateBest(n == 0);
       if (better) ForEdges([&](int i, int e) { edges_.cap[e] = Plan(i); });
       if (this->Done(n)) break;
       Step();
@@ -159,7 +159,7 @@ class InteriorPoint : RankIterate<kRanks, kParts, Factor> {
 
   // Measures the plan and the cuts by y; says whether the plan is the best so far. In: y and the
   // edges' x. Out: load_ of the plan, and the edges' ends.
-  __device__ __forceinline__ bool Judge(bool first) {
+  __device__ __forceinline__ bool UpdateBest(bool first) {
     ForEdges([&](int i, int e) {
       edges_.flow[e] = Plan(i);
       edges_.ends[e] = make_float4(memory_.y[U(i)], memory_.y[V(i)], cap_[i], 0);
