@@ -157,6 +157,8 @@ def test_large_problems_on_small_chips(name, sizes, quotas, expected):
 def solver_bytes(solver, sizes, device, options=(False, False, False)):
     if solver == "exact":
         return _native.cuda().solve_bytes(sizes, device)
+    if solver == "copies":
+        return _native.cuda().copies_bytes(sizes, device)
     return _native.cuda().ipm_bytes(sizes, (*options, False), device)
 
 
@@ -173,7 +175,7 @@ def test_solvers_fit_or_are_refused(rng, solver):
             solver_bytes(solver, sizes, chip(89, needed - 1, 0, False), options)
 
 
-@pytest.mark.parametrize("solver", ["exact", "interior point"])
+@pytest.mark.parametrize("solver", ["exact", "interior point", "copies"])
 def test_solvers_of_any_placement_fit_or_are_refused(rng, solver):
     for _ in range(100):
         ep_size = int(rng.integers(1, 129))
@@ -188,7 +190,9 @@ def test_solvers_of_any_placement_fit_or_are_refused(rng, solver):
             solver_bytes(solver, sizes, chip(89, needed - 1, 0, False), options)
 
 
-@pytest.mark.parametrize(("solver", "most"), [("exact", 512), ("interior point", 128)])
+@pytest.mark.parametrize(
+    ("solver", "most"), [("exact", 512), ("interior point", 128), ("copies", 512)]
+)
 def test_too_many_ranks_of_any_placement_are_refused(solver, most):
     sizes, device = [most + 1, most + 1, 0, 600, 2 * (most + 1), 2], chip(*CHIPS["H100"])
     with pytest.raises(ValueError, match=rf"^placement: .*at most {most} ranks, got {most + 1}"):

@@ -109,9 +109,7 @@ Refusal RefuseIpmAnywhere(const Problem& p, const IpmOptions& options, const cud
   if (options.cusolverdx) {
     return "factor: expected 'elimination' for a placement without a topology, got 'cusolverdx'";
   }
-  return NeedsMemory("placement: in the CUDA interior point, " + Number(p.n_logical) +
-                         " experts in " + Number(p.n_physical) + " slots on " + Number(p.ep_size) +
-                         " ranks",
+  return NeedsMemory("placement: in the CUDA interior point, " + ExpertsInSlots(p),
                      cuda::IpmSharedBytes(p, options), device,
                      "use fewer experts or slots, solver='exact', a topology, or the CPU");
 }
@@ -219,6 +217,10 @@ void DefineLimits(nb::module_& m) {
   m.def("solve_bytes", [](Sizes sizes, const cuda::Device& device) {
     ThrowIf(RefuseSolve(ProblemOf(sizes), device));
     return cuda::SolveSharedBytes(ProblemOf(sizes));
+  });
+  m.def("copies_bytes", [](Sizes sizes, const cuda::Device& device) {
+    ThrowIf(RefuseCopies(ProblemOf(sizes), device));
+    return cuda::PlaceCopiesBytes(ProblemOf(sizes));
   });
   // `options` are floats, weighted, repair, cusolverdx.
   m.def("ipm_bytes",
