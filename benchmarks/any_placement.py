@@ -1,4 +1,4 @@
-"""Times the kernels for any placement: both solvers, and rebalance as a whole.
+"""Times the kernels for any placement: solvers, copies of the batch, and rebalance as a whole.
 
 Placements are EPLB's for 256 experts. They are made for some loads and timed on others:
 the demo's routing, where random halves of a layer's sequences are the two, and eight load families,
@@ -23,7 +23,7 @@ import numpy as np
 import solver as families
 from rebalance_call import RebalanceCall
 
-from lplb_jax import Placement, _bench, place_experts
+from lplb_jax import Placement, _bench, place_copies, place_experts
 from lplb_jax.data import load_traces
 
 N_LOGICAL = 256
@@ -104,6 +104,29 @@ def solve_times(placement: Placement, loads: np.ndarray) -> tuple[dict[str, floa
     return times, largest.pop() / max(loads.mean() * N_LOGICAL / ep_size, 1)
 
 
+def copies_time(placement: Placement, loads: np.ndarray) -> tuple[float, float]:
+    """µs of one `place_copies`, and how many copies it places."""
+    ep_size, n_physical = placement.ep_size, placement.n_physical
+    width = min(ep_size, 1 + n_physical - N_LOGICAL)
+    operands = [jnp.asarray(a) for a in (loads[None], placement.phy2log, placement.log2phy)]
+    results = [jnp.zeros(n, jnp.int32) for n in (n_physical, N_LOGICAL * width, N_LOGICAL)]
+    sizes = [ep_size, ep_size, 0, N_LOGICAL, n_physical, placement.log2phy.shape[1]]
+    read, written = ([graph.pointer(a) for a in of] for of in (operands, results))
+
+    def launch(stream: int) -> None:
+        _bench.launch_place_copies(
+            sizes, [1, N_LOGICAL], 1, read, 2**31 - 1, width, written, stream
+        )
+
+    median = graph.microseconds(launch, replays=5)
+    got = [np.asarray(a) for a in results]
+    wanted = jax.tree.map(np.asarray, place_copies(jnp.asarray(loads), placement))
+    np.testing.assert_array_equal(got[0], wanted.phy2log)
+    np.testing.assert_array_equal(got[1].reshape(N_LOGICAL, width), wanted.log2phy)
+    np.testing.assert_array_equal(got[2], wanted.logcnt)
+    return median, float((got[0] >= 0).sum() - N_LOGICAL)
+
+
 def step_time(rng: np.random.Generator, ep_size: int, redundants: int) -> float:
     """µs of one rebalance of 32,768 indices of the traces, with positions."""
     history, batch = halves(rng)
@@ -159,6 +182,17 @@ def main() -> None:
             for solver, of_solver in times.items():
                 label = kind if solver == "exact" else f"{kind}, {solver}"
                 show(f"{ep_size} + {redundants}", label, of_solver, f"{np.mean(loads):.3f}")
+    print("\nplace_copies; load: the number of copies")
+    for ep_size, redundants in SHAPES:
+        for kind, make in kinds.items():
+            instances = [make(rng, i) for i in range(arguments.instances)]
+            pairs = [
+                copies_time(eplb(history, ep_size, redundants), batch)
+                for history, batch in instances
+            ]
+            of_kind, copies = zip(*pairs, strict=True)
+            label = f"{kind}, copies"
+            show(f"{ep_size} + {redundants}", label, list(of_kind), f"{np.mean(copies):.1f}")
     print(f"\nrebalance of {N_TOKENS:,} indices, positions included")
     for ep_size, redundants in SHAPES:
         steps = [step_time(rng, ep_size, redundants) for _ in range(arguments.instances // 5)]

@@ -64,6 +64,25 @@ struct Blocks {
   }
 };
 
+// An expert's tokens from all sources, negative ones as 0.
+__device__ __forceinline__ int64_t TokensOf(const Sources& sources, const int32_t* loads,
+                                            int32_t expert) {
+  constexpr int kInFlight = 16;  // Rows that are waited for together.
+  int64_t total = 0;
+#pragma unroll 1
+  for (int32_t begin = 0; begin < sources.n_sources; begin += kInFlight) {
+    int32_t load[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int32_t s = begin + i;
+      load[i] = s < sources.n_sources ? loads[s * sources.row + expert] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) total += max(load[i], 0);
+  }
+  return total;
+}
+
 // Totals and tables, and which slots are homes; ends with a barrier. *sums must be 0, and a barrier
 // passed.
 __device__ __forceinline__ void LoadHomes(const Problem& p, const Sources& sources,
@@ -73,21 +92,16 @@ __device__ __forceinline__ void LoadHomes(const Problem& p, const Sources& sourc
   uint32_t high = 0;
   uint32_t low = 0;
 #pragma unroll 1
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += n_threads) memory.expert[i] = in.phy2log[i];
+#pragma unroll 1
   for (int32_t e = threadIdx.x; e < p.n_logical; e += n_threads) {
     memory.home[e] = in.log2phy[e * p.max_replicas];
-    int64_t total = 0;
-#pragma unroll 4
-    for (int32_t s = 0; s < sources.n_sources; ++s) {
-      total += max(in.loads[s * sources.row + e], 0);
-    }
     // So that the sums of halves stay below 2³²: it is too much anyway.
-    total = min(total, int64_t{kInt32Max} + 1);
+    const int64_t total = min(TokensOf(sources, in.loads, e), int64_t{kInt32Max} + 1);
     high += static_cast<uint32_t>(total >> 16);
     low += static_cast<uint32_t>(total & 0xffff);
     memory.total[e] = static_cast<int32_t>(min(total, int64_t{kInt32Max}));
   }
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += n_threads) memory.expert[i] = in.phy2log[i];
   high = __reduce_add_sync(kFullWarp, high);
   low = __reduce_add_sync(kFullWarp, low);
   if (lane < 2) atomicAdd(&memory.sums[lane], static_cast<int32_t>(lane == 0 ? high : low));
@@ -97,11 +111,13 @@ __device__ __forceinline__ void LoadHomes(const Problem& p, const Sources& sourc
                        static_cast<uint32_t>(memory.sums[1]);
   // So many are too much for the solver, too: then there are no copies.
   const bool too_many = sum > static_cast<uint64_t>(kInt32Max);
-#pragma unroll 2
+#pragma unroll 1
   for (int32_t rank = threadIdx.x / 32; rank < p.ep_size; rank += n_threads / 32) {
     uint32_t load = 0;
     int32_t n_free = 0;
-#pragma unroll 1
+    int32_t most = -1;
+    int32_t hottest = 0;
+#pragma unroll 2
     for (int32_t begin = 0; begin < p.slots_per_rank; begin += 32) {
       const int32_t k = begin + lane;
       const int32_t slot = rank * p.slots_per_rank + k;
@@ -110,16 +126,24 @@ __device__ __forceinline__ void LoadHomes(const Problem& p, const Sources& sourc
       const bool known = expert >= 0 && expert < p.n_logical;
       const bool is_home = known && memory.home[expert] == slot;
       const int32_t tokens = is_home && !too_many ? memory.total[expert] : 0;
+      const uint32_t free = __ballot_sync(kFullWarp, live && !is_home);
       if (live) {
-        memory.expert[slot] = is_home ? expert : -1;
+        const int32_t nth = n_free + __popc(free & ((1u << lane) - 1));
+        memory.expert[slot] = is_home ? expert : -1 - nth;
         memory.tokens[slot] = tokens;
+        hottest = tokens > most ? k : hottest;
+        most = max(most, tokens);
       }
-      load += __reduce_add_sync(kFullWarp, static_cast<uint32_t>(tokens));
-      n_free += __popc(__ballot_sync(kFullWarp, live && !is_home));
+      load += tokens;
+      n_free += __popc(free);
     }
+    load = __reduce_add_sync(kFullWarp, load);
+    const int32_t of_all = __reduce_max_sync(kFullWarp, most);
+    hottest = __reduce_min_sync(kFullWarp, most == of_all ? hottest : kInt32Max);
     if (lane == 0) {
       memory.load[rank] = static_cast<int32_t>(load);
       memory.n_free[rank] = n_free;
+      memory.hottest[rank] = hottest;
     }
   }
   __syncthreads();
@@ -139,55 +163,62 @@ __device__ __forceinline__ int2 MeanAndMost(const Problem& p, const CopiesMemory
   return {WarpCeilMean(load, SmallDivisor(p.ep_size)), __reduce_max_sync(kFullWarp, most)};
 }
 
-// Writes the tables of the placement with the copies in `memory`, every block a part of them.
-// `hosts` [n_logical, kWords] must be 0, and a barrier passed; memory.tokens is used up.
+// Writes the tables as they are without copies, every block a part. Copies may be written behind a
+// barrier of the blocks.
+__device__ __forceinline__ void WriteHomes(const Problem& p, const CopiesMemory& memory,
+                                           const Blocks& blocks, int32_t width,
+                                           const CopiesResults& out) {
+  const int32_t thread = blocks.index * blockDim.x + threadIdx.x;
+  const int32_t stride = blocks.n * blockDim.x;
+#pragma unroll 1
+  for (int32_t i = thread; i < p.n_physical; i += stride) {
+    out.phy2log[i] = max(memory.expert[i], -1);
+  }
+  // A warp has whole rows.
+  const int32_t lane = threadIdx.x & 31;
+#pragma unroll 2
+  for (int32_t e = thread / 32; e < p.n_logical; e += stride / 32) {
+    const int32_t home = memory.home[e];
+    const bool is_home = home >= 0 && home < p.n_physical && memory.expert[home] == e;
+#pragma unroll 1
+    for (int32_t k = lane; k < width; k += 32) {
+      out.log2phy[e * width + k] = k == 0 && is_home ? home : -1;
+    }
+    if (lane == 0) out.logcnt[e] = is_home;
+  }
+}
+
+// Adds the copies in `memory`, by one block. `hosts` [n_logical, kWords] must be 0, and a barrier
+// passed; memory.tokens is used up.
 template <int kWords>
-__device__ __forceinline__ void WriteTables(const Problem& p, const CopiesMemory& memory,
-                                            const Blocks& blocks, int32_t width, uint32_t* hosts,
+__device__ __forceinline__ void WriteCopies(const Problem& p, const CopiesMemory& memory,
+                                            int32_t width, uint32_t* hosts,
                                             const CopiesResults& out) {
   const int32_t n_threads = blockDim.x;
   int32_t* copies = memory.tokens;  // In every slot; −1 where there is none.
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_physical; i += n_threads) {
+    const int32_t nth = -1 - memory.expert[i];  // Of the rank's slots for copies.
     const int32_t rank = p.by_slots.Quotient(i);
-    const int32_t first = rank * p.slots_per_rank;
-    int32_t copy = -1;
-    if (memory.expert[i] < 0) {
-      int32_t nth = 0;  // of the rank's slots for copies
-#pragma unroll 4
-      for (int32_t earlier = first; earlier < i; ++earlier) nth += memory.expert[earlier] < 0;
-      if (nth < memory.n_taken[rank]) copy = memory.taken[first + nth];
-    }
+    copies[i] = -1;
+    if (nth < 0 || nth >= memory.n_taken[rank]) continue;
+    const int32_t copy = memory.taken[rank * p.slots_per_rank + nth];
     copies[i] = copy;
-    if (copy >= 0) atomicOr(&hosts[copy * kWords + (rank >> 5)], 1u << (rank & 31));
-    if (blocks.index == 0) out.phy2log[i] = copy >= 0 ? copy : memory.expert[i];
+    atomicOr(&hosts[copy * kWords + (rank >> 5)], 1u << (rank & 31));
+    out.phy2log[i] = copy;
   }
   __syncthreads();
-  const int32_t thread = blocks.index * n_threads + threadIdx.x;
-  const int32_t stride = blocks.n * n_threads;
 #pragma unroll 1
-  for (int32_t i = thread; i < p.n_physical; i += stride) {
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += n_threads) {
     const int32_t copy = copies[i];
     if (copy < 0) continue;
     const int32_t place = 1 + PlaceOf<kWords>(hosts + copy * kWords, p.by_slots.Quotient(i));
     // There is room unless other experts have no home, as in a table that contradicts itself.
     if (place < width) out.log2phy[copy * width + place] = i;
-  }
-  // A warp writes the rest of its experts' rows.
-  const int32_t lane = threadIdx.x & 31;
-#pragma unroll 1
-  for (int32_t e = thread / 32; e < p.n_logical; e += stride / 32) {
-    const int32_t home = memory.home[e];
-    const bool is_home = home >= 0 && home < p.n_physical && memory.expert[home] == e;
-    int32_t n = is_home;
+    int32_t n = 1;
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) n += __popc(hosts[e * kWords + w]);
-    if (lane == 0) {
-      out.logcnt[e] = n;
-      out.log2phy[e * width] = is_home ? home : -1;
-    }
-#pragma unroll 1
-    for (int32_t k = max(n, 1) + lane; k < width; k += 32) out.log2phy[e * width + k] = -1;
+    for (int w = 0; w < kWords; ++w) n += __popc(hosts[copy * kWords + w]);
+    if (place == 1) out.logcnt[copy] = n;
   }
 }
 
@@ -212,6 +243,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   for (int32_t i = threadIdx.x; i < p.n_logical * kWords; i += blockDim.x) hosts[i] = 0;
   __syncthreads();
   LoadHomes(p, sources, in, memory);
+  WriteHomes(p, memory, blocks, width, out);
   blocks.AwaitOthers();
   const int2 loads = MeanAndMost<kWords>(p, memory);
   const int32_t mean = loads.x;
@@ -229,25 +261,13 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   }
   blocks.Sync();
   const int32_t best = ChooseAttempt(memory.copies, mean, most);
+  if (blocks.index != best / shape.n_attempts % shape.n_blocks) return;
   const int32_t winner = best % shape.n_attempts;
-  const int32_t of_block = best / shape.n_attempts % shape.n_blocks;
   if (best + at_once < kNTargets) {  // Its warp has made another attempt since.
-    if (blocks.index == of_block && warp == winner) {
-      Attempt<kWords>(p, memory, TargetOf(best, mean, most), fan_out);
-    }
-    blocks.Sync();
-  }
-  const CopiesMemory won(p, winner, words);
-  if (blocks.index != of_block) {
-    // Into the same place here, of an attempt that did not win.
-    const int32_t* from = blocks.Of(of_block, won.n_taken);
-    const int32_t n_words = p.ep_size + (p.n_physical + 1) / 2;
-#pragma unroll 4
-    for (int32_t i = threadIdx.x; i < n_words; i += blockDim.x) won.n_taken[i] = from[i];
+    if (warp == winner) Attempt<kWords>(p, memory, TargetOf(best, mean, most), fan_out);
     __syncthreads();
   }
-  WriteTables<kWords>(p, won, blocks, width, hosts, out);
-  blocks.Sync();  // Nobody leaves while others read.
+  WriteCopies<kWords>(p, CopiesMemory(p, winner, words), width, hosts, out);
 }
 
 int64_t Bytes(const Problem& p, int32_t n_attempts) {

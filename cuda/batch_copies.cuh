@@ -9,19 +9,21 @@
 
 #include "cuda/problem.h"
 #include "cuda/warp.cuh"
+#include "cuda/waves.cuh"
 
 namespace lplb::cuda {
 
 // Shared memory of a block that makes n attempts side by side, in words of 32 bits.
 struct CopiesMemory {
-  int32_t* total;   // [n_logical], tokens
-  int32_t* home;    // [n_logical], slots, as log2phy has them
-  int32_t* expert;  // [n_physical], at home in the slot; −1 where a copy may go
-  int32_t* tokens;  // [n_physical], of that expert
-  int32_t* load;    // [ep_size], without copies
-  int32_t* n_free;  // [ep_size], slots for copies
-  int32_t* copies;  // [kNTargets], of every attempt; −1 where it failed
-  int32_t* sums;    // [2], of the upper and the lower halves of the totals
+  int32_t* total;    // [n_logical], tokens
+  int32_t* home;     // [n_logical], slots, as log2phy has them
+  int32_t* expert;   // [n_physical], at home in the slot; −1 − n in a rank's n-th slot for copies
+  int32_t* tokens;   // [n_physical], of that expert
+  int32_t* load;     // [ep_size], without copies
+  int32_t* n_free;   // [ep_size], slots for copies
+  int32_t* hottest;  // [ep_size], which of a rank's slots has the most tokens
+  int32_t* copies;   // [kNTargets], of every attempt; −1 where it failed
+  int32_t* sums;     // [2], of the upper and the lower halves of the totals
   // Of every attempt:
   int32_t* left;     // [n_physical], tokens that are still at home
   int32_t* n_taken;  // [ep_size], copies on every rank
@@ -32,7 +34,7 @@ struct CopiesMemory {
   }
 
   LPLB_HOST_DEVICE static int32_t Words(const Problem& p, int32_t n_attempts) {
-    return 2 * (p.n_logical + p.n_physical + p.ep_size) + kNTargets + 2 +
+    return 2 * (p.n_logical + p.n_physical) + 3 * p.ep_size + kNTargets + 2 +
            n_attempts * AttemptWords(p);
   }
 
@@ -44,7 +46,8 @@ struct CopiesMemory {
     tokens = expert + p.n_physical;
     load = tokens + p.n_physical;
     n_free = load + p.ep_size;
-    copies = n_free + p.ep_size;
+    hottest = n_free + p.ep_size;
+    copies = hottest + p.ep_size;
     sums = copies + kNTargets;
     left = sums + 2 + attempt * AttemptWords(p);
     n_taken = left + p.n_physical;
@@ -55,17 +58,30 @@ struct CopiesMemory {
 // The first rank with `value`, which some rank has; lane l has those of ranks l, 32 + l, …
 template <int kWords>
 __device__ __forceinline__ int32_t FirstWith(const int32_t (&values)[kWords], int32_t value) {
-  int32_t rank = 0;
+  int32_t rank = kInt32Max;
 #pragma unroll
   for (int w = kWords - 1; w >= 0; --w) {
-    const uint32_t votes = __ballot_sync(kFullWarp, values[w] == value);
-    rank = votes != 0 ? 32 * w + __ffs(votes) - 1 : rank;
+    if (values[w] == value) rank = 32 * w + static_cast<int32_t>(threadIdx.x & 31);
   }
-  return rank;
+  return __reduce_min_sync(kFullWarp, rank);
+}
+
+// The slot with the most tokens, of a rank's n; of equals, the first. By one warp.
+__device__ __forceinline__ int2 Hottest(const int32_t* tokens, int32_t n) {
+  int32_t most = -1;
+  int32_t slot = 0;
+#pragma unroll 1
+  for (int32_t k = threadIdx.x & 31; k < n; k += 32) {
+    slot = tokens[k] > most ? k : slot;
+    most = max(most, tokens[k]);
+  }
+  const int32_t of_all = __reduce_max_sync(kFullWarp, most);
+  return {of_all, __reduce_min_sync(kFullWarp, most == of_all ? slot : kInt32Max)};
 }
 
 // Copies with which no rank has more than `target` tokens, by one warp. Returns their number, −1
-// where the attempt failed.
+// where the attempt failed. Every rank's hottest expert is known from the start: it has to be found
+// again only where the rank is above the target still, which most are not.
 template <int kWords>
 __device__ inline int32_t Attempt(const Problem& p, const CopiesMemory& memory, int32_t target,
                                   int32_t fan_out) {
@@ -73,8 +89,10 @@ __device__ inline int32_t Attempt(const Problem& p, const CopiesMemory& memory, 
 #pragma unroll 4
   for (int32_t i = lane; i < p.n_physical; i += 32) memory.left[i] = memory.tokens[i];
   int32_t load[kWords];
-  int32_t spare[kWords];  // slots for copies that are left
-  int32_t sent[kWords];
+  int32_t spare[kWords];    // slots for copies that are left
+  int32_t sent[kWords];     // copies of the rank's experts
+  int32_t tokens[kWords];   // left of the hottest expert
+  int32_t hottest[kWords];  // its slot on the rank
   int64_t room = 0;  // of the ranks that can take copies, less what is above the target elsewhere
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
@@ -82,6 +100,8 @@ __device__ inline int32_t Attempt(const Problem& p, const CopiesMemory& memory, 
     const bool live = rank < p.ep_size;
     load[w] = live ? memory.load[rank] : -1;
     spare[w] = live ? memory.n_free[rank] : 0;
+    hottest[w] = live ? memory.hottest[rank] : 0;
+    tokens[w] = live ? memory.tokens[rank * p.slots_per_rank + hottest[w]] : 0;
     sent[w] = 0;
     if (live && (load[w] > target || spare[w] > 0)) room += target - load[w];
   }
@@ -113,40 +133,38 @@ __device__ inline int32_t Attempt(const Problem& p, const CopiesMemory& memory, 
     if (room < 0 || least == kInt32Max) return -1;
     const int32_t from = FirstWith(load, most);
     const int32_t to = FirstWith(open, least);
+    if (ValueOf(sent, from) >= fan_out) return -1;
+    const int32_t of_hottest = ValueOf(tokens, from);
+    const int32_t slot = from * p.slots_per_rank + ValueOf(hottest, from);
+    const int32_t moved = min(min(most - target, of_hottest), target - least);
+    // What room the rank has left is lost with its last slot.
+    if (ValueOf(spare, to) == 1) room -= target - least - moved;
 
-    // The hottest of its experts.
-    const int32_t* of_from = memory.left + from * p.slots_per_rank;
-    int32_t hottest = -1;
-    int32_t k_hottest = 0;
-#pragma unroll 1
-    for (int32_t k = lane; k < p.slots_per_rank; k += 32) {
-      k_hottest = of_from[k] > hottest ? k : k_hottest;
-      hottest = max(hottest, of_from[k]);
-    }
-    const int32_t tokens = __reduce_max_sync(kFullWarp, hottest);
-    k_hottest = __reduce_min_sync(kFullWarp, hottest == tokens ? k_hottest : kInt32Max);
-    const int32_t slot = from * p.slots_per_rank + k_hottest;
-    const int32_t moved = min(min(most - target, tokens), target - least);
-
-    bool too_many = false;
-    bool full = false;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       if (from == 32 * w + lane) {
-        too_many = sent[w]++ >= fan_out;
+        ++sent[w];
         load[w] -= moved;
-        memory.left[slot] = tokens - moved;
       }
       if (to == 32 * w + lane) {
         load[w] += moved;
         const int32_t nth = memory.n_free[to] - spare[w];
         memory.taken[to * p.slots_per_rank + nth] = static_cast<uint16_t>(memory.expert[slot]);
-        full = --spare[w] == 0;
+        --spare[w];
       }
     }
-    if (__any_sync(kFullWarp, too_many)) return -1;
-    if (__any_sync(kFullWarp, full)) room -= target - least - moved;
+    if (most - moved == target) continue;
+    if (lane == 0) memory.left[slot] = of_hottest - moved;
     __syncwarp();
+    const int2 next = Hottest(memory.left + from * p.slots_per_rank, p.slots_per_rank);
+    __syncwarp();
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if (from == 32 * w + lane) {
+        tokens[w] = next.x;
+        hottest[w] = next.y;
+      }
+    }
   }
 }
 
