@@ -146,18 +146,22 @@ __device__ __forceinline__ int32_t FetchAdd(int32_t* shared, int32_t value) {
 }
 
 // Leaves every cell that has several slots to the first of them. `twice` are n slots, all but one
-// of each such cell; a warp takes one after the other. Out of line, since it would be in the way
-// where there are none.
+// of each such cell; a warp takes those on its ranks, one after the other. Out of line, since it
+// would be in the way where there are none.
 template <typename Threads>
 __device__ __noinline__ void KeepFirstSlots(uint32_t* of_slot, const uint32_t* twice, int32_t n,
                                             Divisor by_slots) {
   const int32_t slots_per_rank = by_slots.divisor;
+  const int32_t n_warps = Threads::Size() / 32;
+  const int32_t warp = threadIdx.x / 32;
 #pragma unroll 1
-  for (int32_t i = threadIdx.x / 32; i < n; i += Threads::Size() / 32) {
+  for (int32_t i = 0; i < n; ++i) {
     const int32_t slot = static_cast<int32_t>(twice[i]);
+    const int32_t rank = by_slots.Quotient(slot);
+    if (rank % n_warps != warp) continue;
     const uint32_t expert = of_slot[slot];
     if (expert == kNoExpert) continue;  // Another of the cell's slots was taken before.
-    uint32_t* of_rank = of_slot + by_slots.Quotient(slot) * slots_per_rank;
+    uint32_t* of_rank = of_slot + rank * slots_per_rank;
     bool found = false;
 #pragma unroll 1
     for (int32_t begin = 0; begin < slots_per_rank; begin += 32) {
@@ -168,6 +172,7 @@ __device__ __noinline__ void KeepFirstSlots(uint32_t* of_slot, const uint32_t* t
       if (same && !is_first) of_rank[k] = kNoExpert;
       found |= votes != 0;
     }
+    __syncwarp();
   }
 }
 

@@ -409,6 +409,7 @@ class HostInteriorPoint : RankIterate<kRanks, kParts, Table> {
         arrays_.z[c] = fmaxf(z + ad * dz, kLeastDual);
       });
     });
+    TeamOf::Sync();  // All have read y.
     this->MoveRanks(ap, ad, dt);
   }
 
