@@ -47,6 +47,7 @@ from lplb_jax.moe import copies as copies_module
 from lplb_jax.moe import exchange
 from lplb_jax.moe import experts as experts_module
 from lplb_jax.moe import layer as layer_module
+from lplb_jax.moe import products as products_module
 
 CASES = {
     "cube": lambda rng: Case(topologies.cube(), 4, combined=2),
@@ -707,7 +708,7 @@ def test_blocks_of_kernels_that_reach_past_the_last_group(rng):
             (sizes > 0)[:, None, None], jnp.einsum("gmk,gmn->gkn", of_group, of_slope), 0
         )
 
-    kernels = experts_module._MOSAIC._replace(of_rows=of_rows, of_weights=of_weights)
+    kernels = products_module.MOSAIC._replace(of_rows=of_rows, of_weights=of_weights)
     rows = rng.normal(0, 1, (200, 8)).astype(np.float32)
     gates = rng.random(200).astype(np.float32)
     experts = moe.Experts(
@@ -730,7 +731,7 @@ def test_blocks_of_kernels_that_reach_past_the_last_group(rng):
             for array in (rows, gates, upstream)
         )
         got = pulled(kernels, *spoiled)
-        want = pulled(experts_module._XLA, *map(jnp.asarray, (rows, gates, upstream)))
+        want = pulled(products_module.XLA, *map(jnp.asarray, (rows, gates, upstream)))
         names = ["output", "rows", "gates", "gate_up", "down"]
         for name, ours, theirs in zip(names, got, want, strict=True):
             if len(ours) == 200:

@@ -4,6 +4,7 @@ from lplb_jax.moe.exchange import Plan, capacity_for, combine, dispatch
 from lplb_jax.moe.experts import Experts, expert_ffn
 from lplb_jax.moe.layer import Traffic, moe_layer
 from lplb_jax.moe.moves import move_experts
+from lplb_jax.moe.products import grouped_dot, per_row
 from lplb_jax.moe.replicas import replicate_weights
 from lplb_jax.moe.transfers import COMPILER_OPTIONS
 
@@ -16,7 +17,9 @@ __all__ = [
     "combine",
     "dispatch",
     "expert_ffn",
+    "grouped_dot",
     "moe_layer",
     "move_experts",
+    "per_row",
     "replicate_weights",
 ]

@@ -1,4 +1,4 @@
-"""The experts' feed-forward networks: grouped matrix products over the rows of every slot."""
+"""The experts' feed-forward networks: gated ones, and those of the user."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lplb_jax._axes import varying_as
-from lplb_jax.moe.copies import check_reverse, head, numbers, wider
+from lplb_jax.moe.copies import check_reverse, head, wider
+from lplb_jax.moe.products import (
+    PRODUCT,
+    Products,
+    check_group_sizes,
+    check_rows,
+    choose,
+    zero_past_the_end,
+)
 
-GEMMS = ("auto", "xla", "mosaic")
-_BLOCK_K = 64  # rows or columns that a kernel multiplies at a time
-_TILE = 128  # rows that XLA multiplies at a time
 # What the backward pass takes from the forward pass, besides weights.
 _PRODUCTS = ("lplb_rows", "lplb_gate_up", "lplb_hidden")
-_KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(*_PRODUCTS)
+_KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(*_PRODUCTS, PRODUCT)
+
+# Rows, experts, group sizes, gates of the rows -> rows.
+Network = Callable[[jax.Array, Any, jax.Array, jax.Array], jax.Array]
 
 
 class Experts(NamedTuple):
@@ -74,33 +82,66 @@ def expert_ffn(
     _check(rows, experts, group_sizes, gates)
     check_reverse("rows", (rows, experts, gates))
     rows = head(rows, group_sizes.sum(dtype=jnp.int32))
-    return applied(rows, experts, group_sizes, gates, activation, gemm)
+    return gated_units(activation, gemm)(rows, experts, group_sizes, gates)
 
 
 def applied(
+    network: Network,
     rows: jax.Array,
-    experts: Experts,
+    experts: Any,
     group_sizes: jax.Array,
     gates: jax.Array,
-    activation: Callable[[jax.Array], jax.Array],
-    gemm: str,
-    refetch: Callable[[Experts], Experts] | None = None,
+    refetch: Callable[[Any], Any] | None = None,
 ) -> jax.Array:
-    """`expert_ffn` of checked arguments; rows past the last group get any gradient, also NaN.
+    """`network` of checked arguments; rows past the last group get any gradient, also NaN.
 
     With `refetch` the weights of the slots are `refetch(experts)`, here and in the backward pass
     again: they are not kept in between.
     """
-    if refetch is not None:
+    if refetch is None:
+        return network(rows, experts, group_sizes, gates)
 
-        @functools.partial(jax.checkpoint, policy=_KEEP_PRODUCTS)
-        def run(rows: jax.Array, experts: Experts, gates: jax.Array) -> jax.Array:
-            return applied(rows, refetch(experts), group_sizes, gates, activation, gemm)
+    @functools.partial(jax.checkpoint, policy=_KEEP_PRODUCTS)
+    def run(rows: jax.Array, experts: Any, gates: jax.Array) -> jax.Array:
+        return network(rows, refetch(experts), group_sizes, gates)
 
-        return run(rows, experts, gates)
-    products = _XLA if _choose_gemm(gemm, rows, experts) == "xla" else _MOSAIC
-    experts, gates, group_sizes = varying_as((experts, gates, group_sizes), rows)
-    return _ffn(activation, products, rows, experts, gates, group_sizes)
+    return run(rows, experts, gates)
+
+
+def gated_units(activation: Callable[[jax.Array], jax.Array], gemm: str) -> Network:
+    """The network of `Experts`."""
+
+    def run(
+        rows: jax.Array, experts: Experts, group_sizes: jax.Array, gates: jax.Array
+    ) -> jax.Array:
+        _, width, hidden = experts.down.shape
+        products = choose(gemm, rows.dtype, hidden=hidden, width=width)
+        experts, gates, group_sizes = varying_as((experts, gates, group_sizes), rows)
+        return _ffn(activation, products, rows, experts, gates, group_sizes)
+
+    return run
+
+
+def network_of(ffn: Callable[[jax.Array, Any, jax.Array], jax.Array]) -> Network:
+    """A network of the user's, which sees neither gates nor what stands past the last group."""
+
+    def run(rows: jax.Array, experts: Any, group_sizes: jax.Array, gates: jax.Array) -> jax.Array:
+        experts, gates, group_sizes = varying_as((experts, gates, group_sizes), rows)
+        rows = checkpoint_name(zero_past_the_end(rows, group_sizes), _PRODUCTS[0])
+        out = ffn(rows, experts, group_sizes)
+        is_array = isinstance(out, jax.Array)
+        if not is_array or out.ndim != 2 or len(out) != len(rows):
+            got = list(out.shape) if is_array else type(out).__name__
+            raise ValueError(
+                f"ffn: expected it to return an array [n_rows, …] = [{len(rows)}, …], got {got}"
+            )
+        check_rows("ffn", out)
+        gates = zero_past_the_end(gates[:, None], group_sizes)
+        wide = wider(out.dtype, gates.dtype)
+        out = (varying_as(out, rows).astype(wide) * gates.astype(wide)).astype(out.dtype)
+        return head(out, group_sizes.sum(dtype=jnp.int32))
+
+    return run
 
 
 def _ffn_forward(
@@ -156,7 +197,7 @@ def _gated(
 ) -> jax.Array:
     """Zero past the last group, whatever was there; kernels leave memory as it was."""
     gate, up, gates = (
-        _zero_past_the_end(part, group_sizes)
+        zero_past_the_end(part, group_sizes)
         for part in (*jnp.split(gate_up, 2, axis=-1), gates[:, None])
     )
     hidden = activation(gate) * up
@@ -165,17 +206,9 @@ def _gated(
 
 
 def _check(rows: jax.Array, experts: Experts, group_sizes: jax.Array, gates: jax.Array) -> None:
-    if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.floating):
-        raise ValueError(
-            f"rows: expected floats [n_rows, hidden], got {rows.dtype} {list(rows.shape)}"
-        )
+    check_rows("rows", rows)
     check_experts(experts, rows.shape[1], rows.dtype)
-    slots = len(experts.down)
-    if group_sizes.shape != (slots,) or group_sizes.dtype != jnp.int32:
-        raise ValueError(
-            f"group_sizes: expected int32 [slots] = [{slots}], got {group_sizes.dtype} "
-            f"{list(group_sizes.shape)}"
-        )
+    check_group_sizes(group_sizes, len(experts.down))
     if gates.shape != rows.shape[:1] or not jnp.issubdtype(gates.dtype, jnp.floating):
         raise ValueError(
             f"gates: expected floats [n_rows] = [{len(rows)}], got {gates.dtype} "
@@ -188,7 +221,7 @@ def check_experts(experts: Experts, hidden: int, dtype: Any) -> None:
     if not isinstance(experts, Experts):
         raise TypeError(
             f"experts: expected a lplb_jax.moe.Experts, got {type(experts).__name__}; make one "
-            f"with Experts(gate_up, down)"
+            f"with Experts(gate_up, down), or pass ffn, a network for yours"
         )
     gate_up, down = experts
     if gate_up.ndim != 3 or down.ndim != 3:
@@ -209,189 +242,16 @@ def check_experts(experts: Experts, hidden: int, dtype: Any) -> None:
         )
 
 
-def _choose_gemm(gemm: str, rows: jax.Array, experts: Experts) -> str:
-    if gemm not in GEMMS:
-        raise ValueError(f"gemm: expected one of {', '.join(GEMMS)}, got {gemm!r}")
-    if gemm == "xla":
-        return gemm
-    _, width, hidden = experts.down.shape
-    fits = rows.dtype in (jnp.bfloat16, jnp.float16) and hidden % 128 == 0 and width % 128 == 0
-    if gemm == "mosaic" and not fits:
-        raise ValueError(
-            f"gemm: expected bfloat16 or float16 and multiples of 128 for 'mosaic', got "
-            f"{rows.dtype}, hidden = {hidden}, width = {width}; use gemm='xla'"
-        )
-    return "mosaic" if gemm == "mosaic" or (fits and _has_wgmma()) else "xla"
-
-
-def _has_wgmma() -> bool:
-    """The kernels are made of Hopper's wgmma, which no other generation of chips has."""
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", "")
-    return device.platform == "gpu" and capability.split(".")[0] == "9"
-
-
-class Products(NamedTuple):
-    """Who multiplies.
-
-    Attributes:
-      of_rows: rows `[m, k]`, weights `[g, k, n]` (or `transposed`: `[g, n, k]`), sizes -> `[m, n]`.
-      of_weights: rows `[m, k]`, slope `[m, n]`, sizes -> `[g, k, n]`.
-      cleaned: rows `[m, k]`, sizes -> the same, so that what is past the last group does no harm.
-    """
-
-    of_rows: Callable[..., jax.Array]
-    of_weights: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-    cleaned: Callable[[jax.Array, jax.Array], jax.Array]
-
-
-# Neither lax.ragged_dot nor one product per group: on CPUs and GPUs, XLA makes one dense product of
-# it, in which zeros stand for the rows of other groups. Zero times NaN is NaN, so one expert whose
-# weights diverged would reach all tokens; and there are as many times more products as groups.
-
-
-class _Tiles(NamedTuple):
-    """Products of a block of rows with the weights of one group, int32 `[n_tiles]` each.
-
-    Attributes:
-      group: whose rows.
-      block: where the block begins.
-      first: the first row of the block that is the group's.
-      end: past the last one; at most first where a tile has none.
-    """
-
-    group: jax.Array
-    block: jax.Array
-    first: jax.Array
-    end: jax.Array
-
-
-def _tiles(group_sizes: jax.Array, n_rows: int, length: int) -> _Tiles:
-    """As many as there can be: groups that follow one another share one block at most."""
-    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    starts = ends - group_sizes
-    of_group = jnp.where(group_sizes > 0, -(-ends // length) - starts // length, 0)
-    last = jnp.cumsum(of_group, dtype=jnp.int32)
-    tile = numbers(-(-n_rows // length) + len(group_sizes) - 1)
-    group = jnp.minimum((tile[:, None] >= last[None]).sum(1, dtype=jnp.int32), len(last) - 1)
-    block = (starts // length)[group] + tile - (last - of_group)[group]
-    first = jnp.maximum(starts[group], block * length)
-    end = jnp.minimum(ends[group], (block + 1) * length)
-    return _Tiles(group, jnp.minimum(block * length, n_rows - length), first, end)
-
-
-def _over_tiles(
-    step: Callable[..., jax.Array], out: jax.Array, group_sizes: jax.Array, n_rows: int
-) -> jax.Array:
-    """`step(out, tile, length, mine)` for every tile; `mine` are the rows of the tile's group."""
-    length = min(_TILE, n_rows)
-    tiles = _tiles(group_sizes, n_rows, length)
-
-    def one(out: jax.Array, tile: _Tiles) -> tuple[jax.Array, None]:
-        row = tile.block + numbers(length)
-        return step(out, tile, length, ((row >= tile.first) & (row < tile.end))[:, None]), None
-
-    return lax.scan(one, varying_as(out, group_sizes), tiles)[0]
-
-
-def _xla_of_rows(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transposed: bool = False
-) -> jax.Array:
-    def step(out: jax.Array, tile: _Tiles, length: int, mine: jax.Array) -> jax.Array:
-        block = lax.dynamic_slice_in_dim(rows, tile.block, length)
-        columns = (((1,), (1 if transposed else 0,)), ((), ()))
-        of_group = lax.dynamic_index_in_dim(weights, tile.group, keepdims=False)
-        product = lax.dot_general(block, of_group, columns)
-        others = lax.dynamic_slice_in_dim(out, tile.block, length)
-        return lax.dynamic_update_slice_in_dim(
-            out, jnp.where(mine, product, others), tile.block, axis=0
-        )
-
-    out = jnp.zeros((len(rows), weights.shape[1 if transposed else 2]), rows.dtype)
-    return _over_tiles(step, out, group_sizes, len(rows))
-
-
-def _xla_of_weights(rows: jax.Array, slope: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    wide = wider(rows.dtype, jnp.float32)
-
-    def step(out: jax.Array, tile: _Tiles, length: int, mine: jax.Array) -> jax.Array:
-        of_rows, of_slope = (
-            jnp.where(mine, lax.dynamic_slice_in_dim(array, tile.block, length), 0)
-            for array in (rows, slope)
-        )
-        by_rows = (((0,), (0,)), ((), ()))
-        product = lax.dot_general(of_rows, of_slope, by_rows, preferred_element_type=wide)
-        return out.at[tile.group].add(product)
-
-    out = jnp.zeros((len(group_sizes), rows.shape[1], slope.shape[1]), wide)
-    return _over_tiles(step, out, group_sizes, len(rows)).astype(rows.dtype)
-
-
-def _unchanged(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """No tile has rows past the last group."""
-    del group_sizes
-    return rows
-
-
-def _zero_past_the_end(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    inside = numbers(len(rows)) < group_sizes.sum(dtype=jnp.int32)
-    return jnp.where(inside[:, None], rows, 0)
-
-
-def _zero_in_last_block(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Kernels read whole blocks, but none that begins past the last group."""
-    n_block = min(_BLOCK_K, len(rows))
-    n = group_sizes.sum(dtype=jnp.int32)
-    start = jnp.minimum(n, len(rows) - n_block)
-    block = lax.dynamic_slice_in_dim(rows, start, n_block)
-    block = _zero_past_the_end(block, (n - start)[None])
-    return lax.dynamic_update_slice_in_dim(rows, block, start, axis=0)
-
-
-# Blocks: the fastest of those tried on an H200 with 3,277 rows per expert, within 2 % of the best
-# at both of a layer's shapes; wider ones spill registers and are five times slower.
-def _mosaic_of_rows(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transposed: bool = False
-) -> jax.Array:
-    from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
-
-    n = weights.shape[1 if transposed else 2]
-    out = ragged_dot(
-        rows,
-        weights,
-        group_sizes=group_sizes,
-        block_m=192,
-        block_n=128,
-        block_k=_BLOCK_K,
-        max_concurrent_steps=4,
-        grid_block_n=_neighbours(n),
-        transpose_rhs=transposed,
-    )
-    # The kernels do not say that their results differ from rank to rank.
-    return varying_as(out, rows)
-
-
-def _mosaic_of_weights(rows: jax.Array, slope: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
-
-    out = transposed_ragged_dot(
-        rows,
-        slope,
-        group_sizes=group_sizes,
-        block_m=128,
-        block_n=128,
-        block_k=_BLOCK_K,
-        max_concurrent_steps=4,
-        grid_block_n=_neighbours(slope.shape[1]),
-    )
-    return varying_as(out, rows)
-
-
-@functools.cache
-def _neighbours(n: int) -> int:
-    """Blocks of columns that are computed side by side, so that they share rows in the cache."""
-    return next(size for size in (8, 4, 2, 1) if n // 128 % size == 0)
-
-
-_XLA = Products(_xla_of_rows, _xla_of_weights, _unchanged)
-_MOSAIC = Products(_mosaic_of_rows, _mosaic_of_weights, _zero_in_last_block)
+def check_tree(experts: Any) -> None:
+    """Raises where the experts of an `ffn` are not arrays `[n, …]` of one n."""
+    leaves = jax.tree_util.tree_leaves_with_path(experts)
+    if not leaves:
+        raise ValueError("experts: expected a pytree with arrays [n, …], got one without leaves")
+    shapes = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+    n = next((shape[0] for shape in shapes.values() if shape), None)
+    for path, shape in shapes.items():
+        if not shape or shape[0] != n:
+            raise ValueError(
+                f"experts: expected arrays [n, …] with one n, got {list(shape)} for "
+                f"experts{path} and n = {n}; let ffn close over what all experts share"
+            )

@@ -21,7 +21,14 @@ from lplb_jax.loads import count_loads
 from lplb_jax.moe import transfers
 from lplb_jax.moe.copies import check_reverse, copy
 from lplb_jax.moe.exchange import brought_back, capacity_for, exchange, make_plan
-from lplb_jax.moe.experts import Experts, applied, check_experts
+from lplb_jax.moe.experts import (
+    Network,
+    applied,
+    check_experts,
+    check_tree,
+    gated_units,
+    network_of,
+)
 from lplb_jax.moe.moves import check_homes, home_slots, rows_per_rank
 from lplb_jax.moe.replicas import Fetch, replicate_weights
 from lplb_jax.placement import Placement
@@ -57,7 +64,7 @@ def moe_layer(
     tokens: jax.Array,
     indices: Any,
     gates: jax.Array,
-    experts: Experts,
+    experts: Any,
     r2o: Any = None,
     *,
     placement: Placement,
@@ -67,6 +74,7 @@ def moe_layer(
     fan_out: int | None = None,
     keep_copies: bool = True,
     capacity_factor: float = 1.25,
+    ffn: Callable[[jax.Array, Any, jax.Array], jax.Array] | None = None,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
     solver: str = "auto",
     transport: str = "auto",
@@ -74,7 +82,7 @@ def moe_layer(
     comm: Comm | None = None,
     in_place: bool = False,
     n_nodes: int | None = None,
-) -> tuple[jax.Array, Traffic] | tuple[jax.Array, Traffic, Experts]:
+) -> tuple[jax.Array, Traffic] | tuple[jax.Array, Traffic, Any]:
     """A mixture-of-experts layer over the ranks of `axis_name`. Call it inside `jax.shard_map`.
 
     Its output and gradients are those of a layer on one device: which copy serves a token changes
@@ -86,10 +94,10 @@ def moe_layer(
       tokens: floats `[tokens, hidden]` of this rank; equally many on all ranks.
       indices: integers `[tokens, top_k]`, logical expert ids, −1 for none; see `rebalance`.
       gates: floats `[tokens, top_k]`, weights of the choices.
-      experts: of `tokens`' dtype. `[n_local, …]`, the rank's own experts in the order of its
-        slots (without topology in home order, padded: see `move_experts`): copies are fetched
-        here, and all are copied once. Or `[slots_per_rank, …]`: what `replicate_weights` gave,
-        where you fetched them earlier. Or see `in_place`.
+      experts: `Experts` of `tokens`' dtype, or with `ffn` any pytree. `[n_local, …]`, the rank's
+        own experts in the order of its slots (without topology in home order, padded: see
+        `move_experts`): copies are fetched here, and all are copied once. Or `[slots_per_rank, …]`:
+        what `replicate_weights` gave, where you fetched them earlier. Or see `in_place`.
       r2o: static topology, see `lplb_jax.topologies`; None for the placement's, or where it has
         none: see `Placement.from_phy2log`.
       placement: where the experts are, see `place_experts`.
@@ -105,10 +113,17 @@ def moe_layer(
         pass. If not, they are fetched again there: a deep model saves the memory of all layers'
         copies but one. The results have the same bits.
       capacity_factor: room for rows on every rank, over the mean, at least 1; see `capacity_for`.
-      activation: of the experts, see `expert_ffn`.
+      ffn: a network of your own, called as `ffn(rows, experts, group_sizes)`: `rows` are
+        `[n_rows, hidden]`, slot by slot, `group_sizes` int32 `[slots]` of them for each, and after
+        them zeros; `experts` has the weights of the slots, `[slots, …]`, where empty ones are 0. It
+        returns floats `[n_rows, …]`, which are multiplied with the gates; what it returns past the
+        last group does not matter. It may close over what all experts share. See `grouped_dot` and
+        `per_row`, of which it can be made. Integers among `experts` take no gradient. None for that
+        of `Experts`, `expert_ffn`.
+      activation: of the experts, see `expert_ffn`; not with `ffn`.
       solver: see `rebalance`.
       transport: "ragged", "padded" or "auto", see `dispatch`.
-      gemm: "mosaic", "xla" or "auto", see `expert_ffn`.
+      gemm: "mosaic", "xla" or "auto", see `expert_ffn`; not with `ffn`.
       comm: how `rebalance` shares its loads, see `init_comm`; None for `lax.all_gather`.
       in_place: `experts` is `[slots_per_rank, …]`, own experts first, then room, which is
         overwritten with copies and has no gradient (with "none" there is no room). No copy of the
@@ -168,7 +183,7 @@ def moe_layer(
             f"gates: expected the shape of indices, [tokens, top_k], with top_k of at least 1, got "
             f"{list(gates.shape)} for indices {list(indices.shape)}"
         )
-    check_experts(experts, tokens.shape[-1], tokens.dtype)
+    network = _network(ffn, activation, gemm, experts, tokens)
     check_reverse("tokens", (tokens, gates, experts))
     along_topology = problem.r2o.shape[1] > 0
     if in_place and not along_topology:
@@ -176,8 +191,9 @@ def moe_layer(
             "in_place: expected False with a placement that has no topology, got True: its slots "
             "are in another order than the rank's own experts"
         )
-    _check_number(experts, placement, balance, in_place, of_batch)
-    own_only = len(experts.down) == rows_per_rank(placement)
+    n_experts = len(jax.tree.leaves(experts)[0])
+    _check_number(n_experts, placement, balance, in_place, of_batch)
+    own_only = n_experts == rows_per_rank(placement)
     if not (keep_copies or (own_only and balance != "none" and not along_topology)):
         raise ValueError(
             "keep_copies: expected True where no copies are fetched here or they are fetched along "
@@ -221,8 +237,9 @@ def moe_layer(
     else:
         experts = varying_as(experts, tokens)
         if own_only and along_topology:
-            room = [(0, placement.redundants_per_rank), (0, 0), (0, 0)]
-            experts = jax.tree.map(lambda weights: jnp.pad(weights, room), experts)
+            experts = jax.tree.map(
+                lambda weights: _with_room(weights, placement.redundants_per_rank), experts
+            )
         elif own_only:
             of_slots = functools.partial(
                 replicate_weights,
@@ -242,7 +259,7 @@ def moe_layer(
     row_gates = exchange(copy(gates, plan.sent), plan.lists, "there").reshape(-1)
     rows, row_gates, experts = transfers.in_rows(fetch, received, row_gates, plan.received, experts)
     row_gates = copy(row_gates, plan.choices)
-    rows = applied(rows, experts, group_sizes, row_gates, activation, gemm, refetch)
+    rows = applied(network, rows, experts, group_sizes, row_gates, refetch)
     traffic = Traffic(
         plan.slot_loads,
         jnp.int32(capacity),
@@ -255,8 +272,27 @@ def moe_layer(
     return (out, traffic, experts) if in_place else (out, traffic)
 
 
+def _network(ffn: Any, activation: Any, gemm: str, experts: Any, tokens: jax.Array) -> Network:
+    """What the experts compute; raises where they do not fit it."""
+    if ffn is None:
+        check_experts(experts, tokens.shape[-1], tokens.dtype)
+        return gated_units(activation, gemm)
+    for name, value, default in (("activation", activation, jax.nn.silu), ("gemm", gemm, "auto")):
+        if value is not default:
+            raise ValueError(
+                f"{name}: expected none where ffn is given, got {value!r}; choose it in ffn"
+            )
+    check_tree(experts)
+    return network_of(ffn)
+
+
+def _with_room(weights: jax.Array, n: int) -> jax.Array:
+    """The weights, and behind them room for those of n copies."""
+    return jnp.pad(weights, [(0, n), *[(0, 0)] * (weights.ndim - 1)])
+
+
 def _check_number(
-    experts: Experts, placement: Placement, balance: str, in_place: bool, of_batch: bool
+    n_experts: int, placement: Placement, balance: str, in_place: bool, of_batch: bool
 ) -> None:
     """Raises where there are neither as many experts as a rank owns nor as many as its slots."""
     n_local, slots_per_rank = rows_per_rank(placement), placement.n_physical // placement.ep_size
@@ -267,10 +303,10 @@ def _check_number(
         wanted = {slots_per_rank: slots + " of a rank"}
     else:
         wanted = {n_local: own, slots_per_rank: "its " + slots}
-    if len(experts.down) not in wanted:
+    if n_experts not in wanted:
         raise ValueError(
             f"experts: expected the {' or '.join(wanted.values())}, got "
-            f"{len(experts.down)}{', with in_place=True' if in_place else ''}"
+            f"{n_experts}{', with in_place=True' if in_place else ''}"
         )
 
 

@@ -11,12 +11,13 @@ sees nothing to do between the beginning of their transfer and its end.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
 
 from lplb_jax.moe.copies import Copies, add, copy
-from lplb_jax.moe.experts import Experts
 from lplb_jax.moe.replicas import Fetch
 
 # For `jax.jit(step, compiler_options=moe.COMPILER_OPTIONS)`, of use on GPUs: XLA starts transfers
@@ -32,59 +33,78 @@ COMPILER_OPTIONS = {
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sent(
-    fetch: Fetch | None, tokens: jax.Array, copies: Copies, experts: Experts
-) -> tuple[jax.Array, Experts]:
+    fetch: Fetch | None, tokens: jax.Array, copies: Copies, experts: Any
+) -> tuple[jax.Array, Any]:
     """The tokens as they are sent, and the experts as they are. Backwards, the gradients of all
     slots wait for those of the tokens; if `in_rows` fetches the copies, they go home from here."""
     return copy(tokens, copies), experts
 
 
 def _sent_forward(
-    fetch: Fetch | None, tokens: jax.Array, copies: Copies, experts: Experts
-) -> tuple[tuple[jax.Array, Experts], Copies]:
+    fetch: Fetch | None, tokens: jax.Array, copies: Copies, experts: Any
+) -> tuple[tuple[jax.Array, Any], Copies]:
     return sent(fetch, tokens, copies, experts), copies
 
 
 def _sent_backward(
-    fetch: Fetch | None, copies: Copies, slopes: tuple[jax.Array, Experts]
-) -> tuple[jax.Array, None, Experts]:
-    of_sent, of_slots = lax.optimization_barrier(slopes)
+    fetch: Fetch | None, copies: Copies, slopes: tuple[jax.Array, Any]
+) -> tuple[jax.Array, None, Any]:
+    of_sent, of_experts = slopes
+    of_slots, put_back = _of_floats(of_experts)
+    of_sent, of_slots = lax.optimization_barrier((of_sent, of_slots))
     of_tokens = add(of_sent, copies)
     if fetch is None:
-        return of_tokens, None, of_slots
+        return of_tokens, None, put_back(of_slots)
     home = [fetch.sent_home(slope) for slope in of_slots]
     of_tokens, home = lax.optimization_barrier((of_tokens, home))
-    return of_tokens, None, Experts(*map(fetch.settled, of_slots, home))
+    return of_tokens, None, put_back(list(map(fetch.settled, of_slots, home)))
 
 
 sent.defvjp(_sent_forward, _sent_backward)
 
 
+def _of_floats(slopes: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
+    """The gradients of floats, and a function that puts others in their place.
+
+    Integers, such as quantised weights, have some that are of no type to compute with.
+    """
+    leaves, tree = jax.tree.flatten(slopes)
+    floats = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]
+
+    def put_back(others: list[jax.Array]) -> Any:
+        for i, other in zip(floats, others, strict=True):
+            leaves[i] = other
+        return tree.unflatten(leaves)
+
+    return [leaves[i] for i in floats], put_back
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def in_rows(
-    fetch: Fetch | None, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Experts
-) -> tuple[jax.Array, jax.Array, Experts]:
+    fetch: Fetch | None, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Any
+) -> tuple[jax.Array, jax.Array, Any]:
     """Received tokens in rows, their gates as they are, and experts with the copies that are to be
     fetched. Backwards, the gradients of all slots pass, for `sent`."""
     if fetch is None:
         return copy(tokens, copies), gates, experts
-    wanted = [fetch.wanted(weights) for weights in experts]
+    leaves, tree = jax.tree.flatten(experts)
+    wanted = [fetch.wanted(weights) for weights in leaves]
     received, wanted = lax.optimization_barrier(((tokens, gates, copies), wanted))
     tokens, gates, copies = received
     rows, delivered = copy(tokens, copies), [fetch.delivered(parts) for parts in wanted]
     rows, delivered = lax.optimization_barrier((rows, delivered))
-    return rows, gates, Experts(*map(fetch.into_room, experts, delivered))
+    return rows, gates, tree.unflatten(map(fetch.into_room, leaves, delivered))
 
 
 def _in_rows_forward(
-    fetch: Fetch | None, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Experts
-) -> tuple[tuple[jax.Array, jax.Array, Experts], Copies]:
+    fetch: Fetch | None, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Any
+) -> tuple[tuple[jax.Array, jax.Array, Any], Copies]:
     return in_rows(fetch, tokens, gates, copies, experts), copies
 
 
 def _in_rows_backward(
-    fetch: Fetch | None, copies: Copies, slopes: tuple[jax.Array, jax.Array, Experts]
-) -> tuple[jax.Array, jax.Array, None, Experts]:
+    fetch: Fetch | None, copies: Copies, slopes: tuple[jax.Array, jax.Array, Any]
+) -> tuple[jax.Array, jax.Array, None, Any]:
     of_rows, of_gates, of_slots = slopes
     return add(of_rows, copies), of_gates, None, of_slots
 
