@@ -215,8 +215,8 @@ class Training:
         seconds = time.perf_counter() - start
         before, after, overflow = [], [], 0
         for of_layer, placement in zip(traffic, self.placements, strict=True):
-            loads = expert_loads(of_layer, self.config.experts)
-            home = metrics.rank_loads(metrics.home_quota(loads, placement), self.mesh.size)
+            home = metrics.home_quota(of_layer.expert_loads, placement)
+            home = metrics.rank_loads(home, self.mesh.size)
             received = metrics.rank_loads(of_layer.slot_loads, self.mesh.size)
             before.append(float(metrics.imbalance(home)))
             after.append(float(metrics.imbalance(received)))
@@ -298,16 +298,11 @@ class Training:
         ) -> tuple[Any, Any, LoadHistory, Any]:
             slopes, seen = jax.grad(loss, has_aux=True)(weights, text, placements)
             updates, state = self.optimizer.update(slopes, state, weights)
-            loads = [expert_loads(traffic, self.config.experts) for traffic in seen["traffic"]]
+            loads = [traffic.expert_loads for traffic in seen["traffic"]]
             history = history.update(jnp.stack(loads))
             return optax.apply_updates(weights, updates), state, history, seen
 
         return step
-
-
-def expert_loads(traffic: moe.Traffic, n_experts: int) -> jax.Array:
-    """Tokens per expert of a layer; empty slots, −1, have none."""
-    return jnp.zeros(n_experts, jnp.int32).at[traffic.phy2log].add(traffic.slot_loads)
 
 
 def report(options: argparse.Namespace, records: list[dict[str, Any]]) -> None:

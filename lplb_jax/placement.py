@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,9 @@ from lplb_jax._eplb import eplb, pack
 from lplb_jax._keep import keep
 from lplb_jax._portfolio import Sizes, Table, best_table
 from lplb_jax.topologies import Topology
+
+# What a checkpoint has of a placement, by name; and r2o, where it has a topology.
+_ARRAYS = "phy2log", "log2phy", "logcnt", "ep_size", "n_nodes"
 
 
 @functools.partial(
@@ -126,6 +129,51 @@ class Placement:
         tables, n_logical = _tables.check_phy2log(phy2log, int(ep_size), n_logical)
         log2phy, logcnt = _tables.other_tables(tables, int(ep_size), n_logical)
         return cls(tables, log2phy, logcnt, int(ep_size), None, int(n_nodes))
+
+    def to_arrays(self) -> dict[str, Any]:
+        """All of it as NumPy arrays by name, what is static included: for a checkpoint.
+
+        A pytree restored without a target is a dict of arrays, in which there is nothing static.
+
+        Returns:
+          phy2log, log2phy and logcnt; ep_size and n_nodes, int32 scalars; r2o, int32
+          `[group_size, n_columns]`, where there is a topology.
+
+        >>> arrays = Placement.from_phy2log([[0, 1], [1, 0]], ep_size=2).to_arrays()
+        >>> list(arrays), Placement.from_arrays(arrays).ep_size
+        (['phy2log', 'log2phy', 'logcnt', 'ep_size', 'n_nodes'], 2)
+        """
+        tables = jax.device_get((self.phy2log, self.log2phy, self.logcnt))
+        values = *tables, self.ep_size, self.n_nodes
+        arrays = dict(zip(_ARRAYS, (np.asarray(value, np.int32) for value in values), strict=True))
+        return arrays if self.topology is None else arrays | {"r2o": np.array(self.topology)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any]) -> Placement:
+        """The placement that `to_arrays` was called on.
+
+        Args:
+          arrays: what came of it, also as JAX arrays or in another order.
+
+        Raises:
+          ValueError: a name is missing or too much, or an array is not as it was.
+        """
+        if not set(_ARRAYS) <= set(arrays) <= {*_ARRAYS, "r2o"}:
+            raise ValueError(
+                f"arrays: expected {', '.join(_ARRAYS)} and maybe r2o, got "
+                f"{', '.join(map(str, arrays)) or 'none'}"
+            )
+        host = {name: np.asarray(array) for name, array in jax.device_get(dict(arrays)).items()}
+        tables = phy2log, log2phy, logcnt = [host[name] for name in _ARRAYS[:3]]
+        ndim = phy2log.ndim
+        if ndim < 1 or (log2phy.ndim, logcnt.shape) != (ndim + 1, log2phy.shape[:-1]):
+            shapes = ", ".join(str(list(table.shape)) for table in tables)
+            raise ValueError(
+                f"arrays: expected phy2log [n_physical], log2phy [n_logical, max_replicas] and "
+                f"logcnt [n_logical], maybe all with layers before, got {shapes}"
+            )
+        topology = Topology(host["r2o"]) if "r2o" in host else None
+        return cls(*tables, int(host["ep_size"]), topology, int(host["n_nodes"]))
 
 
 def place_experts(

@@ -452,3 +452,28 @@ def test_stacked_placements_under_vmap_and_scan(rng):
     jax.tree.map(np.testing.assert_array_equal, jax.vmap(one)(loads, stacked), expected)
     scanned = jax.lax.scan(step, None, (loads, stacked))[1]
     jax.tree.map(np.testing.assert_array_equal, scanned, expected)
+
+
+@pytest.mark.parametrize("along", [True, False])
+@pytest.mark.parametrize("n_layers", [None, 2])
+def test_arrays_and_back(rng, along, n_layers):
+    """What is static comes along; also from JAX arrays and in any order."""
+    given = {"n_logical": 16, "ep_size": 8, "redundants_per_rank": 2, "n_nodes": 2}
+    history = rng.integers(0, 99, (n_layers or 1, 16))
+    placement = place_experts(
+        history if n_layers else history[0], topologies.cube() if along else None, **given
+    )
+    arrays = placement.to_arrays()
+    assert all(isinstance(array, np.ndarray) for array in arrays.values())
+    assert Placement.from_arrays(arrays) == placement
+    shuffled = {name: jnp.asarray(arrays[name]) for name in rng.permutation(list(arrays))}
+    assert Placement.from_arrays(shuffled) == placement
+    for changed, words in (
+        ({name: arrays[name] for name in list(arrays)[1:]}, "^arrays: expected phy2log.*got log2"),
+        (arrays | {"more": 1}, "^arrays: .*r2o, got .*more"),
+        ({}, "^arrays: .*got none"),
+        (arrays | {"logcnt": arrays["logcnt"][..., 1:]}, r"^arrays: .*\[n_logical\].*got \["),
+        (arrays | {"ep_size": np.int32(0)}, "^ep_size: "),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Placement.from_arrays(changed)

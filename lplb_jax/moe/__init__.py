@@ -3,7 +3,7 @@
 from lplb_jax.moe.exchange import Plan, capacity_for, combine, dispatch
 from lplb_jax.moe.experts import Experts, expert_ffn
 from lplb_jax.moe.layer import Traffic, moe_layer
-from lplb_jax.moe.moves import move_experts
+from lplb_jax.moe.moves import move_experts, to_home_order, to_id_order
 from lplb_jax.moe.products import grouped_dot, per_row
 from lplb_jax.moe.replicas import replicate_weights
 from lplb_jax.moe.transfers import COMPILER_OPTIONS
@@ -22,4 +22,6 @@ __all__ = [
     "move_experts",
     "per_row",
     "replicate_weights",
+    "to_home_order",
+    "to_id_order",
 ]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lplb_jax import metrics
-from lplb_jax._axes import varying_as, varying_over
+from lplb_jax._axes import check_axis, varying_as, varying_over
 from lplb_jax._problem import anywhere, check_indices, check_problem
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
@@ -33,6 +33,7 @@ from lplb_jax.moe.moves import check_homes, home_slots, rows_per_rank
 from lplb_jax.moe.replicas import Fetch, replicate_weights
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split
+from lplb_jax.status import Status
 
 BALANCES = ("lplb", "eplb", "none")
 
@@ -50,6 +51,7 @@ class Traffic(NamedTuple):
       phy2log: int32 `[n_physical]`, the expert of every slot, −1 where it is empty: as in the
         placement, or with copies="batch" as chosen. Slots filled beyond n_logical are copies, whose
         weights travel.
+      expert_loads: int32 `[n_logical]`, rows for every expert: what `LoadHistory.update` takes.
     """
 
     slot_loads: jax.Array
@@ -58,6 +60,49 @@ class Traffic(NamedTuple):
     status: jax.Array
     lower_bound: jax.Array
     phy2log: jax.Array
+    expert_loads: jax.Array
+
+    def reduced(self, axis_name: Any) -> Traffic:
+        """One for all slices of another mesh axis, such as "data", each of which has a layer alone.
+
+        Call it inside `jax.shard_map`; the result is the same on all ranks, so that its out_specs
+        are `P()`. Works on stacked traffic, of several layers, too.
+
+        Args:
+          axis_name: the other axis (or a tuple of axes), along which tokens are split, too.
+
+        Returns:
+          Rows (`slot_loads`, `overflow`, `expert_loads`) are summed over the slices, `status` has
+          the bits of all, `capacity` and `lower_bound` are the largest of a slice, and `phy2log` is
+          −1 where copies="batch" chose different experts.
+
+        >>> spec = jax.sharding.PartitionSpec("data")
+        >>> mesh = jax.sharding.Mesh(jax.devices()[:2], "data")
+        >>> def of_slice(loads):
+        ...     one = jnp.int32(1)
+        ...     return Traffic(loads, one, one, loads[:1] * 0, loads[:1], loads, loads)
+        >>> run = jax.shard_map(
+        ...     lambda loads: of_slice(loads).reduced("data"),
+        ...     mesh=mesh, in_specs=spec, out_specs=jax.sharding.PartitionSpec(),
+        ... )
+        >>> traffic = run(jnp.array([3, 1, 3, 2]))
+        >>> traffic.slot_loads.tolist(), traffic.lower_bound.tolist(), traffic.phy2log.tolist()
+        ([6, 3], [3], [3, -1])
+        """
+        check_axis(axis_name)
+        of_slices = jax.tree.map(lambda leaf: varying_over(leaf, axis_name), self)
+        total, most = (functools.partial(of, axis_name=axis_name) for of in (lax.psum, lax.pmax))
+        bits = [most(of_slices.status & bit) for bit in map(int, Status)]
+        least = -most(-of_slices.phy2log)
+        return Traffic(
+            slot_loads=total(of_slices.slot_loads),
+            capacity=most(of_slices.capacity),
+            overflow=total(of_slices.overflow),
+            status=sum(bits[1:], bits[0]),
+            lower_bound=most(of_slices.lower_bound),
+            phy2log=jnp.where(most(of_slices.phy2log) == least, least, -1),
+            expert_loads=total(of_slices.expert_loads),
+        )
 
 
 def moe_layer(
@@ -267,6 +312,7 @@ def moe_layer(
         status,
         lower_bound,
         jnp.asarray(placement.phy2log),
+        metrics.expert_loads(plan.slot_loads, placement),
     )
     out = brought_back(rows, plan)[:n_tokens]
     return (out, traffic, experts) if in_place else (out, traffic)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,13 @@ from jax.sharding import PartitionSpec as P
 from lplb_jax.placement import Placement
 
 
-def move_experts(weights: Any, old: Placement, new: Placement) -> Any:
+def move_experts(
+    weights: Any,
+    old: Placement,
+    new: Placement,
+    *,
+    where: Callable[[tuple[Any, ...]], bool] | None = None,
+) -> Any:
     """Moves experts from where `old` has them to where `new` does, bit for bit.
 
     Call it on global arrays, outside `jax.shard_map`, whenever a placement changes: on the experts'
@@ -24,10 +32,14 @@ def move_experts(weights: Any, old: Placement, new: Placement) -> Any:
       weights: a pytree of arrays `[n_rows, …]` in home order: the experts whose home, the first of
         their slots, is on rank 0, slot by slot, then those of rank 1, … Each rank has
         n_local = ⌈n_logical / ep_size⌉ rows, and n_rows = ep_size · n_local; rows without an expert
-        are the last of their rank. With stacked placements, `[layers, n_rows, …]`. Scalars, such as
-        an optimiser's step count, stay as they are; with stacked placements `[layers]` does, too.
+        are the last of their rank. With stacked placements, `[layers, n_rows, …]`. Single numbers,
+        such as an optimiser's step count, stay as they are, and so do those of each layer with
+        stacked placements.
       old: the placement that the arrays are in; stacked where it has a leading layer axis.
       new: the placement wanted, of as many layers, experts and ranks.
+      where: says of a leaf's path, as `jax.tree_util.tree_map_with_path` gives it, whether the leaf
+        belongs to experts; others stay as they are. So a whole training state can be moved. None
+        for all leaves.
 
     Returns:
       The pytree in the order of `new`, sharded as before. Rows without an expert are 0.
@@ -44,6 +56,10 @@ def move_experts(weights: Any, old: Placement, new: Placement) -> Any:
     >>> old, new = place(None, topologies.ring(2)), place([5, 1, 9, 1], topologies.ring(2))
     >>> move_experts(jnp.array([0, 1, 2, 3]), old, new).tolist()
     [2, 3, 0, 1]
+    >>> state = {"experts": jnp.array([0, 1, 2, 3]), "router": jnp.ones((8, 4)), "step": 7}
+    >>> of_experts = lambda path: "experts" in jax.tree_util.keystr(path)
+    >>> move_experts(state, old, new, where=of_experts)["experts"].tolist()
+    [2, 3, 0, 1]
     """
     homes = check_homes("old", old), check_homes("new", new)
     given, wanted = (
@@ -51,26 +67,139 @@ def move_experts(weights: Any, old: Placement, new: Placement) -> Any:
     )
     if given != wanted:
         raise ValueError(f"new: expected {_in_words(*given)} as old has, got {_in_words(*wanted)}")
-    layers = homes[0].shape[:-1]
     n_rows = old.ep_size * rows_per_rank(old)
-    sizes = {"n_slots": (old.n_physical, new.n_physical), "ep_size": old.ep_size}
+    sizes = (old.n_physical, new.n_physical), old.ep_size
+    return _reordered(weights, homes, (n_rows, n_rows), _Rows(_between, *sizes), where)
 
-    def move(array: Any) -> Any:
+
+def to_home_order(
+    weights: Any,
+    placement: Placement,
+    *,
+    where: Callable[[tuple[Any, ...]], bool] | None = None,
+) -> Any:
+    """Brings fresh or imported weights from the order of experts' ids into home order.
+
+    Call it on global arrays, outside `jax.shard_map`. Works under `jit` and `vmap`.
+
+    Args:
+      weights: a pytree of arrays `[n_logical, …]`, or with stacked placements `[layers, n_logical,
+        …]`. Single numbers stay as they are, see `move_experts`.
+      placement: the one in force from now on, for any number of ranks.
+      where: which leaves belong to experts, see `move_experts`.
+
+    Returns:
+      The pytree with `[n_rows, …]` instead, in home order, see `move_experts`: shard it over the
+      ranks, and `moe_layer` takes a rank's part. Rows without an expert are 0. Arrays are sharded
+      as before, as far as their new size allows it.
+
+    Raises:
+      TypeError, ValueError: as `move_experts`.
+
+    >>> placement = Placement.from_phy2log([[2, 0], [1, 0]], ep_size=2)
+    >>> to_home_order(jnp.array([10, 11, 12]), placement).tolist()
+    [12, 10, 11, 0]
+    """
+    return _from_or_to_ids(weights, placement, where, to_ids=False)
+
+
+def to_id_order(
+    weights: Any,
+    placement: Placement,
+    *,
+    where: Callable[[tuple[Any, ...]], bool] | None = None,
+) -> Any:
+    """Brings weights from home order into that of experts' ids: for an export, or a checkpoint.
+
+    Call it on global arrays, outside `jax.shard_map`. Works under `jit` and `vmap`.
+
+    Args:
+      weights: a pytree of arrays `[n_rows, …]` in home order, see `move_experts`.
+      placement: the one in force, stacked where the arrays are.
+      where: which leaves belong to experts, see `move_experts`.
+
+    Returns:
+      The pytree with `[n_logical, …]` instead, whatever the number of ranks. Arrays are sharded as
+      before, as far as their new size allows it.
+
+    Raises:
+      TypeError, ValueError: as `move_experts`.
+
+    >>> placement = Placement.from_phy2log([[2, 0], [1, 0]], ep_size=2)
+    >>> to_id_order(jnp.array([12, 10, 11, 0]), placement).tolist()
+    [10, 11, 12]
+    """
+    return _from_or_to_ids(weights, placement, where, to_ids=True)
+
+
+def _from_or_to_ids(weights: Any, placement: Placement, where: Any, to_ids: bool) -> Any:
+    homes = (check_homes("placement", placement),)
+    n_rows = placement.ep_size * rows_per_rank(placement), placement.n_logical
+    rows = _Rows(_of_ids if to_ids else _of_homes, (placement.n_physical,), placement.ep_size)
+    return _reordered(weights, homes, n_rows if to_ids else n_rows[::-1], rows, where)
+
+
+class _Rows(NamedTuple):
+    """Which row goes to each row of a new order; static."""
+
+    find: Callable[..., jax.Array]
+    n_slots: tuple[int, ...]
+    ep_size: int
+
+    def __call__(self, *homes: jax.Array) -> jax.Array:
+        """int32 `[n_rows]` of one layer; past the end of the old order for those without expert."""
+        n_logical = len(homes[0])
+        of_experts = (
+            home_rows(home, n, self.ep_size) for home, n in zip(homes, self.n_slots, strict=True)
+        )
+        return self.find(n_logical, self.ep_size * -(-n_logical // self.ep_size), *of_experts)
+
+
+def _between(n_logical: int, n_rows: int, old: jax.Array, new: jax.Array) -> jax.Array:
+    del n_logical
+    return jnp.full(n_rows, n_rows, jnp.int32).at[new].set(old, mode="drop")
+
+
+def _of_ids(n_logical: int, n_rows: int, rows: jax.Array) -> jax.Array:
+    del n_logical, n_rows
+    return rows
+
+
+def _of_homes(n_logical: int, n_rows: int, rows: jax.Array) -> jax.Array:
+    ids = jnp.arange(n_logical, dtype=jnp.int32)
+    return jnp.full(n_rows, n_logical, jnp.int32).at[rows].set(ids, mode="drop")
+
+
+def _reordered(
+    weights: Any,
+    homes: tuple[Any, ...],
+    n_rows: tuple[int, int],
+    rows: _Rows,
+    where: Callable[[tuple[Any, ...]], bool] | None,
+) -> Any:
+    """The experts' arrays, of so many rows, in another order, with so many."""
+    layers = homes[0].shape[:-1]
+    n_before, n_after = n_rows
+
+    def reorder(path: tuple[Any, ...], array: Any) -> Any:
         shape = jnp.shape(array)
-        if shape in ((), layers):
+        if where is not None and not where(path):
             return array
-        if shape[: len(layers) + 1] != (*layers, n_rows):
+        if shape[: len(layers) + 1] != (*layers, n_before):
+            if shape in ((), (1,), layers, (*layers, 1)):
+                return array
             axes = "layers, n_rows, …" if layers else "n_rows, …"
-            expected = ", ".join(map(str, (*layers, n_rows)))
+            expected = ", ".join(map(str, (*layers, n_before)))
             raise ValueError(
                 f"weights: expected arrays [{axes}] = [{expected}, …] or scalars, got {list(shape)}"
             )
         array = jnp.asarray(array)
         if any(isinstance(value, jax.core.Tracer) for value in (array, *homes)):
-            return _reordered(array, *homes, **sizes)
-        return _compiled(array.sharding)(array, *_beside(array, homes), **sizes)
+            return _picked(array, *homes, rows=rows)
+        sharding = _sharding_of(array.sharding, (*layers, n_after, *shape[len(layers) + 1 :]))
+        return _compiled(sharding)(array, *_beside(array, homes), rows=rows)
 
-    return jax.tree.map(move, weights)
+    return jax.tree_util.tree_map_with_path(reorder, weights)
 
 
 def rows_per_rank(placement: Placement) -> int:
@@ -96,31 +225,18 @@ def home_slots(placement: Placement) -> jax.Array:
     return slots.at[rows].set(home % per_rank, mode="drop").reshape(n_ranks, n_local)
 
 
-def _reordered(
-    array: jax.Array,
-    old: jax.Array,
-    new: jax.Array,
-    *,
-    n_slots: tuple[int, int],
-    ep_size: int,
-) -> jax.Array:
-    """`array` in the order of the homes `new`, from that of `old`."""
-
-    def source(old: jax.Array, new: jax.Array) -> jax.Array:
-        """Where the row is that goes to each row; past the end for those without an expert."""
-        n_rows = ep_size * -(-len(old) // ep_size)
-        from_row, to_row = (
-            home_rows(home, n, ep_size) for home, n in zip((old, new), n_slots, strict=True)
-        )
-        return jnp.full(n_rows, n_rows, jnp.int32).at[to_row].set(from_row, mode="drop")
-
-    full = old.shape[-1] % ep_size == 0
-    if old.ndim == 1:
-        picked = array.at[source(old, new)]
+def _picked(array: jax.Array, *homes: jax.Array, rows: _Rows) -> jax.Array:
+    """The rows of `array` that `rows` names."""
+    full = homes[0].shape[-1] % rows.ep_size == 0
+    if homes[0].ndim == 1:
+        source = rows(*homes)
+        picked = array.at[source]
     else:
-        layer = jnp.arange(len(old), dtype=jnp.int32)[:, None]
-        picked = array.at[layer, jax.vmap(source)(old, new)]
-    sharding = jax.typeof(array).sharding
+        source = jax.vmap(rows)(*homes)
+        picked = array.at[jnp.arange(len(source), dtype=jnp.int32)[:, None], source]
+    sharding = _sharding_of(
+        jax.typeof(array).sharding, (*source.shape, *array.shape[source.ndim :])
+    )
     return picked.get(
         mode="fill",
         fill_value=None if full else 0,
@@ -129,9 +245,21 @@ def _reordered(
     )
 
 
+def _sharding_of(sharding: Any, shape: tuple[int, ...]) -> Any:
+    """A sharding for an array that takes another's place; whole along axes that do not divide."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = list(sharding.spec)
+    for axis, names in enumerate(spec):
+        names = names if isinstance(names, tuple) else () if names is None else (names,)
+        if shape[axis] % math.prod(sharding.mesh.shape[name] for name in names):
+            spec[axis] = None
+    return NamedSharding(sharding.mesh, P(*spec))
+
+
 @functools.lru_cache(maxsize=256)
 def _compiled(sharding: jax.sharding.Sharding) -> Any:
-    return jax.jit(_reordered, static_argnames=("n_slots", "ep_size"), out_shardings=sharding)
+    return jax.jit(_picked, static_argnames="rows", out_shardings=sharding)
 
 
 def _beside(array: jax.Array, values: Any) -> Any:
