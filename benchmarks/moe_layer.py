@@ -8,10 +8,10 @@
 Routing is that of a packaged trace. The experts are arranged so that the busiest rank has 1.1,
 1.3 and 1.6 times the mean load; then, side by side in one run, a step (forward and backward) is
 timed without copies ("none"), with an even split over copies ("eplb"), with `rebalance` ("lplb")
-and with as many slots for copies chosen in the step ("batch"; those are not in place, so the own
-weights are copied once). There are as many copies as balance needs, and buffers are as small as
-they can be without overflow. Each result is checked. GPUs of one kind differ in speed by some per
-cent: the busiest rank is the first of them and the last in turn, and times are means of both.
+and with as many slots for copies chosen in the step ("batch"). There are as many copies as balance
+needs, and buffers are as small as they can be without overflow. Each result is checked. GPUs of one
+kind differ in speed by some per cent: the busiest rank is the first of them and the last in turn,
+and times are means of both.
 
 With --traces, the experts of every layer of every trace are placed by the loads of an earlier
 step of training, as in the demo.
@@ -249,7 +249,7 @@ class Case:
             self._normal(2, (self.mesh.size * n_local, hidden, 2 * width), hidden**-0.5),
             self._normal(3, (self.mesh.size * n_local, width, hidden), width**-0.5),
         )
-        if name in ("none", "batch"):
+        if name == "none":
             return own
         room = jax.jit(
             jax.shard_map(
@@ -267,7 +267,7 @@ class Case:
         out, traffic, *filled = moe.moe_layer(
             tokens, ids, gates, experts, placement=self.placement, axis_name="ep",
             balance="lplb" if of_batch else name, copies="batch" if of_batch else "placement",
-            capacity_factor=self.key(name)[1], in_place=not of_batch, transport=self.transport,
+            capacity_factor=self.key(name)[1], in_place=True, transport=self.transport,
         )  # fmt: skip
         return out, (filled[0] if filled else experts, traffic)
 

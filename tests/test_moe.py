@@ -1157,7 +1157,11 @@ BAD = [
         ValueError,
         "^experts: expected the 4 own experts of a rank, got 8",
     ),
-    ({"in_place": True}, ValueError, "^experts: .* 8 slots of a rank, got 4, with in_place=True"),
+    (
+        {"in_place": True},
+        ValueError,
+        "^experts: .* 4 own experts of a rank and room for 4 .*, got 4, with in_place",
+    ),
 ]
 
 

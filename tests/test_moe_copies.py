@@ -56,6 +56,73 @@ def assert_chosen(traffic, ids, placement, fan_out=None):
     assert traffic.overflow == 0
 
 
+def in_room(experts, n_local, room):
+    """The ranks' own experts, each rank's followed by NaN."""
+
+    def roomy(array):
+        array = array.reshape(8, n_local, *array.shape[1:])
+        nan = np.full((8, room, *array.shape[2:]), np.nan, array.dtype)
+        return np.concatenate([array, nan], axis=1).reshape(-1, *array.shape[2:])
+
+    return jax.tree.map(roomy, experts)
+
+
+@pytest.mark.parametrize("of_copies", ["batch", "placement"])
+@pytest.mark.parametrize("transport", ["ragged", "padded"])
+def test_in_place(rng, mesh, monkeypatch, transport, of_copies):
+    """The same bits as with new arrays; room comes back with the copies, and has no gradient."""
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    n_local, room = 3, 4
+
+    def run(in_place):
+        options = {**BATCH, "copies": of_copies, "transport": transport, "in_place": in_place}
+
+        def rank(tokens, gates, experts, ids, placement):
+            out, traffic, *rest = moe.moe_layer(
+                tokens, ids, gates, experts, placement=placement, axis_name="ep", **options
+            )
+            return out, (traffic, *rest)
+
+        specs = (P("ep"), P("ep"), P("ep"), P("ep"), P())
+        given = (P("ep"), (P(), P("ep")) if in_place else (P(),))
+        return with_slopes(
+            jax.shard_map(rank, mesh=mesh, in_specs=specs, out_specs=given, check_vma=False)
+        )
+
+    steps = {in_place: run(in_place) for in_place in (False, True)}
+    for routing in ROUTINGS:
+        (tokens, gates, own), ids, placement = by_rank(problem(rng, CASE, routing))
+        upstream = rng.normal(0, 1, tokens.shape).astype(np.float32)
+        want, (*slopes, of_own), (traffic,) = steps[False](
+            (tokens, gates, own), upstream, ids, placement
+        )
+        roomy = in_room(own, n_local, room)
+        got, (*others, of_rows), (same, filled) = steps[True](
+            (tokens, gates, roomy), upstream, ids, placement
+        )
+        jax.tree.map(np.testing.assert_array_equal, (got, *others, same), (want, *slopes, traffic))
+        held = np.asarray(traffic.phy2log).reshape(8, -1)
+        loads = np.asarray(traffic.slot_loads).reshape(8, -1)
+        for rank in range(8):
+            homes = np.sort(placement.log2phy[placement.log2phy[:, 0] // 4 == rank, 0]) % 4
+            at = np.setdiff1d(np.flatnonzero(held[rank] >= 0), homes)
+            for row, slot in enumerate(at):
+                if loads[rank, slot]:
+                    expert = held[rank, slot]
+                    home = placement.log2phy[expert, 0]
+                    first = np.flatnonzero(placement.log2phy[:, 0] // 4 == home // 4)
+                    nth = (placement.log2phy[first, 0] < home).sum()
+                    for ours, array in zip(filled, own, strict=True):
+                        copy = np.asarray(ours).reshape(8, n_local + room, *array.shape[1:])[rank]
+                        source = array.reshape(8, n_local, *array.shape[1:])[home // 4, nth]
+                        np.testing.assert_array_equal(copy[n_local + row], source)
+        for ours, theirs in zip(of_rows, of_own, strict=True):
+            ours = np.asarray(ours).reshape(8, n_local + room, *theirs.shape[1:])
+            theirs = np.asarray(theirs).reshape(8, n_local, *theirs.shape[1:])
+            np.testing.assert_array_equal(ours[:, :n_local], theirs)
+            assert not ours[:, n_local:].any()
+
+
 @pytest.mark.parametrize(("transport", "again"), [("ragged", "copies"), ("padded", "layer")])
 def test_equals_one_device(rng, mesh, monkeypatch, transport, again):
     """All routings, ranks without tokens among them, and placements through one program, whose
@@ -82,7 +149,7 @@ def test_of_a_placement_along_a_topology(rng, mesh):
 
 
 def test_copies_that_are_fetched_again_are_not_kept(rng, mesh):
-    """What the backward pass gets holds the weights of all slots, or those of homes alone."""
+    """What the backward pass gets holds the weights of all rows, or those of homes alone."""
     floats, ids, placement = by_rank(problem(rng, CASE, skewed))
 
     def kept(keep_copies):
@@ -91,9 +158,9 @@ def test_copies_that_are_fetched_again_are_not_kept(rng, mesh):
         pull = jax.eval_shape(lambda *floats: jax.vjp(run, *floats)[1], *floats)
         return {leaf.shape for leaf in jax.tree.leaves(pull)}
 
-    of_slots = {(8 * 4, HIDDEN, 2 * WIDTH), (8 * 4, WIDTH, HIDDEN)}
-    assert of_slots <= kept(True)
-    assert not of_slots & kept(False)
+    of_rows = {(8 * 7, HIDDEN, 2 * WIDTH), (8 * 7, WIDTH, HIDDEN)}  # own experts, and room
+    assert of_rows <= kept(True)
+    assert not of_rows & kept(False)
 
 
 def test_strict_modes(rng, mesh):
@@ -154,7 +221,11 @@ def test_bad_arguments(rng, mesh):
         (floats[2], "^fan_out: .*got 0", {"fan_out": 0}),
         (floats[2], "^fan_out: .*got 3", {"copies": "placement", "fan_out": 3}),
         (floats[2], "^r2o: expected None with copies='batch'", {"r2o": topologies.cube()}),
-        (floats[2], "^in_place: expected False", {"in_place": True}),
+        (
+            floats[2],
+            "^experts: expected the 3 own experts of a rank and room for 4 copies, got 3, with in_",
+            {"in_place": True},
+        ),
         (slots, "^experts: expected the 3 own experts of a rank, got", {}),
         (
             floats[2],

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.interpreters import ad
 
 from lplb_jax._axes import varying_as
@@ -136,3 +137,90 @@ def scattered(entries: jax.Array, copies: Copies, *, interpret: bool = False) ->
         compiler_params=triton.CompilerParams(num_warps=4),
         interpret=interpret,
     )(varying_as(copies.places, entries), entries)
+
+
+def add_received(total: jax.Array, received: jax.Array, places: jax.Array) -> jax.Array:
+    """`total`, to some rows of which others are added: in float32, one by one, and rounded once.
+
+    To row i, `received[places[i, k]]` for every k, none where that is past the end; int32
+    `[rows, most]`, of which there may be fewer rows than of `total`. No row is received twice.
+    """
+    n_rows, most = places.shape
+    n_targets = min(n_rows, len(received))
+    if n_targets == 0 or most == 0:
+        return total
+    some = (places < len(received)).any(axis=1)
+    at = jnp.where(some, jnp.cumsum(some, dtype=jnp.int32) - 1, n_targets)
+    targets = varying_as(jnp.full(n_targets, len(total), jnp.int32), at)
+    targets = targets.at[at].set(numbers(n_rows), mode="drop")
+    places = places.at[targets].get(mode="fill", fill_value=len(received))
+    wide = wider(total.dtype, jnp.float32)
+    of_kernel = _is_wide(_flat(total)) and total.size < 2**31 and wide == jnp.float32
+    if jax.default_backend() == "gpu" and of_kernel:
+        return added_in_place(_flat(total), _flat(received), targets, places).reshape(total.shape)
+
+    def one(total: jax.Array, places: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        target, row = places[0], total.at[places[0]].get(mode="clip").astype(wide)
+        for k in range(most):
+            row += received.at[places[1][k]].get(mode="fill", fill_value=0).astype(wide)
+        return total.at[target].set(row.astype(total.dtype), mode="drop"), None
+
+    return lax.scan(one, varying_as(total, received), (targets, places))[0]
+
+
+def added_in_place(
+    total: jax.Array,
+    received: jax.Array,
+    targets: jax.Array,
+    places: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """`add_received` by a kernel, for the rows `targets` of `total`; it reads and writes no others.
+
+    How many there are is known on the device alone. In a loop of XLA's they would all cost the
+    same, there or not.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    n, columns = total.shape
+    n_received, (n_targets, most) = len(received), places.shape
+    block = min(columns & -columns, 4096)  # a power of two, as Triton wants it
+
+    def kernel(targets: Any, places: Any, received: Any, total: Any, out: Any) -> None:
+        target = targets[0]
+        here, of_target = jnp.broadcast_to(target < n, (block,)), jnp.minimum(target, n - 1)
+        row = triton.load(total.at[of_target, :], mask=here, other=0.0).astype(jnp.float32)
+        for k in range(most):
+            place = places[0, k]
+            there = jnp.broadcast_to(place < n_received, (block,))
+            place = jnp.minimum(place, n_received - 1)
+            row += triton.load(received.at[place, :], mask=there, other=0.0).astype(jnp.float32)
+        triton.store(out.at[of_target, :], row.astype(out.dtype), mask=here)
+
+    def columns_of(rows: int) -> Any:
+        return pl.BlockSpec((rows, block), lambda i, j: (0, j))
+
+    return pl.pallas_call(
+        kernel,
+        name="add_received",
+        grid=(n_targets, columns // block),
+        in_specs=[
+            pl.BlockSpec((1,), lambda i, j: (i,)),
+            pl.BlockSpec((1, most), lambda i, j: (i, 0)),
+            columns_of(n_received),
+            columns_of(n),
+        ],
+        out_specs=columns_of(n),
+        out_shape=jax.ShapeDtypeStruct(
+            total.shape, total.dtype, manual_axis_type=jax.typeof(total).manual_axis_type
+        ),
+        input_output_aliases={3: 0},
+        compiler_params=triton.CompilerParams(num_warps=4),
+        interpret=interpret,
+    )(varying_as(targets, total), varying_as(places, total), received, total)
+
+
+def _flat(rows: jax.Array) -> jax.Array:
+    return rows.reshape(len(rows), -1)

@@ -74,7 +74,7 @@ class Lists:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["lists", "sent", "row_of", "choice_of", "counts"],
+    data_fields=["lists", "sent", "row_of", "choice_of", "counts", "order"],
     meta_fields=["capacity"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,8 @@ class Plan:
       choice_of: int32 `[capacity]`, the choice, numbered token by token, that a row serves; of no
         meaning past the last row.
       counts: int32 `[ep_size, ep_size, slots_per_rank]`: rows from a source for a rank's slot.
+      order: int32 `[ep_size, groups]`: the slot whose rows each group of a rank has, slots_per_rank
+        for none; None for all slots one after the other.
       capacity: rows that a rank has room for (static).
     """
 
@@ -97,6 +99,7 @@ class Plan:
     row_of: jax.Array
     choice_of: jax.Array
     counts: jax.Array
+    order: jax.Array | None
     capacity: int
 
     @property
@@ -122,9 +125,10 @@ class Plan:
 
     @property
     def group_sizes(self) -> jax.Array:
-        """Rows that this rank received for each of its slots: int32 `[slots_per_rank]`."""
+        """Rows that this rank received for each of its groups, those of its slots: int32."""
         me = lax.axis_index(self.lists.axis_name)
-        return _fitting(self.counts, self.capacity)[:, me].sum(axis=0, dtype=jnp.int32)
+        counts = _by_group(self.counts, self.order)
+        return _fitting(counts, self.capacity)[:, me].sum(axis=0, dtype=jnp.int32)
 
 
 def capacity_for(n_rows: int, ep_size: int, factor: float) -> int:
@@ -215,6 +219,7 @@ def make_plan(
     axis_name: Any,
     capacity: int,
     transport: str,
+    order: jax.Array | None = None,
 ) -> Plan:
     """Checks what `dispatch` is given; exchanges counts and the numbers of rows, no tokens yet."""
     n_ranks = check_axis(axis_name)
@@ -223,7 +228,7 @@ def make_plan(
     transport = transports.choose(transport, n_ranks)
     me = lax.axis_index(axis_name)
     counts = sync_loads(assignment.counts, axis_name).reshape(n_ranks, n_ranks, n_slots)
-    rank, row = _rows_of_choices(assignment, counts, me, capacity)
+    rank, row = _rows_of_choices(assignment, counts, order, me, capacity)
 
     goes = jnp.where(row < 0, n_ranks, rank)[..., None] == numbers(n_ranks)[None, None]
     goes = goes.any(axis=1).astype(jnp.int32)
@@ -243,11 +248,15 @@ def make_plan(
     row = exchange(copy(row, sent), lists, "there") - me * capacity
     here = lists.arrived(me)[:, None] & (row >= 0) & (row < capacity)
     row = jnp.where(here, row, capacity)
-    return Plan(lists, sent, row, choice_at(row, capacity), counts, capacity)
+    return Plan(lists, sent, row, choice_at(row, capacity), counts, order, capacity)
 
 
 def _rows_of_choices(
-    assignment: Assignment, counts: jax.Array, me: jax.Array, capacity: int
+    assignment: Assignment,
+    counts: jax.Array,
+    order: jax.Array | None,
+    me: jax.Array,
+    capacity: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The rank that serves every choice of this source, and the choice's row there.
 
@@ -256,9 +265,10 @@ def _rows_of_choices(
     """
     slot = jnp.maximum(assignment.physical_indices, 0)
     rank = slot // counts.shape[2]
+    by_group = _by_group(counts, order)
     fitting, starts = (
-        of_slots[me].reshape(-1)[slot]
-        for of_slots in (_fitting(counts, capacity), _row_starts(counts))
+        _by_slot(of_groups[me], order, counts.shape[2]).reshape(-1)[slot]
+        for of_groups in (_fitting(by_group, capacity), _row_starts(by_group))
     )
     arrives = (assignment.physical_indices >= 0) & (assignment.position < fitting)
     return rank, jnp.where(arrives, rank * capacity + starts + assignment.position, -1)
@@ -391,6 +401,22 @@ exchange.defvjp(_exchange_forward, _exchange_backward)
 
 def _starts(sizes: jax.Array, axis: int) -> jax.Array:
     return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes
+
+
+def _by_group(counts: jax.Array, order: jax.Array | None) -> jax.Array:
+    """From the order of a rank's slots, which are the last axis, to that of its groups."""
+    if order is None:
+        return counts
+    rank = numbers(len(order))[:, None]
+    return counts.at[:, rank, order].get(mode="fill", fill_value=0)
+
+
+def _by_slot(of_groups: jax.Array, order: jax.Array | None, n_slots: int) -> jax.Array:
+    """`[ep_size, groups]` -> `[ep_size, n_slots]`; 0 for slots without a group."""
+    if order is None:
+        return of_groups
+    empty = varying_as(jnp.zeros((len(order), n_slots), of_groups.dtype), of_groups)
+    return empty.at[numbers(len(order))[:, None], order].set(of_groups, mode="drop")
 
 
 def _row_starts(counts: jax.Array) -> jax.Array:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from lplb_jax import metrics
 from lplb_jax._axes import check_axis, varying_as, varying_over
@@ -18,7 +17,7 @@ from lplb_jax.balancer import rebalance
 from lplb_jax.batch_copies import check_copies
 from lplb_jax.comm import Comm
 from lplb_jax.loads import count_loads
-from lplb_jax.moe import transfers
+from lplb_jax.moe import transfers, transports
 from lplb_jax.moe.copies import check_reverse, copy
 from lplb_jax.moe.exchange import brought_back, capacity_for, exchange, make_plan
 from lplb_jax.moe.experts import (
@@ -30,7 +29,8 @@ from lplb_jax.moe.experts import (
     network_of,
 )
 from lplb_jax.moe.moves import check_homes, home_slots, rows_per_rank
-from lplb_jax.moe.replicas import Fetch, replicate_weights
+from lplb_jax.moe.replicas import Fetch, filled, with_room
+from lplb_jax.moe.slots import fetch_anywhere, room_for, slots_by_row
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split
 from lplb_jax.status import Status
@@ -156,7 +156,7 @@ def moe_layer(
         number.
       keep_copies: whether copies that are fetched here, without topology, are kept for the backward
         pass. If not, they are fetched again there: a deep model saves the memory of all layers'
-        copies but one. The results have the same bits.
+        copies but one. The results have the same bits. Not with `in_place`.
       capacity_factor: room for rows on every rank, over the mean, at least 1; see `capacity_for`.
       ffn: a network of your own, called as `ffn(rows, experts, group_sizes)`: `rows` are
         `[n_rows, hidden]`, slot by slot, `group_sizes` int32 `[slots]` of them for each, and after
@@ -171,7 +171,9 @@ def moe_layer(
       gemm: "mosaic", "xla" or "auto", see `expert_ffn`; not with `ffn`.
       comm: how `rebalance` shares its loads, see `init_comm`; None for `lax.all_gather`.
       in_place: `experts` is `[slots_per_rank, …]`, own experts first, then room, which is
-        overwritten with copies and has no gradient (with "none" there is no room). No copy of the
+        overwritten with copies and has no gradient (with "none" there is no room). Without
+        topology, in home order; there is room for the most copies that a rank can have, which is
+        more only where n_logical is no multiple of ep_size. No copy of the
         own weights is made where XLA may reuse their buffer: donate them to `jax.jit` and return
         what comes out of here, before other results. It is typed as one that varies over all axes
         that `tokens` does; where experts do not, fetch them by `replicate_weights`.
@@ -231,18 +233,13 @@ def moe_layer(
     network = _network(ffn, activation, gemm, experts, tokens)
     check_reverse("tokens", (tokens, gates, experts))
     along_topology = problem.r2o.shape[1] > 0
-    if in_place and not along_topology:
-        raise ValueError(
-            "in_place: expected False with a placement that has no topology, got True: its slots "
-            "are in another order than the rank's own experts"
-        )
     n_experts = len(jax.tree.leaves(experts)[0])
     _check_number(n_experts, placement, balance, in_place, of_batch)
-    own_only = n_experts == rows_per_rank(placement)
+    own_only = n_experts == rows_per_rank(placement) and not in_place
     if not (keep_copies or (own_only and balance != "none" and not along_topology)):
         raise ValueError(
-            "keep_copies: expected True where no copies are fetched here or they are fetched along "
-            "a topology, got False; wrap the layer in jax.checkpoint"
+            "keep_copies: expected True where no copies are fetched here, or they are fetched in "
+            "place or along a topology, got False; wrap the layer in jax.checkpoint"
         )
 
     n_tokens = len(tokens)
@@ -273,29 +270,36 @@ def moe_layer(
         status = lower_bound = jnp.zeros(n_groups, jnp.int32)
 
     capacity = capacity_for(indices.size, problem.ep_size, capacity_factor)
-    plan = make_plan(tokens, gates, assignment, axis_name, capacity, transport)
-    tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
-    fetch, refetch, group_sizes = None, None, plan.group_sizes
+    fetches = balance != "none" and (own_only or in_place)
+    order = None
     if balance == "none":
-        own_slots = home_slots(placement)[lax.axis_index(axis_name)]
-        group_sizes = group_sizes.at[own_slots].get(mode="fill", fill_value=0)
-    else:
+        order = home_slots(placement)
+    elif fetches and not along_topology:
+        order = slots_by_row(placement)
+    plan = make_plan(tokens, gates, assignment, axis_name, capacity, transport, order)
+    tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
+    fetch, refetch = None, None
+    if balance != "none":
         experts = varying_as(experts, tokens)
-        if own_only and along_topology:
-            experts = jax.tree.map(
-                lambda weights: _with_room(weights, placement.redundants_per_rank), experts
-            )
-        elif own_only:
-            of_slots = functools.partial(
-                replicate_weights,
-                r2o=None,
-                axis_name=axis_name,
-                placement=placement,
-                transport=transport,
-            )
-            experts, refetch = (of_slots(experts), None) if keep_copies else (experts, of_slots)
-        if along_topology and (in_place or own_only):
-            fetch = Fetch(problem.r2o, axis_name, placement.redundants_per_rank)
+    if fetches and along_topology:
+        fetch = Fetch(problem.r2o, axis_name, placement.redundants_per_rank)
+    elif fetches and room_for(placement):
+        fetch = fetch_anywhere(
+            placement,
+            order,
+            axis_name,
+            transports.choose(transport, problem.ep_size),
+            slot_loads=plan.slot_loads,
+            fan_out=fan_out,
+        )
+    if fetch is not None and own_only:
+        roomy = functools.partial(with_room, n_copies=fetch.n_copies)
+        if keep_copies:
+            experts = jax.tree.map(roomy, experts)
+        else:
+            of_slots = functools.partial(filled, fetch)
+            refetch = functools.partial(jax.tree.map, lambda weights: of_slots(roomy(weights)))
+            fetch = None
     if balance == "none" or refetch is not None:
         sent = copy(tokens, plan.sent)  # There are no gradients of copies that had to wait for it.
     else:
@@ -304,7 +308,7 @@ def moe_layer(
     row_gates = exchange(copy(gates, plan.sent), plan.lists, "there").reshape(-1)
     rows, row_gates, experts = transfers.in_rows(fetch, received, row_gates, plan.received, experts)
     row_gates = copy(row_gates, plan.choices)
-    rows = applied(network, rows, experts, group_sizes, row_gates, refetch)
+    rows = applied(network, rows, experts, plan.group_sizes, row_gates, refetch)
     traffic = Traffic(
         plan.slot_loads,
         jnp.int32(capacity),
@@ -332,21 +336,17 @@ def _network(ffn: Any, activation: Any, gemm: str, experts: Any, tokens: jax.Arr
     return network_of(ffn)
 
 
-def _with_room(weights: jax.Array, n: int) -> jax.Array:
-    """The weights, and behind them room for those of n copies."""
-    return jnp.pad(weights, [(0, n), *[(0, 0)] * (weights.ndim - 1)])
-
-
 def _check_number(
     n_experts: int, placement: Placement, balance: str, in_place: bool, of_batch: bool
 ) -> None:
     """Raises where there are neither as many experts as a rank owns nor as many as its slots."""
     n_local, slots_per_rank = rows_per_rank(placement), placement.n_physical // placement.ep_size
     own, slots = f"{n_local} own experts of a rank", f"{slots_per_rank} slots"
-    if balance == "none" or of_batch:
+    if in_place and balance != "none":
+        room = room_for(placement)
+        wanted = {n_local + room: f"{own} and room for {room} copies"}
+    elif balance == "none" or of_batch:
         wanted = {n_local: own}
-    elif in_place:
-        wanted = {slots_per_rank: slots + " of a rank"}
     else:
         wanted = {n_local: own, slots_per_rank: "its " + slots}
     if n_experts not in wanted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -13,9 +12,9 @@ from jax import lax
 
 from lplb_jax._axes import axis_names, check_axis, varying_over
 from lplb_jax.moe import transports
-from lplb_jax.moe.copies import check_reverse
+from lplb_jax.moe.copies import Copies, check_reverse, copy
 from lplb_jax.moe.moves import check_homes, rows_per_rank
-from lplb_jax.moe.slots import fill_slots, sources_of
+from lplb_jax.moe.slots import FetchAnywhere, fetch_anywhere, inverted, slots_by_row
 from lplb_jax.placement import Placement, choose_topology
 from lplb_jax.topologies import Topology
 
@@ -55,8 +54,8 @@ def replicate_weights(
         may reuse their buffer: donate them to `jax.jit` and return what comes out of here. Only
         along a topology.
       transport: of a placement without topology. "ragged": exactly the copies there are, by
-        `lax.ragged_all_to_all`. "padded": `lax.all_gather`, so every rank holds all experts for a
-        moment. "auto" chooses as in `dispatch`.
+        `lax.ragged_all_to_all`. "padded": `lax.all_to_all` of as many for every pair of ranks as a
+        rank has copies. "auto" chooses as in `dispatch`.
 
     Returns:
       The same pytree of `[slots_per_rank, …]`: the weights of all slots. Empty ones are 0.
@@ -96,7 +95,7 @@ def replicate_weights(
             )
         if in_place:
             check_reverse("local_weights", weights)
-            return _filled(fetch, weights)
+            return filled(fetch, weights)
         return jnp.concatenate([weights, fetch.slots(fetch.delivered(fetch.wanted(weights)))])
 
     return jax.tree.map(replicate, local_weights)
@@ -124,8 +123,11 @@ def _anywhere(
                 f"it says what is in each slot"
             )
     check_homes("placement", placement)
-    transport = transports.choose(transport, n_ranks)
-    sources = sources_of(placement)
+    slots = slots_by_row(placement)
+    fetch = fetch_anywhere(placement, slots, axis_name, transports.choose(transport, n_ranks))
+    me = lax.axis_index(axis_name)
+    held = jnp.asarray(placement.phy2log).reshape(n_ranks, -1)[me] >= 0
+    moved = Copies(inverted(slots, len(held))[me], slots[me][:, None])
 
     def fill(weights: jax.Array) -> jax.Array:
         if len(weights) != n_local:
@@ -134,11 +136,21 @@ def _anywhere(
                 f"⌈n_logical / ep_size⌉, got {list(weights.shape)}"
             )
         check_reverse("local_weights", weights)
-        return fill_slots(varying_over(weights, axis_name), sources, axis_name, transport)
+        rows = with_room(varying_over(weights, axis_name), fetch.n_copies)
+        if fetch.n_copies:
+            rows = filled(fetch, rows)
+        there = held.reshape(-1, *[1] * (rows.ndim - 1))
+        return jnp.where(there, copy(rows, moved), 0)
 
     return jax.tree.map(fill, local_weights)
 
 
+def with_room(weights: jax.Array, n_copies: int) -> jax.Array:
+    """The weights, and after them room for so many copies."""
+    return jnp.pad(weights, [(0, n_copies), *[(0, 0)] * (weights.ndim - 1)])
+
+
+@jax.tree_util.register_static
 class Fetch:
     """Who sends which weights to whom. Methods take one array, of a rank's own experts first.
 
@@ -228,12 +240,20 @@ def _as_ppermute_counts(axis_name: Any) -> tuple[tuple[Any, ...], list[int]]:
     return tuple(axes[i] for i in order), np.argsort(ranks).tolist()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _filled(fetch: Fetch, weights: jax.Array) -> jax.Array:
+@jax.custom_vjp
+def filled(fetch: Fetch | FetchAnywhere, weights: jax.Array) -> jax.Array:
+    """The weights, whose room is overwritten with the copies."""
     return fetch.into_room(weights, fetch.delivered(fetch.wanted(weights)))
 
 
-_filled.defvjp(
-    lambda fetch, weights: (_filled(fetch, weights), None),
-    lambda fetch, _, slope: (fetch.settled(slope, fetch.sent_home(slope)),),
+filled.defvjp(
+    lambda fetch, weights: (filled(fetch, weights), fetch),
+    lambda fetch, slope: (None, _settled(fetch, slope)),
 )
+
+
+def _settled(fetch: Fetch | FetchAnywhere, slope: Any) -> Any:
+    """Integers, such as quantised weights, have gradients of no type to compute with."""
+    if slope.dtype == jax.dtypes.float0:
+        return slope
+    return fetch.settled(slope, fetch.sent_home(slope))

@@ -1,133 +1,249 @@
-"""Weights for the slots of any placement: an exchange whose rows are experts.
+"""Copies of any placement: an exchange whose rows are experts.
 
-Parameters are in home order (see `move_experts`): a rank holds the experts whose home it is. Each
-of its slots gets the weights of the expert that the placement puts there, from whatever rank owns
-it. Backwards, the gradients of all slots of an expert go to its home and are added in float32 in a
-fixed order: those on the home's rank first, then by rank.
+Parameters are in home order (see `move_experts`): a rank holds the experts whose home it is. In a
+layer, a rank's weights stand in rows: its own experts where they are, then room for the copies, of
+which only those that serve tokens travel.
+
+An expert with many copies is passed on: its home sends it to at most four ranks, and then, round by
+round, every rank that has it sends it to three others. The gradients come home the same way. Where
+several meet, they are added in float32, in a fixed order, and rounded once.
 
 Which expert is where is data. A new placement runs the same program.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lplb_jax._axes import varying_as
-from lplb_jax.moe.copies import numbers, wider
-from lplb_jax.moe.moves import home_rows, rows_per_rank
+from lplb_jax.moe.copies import add_received, numbers
+from lplb_jax.moe.moves import home_rows, home_slots, rows_per_rank
 from lplb_jax.placement import Placement
 
+_FIRST = 4  # ranks that a home sends an expert to; after a round, so many times as many have it
 
-class Sources(NamedTuple):
-    """Where the weights of every slot are: int32 `[ep_size, slots_per_rank]` each.
+
+def room_for(placement: Placement) -> int:
+    """The most slots that a rank can have besides the homes of its own experts."""
+    n_local, slots_per_rank = rows_per_rank(placement), placement.n_physical // placement.ep_size
+    padding = placement.ep_size * n_local - placement.n_logical
+    return slots_per_rank - n_local + min(padding, n_local)
+
+
+def slots_by_row(placement: Placement) -> jax.Array:
+    """int32 `[ep_size, n_local + room]`: each rank's homes, then its copies, by number on the rank.
+
+    slots_per_rank where a row has none.
+    """
+    n_ranks, room = placement.ep_size, room_for(placement)
+    own = home_slots(placement)
+    phy2log = jnp.asarray(placement.phy2log).reshape(n_ranks, -1)
+    n_slots = phy2log.shape[1]
+    rank, slot = numbers(n_ranks)[:, None], numbers(n_slots)[None]
+    is_copy = (phy2log >= 0).at[rank, own].set(False, mode="drop")
+    row = jnp.cumsum(is_copy, axis=1, dtype=jnp.int32) - 1
+    copies = varying_as(jnp.full((n_ranks, room), n_slots, jnp.int32), row)
+    copies = copies.at[rank, jnp.where(is_copy, row, room)].set(
+        jnp.broadcast_to(slot, is_copy.shape), mode="drop"
+    )
+    return jnp.concatenate([own, copies], axis=1)
+
+
+def inverted(slots: jax.Array, n_slots: int) -> jax.Array:
+    """int32 `[ep_size, n_slots]`: the row of each slot in `slots_by_row`; their number for none."""
+    n_ranks, n_rows = slots.shape
+    rows = jnp.broadcast_to(numbers(n_rows)[None], slots.shape)
+    empty = varying_as(jnp.full((n_ranks, n_slots), n_rows, jnp.int32), slots)
+    return empty.at[numbers(n_ranks)[:, None], slots].set(rows, mode="drop")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["round", "peer", "row", "child", "place"],
+    meta_fields=["n_local", "n_rounds", "most", "n_received", "axis_name", "transport"],
+)
+@dataclasses.dataclass(frozen=True)
+class FetchAnywhere:
+    """Who sends which weights to whom. Methods take one array, of a rank's rows as above.
+
+    The tables are int32 `[ep_size, room]`, for the copies of all ranks; all ranks have the same.
 
     Attributes:
-      owner: the rank that is home of the slot's expert; ep_size where the slot is empty.
-      row: the expert's row among its owner's; any where the slot is empty.
+      round: when a copy travels; −1 where there is none, or nobody needs it.
+      peer: the rank that sends it, and that gets its gradient.
+      row: what is sent: of the peer's own experts in round 0, later of its copies.
+      child: which of the copies sent of that row, and in that round, it is.
+      place: where among all that the peer receives in that round its gradient is.
+      n_local: own experts of a rank (static).
+      n_rounds: as many as the most copies of an expert may take (static).
+      most: copies of an expert that its home sends (static).
+      n_received: room for the gradients that come home (static).
+      axis_name: the expert-parallel mesh axis (static).
+      transport: "ragged" or "padded" (static). With "padded", all is sent by homes, in one round.
     """
 
-    owner: jax.Array
+    round: jax.Array
+    peer: jax.Array
     row: jax.Array
+    child: jax.Array
+    place: jax.Array
+    n_local: int
+    n_rounds: int
+    most: int
+    n_received: int
+    axis_name: Any
+    transport: str
+
+    @property
+    def n_copies(self) -> int:
+        """Room for copies on each rank."""
+        return self.round.shape[1]
+
+    def wanted(self, weights: jax.Array) -> jax.Array:
+        """What others may fetch of this rank's weights: all of them, where they are."""
+        return weights
+
+    def delivered(self, wanted: jax.Array) -> jax.Array:
+        """The copies that this rank gets, `[room, …]`; 0 where there is none."""
+        if self.transport == "padded":
+            me = lax.axis_index(self.axis_name)
+            sent = (self.round == 0) & (self.peer == me)
+            received = self._swap(_where(sent, wanted[jnp.where(sent, self.row, 0)]))
+            return _where(self.round[me] >= 0, received[self.peer[me], numbers(self.n_copies)])
+        shape = self.n_copies, *wanted.shape[1:]
+        copies = varying_as(jnp.zeros(shape, wanted.dtype), wanted)
+        for n in range(self.n_rounds):
+            copies = self._send_copies(copies if n else wanted, copies, n)
+        return copies
+
+    def into_room(self, weights: jax.Array, delivered: jax.Array) -> jax.Array:
+        """The weights, whose room is overwritten with the copies."""
+        return lax.dynamic_update_slice_in_dim(weights, delivered, self.n_local, axis=0)
+
+    def sent_home(self, slope: jax.Array) -> jax.Array:
+        """Of the gradients of all rows, the copies', where homes receive them."""
+        of_copies = slope[self.n_local :]
+        if self.transport == "padded":
+            me = lax.axis_index(self.axis_name)
+            home = self._travels(me, 0) & (self.peer[me][None] == numbers(len(self.peer))[:, None])
+            received = self._swap(_where(home, of_copies[None]))
+            return received.reshape(-1, *of_copies.shape[1:])
+        for n in reversed(range(1, self.n_rounds)):
+            n_children = _FIRST - 1
+            received = self._send_back(of_copies, self.n_copies * n_children, n)
+            children = self._children(self.n_copies, n_children, len(received), n)
+            of_copies = add_received(of_copies, received, children)
+        return self._send_back(of_copies, self.n_received, 0)
+
+    def settled(self, slope: jax.Array, home: jax.Array) -> jax.Array:
+        """The gradients of all rows, with what came home added to the owners'; none in room."""
+        children = self._children(self.n_local, self.most, len(home), 0)
+        slope = add_received(slope, home, children)
+        none = jnp.zeros_like(slope[self.n_local :])
+        return lax.dynamic_update_slice_in_dim(slope, none, self.n_local, axis=0)
+
+    def _travels(self, rank: jax.Array, n: int) -> jax.Array:
+        """bool `[1, room]`: which copies of a rank travel in round n."""
+        return (self.round[rank] == n)[None]
+
+    def _children(self, n_rows: int, most: int, n_received: int, n: int) -> jax.Array:
+        """int32 `[n_rows, most]`: where the gradients of the copies of each row are received."""
+        me = lax.axis_index(self.axis_name)
+        mine = (self.round == n) & (self.peer == me)
+        at = jnp.where(mine, self.row * most + self.child, n_rows * most)
+        none = varying_as(jnp.full(n_rows * most, n_received, jnp.int32), at)
+        return none.at[at].set(self.place, mode="drop").reshape(n_rows, most)
+
+    def _swap(self, blocks: jax.Array) -> jax.Array:
+        """Block `[room, …]` r of each rank to rank r, and back."""
+        return lax.all_to_all(blocks, self.axis_name, 0, 0, tiled=True)
+
+    # An update is a copy of rank r, sent to r or from r: r and its number are that of the update.
+
+    def _send_copies(self, array: jax.Array, out: jax.Array, n: int) -> jax.Array:
+        me = lax.axis_index(self.axis_name)
+        sent = (self.round == n) & (self.peer == me)
+        received = self._travels(me, n) & (self.peer[me][None] == numbers(len(self.peer))[:, None])
+        place = jnp.broadcast_to(numbers(self.n_copies)[None], self.row.shape)
+        return _ragged(array, out, self.row, sent, place, received, self.axis_name)
+
+    def _send_back(self, array: jax.Array, n_received: int, n: int) -> jax.Array:
+        me = lax.axis_index(self.axis_name)
+        sent = self._travels(me, n) & (self.peer[me][None] == numbers(len(self.peer))[:, None])
+        received = (self.round == n) & (self.peer == me)
+        row = jnp.broadcast_to(numbers(self.n_copies)[None], self.row.shape)
+        place = jnp.broadcast_to(self.place[me][None], self.row.shape)
+        out = varying_as(lax.empty((n_received, *array.shape[1:]), array.dtype), array)
+        return _ragged(array, out, row, sent, place, received, self.axis_name)
 
 
-def sources_of(placement: Placement) -> Sources:
-    """Where the weights of a placement's slots come from."""
-    n_ranks, n_local = placement.ep_size, rows_per_rank(placement)
+def fetch_anywhere(
+    placement: Placement,
+    slots: jax.Array,
+    axis_name: Any,
+    transport: str,
+    *,
+    slot_loads: jax.Array | None = None,
+    fan_out: int | None = None,
+) -> FetchAnywhere:
+    """The copies in the rows of `slots_by_row(placement)`, or, with `slot_loads`, those with rows.
+
+    `fan_out` bounds how many copies of its experts a rank sends.
+    """
+    n_ranks, n_local, room = placement.ep_size, rows_per_rank(placement), room_for(placement)
+    slots, rank = slots[:, n_local:], numbers(n_ranks)[:, None]
     phy2log = jnp.asarray(placement.phy2log).reshape(n_ranks, -1)
+    expert = phy2log.at[rank, slots].get(mode="fill", fill_value=-1)
     home = jnp.asarray(placement.log2phy)[:, 0]
-    row = home_rows(home, placement.n_physical, n_ranks)[jnp.maximum(phy2log, 0)]
-    return Sources(jnp.where(phy2log < 0, n_ranks, row // n_local), row % n_local)
+    at_home = home_rows(home, placement.n_physical, n_ranks)[jnp.maximum(expert, 0)]
+    owner, row = at_home // n_local, at_home % n_local
+    moves, n_senders = expert >= 0, n_ranks
+    if slot_loads is not None:
+        # A rank that has an expert twice uses the first of its slots: none fetches its own.
+        loads = slot_loads.reshape(phy2log.shape).at[rank, slots].get(mode="fill", fill_value=0)
+        moves, n_senders = moves & (loads > 0) & (owner != rank), n_ranks - 1
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def fill_slots(weights: jax.Array, sources: Sources, axis_name: Any, transport: str) -> jax.Array:
-    """`[n_local, …]` in home order -> `[slots_per_rank, …]`; empty slots are 0."""
-    me = lax.axis_index(axis_name)
-    owner, row = (array[me] for array in sources)
+    bounds = [n_senders * room, fan_out if fan_out is not None else n_senders * room]
+    most = max(1, min(*bounds, placement.log2phy.shape[-1] - 1))
+    most = min(most, n_ranks - 1) if slot_loads is not None else most
+    moves, at_home, owner, row = (x.reshape(-1) for x in (moves, at_home, owner, row))
+    number = numbers(len(moves))
+    earlier = number[None] < number[:, None]
+    same = moves[None] & (at_home[None] == at_home[:, None])
+    nth = (same & earlier).sum(axis=1, dtype=jnp.int32)
+    n_rounds, span = 1, jnp.ones_like(nth)
+    turn = jnp.where(moves & (nth < most), 0, -1)
     if transport == "padded":
-        everyone = lax.all_gather(weights, axis_name)
-        slots = everyone[jnp.minimum(owner, len(everyone) - 1), row]
-        return _where(owner < len(everyone), slots)
-    own = _where(owner == me, weights[row])
-    # The rank that a row goes to, and the slot there, number the updates.
-    sent = (sources.owner == me) & (numbers(len(sources.owner))[:, None] != me)
-    slot = jnp.broadcast_to(numbers(len(owner))[None], sources.row.shape)
-    received = owner[None] == numbers(len(sources.owner))[:, None]
-    received &= owner[None] != me
-    return _send(weights, own, sources.row, sent, slot, received, axis_name)
+        peer, child, place, n_received = owner, nth, number, len(number)
+    else:
+        while _FIRST**n_rounds < most:
+            later = nth >= _FIRST**n_rounds
+            turn = jnp.where(later & (turn >= 0), n_rounds, turn)
+            span = jnp.where(later, span * _FIRST, span)
+            n_rounds += 1
+        most = min(most, _FIRST)
+        n_received = min(*bounds, n_local * most)
+        ahead = (turn == 0)[None] & (owner[None] == owner[:, None]) & earlier
+        place = ahead.sum(axis=1, dtype=jnp.int32)
+        turn = jnp.where((turn == 0) & (place >= n_received), -1, turn)
+        is_parent = same & (nth[None] == (nth % span)[:, None])
+        parent = jnp.where(is_parent, number[None], 0).sum(axis=1, dtype=jnp.int32)
+        passed_on = turn > 0
+        peer = jnp.where(passed_on, parent // room, owner)
+        row = jnp.where(passed_on, parent % room, row)
+        child = jnp.where(passed_on, nth // span - 1, nth)
+        place = jnp.where(passed_on, row * (_FIRST - 1) + child, place)
+    tables = (x.reshape(n_ranks, room) for x in (turn, peer, row, child, place))
+    return FetchAnywhere(*tables, n_local, n_rounds, most, n_received, axis_name, transport)
 
 
-def _fill_forward(
-    weights: jax.Array, sources: Sources, axis_name: Any, transport: str
-) -> tuple[jax.Array, tuple[Sources, jax.Array]]:
-    # Of the weights only their number matters.
-    slots = fill_slots(weights, sources, axis_name, transport)
-    return slots, (sources, jnp.zeros((len(weights), 0), jnp.int32))
-
-
-def _fill_backward(
-    axis_name: Any, transport: str, saved: tuple[Sources, jax.Array], ct: jax.Array
-) -> tuple[jax.Array, None]:
-    sources, like = saved
-    me = lax.axis_index(axis_name)
-    owner, row = (array[me] for array in sources)
-    wide = wider(ct.dtype, jnp.float32)
-    own = jnp.zeros((len(like), *ct.shape[1:]), wide)
-    own = _add_rows(own, ct, jnp.where(owner == me, row, len(own)))
-    send_home = _gather_home if transport == "padded" else _send_home
-    return send_home(own, ct, sources, axis_name).astype(ct.dtype), None
-
-
-fill_slots.defvjp(_fill_forward, _fill_backward)
-
-
-def _gather_home(own: jax.Array, ct: jax.Array, sources: Sources, axis_name: Any) -> jax.Array:
-    """`own` and the sums of other ranks' gradients, one rank after the other."""
-    me = lax.axis_index(axis_name)
-    owner, row = (array[me] for array in sources)
-    n_ranks, n_local = len(sources.owner), len(own)
-    elsewhere = (owner != me) & (owner < n_ranks)
-    place = jnp.where(elsewhere, owner * n_local + row, n_ranks * n_local)
-    sums = jnp.zeros((n_ranks * n_local, *own.shape[1:]), own.dtype)
-    sums = _add_rows(sums, ct, place).reshape(n_ranks, *own.shape)
-    received = lax.all_to_all(sums, axis_name, 0, 0, tiled=True)
-    return lax.scan(lambda total, of_rank: (total + of_rank, None), own, received)[0]
-
-
-def _send_home(own: jax.Array, ct: jax.Array, sources: Sources, axis_name: Any) -> jax.Array:
-    """The same with exactly the gradients there are, in rounds: any number may go to one rank."""
-    me = lax.axis_index(axis_name)
-    n_ranks, n_slots = sources.owner.shape
-    room = 2 * max(n_slots - len(own), 1)
-    # The list of those that a rank receives, in the order of ranks and slots, and each one's place.
-    rank = numbers(n_ranks)[:, None]
-    remote = (sources.owner != rank) & (sources.owner < n_ranks)
-    to_rank = remote.reshape(1, -1) & (sources.owner.reshape(1, -1) == rank)
-    before = jnp.cumsum(to_rank, axis=1, dtype=jnp.int32) - to_rank.astype(jnp.int32)
-    place = before.reshape(n_ranks, n_ranks, n_slots)  # to a rank, from a rank's slot
-    to_rank = to_rank.reshape(place.shape)
-    n_rounds = -(-to_rank.sum(axis=(1, 2), dtype=jnp.int32).max() // room)
-    empty = varying_as(jnp.zeros((room, *ct.shape[1:]), ct.dtype), ct)
-    slot = jnp.broadcast_to(numbers(n_slots)[None], (n_ranks, n_slots))
-
-    def one_round(k: jax.Array, total: jax.Array) -> jax.Array:
-        now = to_rank & (place // room == k)
-        buffer = _send(ct, empty, slot, now[:, me], place[:, me] % room, now[me], axis_name)
-        # Where in the buffer each sender's slot came to, turned around.
-        at = jnp.where(now[me], place[me] % room, room).reshape(-1)
-        rows = jnp.full(room, len(total), jnp.int32)
-        rows = rows.at[at].set(sources.row.reshape(-1), mode="drop")
-        return _add_rows(total, buffer, rows)
-
-    return lax.fori_loop(0, n_rounds, one_round, varying_as(own, ct))
-
-
-def _send(
+def _ragged(
     array: jax.Array,
     out: jax.Array,
     row: jax.Array,
@@ -142,7 +258,8 @@ def _send(
     rank r sends its update u where `received[r, u]`.
     """
     # XLA moves an update by one block of threads, of which it takes some hundreds to fill a link.
-    n_pieces = _divisor(array.shape[1] if array.ndim > 1 else 1, 64)
+    length = array.shape[1] if array.ndim > 1 else 1
+    n_pieces = _divisor(length, max(64, 512 // sent.size))
     piece = numbers(n_pieces)[None, None]
 
     def cut(rows: jax.Array) -> jax.Array:
@@ -166,15 +283,5 @@ def _divisor(n: int, most: int) -> int:
     return max(d for d in range(1, min(n, most) + 1) if n % d == 0)
 
 
-def _add_rows(total: jax.Array, rows: jax.Array, places: jax.Array) -> jax.Array:
-    """`rows` added to those of `total` at `places`, one after the other; none past its end."""
-
-    def one(total: jax.Array, row_and_place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        row, place = row_and_place
-        return total.at[place].add(row.astype(total.dtype), mode="drop"), None
-
-    return lax.scan(one, varying_as(total, rows), (rows, places))[0]
-
-
 def _where(there: jax.Array, rows: jax.Array) -> jax.Array:
-    return jnp.where(there.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
+    return jnp.where(there.reshape(*there.shape, *[1] * (rows.ndim - there.ndim)), rows, 0)

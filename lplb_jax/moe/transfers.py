@@ -10,7 +10,6 @@ sees nothing to do between the beginning of their transfer and its end.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,9 @@ from jax import lax
 
 from lplb_jax.moe.copies import Copies, add, copy
 from lplb_jax.moe.replicas import Fetch
+from lplb_jax.moe.slots import FetchAnywhere
+
+AnyFetch = Fetch | FetchAnywhere
 
 # For `jax.jit(step, compiler_options=moe.COMPILER_OPTIONS)`, of use on GPUs: XLA starts transfers
 # early and ends them late, so that they hide behind computation, many at a time; and between GPUs
@@ -31,9 +33,9 @@ COMPILER_OPTIONS = {
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@jax.custom_vjp
 def sent(
-    fetch: Fetch | None, tokens: jax.Array, copies: Copies, experts: Any
+    fetch: AnyFetch | None, tokens: jax.Array, copies: Copies, experts: Any
 ) -> tuple[jax.Array, Any]:
     """The tokens as they are sent, and the experts as they are. Backwards, the gradients of all
     slots wait for those of the tokens; if `in_rows` fetches the copies, they go home from here."""
@@ -41,23 +43,24 @@ def sent(
 
 
 def _sent_forward(
-    fetch: Fetch | None, tokens: jax.Array, copies: Copies, experts: Any
-) -> tuple[tuple[jax.Array, Any], Copies]:
-    return sent(fetch, tokens, copies, experts), copies
+    fetch: AnyFetch | None, tokens: jax.Array, copies: Copies, experts: Any
+) -> tuple[tuple[jax.Array, Any], tuple[AnyFetch | None, Copies]]:
+    return sent(fetch, tokens, copies, experts), (fetch, copies)
 
 
 def _sent_backward(
-    fetch: Fetch | None, copies: Copies, slopes: tuple[jax.Array, Any]
-) -> tuple[jax.Array, None, Any]:
+    saved: tuple[AnyFetch | None, Copies], slopes: tuple[jax.Array, Any]
+) -> tuple[None, jax.Array, None, Any]:
+    fetch, copies = saved
     of_sent, of_experts = slopes
     of_slots, put_back = _of_floats(of_experts)
     of_sent, of_slots = lax.optimization_barrier((of_sent, of_slots))
     of_tokens = add(of_sent, copies)
     if fetch is None:
-        return of_tokens, None, put_back(of_slots)
+        return None, of_tokens, None, put_back(of_slots)
     home = [fetch.sent_home(slope) for slope in of_slots]
     of_tokens, home = lax.optimization_barrier((of_tokens, home))
-    return of_tokens, None, put_back(list(map(fetch.settled, of_slots, home)))
+    return None, of_tokens, None, put_back(list(map(fetch.settled, of_slots, home)))
 
 
 sent.defvjp(_sent_forward, _sent_backward)
@@ -79,9 +82,9 @@ def _of_floats(slopes: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]]
     return [leaves[i] for i in floats], put_back
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@jax.custom_vjp
 def in_rows(
-    fetch: Fetch | None, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Any
+    fetch: AnyFetch | None, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Any
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Received tokens in rows, their gates as they are, and experts with the copies that are to be
     fetched. Backwards, the gradients of all slots pass, for `sent`."""
@@ -97,16 +100,16 @@ def in_rows(
 
 
 def _in_rows_forward(
-    fetch: Fetch | None, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Any
+    fetch: AnyFetch | None, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Any
 ) -> tuple[tuple[jax.Array, jax.Array, Any], Copies]:
     return in_rows(fetch, tokens, gates, copies, experts), copies
 
 
 def _in_rows_backward(
-    fetch: Fetch | None, copies: Copies, slopes: tuple[jax.Array, jax.Array, Any]
-) -> tuple[jax.Array, jax.Array, None, Any]:
+    copies: Copies, slopes: tuple[jax.Array, jax.Array, Any]
+) -> tuple[None, jax.Array, jax.Array, None, Any]:
     of_rows, of_gates, of_slots = slopes
-    return add(of_rows, copies), of_gates, None, of_slots
+    return None, add(of_rows, copies), of_gates, None, of_slots
 
 
 in_rows.defvjp(_in_rows_forward, _in_rows_backward)
