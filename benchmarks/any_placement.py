@@ -127,12 +127,13 @@ def copies_time(placement: Placement, loads: np.ndarray) -> tuple[float, float]:
     return median, float((got[0] >= 0).sum() - N_LOGICAL)
 
 
-def step_time(rng: np.random.Generator, ep_size: int, redundants: int) -> float:
+def step_time(rng: np.random.Generator, ep_size: int, redundants: int, fan_out: int = 0) -> float:
     """µs of one rebalance of 32,768 indices of the traces, with positions."""
     history, batch = halves(rng)
     placement = eplb(counts_of(history), ep_size, redundants)
     indices = np.resize(batch, N_TOKENS).astype(np.int32)
-    return RebalanceCall(np.zeros((ep_size, 0), np.int32), placement, indices).time(replays=5)
+    no_topology = np.zeros((ep_size, 0), np.int32)
+    return RebalanceCall(no_topology, placement, indices, fan_out=fan_out).time(replays=5)
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -158,7 +159,7 @@ def main() -> None:
         "instances": arguments.instances,
     }
     print(f"{device.device_kind}, jax {jax.__version__}; {N_LOGICAL} experts, EPLB's placements")
-    print(f"{'ranks + slots':<16}{'loads':<24}{'mean':>8}{'p99':>8}{'max':>8}{'load':>8}")
+    print(f"{'ranks + slots':<16}{'loads':<28}{'mean':>8}{'p99':>8}{'max':>8}{'load':>8}")
     kinds: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
         "traces": from_traces,
         "families": from_families,
@@ -167,7 +168,7 @@ def main() -> None:
     def show(name: str, kind: str, times: list[float], load: str = "") -> None:
         figures[f"{name}/{kind}"] = row = summary(times)
         cells = "".join(f"{value:8.2f}" for value in row.values())
-        print(f"{name:<16}{kind:<24}{cells}{load:>8}", flush=True)
+        print(f"{name:<16}{kind:<28}{cells}{load:>8}", flush=True)
 
     for ep_size, redundants in SHAPES:
         for kind, make in kinds.items():
@@ -195,8 +196,10 @@ def main() -> None:
             show(f"{ep_size} + {redundants}", label, list(of_kind), f"{np.mean(copies):.1f}")
     print(f"\nrebalance of {N_TOKENS:,} indices, positions included")
     for ep_size, redundants in SHAPES:
-        steps = [step_time(rng, ep_size, redundants) for _ in range(arguments.instances // 5)]
-        show(f"{ep_size} + {redundants}", "step", steps)
+        for name, fan_out in {"step": 0, "step, copies of the batch": N_LOGICAL}.items():
+            shape = ep_size, redundants, fan_out
+            steps = [step_time(rng, *shape) for _ in range(arguments.instances // 5)]
+            show(f"{ep_size} + {redundants}", name, steps)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(figures, file, indent=2)

@@ -28,10 +28,13 @@ class Results(NamedTuple):
 class RebalanceCall:
     """int32 `indices` of one source over a placement, all on one device.
 
+    With `fan_out`, over copies that are chosen first, of which a rank sends so many at most.
+
     Attributes:
-      arguments: problem, number of tokens, tiles, pointers of operands and of results: what
-        `launch_synced_rebalance` takes before the stream.
+      arguments: problem, number of tokens, tiles, pointers of operands and of results, and how
+        copies are chosen: what `launch_synced_rebalance` takes before the stream.
       results: what a launch writes to.
+      tables: phy2log, log2phy and logcnt of the copies that were chosen.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class RebalanceCall:
         placement: Placement,
         indices: np.ndarray,
         device: jax.Device | None = None,
+        fan_out: int = 0,
     ) -> None:
         n_tokens, n_physical = indices.size, placement.n_physical
         group_size, n_columns = r2o.shape
@@ -49,13 +53,20 @@ class RebalanceCall:
         shapes = [(n_tokens,), (n_tokens,), (n_physical,), (n_physical,), *groups, tiles]
         operands = indices, placement.phy2log, placement.log2phy, r2o
         self._operands = [jax.device_put(np.asarray(a, np.int32), device) for a in operands]
-        self.results = Results(
-            *(jax.device_put(np.full(shape, -7, np.int32), device) for shape in shapes)
-        )
-        max_copies = placement.log2phy.shape[1]
+
+        def filled(shape: tuple[int, ...]) -> jax.Array:
+            return jax.device_put(np.full(shape, -7, np.int32), device)
+
+        self.results = Results(*map(filled, shapes))
+        n_logical, max_copies = placement.log2phy.shape
+        width = 1 + min(placement.ep_size - 1, n_physical - n_logical, fan_out)
+        self.tables = [filled(s) for s in [(n_physical,), (n_logical, width), (n_logical,)]]
         sizes = [placement.ep_size, group_size, n_columns, placement.n_logical, n_physical]
-        read, written = [[pointer(a) for a in of] for of in (self._operands, self.results)]
-        self.arguments = ([*sizes, max_copies], n_tokens, tiles, read, written)
+        read, written, tables = (
+            [pointer(a) for a in of] for of in (self._operands, self.results, self.tables)
+        )
+        choice = fan_out, width, tables
+        self.arguments = ([*sizes, max_copies], n_tokens, tiles, read, written, *choice)
 
     def time(self, *, replays: int = 20) -> float:
         """Median µs of one launch, see `microseconds`; its results must reach the bound."""

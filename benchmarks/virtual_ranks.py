@@ -69,10 +69,15 @@ class VirtualRanks:
         return jax.block_until_ready(jax.device_put(array, self.devices[rank]))
 
     def call(
-        self, rank: int, r2o: np.ndarray, placement: Placement, indices: np.ndarray
+        self,
+        rank: int,
+        r2o: np.ndarray,
+        placement: Placement,
+        indices: np.ndarray,
+        fan_out: int = 0,
     ) -> RebalanceCall:
         """What `rebalance` takes as this rank."""
-        return RebalanceCall(r2o, placement, indices, self.devices[rank])
+        return RebalanceCall(r2o, placement, indices, self.devices[rank], fan_out)
 
     def sync(
         self,

@@ -1,32 +1,22 @@
 // rebalance with other ranks: the launches of balancer.cu, with the exchange of counts in them.
 #include "cuda/route/launch.cuh"
+#include "cuda/route/over_copies.h"
 
 namespace lplb::cuda {
-namespace {
-
-template <typename Kernel>
-cudaError_t Preload(Kernel kernel) {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
-}
-
-}  // namespace
 
 cudaError_t LaunchSyncedRebalance(const RouteArguments& arguments, cudaStream_t stream) {
+  if (arguments.copies.fan_out > 0) return LaunchSyncedRebalanceOverCopies(arguments, stream);
   return WithRouting(arguments.problem, [&](auto routing) {
     return LaunchRoute<decltype(routing), Quotas::kSynced>(arguments, stream);
   });
 }
 
 cudaError_t PreloadSyncedRebalance() {
-  cudaError_t error = Preload(TileCountKernel<Quotas::kSynced>);
+  cudaError_t error = PreloadSyncedRebalanceOverCopies();
   const auto preload = [&](const Problem& problem) {
     if (error != cudaSuccess) return;
-    error = WithRouting(problem, [](auto routing) {
-      using Routing = decltype(routing);
-      const cudaError_t failed = Preload(ClusterKernel<Routing, Quotas::kSynced>);
-      return failed != cudaSuccess ? failed : Preload(TileRouteKernel<Routing, Quotas::kSynced>);
-    });
+    error = WithRouting(
+        problem, [](auto routing) { return PreloadRoute<decltype(routing), Quotas::kSynced>(); });
   };
   // Every routing that WithRouting knows: up to five columns, and none.
   for (const int32_t ranks : {32, 64, 128, 512}) {

@@ -14,12 +14,6 @@ namespace {
 
 constexpr int32_t kMostThreads = 1024;
 
-// How the attempts are dealt out: every block makes n_attempts of them side by side.
-struct AttemptShape {
-  int32_t n_blocks;  // a cluster, where there is more than one
-  int32_t n_attempts;
-};
-
 // The blocks of one batch element. All have the same homes.
 struct Blocks {
   int32_t n;
@@ -64,9 +58,9 @@ struct Blocks {
   }
 };
 
-// An expert's tokens from all sources, negative ones as 0.
-__device__ __forceinline__ int64_t TokensOf(const Sources& sources, const int32_t* loads,
-                                            int32_t expert) {
+// An expert's tokens from all sources, negative ones as 0; 2³¹ where they are more.
+__device__ __forceinline__ uint32_t TokensOf(const Sources& sources, const int32_t* loads,
+                                             int32_t expert) {
   constexpr int kInFlight = 16;  // Rows that are waited for together.
   int64_t total = 0;
 #pragma unroll 1
@@ -80,87 +74,7 @@ __device__ __forceinline__ int64_t TokensOf(const Sources& sources, const int32_
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) total += max(load[i], 0);
   }
-  return total;
-}
-
-// Totals and tables, and which slots are homes; ends with a barrier. *sums must be 0, and a barrier
-// passed.
-__device__ __forceinline__ void LoadHomes(const Problem& p, const Sources& sources,
-                                          const SolveOperands& in, const CopiesMemory& memory) {
-  const int32_t lane = threadIdx.x & 31;
-  const int32_t n_threads = blockDim.x;
-  uint32_t high = 0;
-  uint32_t low = 0;
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += n_threads) memory.expert[i] = in.phy2log[i];
-#pragma unroll 1
-  for (int32_t e = threadIdx.x; e < p.n_logical; e += n_threads) {
-    memory.home[e] = in.log2phy[e * p.max_replicas];
-    // So that the sums of halves stay below 2³²: it is too much anyway.
-    const int64_t total = min(TokensOf(sources, in.loads, e), int64_t{kInt32Max} + 1);
-    high += static_cast<uint32_t>(total >> 16);
-    low += static_cast<uint32_t>(total & 0xffff);
-    memory.total[e] = static_cast<int32_t>(min(total, int64_t{kInt32Max}));
-  }
-  high = __reduce_add_sync(kFullWarp, high);
-  low = __reduce_add_sync(kFullWarp, low);
-  if (lane < 2) atomicAdd(&memory.sums[lane], static_cast<int32_t>(lane == 0 ? high : low));
-  __syncthreads();
-
-  const uint64_t sum = (static_cast<uint64_t>(static_cast<uint32_t>(memory.sums[0])) << 16) +
-                       static_cast<uint32_t>(memory.sums[1]);
-  // So many are too much for the solver, too: then there are no copies.
-  const bool too_many = sum > static_cast<uint64_t>(kInt32Max);
-#pragma unroll 1
-  for (int32_t rank = threadIdx.x / 32; rank < p.ep_size; rank += n_threads / 32) {
-    uint32_t load = 0;
-    int32_t n_free = 0;
-    int32_t most = -1;
-    int32_t hottest = 0;
-#pragma unroll 2
-    for (int32_t begin = 0; begin < p.slots_per_rank; begin += 32) {
-      const int32_t k = begin + lane;
-      const int32_t slot = rank * p.slots_per_rank + k;
-      const bool live = k < p.slots_per_rank;
-      const int32_t expert = live ? memory.expert[slot] : -1;
-      const bool known = expert >= 0 && expert < p.n_logical;
-      const bool is_home = known && memory.home[expert] == slot;
-      const int32_t tokens = is_home && !too_many ? memory.total[expert] : 0;
-      const uint32_t free = __ballot_sync(kFullWarp, live && !is_home);
-      if (live) {
-        const int32_t nth = n_free + __popc(free & ((1u << lane) - 1));
-        memory.expert[slot] = is_home ? expert : -1 - nth;
-        memory.tokens[slot] = tokens;
-        hottest = tokens > most ? k : hottest;
-        most = max(most, tokens);
-      }
-      load += tokens;
-      n_free += __popc(free);
-    }
-    load = __reduce_add_sync(kFullWarp, load);
-    const int32_t of_all = __reduce_max_sync(kFullWarp, most);
-    hottest = __reduce_min_sync(kFullWarp, most == of_all ? hottest : kInt32Max);
-    if (lane == 0) {
-      memory.load[rank] = static_cast<int32_t>(load);
-      memory.n_free[rank] = n_free;
-      memory.hottest[rank] = hottest;
-    }
-  }
-  __syncthreads();
-}
-
-// The mean and the largest load; every warp finds them.
-template <int kWords>
-__device__ __forceinline__ int2 MeanAndMost(const Problem& p, const CopiesMemory& memory) {
-  int32_t load[kWords];
-  int32_t most = 0;
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-    const int32_t rank = 32 * w + static_cast<int32_t>(threadIdx.x & 31);
-    load[w] = rank < p.ep_size ? memory.load[rank] : 0;
-    most = max(most, load[w]);
-  }
-  return {WarpCeilMean(load, SmallDivisor(p.ep_size)), __reduce_max_sync(kFullWarp, most)};
+  return static_cast<uint32_t>(min(total, int64_t{kInt32Max} + 1));
 }
 
 // Writes the tables as they are without copies, every block a part. Copies may be written behind a
@@ -198,12 +112,10 @@ __device__ __forceinline__ void WriteCopies(const Problem& p, const CopiesMemory
   int32_t* copies = memory.tokens;  // In every slot; −1 where there is none.
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_physical; i += n_threads) {
-    const int32_t nth = -1 - memory.expert[i];  // Of the rank's slots for copies.
+    const int32_t copy = memory.expert[i] < 0 ? ChosenIn(p, memory, i) : -1;
     const int32_t rank = p.by_slots.Quotient(i);
-    copies[i] = -1;
-    if (nth < 0 || nth >= memory.n_taken[rank]) continue;
-    const int32_t copy = memory.taken[rank * p.slots_per_rank + nth];
     copies[i] = copy;
+    if (copy < 0) continue;
     atomicOr(&hosts[copy * kWords + (rank >> 5)], 1u << (rank & 31));
     out.phy2log[i] = copy;
   }
@@ -226,7 +138,7 @@ template <int kWords>
 __global__ void __launch_bounds__(kMostThreads, 1)
     PlaceCopiesKernel(Problem p, Sources sources, SolveOperands first_in, int32_t fan_out,
                       int32_t width, AttemptShape shape, CopiesResults first_out) {
-  extern __shared__ uint32_t hosts[];  // [n_logical, kWords], then the rest
+  extern __shared__ __align__(16) uint32_t hosts[];  // [n_logical, kWords], then the rest
   const Blocks blocks(shape.n_blocks);
   blocks.Announce();
   const int64_t element = blockIdx.x / shape.n_blocks;
@@ -234,44 +146,43 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const CopiesResults out = {first_out.phy2log + element * p.n_physical,
                              first_out.log2phy + element * (p.n_logical * width),
                              first_out.logcnt + element * p.n_logical};
-  const int32_t warp = threadIdx.x / 32;
   const int32_t lane = threadIdx.x & 31;
-  int32_t* words = reinterpret_cast<int32_t*>(hosts + p.n_logical * kWords);
-  const CopiesMemory memory(p, min(warp, shape.n_attempts - 1), words);
-  if (threadIdx.x < 2) memory.sums[threadIdx.x] = 0;
+  int32_t* words = reinterpret_cast<int32_t*>(hosts) + CopiesMemory::RoundUp(p.n_logical * kWords);
+  const CopiesMemory memory(p, 0, words);
+  const PrefetchedGraph fetched = PrefetchGraph(p, blockDim.x, in.phy2log, in.log2phy);
+  const int32_t first = threadIdx.x;
+  const uint32_t of_first = first < p.n_logical ? TokensOf(sources, in.loads, first) : 0;
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_logical * kWords; i += blockDim.x) hosts[i] = 0;
+  FindHomes<Block>(p, in.phy2log, in.log2phy, fetched, memory);
   __syncthreads();
-  LoadHomes(p, sources, in, memory);
+  const auto total_of = [&](int32_t e) {
+    return e == first ? of_first : TokensOf(sources, in.loads, e);
+  };
+  LoadHomes<Block>(p, total_of, memory);
   WriteHomes(p, memory, blocks, width, out);
   blocks.AwaitOthers();
-  const int2 loads = MeanAndMost<kWords>(p, memory);
-  const int32_t mean = loads.x;
-  const int32_t most = loads.y;
-
-  // Attempt number i is made by warp i % n_attempts of block i / n_attempts % n_blocks.
-  const int32_t at_once = shape.n_blocks * shape.n_attempts;
-  if (warp < shape.n_attempts) {
-#pragma unroll 1
-    for (int32_t i = blocks.index * shape.n_attempts + warp; i < kNTargets; i += at_once) {
-      const int32_t n = Attempt<kWords>(p, memory, TargetOf(i, mean, most), fan_out);
-      if (lane < blocks.n) blocks.Of(lane, memory.copies)[i] = n;
-      __syncwarp();
-    }
-  }
+  const TargetRange targets = TargetsOf<kWords>(p, memory);
+  MakeAttempts<kWords>(p, words, shape, blocks.index, targets, fan_out,
+                       [&](int32_t nth, int32_t n_copies) {
+                         if (lane < blocks.n) blocks.Of(lane, memory.copies)[nth] = n_copies;
+                       });
   blocks.Sync();
-  const int32_t best = ChooseAttempt(memory.copies, mean, most);
-  if (blocks.index != best / shape.n_attempts % shape.n_blocks) return;
-  const int32_t winner = best % shape.n_attempts;
-  if (best + at_once < kNTargets) {  // Its warp has made another attempt since.
-    if (warp == winner) Attempt<kWords>(p, memory, TargetOf(best, mean, most), fan_out);
+  const int32_t best = ChooseAttempt(memory.copies[lane], targets);
+  if (blocks.index != shape.BlockOf(best)) return;
+  const CopiesMemory won(p, shape.WarpOf(best), words);
+  if (shape.IsOverwritten(best)) {
+    if (threadIdx.x / 32 == shape.WarpOf(best)) {
+      Attempt<kWords>(p, won, targets.Target(best), fan_out);
+    }
     __syncthreads();
   }
-  WriteCopies<kWords>(p, CopiesMemory(p, winner, words), width, hosts, out);
+  WriteCopies<kWords>(p, won, width, hosts, out);
 }
 
 int64_t Bytes(const Problem& p, int32_t n_attempts) {
-  const int64_t words = p.n_logical * GraphWords(p.ep_size) + CopiesMemory::Words(p, n_attempts);
+  const int64_t words = CopiesMemory::RoundUp(p.n_logical * GraphWords(p.ep_size)) +
+                        CopiesMemory::Words(p, n_attempts);
   return words * static_cast<int64_t>(sizeof(int32_t));
 }
 
@@ -299,7 +210,7 @@ cudaError_t LaunchPlaceCopies(const Problem& problem, const Sources& sources, in
   const AttemptShape shape = ChooseShape(problem, device);
   LaunchShape launch = {};
   launch.grid = dim3(static_cast<unsigned>(batch * shape.n_blocks));
-  // A warp for every rank, as LoadHomes has it.
+  // A warp for every rank, as FindHomes has it.
   launch.threads =
       std::max(std::clamp(32 * problem.ep_size, 256, kMostThreads), 32 * shape.n_attempts);
   launch.shared_bytes = Bytes(problem, shape.n_attempts);

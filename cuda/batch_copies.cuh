@@ -7,13 +7,13 @@
 
 #include <cstdint>
 
+#include "cuda/graph_waves.cuh"
 #include "cuda/problem.h"
-#include "cuda/warp.cuh"
-#include "cuda/waves.cuh"
 
 namespace lplb::cuda {
 
-// Shared memory of a block that makes n attempts side by side, in words of 32 bits.
+// Shared memory of a block that makes n attempts side by side, in words of 32 bits, from an address
+// on that is a multiple of 16 bytes.
 struct CopiesMemory {
   int32_t* total;    // [n_logical], tokens
   int32_t* home;     // [n_logical], slots, as log2phy has them
@@ -25,17 +25,24 @@ struct CopiesMemory {
   int32_t* copies;   // [kNTargets], of every attempt; −1 where it failed
   int32_t* sums;     // [2], of the upper and the lower halves of the totals
   // Of every attempt:
-  int32_t* left;     // [n_physical], tokens that are still at home
   int32_t* n_taken;  // [ep_size], copies on every rank
   uint16_t* taken;   // [ep_size, slots_per_rank], their experts, in the order of the slots
+  int32_t* left;     // [n_physical], tokens that are still at home
 
-  LPLB_HOST_DEVICE static int32_t AttemptWords(const Problem& p) {
-    return p.n_physical + p.ep_size + (p.n_physical + 1) / 2;
+  LPLB_HOST_DEVICE static int32_t RoundUp(int32_t words) { return (words + 3) / 4 * 4; }
+
+  // n_taken and taken, which travel together.
+  LPLB_HOST_DEVICE static int32_t TakenWords(const Problem& p) {
+    return RoundUp(p.ep_size + (p.n_physical + 1) / 2);
   }
-
+  LPLB_HOST_DEVICE static int32_t AttemptWords(const Problem& p) {
+    return TakenWords(p) + RoundUp(p.n_physical);
+  }
+  LPLB_HOST_DEVICE static int32_t SharedWords(const Problem& p) {
+    return RoundUp(2 * (p.n_logical + p.n_physical) + 3 * p.ep_size + kNTargets + 2);
+  }
   LPLB_HOST_DEVICE static int32_t Words(const Problem& p, int32_t n_attempts) {
-    return 2 * (p.n_logical + p.n_physical) + 3 * p.ep_size + kNTargets + 2 +
-           n_attempts * AttemptWords(p);
+    return SharedWords(p) + n_attempts * AttemptWords(p);
   }
 
   // With the memory of one of the attempts.
@@ -49,11 +56,115 @@ struct CopiesMemory {
     hottest = n_free + p.ep_size;
     copies = hottest + p.ep_size;
     sums = copies + kNTargets;
-    left = sums + 2 + attempt * AttemptWords(p);
-    n_taken = left + p.n_physical;
+    n_taken = memory + SharedWords(p) + attempt * AttemptWords(p);
     taken = reinterpret_cast<uint16_t*>(n_taken + p.ep_size);
+    left = n_taken + TakenWords(p);
   }
 };
+
+// How the attempts are dealt out over the blocks that share them.
+struct AttemptShape {
+  int32_t n_blocks;
+  int32_t n_attempts;  // that a block makes side by side
+
+  // Attempt number `nth` is made by this warp of this block, and, where there are fewer of them
+  // than attempts, overwritten by another afterwards.
+  LPLB_HOST_DEVICE int32_t WarpOf(int32_t nth) const { return nth % n_attempts; }
+  LPLB_HOST_DEVICE int32_t BlockOf(int32_t nth) const { return nth / n_attempts % n_blocks; }
+  LPLB_HOST_DEVICE bool IsOverwritten(int32_t nth) const {
+    return nth + n_blocks * n_attempts < kNTargets;
+  }
+};
+
+// Which slots are homes, and the others numbered: what needs no loads. A barrier must follow before
+// other warps read it.
+template <typename Threads>
+__device__ __forceinline__ void FindHomes(const Problem& p, const int32_t* phy2log,
+                                          const int32_t* log2phy, const PrefetchedGraph& fetched,
+                                          const CopiesMemory& memory) {
+  const int32_t thread = threadIdx.x;
+  const int32_t n_threads = Threads::Size();
+  const int32_t lane = thread & 31;
+#pragma unroll 1
+  for (int32_t i = thread; i < p.n_physical; i += n_threads) {
+    memory.expert[i] = i == thread               ? fetched.expert[0]
+                       : i == thread + n_threads ? fetched.expert[1]
+                                                 : phy2log[i];
+  }
+#pragma unroll 1
+  for (int32_t e = thread; e < p.n_logical; e += n_threads) {
+    memory.home[e] = e == thread ? fetched.home : log2phy[e * p.max_replicas];
+  }
+  if (thread < 2) memory.sums[thread] = 0;
+  Threads::Sync();
+#pragma unroll 1
+  for (int32_t rank = thread / 32; rank < p.ep_size; rank += n_threads / 32) {
+    int32_t n_free = 0;
+#pragma unroll 1
+    for (int32_t begin = 0; begin < p.slots_per_rank; begin += 32) {
+      const int32_t k = begin + lane;
+      const int32_t slot = rank * p.slots_per_rank + k;
+      const bool live = k < p.slots_per_rank;
+      const int32_t expert = live ? memory.expert[slot] : -1;
+      const bool known = expert >= 0 && expert < p.n_logical;
+      const bool is_home = known && memory.home[expert] == slot;
+      const uint32_t free = __ballot_sync(kFullWarp, live && !is_home);
+      const int32_t nth = n_free + __popc(free & ((1u << lane) - 1));
+      if (live && !is_home) memory.expert[slot] = -1 - nth;
+      n_free += __popc(free);
+    }
+    if (lane == 0) memory.n_free[rank] = n_free;
+  }
+}
+
+// The loads without copies; total_of(e) are an expert's tokens, 2³¹ where they are more. Where all
+// together are too many for the solver, they count as none, and there are no copies. Behind
+// FindHomes and a barrier; ends with one.
+template <typename Threads, typename TotalOf>
+__device__ __forceinline__ void LoadHomes(const Problem& p, const TotalOf& total_of,
+                                          const CopiesMemory& memory) {
+  const int32_t lane = threadIdx.x & 31;
+  uint32_t high = 0;  // These sums of halves stay below 2³².
+  uint32_t low = 0;
+#pragma unroll 1
+  for (int32_t e = threadIdx.x; e < p.n_logical; e += Threads::Size()) {
+    const uint32_t total = total_of(e);
+    high += total >> 16;
+    low += total & 0xffff;
+    memory.total[e] = static_cast<int32_t>(min(total, static_cast<uint32_t>(kInt32Max)));
+  }
+  high = __reduce_add_sync(kFullWarp, high);
+  low = __reduce_add_sync(kFullWarp, low);
+  if (lane < 2) atomicAdd(&memory.sums[lane], static_cast<int32_t>(lane == 0 ? high : low));
+  Threads::Sync();
+  const uint64_t sum = (static_cast<uint64_t>(static_cast<uint32_t>(memory.sums[0])) << 16) +
+                       static_cast<uint32_t>(memory.sums[1]);
+  const bool too_many = sum > static_cast<uint64_t>(kInt32Max);
+#pragma unroll 1
+  for (int32_t rank = threadIdx.x / 32; rank < p.ep_size; rank += Threads::Size() / 32) {
+    uint32_t load = 0;
+    int32_t most = -1;
+    int32_t hottest = 0;
+#pragma unroll 2
+    for (int32_t k = lane; k < p.slots_per_rank; k += 32) {
+      const int32_t slot = rank * p.slots_per_rank + k;
+      const int32_t expert = memory.expert[slot];
+      const int32_t tokens = expert >= 0 && !too_many ? memory.total[expert] : 0;
+      memory.tokens[slot] = tokens;
+      load += tokens;
+      hottest = tokens > most ? k : hottest;
+      most = max(most, tokens);
+    }
+    load = __reduce_add_sync(kFullWarp, load);
+    const int32_t of_all = __reduce_max_sync(kFullWarp, most);
+    hottest = __reduce_min_sync(kFullWarp, most == of_all ? hottest : kInt32Max);
+    if (lane == 0) {
+      memory.load[rank] = static_cast<int32_t>(load);
+      memory.hottest[rank] = hottest;
+    }
+  }
+  Threads::Sync();
+}
 
 // The first rank with `value`, which some rank has; lane l has those of ranks l, 32 + l, …
 template <int kWords>
@@ -168,22 +279,63 @@ __device__ inline int32_t Attempt(const Problem& p, const CopiesMemory& memory, 
   }
 }
 
-// The target of attempt `nth`, from 0 on.
-__device__ __forceinline__ int32_t TargetOf(int32_t nth, int32_t mean, int32_t most) {
-  return mean + CopyTargetPart(CopyTargetPart(most - mean, nth + 1), nth + 1);
+// What the targets are made of; every warp finds it.
+struct TargetRange {
+  int32_t mean;
+  int32_t most;
+
+  // The target of attempt `nth`, from 0 on.
+  __device__ __forceinline__ int32_t Target(int32_t nth) const {
+    return mean + CopyTargetPart(CopyTargetPart(most - mean, nth + 1), nth + 1);
+  }
+};
+
+template <int kWords>
+__device__ __forceinline__ TargetRange TargetsOf(const Problem& p, const CopiesMemory& memory) {
+  int32_t load[kWords];
+  ValuesOfRanks<kWords>(p, memory.load, 0, load);
+  int32_t most = 0;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) most = max(most, load[w]);
+  return {WarpCeilMean(load, SmallDivisor(p.ep_size)), __reduce_max_sync(kFullWarp, most)};
 }
 
-// Which attempt is taken; a warp finds it, from all attempts' numbers of copies.
-__device__ __forceinline__ int32_t ChooseAttempt(const int32_t* copies, int32_t mean,
-                                                 int32_t most) {
+// This block's attempts; report(nth, copies) is called by their warps. `words` is the memory.
+template <int kWords, typename Report>
+__device__ __forceinline__ void MakeAttempts(const Problem& p, int32_t* words,
+                                             const AttemptShape& shape, int32_t block,
+                                             const TargetRange& targets, int32_t fan_out,
+                                             const Report& report) {
+  const int32_t warp = threadIdx.x / 32;
+  if (warp >= shape.n_attempts) return;
+  const CopiesMemory memory(p, warp, words);
+#pragma unroll 1
+  for (int32_t i = block * shape.n_attempts + warp; i < kNTargets;
+       i += shape.n_blocks * shape.n_attempts) {
+    report(i, Attempt<kWords>(p, memory, targets.Target(i), fan_out));
+    __syncwarp();
+  }
+}
+
+// Which attempt is taken; a warp finds it, lane i from the copies of attempt i.
+__device__ __forceinline__ int32_t ChooseAttempt(int32_t n_copies, const TargetRange& targets) {
   static_assert(kNTargets == 32, "a lane has an attempt");
-  const int32_t lane = threadIdx.x & 31;
-  const int32_t n = copies[lane];
-  const int32_t target = TargetOf(lane, mean, most);
-  const int32_t least = __reduce_min_sync(kFullWarp, n >= 0 ? target : most);
-  const bool good_enough = n >= 0 && target - least <= mean >> kCopiesWorth;
-  const int32_t fewest = __reduce_min_sync(kFullWarp, good_enough ? n : kInt32Max);
-  return __ffs(__ballot_sync(kFullWarp, good_enough && n == fewest)) - 1;
+  const int32_t target = targets.Target(threadIdx.x & 31);
+  const bool succeeded = n_copies >= 0;
+  const int32_t least = __reduce_min_sync(kFullWarp, succeeded ? target : targets.most);
+  const bool good_enough = succeeded && target - least <= targets.mean >> kCopiesWorth;
+  const int32_t fewest = __reduce_min_sync(kFullWarp, good_enough ? n_copies : kInt32Max);
+  return __ffs(__ballot_sync(kFullWarp, good_enough && n_copies == fewest)) - 1;
+}
+
+// The expert in a slot, of a home or of the copies in `memory`; −1 where there is none.
+__device__ __forceinline__ int32_t ChosenIn(const Problem& p, const CopiesMemory& memory,
+                                            int32_t slot) {
+  const int32_t expert = memory.expert[slot];
+  if (expert >= 0) return expert;
+  const int32_t nth = -1 - expert;
+  const int32_t rank = p.by_slots.Quotient(slot);
+  return nth < memory.n_taken[rank] ? memory.taken[rank * p.slots_per_rank + nth] : -1;
 }
 
 }  // namespace lplb::cuda

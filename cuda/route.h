@@ -39,6 +39,13 @@ struct TokenBuffers {
   IndexType type;
 };
 
+// Copies chosen for the batch, if fan_out is not 0.
+struct BatchCopies {
+  int32_t fan_out;  // copies of its experts that a rank may send
+  int32_t width;    // places of an expert in out.log2phy
+  CopiesResults out;
+};
+
 struct RouteArguments {
   Problem problem;
   Sources sources;
@@ -46,6 +53,7 @@ struct RouteArguments {
   AssignOperands given;    // of assign; with peers, its rank
   SolveOperands solve_in;  // of rebalance; loads unused
   SolveResults solve_out;  // of rebalance
+  BatchCopies copies;      // of a rebalance without a topology
   Peers peers;             // of a rebalance with other ranks
   int32_t* workspace;      // [batch, n_tiles, workspace_words ≥ WorkspaceWords]
   int64_t batch;
@@ -67,10 +75,10 @@ enum class Quotas {
 // shape for the current device.
 cudaError_t LaunchAssign(const RouteArguments& arguments, cudaStream_t stream);
 
-// Counts, solves and assigns.
+// Counts, chooses copies if asked to, solves and assigns.
 cudaError_t LaunchRebalance(const RouteArguments& arguments, cudaStream_t stream);
 
-// Counts, shares the counts with arguments.peers, solves and assigns. A batch of one.
+// Counts, shares the counts with arguments.peers, and goes on likewise. A batch of one.
 cudaError_t LaunchSyncedRebalance(const RouteArguments& arguments, cudaStream_t stream);
 
 // Loads its kernels, see PreloadSync.

@@ -26,7 +26,7 @@ from lplb_jax.assignment import (
     returned,
     workspace_shape,
 )
-from lplb_jax.batch_copies import check_copies, copies_for
+from lplb_jax.batch_copies import check_copies, copies_for, with_copies
 from lplb_jax.comm import Comm, check_comm
 from lplb_jax.loads import all_gather_counts, count
 from lplb_jax.placement import Placement
@@ -130,9 +130,12 @@ def rebalance(
     at_once = comm.fuses if comm is not None else axis_name is None
     # Along a topology, the kernels that do it at once have no order of sources but home first.
     plain = not (problem.along_topology and problem.node_size)
-    if loads is None and method == "exact" and at_once and limit is None and plain:
-        assigned, split = _rebalance_at_once(indices, problem, axis_name, comm, positions)
-        return returned(given, assigned, positions), split
+    if loads is None and method == "exact" and at_once and plain:
+        assigned, split, chosen = _rebalance_at_once(
+            indices, problem, axis_name, comm, positions, limit
+        )
+        physical = returned(given, assigned, positions)
+        return (physical, split) if chosen is None else (physical, split, chosen)
 
     own = count(indices, problem.n_logical)
     sources = loads
@@ -156,9 +159,17 @@ def _with_invalid(status: jax.Array, own: jax.Array) -> jax.Array:
 
 
 def _rebalance_at_once(
-    indices: jax.Array, problem: Problem, axis_name: Any, comm: Comm | None, positions: bool
-) -> tuple[Assignment, Split]:
-    """All steps in one native call: of the tokens there are, or with those of comm's ranks."""
+    indices: jax.Array,
+    problem: Problem,
+    axis_name: Any,
+    comm: Comm | None,
+    positions: bool,
+    fan_out: int | None,
+) -> tuple[Assignment, Split, Placement | None]:
+    """All steps in one native call: of the tokens there are, or with those of comm's ranks.
+
+    With `fan_out`, copies are chosen first, and their placement comes last.
+    """
     placement = problem.placement
     operands = (indices.reshape(-1), placement.phy2log, placement.log2phy, problem.r2o)
     common = {
@@ -166,6 +177,7 @@ def _rebalance_at_once(
         "ep_size": problem.ep_size,
         "node_size": problem.node_size,
         "positions": int(positions),
+        "fan_out": fan_out or 0,
     }
     if comm is None:
         results = _native.call("lplb_rebalance", reference.rebalance, *operands, **common)
@@ -179,5 +191,6 @@ def _rebalance_at_once(
             comm=comm.identifier,
             **common,
         )
-    physical, position, counts, *split = results
-    return as_assignment(indices, physical, position, counts, positions=positions), Split(*split)
+    tokens, split, tables = results[:3], results[3:7], results[7:]
+    assigned = as_assignment(indices, *tokens, positions=positions)
+    return assigned, Split(*split), with_copies(placement, tables) if tables else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -76,6 +77,11 @@ def copies_for(loads: jax.Array, placement: Placement, fan_out: int) -> Placemen
         ep_size=placement.ep_size,
         fan_out=fan_out,
     )
+    return with_copies(placement, tables)
+
+
+def with_copies(placement: Placement, tables: Sequence[jax.Array]) -> Placement:
+    """The placement of these tables, phy2log, log2phy and logcnt, on the same ranks and nodes."""
     return Placement(*tables, placement.ep_size, None, placement.n_nodes)
 
 

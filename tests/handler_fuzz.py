@@ -83,7 +83,7 @@ def valid_call(rng: np.random.Generator, case: Case) -> Call:
     size = {"ep_size": case.ep_size}
     node_size = rng.choice([n for n in range(1, case.ep_size + 1) if case.ep_size % n == 0])
     nodes = {"node_size": int(node_size) if anywhere else 0}
-    types = [np.int32] * 8
+    types = [np.int32] * 11
     targets = ["count", "solve", "ipm", "place_copies", "assign", "rebalance"]
     target = str(rng.choice(targets))
     if target == "count":
@@ -110,8 +110,13 @@ def valid_call(rng: np.random.Generator, case: Case) -> Call:
         operands, shapes = [indices, loads, quota, *placed[:2], rank], [*slots, workspace]
         attributes = size | nodes | {"proportional": proportional, "positions": positions}
     else:
-        operands, shapes = [indices, *placed], [*slots, *split, workspace]
-        attributes = size | nodes | {"positions": positions}
+        operands, shapes = [indices, *placed], [*slots, *split]
+        fan_out = int(rng.integers(4)) if anywhere else 0
+        if fan_out:
+            width = 1 + min(case.ep_size - 1, n_physical - n_logical, fan_out)
+            shapes += [(n_physical,), (n_logical, width), (n_logical,)]
+        shapes.append(workspace)
+        attributes = size | nodes | {"positions": positions, "fan_out": fan_out}
     results = [
         jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, types, strict=False)
     ]

@@ -64,14 +64,17 @@ def placed_anywhere(rng, size, n_logical):
 
 def check_rebalance(mesh, comm, rng) -> None:
     """All results as without comm, for batches of one launch and of two, groups and dtypes; along
-    a topology and anywhere."""
+    a topology, anywhere, and over copies of the batch."""
     size = mesh.devices.size
-    shapes = [topologies.ring(size), None, topologies.complete(size)]
+    shapes = [topologies.ring(size), None, topologies.complete(size), "batch"]
     shapes += [topologies.ring(2)] if size > 2 else []
     shapes += [topologies.cube()] if size == 8 else []
     for i, n_tokens in enumerate(N_TOKENS):
         r2o = shapes[i % len(shapes)]
         n_logical = [32 * size, comm.max_experts // size * size][i % 2]
+        copies = "placement"
+        if isinstance(r2o, str):
+            r2o, copies = None, r2o
         if r2o is None:
             placement = placed_anywhere(rng, size, n_logical)
         else:
@@ -80,9 +83,9 @@ def check_rebalance(mesh, comm, rng) -> None:
         ids = rng.zipf(1.3, size * n_tokens) % (n_logical + 1)  # Some name no expert.
         ids = everywhere(mesh, ids.astype(dtype))
 
-        def step(ids, comm=None, r2o=r2o, placement=placement):
+        def step(ids, comm=None, r2o=r2o, placement=placement, copies=copies):
             options = {"placement": placement, "axis_name": "ep", "positions": True}
-            return rebalance(ids, None, r2o, comm=comm, **options)
+            return rebalance(ids, None, r2o, comm=comm, copies=copies, **options)
 
         assert_equal(per_rank(lambda ids: step(ids, comm), mesh)(ids), per_rank(step, mesh)(ids))
 

@@ -66,14 +66,14 @@ def test_large_chips_get_the_fastest_shapes(rng, sizes, quotas, name):
     for last, cluster, threads in shapes:
         for n_tokens in {first, last, *rng.integers(first, last, 5).tolist(), min(first + 1, last)}:
             rounds = max(-(-n_tokens // (cluster * threads)), 1) if cluster else 0
-            got = _native.cuda().route_shape(sizes, quotas, n_tokens, chip(*CHIPS[name]))
+            got = _native.cuda().route_shape(sizes, quotas, False, n_tokens, chip(*CHIPS[name]))
             assert tuple(got[:3]) == (cluster, threads, rounds), n_tokens
         first = last + 1
 
 
-def shape_or_refusal(sizes, quotas, n_tokens, device):
+def shape_or_refusal(sizes, quotas, n_tokens, device, chooses=False):
     try:
-        return _native.cuda().route_shape(sizes, quotas, n_tokens, device)
+        return _native.cuda().route_shape(sizes, quotas, chooses, n_tokens, device)
     except ValueError as refusal:
         return str(refusal)
 

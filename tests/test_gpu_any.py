@@ -167,6 +167,44 @@ def test_rebalance(rng, name, n_tokens):
         assert quota.sum() == counts.sum() == n_valid
 
 
+@pytest.mark.parametrize("n_tokens", [0, 1, 700, 1500, 8192, 30_000, 300_000])
+@pytest.mark.parametrize("name", ["one rank", "5 x 7", "8 x 40", "33 x 3", "64 x 6", "512 x 2"])
+def test_rebalance_over_copies_of_the_batch(rng, name, n_tokens):
+    """In one launch, by clusters of every size, and in two; of homes anywhere."""
+    sizes = SHAPES[name]
+    ids, (_, placements) = tokens(rng, sizes, 3, n_tokens), stacked_problems(rng, sizes, 3)
+    fan_out = int(rng.choice([1, 2, sizes.n_logical]))
+
+    def step(ids, placement):
+        options = {"positions": True, "copies": "batch", "fan_out": fan_out}
+        return rebalance(ids, None, placement=placement, **options)
+
+    assignment, split, chosen = same_on_both(jax.vmap(step), ids, placements)
+    counts = np.stack(
+        [
+            np.bincount(row[(row >= 0) & (row < sizes.n_logical)], minlength=sizes.n_logical)
+            for row in ids
+        ]
+    )
+    alone = jax.vmap(lambda loads, p: place_copies(loads, p, fan_out=fan_out))
+    assert_same(
+        jax.tree.leaves(chosen),
+        jax.tree.leaves(on("cpu", alone, counts.astype(np.int32), placements)),
+    )
+    np.testing.assert_array_equal(split.max_load, split.lower_bound)
+    np.testing.assert_array_equal(assignment.counts, split.quota)
+
+
+@pytest.mark.parametrize("n_tokens", [700, 30_000, 300_000])
+@pytest.mark.parametrize("name", ["3 x 4", "8 x 6", "64 x 6"])
+def test_rebalance_over_copies_of_tables_that_contradict_themselves(rng, name, n_tokens):
+    sizes = SHAPES[name]
+    ids, (_, placements) = tokens(rng, sizes, 6, n_tokens), stacked_problems(rng, sizes, 6)
+    spoilt = jax.tree.map(lambda array: spoiled(rng, array), placements)
+    step = jax.vmap(lambda ids, p: rebalance(ids, None, placement=p, copies="batch"))
+    same_on_both(step, ids, spoilt)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.uint16, np.uint8])
 @pytest.mark.parametrize("name", ["3 x 4", "8 x 6", "16 x 5", "64 x 6", "512 x 2"])
 def test_assign(rng, name, dtype):

@@ -80,11 +80,12 @@ def test_virtual_ranks(rng, virtual_ranks, n_gpus, size):
 
 @pytest.mark.parametrize("n_tokens", [1, 1000, 32_768, 200_000])
 @pytest.mark.parametrize(("n_gpus", "size"), [(1, 1), (1, 4), (2, 4), (2, 8)])
-@pytest.mark.parametrize("anywhere", [False, True], ids=["topology", "anywhere"])
-def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, n_tokens, anywhere):
+@pytest.mark.parametrize("where", ["topology", "anywhere", "copies of the batch"])
+def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, n_tokens, where):
     """As on as many CPUs that share their counts by lax.all_gather; in one launch and in two."""
     n_logical, n_calls = 16 * size, 5
     ranks = virtual_ranks(n_gpus, size, n_logical)
+    anywhere, fan_out = where != "topology", 3 if where == "copies of the batch" else 0
     if anywhere:
         r2o = np.zeros((size, 0), np.int32)
         placement = sync_checks.placed_anywhere(rng, size, n_logical)
@@ -95,7 +96,7 @@ def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, 
     ids = rng.zipf(1.3, (n_calls, size, n_tokens)) % (n_logical + 1)  # Some name no expert.
     ids = ids.astype(np.int32)
     calls = [
-        [ranks.call(rank, r2o, placement, ids[call, rank]) for call in range(n_calls)]
+        [ranks.call(rank, r2o, placement, ids[call, rank], fan_out) for call in range(n_calls)]
         for rank in range(size)
     ]
     launch_in_bursts(
@@ -106,13 +107,20 @@ def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, 
 
     def step(ids):
         options = {"placement": placement, "axis_name": "ep", "positions": True}
+        if fan_out:
+            options |= {"copies": "batch", "fan_out": fan_out}
         return rebalance(ids, None, None if anywhere else r2o, **options)
 
     on_cpus = per_rank(step, Mesh(cpu_devices[:size], "ep"))
     for call in range(n_calls):
         expected = jax.tree.leaves(on_cpus(ids[call].reshape(-1)))
         for rank in range(size):
-            for got, want in zip(calls[rank][call].results, expected, strict=False):
+            # The workspace is nobody's result.
+            results = [
+                *calls[rank][call].results[:-1],
+                *(calls[rank][call].tables if fan_out else []),
+            ]
+            for got, want in zip(results, expected, strict=True):
                 np.testing.assert_array_equal(got, want[rank])
 
 

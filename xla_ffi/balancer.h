@@ -2,6 +2,7 @@
 #ifndef LPLB_XLA_FFI_BALANCER_H_
 #define LPLB_XLA_FFI_BALANCER_H_
 
+#include "xla_ffi/batch_copies.h"
 #include "xla_ffi/checks.h"
 
 namespace lplb {
@@ -13,11 +14,13 @@ struct RebalanceCall {
   Tokens tokens;
   SolveOperands in;  // loads are null: they are counted
   SolveResults out;
+  ChosenCopies copies;
 
   explicit RebalanceCall(Frame& frame) {
     ProblemSizes sizes(frame);
     sizes.ReadNodes(frame);
     const bool positions = frame.Flag("positions");
+    copies.ReadFanOut(frame, 0);
     tokens.ReadIndices(frame);
     batch = frame.batch();
     in.loads = nullptr;
@@ -26,6 +29,10 @@ struct RebalanceCall {
     sources = {1, problem.n_logical + 1};
     tokens.ReadSlots(frame, positions, sizes);
     ReadSplit(frame, problem, sizes, ffi::DataType::S32, ffi::DataType::S32, out);
+    if (copies.fan_out > 0) {
+      if (problem.n_columns > 0) frame.Fail("fan_out: expected 0 along a topology");
+      copies.ReadTables(frame, problem, sizes);
+    }
     tokens.ReadWorkspace(frame);
   }
 };

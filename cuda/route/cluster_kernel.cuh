@@ -100,6 +100,9 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
   const int32_t block = cluster.block_rank();
   const int32_t row = RouteMemory::Row(p);
   if (threadIdx.x == 0) InitArrivals(memory.arrivals);
+  if constexpr (Routing::kChooses) {
+    if (threadIdx.x == 0) Routing::Begin(a, memory);
+  }
   ForgetInvalid<kQuotas>(p, memory);
   AnnounceStart();
   const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);

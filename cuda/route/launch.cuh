@@ -46,10 +46,24 @@ cudaError_t LaunchRoute(const RouteArguments& a, cudaStream_t stream) {
   Device device;
   const cudaError_t error = CurrentDevice(&device);
   if (error != cudaSuccess) return error;
-  const RouteShape shape = ChooseShape(a.problem, kQuotas, a.tokens.n_tokens, device);
+  const RouteShape shape =
+      ChooseShape(a.problem, kQuotas, Routing::kChooses, a.tokens.n_tokens, device);
   if (shape.threads == 0) return cudaErrorInvalidConfiguration;
   return shape.cluster > 0 ? LaunchCluster<Routing, kQuotas>(a, shape, stream)
                            : LaunchTiles<Routing, kQuotas>(a, shape, device, stream);
+}
+
+// Loads the kernels of LaunchRoute, see PreloadSync.
+template <typename Routing, Quotas kQuotas>
+cudaError_t PreloadRoute() {
+  const auto preload = [](auto* kernel) {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  };
+  cudaError_t error = preload(ClusterKernel<Routing, kQuotas>);
+  if (error == cudaSuccess) error = preload(TileCountKernel<kQuotas>);
+  if (error == cudaSuccess) error = preload(TileRouteKernel<Routing, kQuotas>);
+  return error;
 }
 
 }  // namespace lplb::cuda

@@ -14,6 +14,8 @@ template <int kWords, int kColumns>
 struct AlongTopology {
   using Fetched = Prefetched;
 
+  static constexpr bool kChooses = false;
+
   template <Quotas kQuotas, typename Threads>
   static __device__ __forceinline__ Fetched Prefetch(const RouteArguments& a,
                                                      const SolveOperands& in,
@@ -65,6 +67,9 @@ struct AlongTopology {
 template <int kWords>
 struct Anywhere {
   using Fetched = PrefetchedGraph;
+
+  static constexpr bool kChooses =
+      false;  // copies for the batch at hand, between counts and routes
 
   static __device__ __forceinline__ GraphMemory GraphOf(const RouteArguments& a,
                                                         const RouteMemory& memory) {

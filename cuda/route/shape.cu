@@ -52,10 +52,11 @@ int32_t MinThreads(const Problem& p) {
 
 // Where shared memory does not suffice for the fastest shape, blocks of fewer warps come first:
 // their tables take most of it.
-RouteShape ChooseShape(const Problem& problem, Quotas quotas, int64_t n_tokens,
+RouteShape ChooseShape(const Problem& problem, Quotas quotas, bool chooses, int64_t n_tokens,
                        const Device& device) {
   const auto fits = [&](RouteShape& shape) {
-    shape.shared_bytes = RouteMemory::Bytes(problem, shape.threads / 32, shape.cluster, quotas);
+    shape.shared_bytes =
+        RouteMemory::Bytes(problem, shape.threads / 32, shape.cluster, quotas, chooses);
     return shape.threads > 0 && shape.shared_bytes <= device.shared_bytes;
   };
   const int32_t min_threads = MinThreads(problem);
@@ -72,8 +73,8 @@ RouteShape ChooseShape(const Problem& problem, Quotas quotas, int64_t n_tokens,
   return {};
 }
 
-int32_t LeastSharedBytes(const Problem& problem, Quotas quotas) {
-  return RouteMemory::Bytes(problem, MinThreads(problem) / 32, 0, quotas);
+int32_t LeastSharedBytes(const Problem& problem, Quotas quotas, bool chooses) {
+  return RouteMemory::Bytes(problem, MinThreads(problem) / 32, 0, quotas, chooses);
 }
 
 }  // namespace lplb::cuda

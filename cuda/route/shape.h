@@ -14,13 +14,13 @@ struct RouteShape {
   int32_t shared_bytes;  // of a block
 };
 
-// The shape for n_tokens tokens of each batch element. The problem has at most kMaxExperts experts
-// and kMaxSlots slots.
-RouteShape ChooseShape(const Problem& problem, Quotas quotas, int64_t n_tokens,
+// The shape for n_tokens tokens of each batch element, whose copies are chosen first or not. The
+// problem has at most kMaxExperts experts and kMaxSlots slots.
+RouteShape ChooseShape(const Problem& problem, Quotas quotas, bool chooses, int64_t n_tokens,
                        const Device& device);
 
 // Shared memory of the smallest block that any shape has.
-int32_t LeastSharedBytes(const Problem& problem, Quotas quotas);
+int32_t LeastSharedBytes(const Problem& problem, Quotas quotas, bool chooses);
 
 }  // namespace lplb::cuda
 

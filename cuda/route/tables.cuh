@@ -2,6 +2,7 @@
 #ifndef LPLB_CUDA_ROUTE_TABLES_CUH_
 #define LPLB_CUDA_ROUTE_TABLES_CUH_
 
+#include "cuda/batch_copies.cuh"
 #include "cuda/cluster.cuh"
 #include "cuda/replica_graph.cuh"
 #include "cuda/route.h"
@@ -57,17 +58,30 @@ struct RouteMemory {
 
   // What solving takes; and any placement, which is a graph for assign, too, and knows how many
   // tokens every slot gets.
+  // How many attempts at copies for the batch a block of a cluster of n_blocks makes side by side;
+  // 0 for a block by itself. A warp of those that make the routes makes each.
+  LPLB_HOST_DEVICE static int32_t Attempts(int32_t n_blocks) {
+    constexpr int32_t kMost = kPlanThreads / 32;
+    const int32_t share = n_blocks > 0 ? kNTargets / n_blocks : kNTargets;
+    return share < kMost ? share : kMost;
+  }
+
+  // What choosing copies for the batch takes, see route/batch_copies.cuh.
+  LPLB_HOST_DEVICE static int32_t ChoiceWords(const Problem& p, int32_t n_blocks) {
+    return 3 + 4 * kNTargets + 4 + CopiesMemory::Words(p, Attempts(n_blocks));
+  }
+
   LPLB_HOST_DEVICE static int32_t SolverWords(const Problem& p, Quotas quotas) {
     if (p.node_size > 0) return GraphMemory::Words(p) + p.n_physical;
     return quotas != Quotas::kGiven ? GroupMemory::Words(p, p.n_groups) : 0;
   }
 
   LPLB_HOST_DEVICE static int32_t Bytes(const Problem& p, int32_t n_warps, int32_t n_blocks,
-                                        Quotas quotas) {
+                                        Quotas quotas, bool chooses) {
     const int32_t row = Row(p);
     const int32_t words = 2 * n_warps * (p.n_logical + kPad) + 2 * p.n_logical + 2 * row +
                           p.n_physical + (n_blocks > 0 ? row + n_blocks * row / 2 + 2 : 0) +
-                          SolverWords(p, quotas) +
+                          SolverWords(p, quotas) + (chooses ? ChoiceWords(p, n_blocks) : 0) +
                           (quotas == Quotas::kSynced ? row + p.n_logical : 0);
     return 4 * words;
   }

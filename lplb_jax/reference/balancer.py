@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Int32, Integer
 
 from lplb_jax.reference.assignment import assign
+from lplb_jax.reference.batch_copies import place_copies
 from lplb_jax.reference.loads import count, sync
 from lplb_jax.reference.solver import solve
 
@@ -22,12 +23,16 @@ def rebalance(
     ep_size: int,
     node_size: int,
     positions: int,
+    fan_out: int,
 ) -> tuple[Int32[Array, "..."], ...]:
-    """The results of `assign`, then those of `solve`, for tokens that are all there are."""
+    """The results of `assign`, then those of `solve`, for tokens that are all there are.
+
+    Unless `fan_out` is 0, copies are chosen first; their tables, of `place_copies`, come last.
+    """
     counts = count(indices, n_logical=log2phy.shape[0])[None]
     rank = jnp.int32(0)
     sizes = {"ep_size": ep_size, "node_size": node_size, "positions": positions}
-    return _solve_and_assign(indices, counts, phy2log, log2phy, r2o, rank, sizes)
+    return _balance(indices, counts, phy2log, log2phy, r2o, rank, sizes, fan_out)
 
 
 def synced_rebalance(
@@ -42,15 +47,21 @@ def synced_rebalance(
     ep_size: int,
     node_size: int,
     positions: int,
+    fan_out: int,
 ) -> tuple[Int32[Array, "..."], ...]:
     """The same inside shard_map, where the other ranks of `axis_name` have tokens too."""
     own = count(indices, n_logical=log2phy.shape[0])
     counts = sync(own, rank, axis_name=axis_name, comm=comm)
     sizes = {"ep_size": ep_size, "node_size": node_size, "positions": positions}
-    return _solve_and_assign(indices, counts, phy2log, log2phy, r2o, rank, sizes)
+    return _balance(indices, counts, phy2log, log2phy, r2o, rank, sizes, fan_out)
 
 
-def _solve_and_assign(indices, counts, phy2log, log2phy, r2o, rank, sizes):
+def _balance(indices, counts, phy2log, log2phy, r2o, rank, sizes, fan_out):
+    tables = ()
+    if fan_out > 0:
+        of_homes = phy2log, log2phy
+        tables = place_copies(counts, *of_homes, ep_size=sizes["ep_size"], fan_out=fan_out)
+        phy2log, log2phy, _ = tables
     split = solve(counts, phy2log, log2phy, r2o, ep_size=sizes["ep_size"])
     tokens = assign(indices, counts, split[0], phy2log, log2phy, rank, proportional=0, **sizes)
-    return *tokens, *split
+    return *tokens, *split, *tables

@@ -52,10 +52,12 @@ void LaunchPlaceCopies(std::array<int32_t, 6> problem, std::array<int32_t, 2> so
 }
 
 // in: indices (int32), phy2log, log2phy, r2o; out: physical, position, slot counts, quota,
-// max_load, lower_bound, status, workspace [n_tiles, words].
+// max_load, lower_bound, status, workspace [n_tiles, words]; copies: phy2log, log2phy [n_logical,
+// width], logcnt of those that are chosen, none if fan_out is 0.
 cuda::RouteArguments ArgumentsOf(std::array<int32_t, 6> problem, int64_t batch, int64_t n_tokens,
                                  std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
-                                 std::array<Pointer, 8> out) {
+                                 std::array<Pointer, 8> out, int32_t fan_out, int32_t width,
+                                 std::array<Pointer, 3> copies) {
   cuda::RouteArguments arguments = {};
   arguments.problem = ProblemOf(problem);
   arguments.sources = {1, arguments.problem.n_logical + 1};
@@ -63,6 +65,7 @@ cuda::RouteArguments ArgumentsOf(std::array<int32_t, 6> problem, int64_t batch, 
                       cuda::IndexType::kInt32};
   arguments.solve_in = {nullptr, As(in[1]), As(in[2]), As(in[3])};
   arguments.solve_out = {As(out[3]), As(out[4]), As(out[5]), As(out[6])};
+  arguments.copies = {fan_out, width, {As(copies[0]), As(copies[1]), As(copies[2])}};
   arguments.workspace = As(out[7]);
   arguments.batch = batch;
   arguments.n_tiles = static_cast<int32_t>(tiles[0]);
@@ -72,9 +75,11 @@ cuda::RouteArguments ArgumentsOf(std::array<int32_t, 6> problem, int64_t batch, 
 
 void LaunchRebalance(std::array<int32_t, 6> problem, int64_t batch, int64_t n_tokens,
                      std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
-                     std::array<Pointer, 8> out, Pointer stream) {
-  ThrowIf(Lent().rebalance(ArgumentsOf(problem, batch, n_tokens, tiles, in, out),
-                           As<CUstream_st>(stream)));
+                     std::array<Pointer, 8> out, int32_t fan_out, int32_t width,
+                     std::array<Pointer, 3> copies, Pointer stream) {
+  const auto arguments =
+      ArgumentsOf(problem, batch, n_tokens, tiles, in, out, fan_out, width, copies);
+  ThrowIf(Lent().rebalance(arguments, As<CUstream_st>(stream)));
 }
 
 CommRank RankOf(int64_t comm, int32_t device) {
@@ -87,8 +92,10 @@ CommRank RankOf(int64_t comm, int32_t device) {
 void LaunchSyncedRebalance(int64_t comm, int32_t device, Pointer rank,
                            std::array<int32_t, 6> problem, int64_t n_tokens,
                            std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
-                           std::array<Pointer, 8> out, Pointer stream) {
-  cuda::RouteArguments arguments = ArgumentsOf(problem, 1, n_tokens, tiles, in, out);
+                           std::array<Pointer, 8> out, int32_t fan_out, int32_t width,
+                           std::array<Pointer, 3> copies, Pointer stream) {
+  cuda::RouteArguments arguments =
+      ArgumentsOf(problem, 1, n_tokens, tiles, in, out, fan_out, width, copies);
   arguments.given.rank = As(rank);
   arguments.peers = RankOf(comm, device).peers;
   ThrowIf(Lent().synced_rebalance(arguments, As<CUstream_st>(stream)));

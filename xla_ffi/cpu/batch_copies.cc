@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "xla_ffi/cpu/handler.h"
+#include "xla_ffi/cpu/steps.h"
 
 namespace lplb {
 namespace {
@@ -174,14 +175,8 @@ void WriteTables(const Problem& p, const SolveOperands& in, int32_t width,
 ffi::Error RunPlaceCopies(const CopiesCall& call) {
   const Problem& p = call.problem;
   for (int64_t b = 0; b < call.batch; ++b) {
-    const SolveOperands in = BatchElement(p, call.sources, call.in, b);
-    const CopiesResults out = {call.out.phy2log + b * p.n_physical,
-                               call.out.log2phy + b * (p.n_logical * call.width),
-                               call.out.logcnt + b * p.n_logical};
-    const Homes homes(p, Totals(p, call.sources, in.loads), in);
-    const std::vector<int32_t> chosen = Choose(homes, call.fan_out);
-    std::copy(chosen.begin(), chosen.end(), out.phy2log);
-    WriteTables(p, in, call.width, out);
+    PlaceCopies(p, call.sources, BatchElement(p, call.sources, call.in, b), call.copies.fan_out,
+                call.copies.width, call.copies.Of(p, b));
   }
   return ffi::Error::Success();
 }
@@ -189,4 +184,13 @@ ffi::Error RunPlaceCopies(const CopiesCall& call) {
 const Register place_copies({"lplb_place_copies", CpuHandler<CopiesCall, RunPlaceCopies>});
 
 }  // namespace
+
+void PlaceCopies(const Problem& problem, const Sources& sources, const SolveOperands& in,
+                 int32_t fan_out, int32_t width, const CopiesResults& out) {
+  const Homes homes(problem, Totals(problem, sources, in.loads), in);
+  const std::vector<int32_t> chosen = Choose(homes, fan_out);
+  std::copy(chosen.begin(), chosen.end(), out.phy2log);
+  WriteTables(problem, in, width, out);
+}
+
 }  // namespace lplb

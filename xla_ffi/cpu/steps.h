@@ -19,6 +19,10 @@ void Count(const Index* indices, int64_t n_tokens, int32_t n_logical, int32_t* c
 void Solve(const Problem& problem, const Sources& sources, const SolveOperands& in,
            const SolveResults& out);
 
+// Chooses copies for these loads; `width` are an expert's places in out.log2phy.
+void PlaceCopies(const Problem& problem, const Sources& sources, const SolveOperands& in,
+                 int32_t fan_out, int32_t width, const CopiesResults& out);
+
 // An error unless every column of r2o is a permutation of the group's ranks: the solvers index with
 // it and its inverse.
 inline ffi::Error CheckTopology(const Problem& p, int64_t batch, const int32_t* r2o) {

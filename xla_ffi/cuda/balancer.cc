@@ -13,6 +13,7 @@ cuda::RouteArguments ArgumentsOf(const RebalanceCall& call) {
   cuda::RouteArguments arguments = RouteArgumentsOf(call);
   arguments.solve_in = call.in;
   arguments.solve_out = call.out;
+  arguments.copies = {call.copies.fan_out, call.copies.width, call.copies.out};
   return arguments;
 }
 

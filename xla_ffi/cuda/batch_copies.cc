@@ -11,9 +11,10 @@ namespace {
 ffi::Error RunPlaceCopies(const CopiesCall& call, const OnDevice& on) {
   LPLB_RETURN_IF_ERROR(CheckElements(call));
   LPLB_RETURN_IF_ERROR(CheckCopiesFit(call.problem));
-  return FromCuda(cuda::LaunchPlaceCopies(call.problem, call.sources, call.batch, call.in,
-                                          call.fan_out, call.width, call.out, on.stream),
-                  "place_copies");
+  return FromCuda(
+      cuda::LaunchPlaceCopies(call.problem, call.sources, call.batch, call.in, call.copies.fan_out,
+                              call.copies.width, call.copies.out, on.stream),
+      "place_copies");
 }
 
 const Register place_copies({"lplb_place_copies", CudaHandler<CopiesCall, RunPlaceCopies>});

@@ -83,13 +83,14 @@ Refusal RefuseSolve(const Problem& p, const cuda::Device& device) {
                      "use fewer columns or experts, a larger GPU, or the CPU");
 }
 
-Refusal RefuseRoute(const Problem& p, cuda::Quotas quotas, const cuda::Device& device) {
+Refusal RefuseRoute(const Problem& p, cuda::Quotas quotas, bool chooses,
+                    const cuda::Device& device) {
   if (p.node_size > 0) {
     if (const Refusal refusal = TooManyRanks(p); !refusal.empty()) return refusal;
   }
   if (const Refusal refusal = TooManySlots(p); !refusal.empty()) return refusal;
   return NeedsMemory("the tables of " + SizesOf(p) + " on " + Number(p.ep_size) + " ranks",
-                     cuda::LeastSharedBytes(p, quotas), device,
+                     cuda::LeastSharedBytes(p, quotas, chooses), device,
                      "use fewer experts or redundant slots, a larger GPU, or the CPU");
 }
 
@@ -167,8 +168,9 @@ ffi::Error CheckRouteFits(const cuda::RouteArguments& arguments, cuda::Quotas qu
     return Invalid("workspace: expected [n_tiles, at least " + Number(words) + "], got [" +
                    Number(arguments.n_tiles) + ", " + Number(arguments.workspace_words) + "]");
   }
-  return Check(
-      [&](const cuda::Device& device) { return RefuseRoute(arguments.problem, quotas, device); });
+  return Check([&](const cuda::Device& device) {
+    return RefuseRoute(arguments.problem, quotas, arguments.copies.fan_out > 0, device);
+  });
 }
 
 ffi::Error CheckCopiesFit(const Problem& problem) {
@@ -206,11 +208,13 @@ void DefineLimits(nb::module_& m) {
       },
       nb::arg().none());
   // Blocks of a cluster (0: tiles), threads, rounds, bytes; a ValueError where nothing fits.
-  m.def("route_shape", [](Sizes sizes, const std::string& quotas, int64_t n_tokens,
+  // `chooses`: copies for the batch come first.
+  m.def("route_shape", [](Sizes sizes, const std::string& quotas, bool chooses, int64_t n_tokens,
                           const cuda::Device& device) {
-    const Problem problem = ProblemOf(sizes);
-    ThrowIf(RefuseRoute(problem, QuotasOf(quotas), device));
-    const auto shape = cuda::ChooseShape(problem, QuotasOf(quotas), n_tokens, device);
+    Problem problem = ProblemOf(sizes);
+    if (chooses) problem.node_size = problem.ep_size;
+    ThrowIf(RefuseRoute(problem, QuotasOf(quotas), chooses, device));
+    const auto shape = cuda::ChooseShape(problem, QuotasOf(quotas), chooses, n_tokens, device);
     return std::array<int32_t, 4>{shape.cluster, shape.threads, shape.rounds, shape.shared_bytes};
   });
   // Bytes; likewise.
