@@ -108,6 +108,22 @@ struct SolveOperands {
   const int32_t* r2o;      // [group_size, n_columns]
 };
 
+// What a solve counts besides tokens one by one.
+struct Costs {
+  int32_t tile = 1;                    // rows: a slot costs ⌈quota / tile⌉ tiles
+  const int32_t* base_load = nullptr;  // [ep_size], tiles that ranks have anyway; null: none
+  int32_t* max_tokens = nullptr;       // [n_groups], what the largest loads are in tokens; or null
+
+  LPLB_HOST_DEVICE int32_t TilesOf(int32_t tokens) const {
+    return tokens / tile + (tokens % tile > 0);
+  }
+  // Of the tiles that so many tokens fill.
+  LPLB_HOST_DEVICE int32_t EmptyPlaces(int32_t tokens) const {
+    const int32_t last = tokens % tile;
+    return last > 0 ? tile - last : 0;
+  }
+};
+
 struct SolveResults {
   int32_t* quota;        // [n_physical]
   int32_t* max_load;     // [n_groups]
@@ -149,6 +165,10 @@ LPLB_HOST_DEVICE SolveOperands BatchElement(const Problem& p, const Sources& sou
 LPLB_HOST_DEVICE SolveResults BatchElement(const Problem& p, const SolveResults& first, int64_t b) {
   return {first.quota + b * p.n_physical, first.max_load + b * p.n_groups,
           first.lower_bound + b * p.n_groups, first.status + b * p.n_groups};
+}
+
+LPLB_HOST_DEVICE Costs BatchElement(const Problem& p, const Costs& first, int64_t b) {
+  return {first.tile, first.base_load + b * p.ep_size, first.max_tokens + b * p.n_groups};
 }
 
 LPLB_HOST_DEVICE AssignOperands BatchElement(const Problem& p, const Sources& sources,

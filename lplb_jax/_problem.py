@@ -24,6 +24,11 @@ from lplb_jax.topologies import Topology
 _INDEX_DTYPES = ("int32", "int64", "uint8", "uint16")
 SOLVERS = ("auto", "exact", "ipm")
 FACTORS = ("elimination", "cusolverdx")
+MOST_ROWS = 1 << 20  # of a tile
+# What tile="auto" is, where slots have fewer than so many of those tiles in the mean. See
+# docs/solvers.md for what they were chosen by.
+AUTO_TILE = 128
+AUTO_MOST_TILES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +171,7 @@ def choose_solver(solver: str, loads: jax.Array | None, rank_weights: Any) -> st
     return solver
 
 
-def check_factor(factor: str, method: str, problem: Problem) -> bool:
+def check_factor(factor: str, method: str, problem: Problem, costs: Costs) -> bool:
     """Whether the interior point shall use cuSolverDx; raises where it cannot."""
     if factor not in FACTORS:
         raise ValueError(f"factor: expected one of {', '.join(FACTORS)}, got {factor!r}")
@@ -181,6 +186,8 @@ def check_factor(factor: str, method: str, problem: Problem) -> bool:
         raise ValueError(
             f"factor: expected 'elimination' for a placement without a topology, got {factor!r}"
         )
+    if costs.asked:
+        raise ValueError(f"factor: expected 'elimination' with base_load, got {factor!r}")
     extension = _native.cuda()
     if extension is None or not extension.has_cusolverdx():
         raise ValueError(
@@ -188,6 +195,60 @@ def check_factor(factor: str, method: str, problem: Problem) -> bool:
             f"cuSolverDx; rebuild it with: LPLB_MATHDX=on LPLB_CUDA=pypi pip install ."
         )
     return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What is balanced besides tokens one by one: tiles of so many rows, and what ranks have to do
+    anyway, in tokens or, with `tile`, in tiles."""
+
+    tile: int | None = None
+    base_load: jax.Array | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.tile is not None or self.base_load is not None
+
+
+NO_COSTS = Costs()
+
+
+def check_costs(
+    tile: Any, base_load: Any, ep_size: int, method: str, most_tiles: float | None = None
+) -> Costs:
+    """The checked costs; `most_tiles`: of `AUTO_TILE` rows, in a slot, where tile may be "auto"."""
+    if tile == "auto":
+        if most_tiles is None:
+            raise ValueError(
+                "tile: expected a number of rows or None here, where loads do not tell the number "
+                "of tokens before the program runs, got 'auto'"
+            )
+        tile = AUTO_TILE if most_tiles < AUTO_MOST_TILES and method == "exact" else None
+    if tile is not None:
+        integer = isinstance(tile, int | np.integer) and not isinstance(tile, bool)
+        if not integer or not 1 <= tile <= MOST_ROWS:
+            raise ValueError(
+                f"tile: expected a static integer from 1 to {MOST_ROWS:,}, or None, got {tile!r}"
+            )
+        if method != "exact":
+            raise ValueError(
+                f"tile: expected None where the interior point solves, got {tile}; use "
+                f"solver='exact', and int32 loads without rank_weights"
+            )
+        tile = int(tile)
+    if base_load is not None:
+        dtype = getattr(base_load, "dtype", None)
+        if dtype != np.int32:
+            raise TypeError(
+                f"base_load: expected an int32 array, got {dtype or type(base_load).__name__}; "
+                f"convert with jnp.asarray(base_load, jnp.int32)"
+            )
+        if base_load.shape != (ep_size,):
+            raise ValueError(
+                f"base_load: expected shape [ep_size] = [{ep_size}], got {list(base_load.shape)}"
+            )
+        base_load = _native.whole(base_load)
+    return Costs(tile, base_load)
 
 
 def check_weights(rank_weights: Any, group_size: int) -> jax.Array | np.ndarray | None:

@@ -10,8 +10,10 @@ from jax import lax
 
 from lplb_jax import _native, reference
 from lplb_jax._problem import (
+    AUTO_TILE,
     Problem,
     anywhere,
+    check_costs,
     check_indices,
     check_loads,
     check_problem,
@@ -48,6 +50,8 @@ def rebalance(
     copies: str = "placement",
     fan_out: int | None = None,
     n_nodes: int | None = None,
+    tile: int | str | None = None,
+    base_load: Any = None,
 ) -> Any:
     """Routes tokens to replicas so that the busiest rank of every group gets the fewest possible.
 
@@ -84,6 +88,11 @@ def rebalance(
       n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each. A source's tokens then stay on
         their own rank, then on their own node, as far as the quotas allow, see `assign`. None: the
         placement's where it has no topology; along one, home ranks come first.
+      tile: rows of a tile of the experts' grouped matrix products, static, see `solve`; None counts
+        tokens. "auto": 128 where a slot has fewer than four such tiles in the mean over all tokens
+        of `indices` (of all ranks of `axis_name`), which is known before the program runs, else
+        None; `split.max_tokens` is None if tokens counted.
+      base_load: int32 `[ep_size]`, what every rank has to do anyway, see `solve`.
 
     Returns:
       `(physical_indices, split)`: int32 of `indices`' shape, slots 0 … n_physical − 1 or −1, and
@@ -127,9 +136,13 @@ def rebalance(
             raise ValueError("comm: expected None where loads are given: there is nothing to share")
         check_comm(comm, axis_name, problem.n_logical)
 
+    n_tokens = indices.size * (1 if axis_name is None else problem.ep_size)
+    most_tiles = n_tokens / problem.placement.n_physical / AUTO_TILE
+    costs = check_costs(tile, base_load, problem.ep_size, method, most_tiles)
+
     at_once = comm.fuses if comm is not None else axis_name is None
-    # Along a topology, the kernels that do it at once have no order of sources but home first.
-    plain = not (problem.along_topology and problem.node_size)
+    # Kernels that do it at once count tokens, and along a topology home ranks come first.
+    plain = not (problem.along_topology and problem.node_size) and not costs.asked
     if loads is None and method == "exact" and at_once and plain:
         assigned, split, chosen = _rebalance_at_once(
             indices, problem, axis_name, comm, positions, limit
@@ -143,7 +156,7 @@ def rebalance(
         sources = own if axis_name is None else all_gather_counts(own, axis_name, comm)
     if limit is not None:
         problem = anywhere(copies_for(sources, problem.placement, limit), n_nodes)
-    split = solve_checked(sources, problem, method, weights)
+    split = solve_checked(sources, problem, method, weights, costs=costs)
     if loads is None:
         loads = None if axis_name is None else sources
     else:

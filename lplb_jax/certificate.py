@@ -23,6 +23,8 @@ def verify(
     placement: Placement | None = None,
     indices: Any = None,
     physical_indices: Any = None,
+    tile: int | None = None,
+    base_load: Any = None,
 ) -> list[str]:
     """Says what is wrong with a `Split` of whole tokens and, if given, with where they were sent.
 
@@ -39,6 +41,9 @@ def verify(
       indices: integers of any shape, the logical ids of all source ranks, where their routing is to
         be verified too. Ids that name no expert get slot −1.
       physical_indices: the slots that they were given, of the same shape.
+      tile: as given to `solve`. Then `max_load` and `lower_bound` are verified in tiles, and
+        `max_tokens` to be what it says, but not to be the least with these tiles.
+      base_load: integers `[ep_size]`, as given to `solve`.
 
     Returns:
       One sentence per fault; an empty list if the quotas are legal, the busiest rank of each group
@@ -65,6 +70,9 @@ def verify(
     placement, group_size, tokens = _operands(loads, indices, r2o, placement)
     n_groups = placement.ep_size // group_size
     quota, *found = _of_split(split, placement.n_physical, n_groups)
+    if (tile is None) != (split.max_tokens is None):
+        raise ValueError(f"tile: expected what solve was given, got {tile!r}")
+    base, tile = _base_load(base_load, placement.ep_size), tile or 1
     phy2log = jax.device_get(placement.phy2log)
 
     faults = list(_illegal(quota, phy2log, tokens))
@@ -73,10 +81,21 @@ def verify(
     for group in range(n_groups):
         members = range(group * group_size, (group + 1) * group_size)
         mine = [expert for expert, ranks in enumerate(hosts) if ranks[0] in members]
-        best = fewest_possible([tokens[e] for e in mine], [hosts[e] for e in mine], members)
-        busiest = max(sum(quota[rank == member].tolist()) for member in members)
-        said = (int(field[group]) for field in found)
+        # What a rank has anyway is an expert more, which is nowhere else.
+        best = fewest_possible(
+            [-(-tokens[e] // tile) for e in mine] + [base[member] for member in members],
+            [hosts[e] for e in mine] + [[member] for member in members],
+            members,
+        )
+        of_ranks = [quota[rank == member] for member in members]
+        tiles = (-(-mine // tile) for mine in of_ranks)
+        busiest = max(sum(n.tolist()) + base[m] for n, m in zip(tiles, members, strict=True))
+        said = (int(field[group]) for field in found[:3])
         faults += [f"group {group}: {fault}" for fault in _not_optimal(busiest, *best, *said)]
+        most = max(sum(n.tolist()) + tile * base[m] for n, m in zip(of_ranks, members, strict=True))
+        if len(found) > 3 and found[3][group] != most:
+            said_most = f"max_tokens is {found[3][group]:,}"
+            faults.append(f"group {group}: {said_most}, the quotas of a rank sum to {most:,}")
     if indices is not None:
         faults += _misrouted(indices, physical_indices, quota, phy2log, len(tokens))
     return faults
@@ -191,11 +210,25 @@ def _operands(
     return problem.placement, len(problem.r2o), per_expert.tolist()
 
 
+def _base_load(base_load: Any, ep_size: int) -> list[int]:
+    """What every rank has anyway."""
+    if base_load is None:
+        return [0] * ep_size
+    base = _integers("base_load", base_load)
+    if base.shape != (ep_size,):
+        raise ValueError(
+            f"base_load: expected shape [ep_size] = [{ep_size}], got {list(base.shape)}"
+        )
+    return base.clip(0).tolist()
+
+
 def _of_split(split: Split, n_physical: int, n_groups: int) -> Iterator[np.ndarray]:
     """The fields of a split of whole tokens, in their order."""
     if not isinstance(split, Split):
         raise TypeError(f"split: expected a Split, got {type(split).__name__}")
     for name, field in split._asdict().items():
+        if field is None:
+            continue
         array, size = _integers(f"split.{name}", field), n_physical if name == "quota" else n_groups
         if array.shape != (size,):
             raise ValueError(f"split.{name}: expected shape [{size}], got {list(array.shape)}")

@@ -9,7 +9,10 @@ import numpy as np
 
 from lplb_jax import _native, reference
 from lplb_jax._problem import (
+    NO_COSTS,
+    Costs,
     Problem,
+    check_costs,
     check_factor,
     check_loads,
     check_problem,
@@ -25,20 +28,25 @@ class Split(NamedTuple):
     Attributes:
       quota: int32 `[n_physical]`, tokens that every physical slot serves, over all source ranks.
         The quotas of an expert's slots sum to its load. float32 where the loads are.
-      max_load: int32 `[n_groups]`, tokens on the busiest rank of every group. float32 where the
-        loads are or the ranks are weighted: the largest load / weight, of weights with mean 1.
+      max_load: int32 `[n_groups]`, tokens on the busiest rank of every group, or, with `tile`, its
+        tiles; what it has anyway (`base_load`) included. float32 where the loads are or the ranks
+        are weighted: the largest load / weight, of weights with mean 1.
       lower_bound: `[n_groups]`, what no split can go below, of max_load's type. In tokens:
         ⌈(tokens that cannot leave S) / |S|⌉ of the set S of ranks for which it is largest; with
         weights, the least load / weight at which S may have that many. The exact solver always
         reaches it, and so does the interior point's repair (with weights to float32's rounding).
       status: int32 `[n_groups]`, bits of `lplb_jax.Status`; 0 means clean input and `max_load` at
         most 1e-4 of itself above `lower_bound`.
+      max_tokens: int32 `[n_groups]`, only with `tile`, else None: tokens on the rank of every group
+        that has most, the least possible with every slot's number of tiles. A tile of `base_load`
+        counts as `tile` tokens.
     """
 
     quota: jax.Array
     max_load: jax.Array
     lower_bound: jax.Array
     status: jax.Array
+    max_tokens: jax.Array | None = None
 
 
 def solve(
@@ -50,6 +58,8 @@ def solve(
     rank_weights: Any = None,
     repair: bool = True,
     factor: str = "elimination",
+    tile: int | None = None,
+    base_load: Any = None,
 ) -> Split:
     """Splits every expert's tokens over its slots so that the busiest rank of each group has least.
 
@@ -75,6 +85,13 @@ def solve(
         "cusolverdx", NVIDIA's Cholesky, on GPUs of compute capability 9.0 and where the library was
         built with it. The latter is slower and does not always converge (see docs/solvers.md);
         status tells.
+      tile: rows of a tile of the grouped matrix products, static, 1 to 2²⁰: a slot then costs
+        ⌈quota / tile⌉ tiles, and the busiest rank gets the fewest tiles possible. Of a slot's last
+        tile, as much stays empty as leaves the busiest rank the fewest tokens. None: tokens count.
+        For the exact solver.
+      base_load: int32 `[ep_size]`, equal on all ranks: what every rank has to do anyway (shared
+        experts, a part of attention), in tokens or, with `tile`, in tiles. The solver balances on
+        top of it; negative ones count as 0 and set a status bit. None: nothing.
 
     Returns:
       A `Split`. The exact solver's is equal bit for bit on every backend.
@@ -90,13 +107,17 @@ def solve(
     [5, 1, 0, 1, 1, 4]
     >>> split.max_load.tolist(), split.lower_bound.tolist()
     ([6], [6])
+    >>> split = solve(jnp.array([9, 1, 1, 1], jnp.int32), topologies.ring(2), tile=4)
+    >>> split.quota.tolist(), split.max_load.tolist(), split.max_tokens.tolist()
+    ([5, 1, 0, 1, 1, 4], [3], [6])
     """
     loads = check_loads(loads, floats=True)
     method = choose_solver(solver, loads, rank_weights)
     problem = check_problem(loads, r2o, placement, axis_name=None)
     weights = check_weights(rank_weights, len(problem.r2o))
-    cusolverdx = check_factor(factor, method, problem)
-    return solve_checked(loads, problem, method, weights, repair, cusolverdx)
+    costs = check_costs(tile, base_load, problem.ep_size, method)
+    cusolverdx = check_factor(factor, method, problem, costs)
+    return solve_checked(loads, problem, method, weights, repair, cusolverdx, costs)
 
 
 def solve_checked(
@@ -106,13 +127,31 @@ def solve_checked(
     weights: jax.Array | None = None,
     repair: bool = True,
     cusolverdx: bool = False,
+    costs: Costs = NO_COSTS,
 ) -> Split:
     """`solve` of checked arguments; rows may carry a last place for ids that name no expert."""
     placement = problem.placement
     rows = loads.reshape(-1, loads.shape[-1])
     operands = (rows, placement.phy2log, placement.log2phy, problem.r2o)
-    if method == "exact":
+    base = np.zeros(problem.ep_size, np.int32) if costs.base_load is None else costs.base_load
+    if method == "exact" and costs.asked:
+        sizes = {"ep_size": problem.ep_size, "tile": costs.tile or 1}
+        target = "lplb_solve_costs"
+        split = _native.call(target, reference.solve_costs, *operands, base, **sizes)
+        split = split[: 4 if costs.tile is None else 5]
+    elif method == "exact":
         split = _native.call("lplb_solve", reference.solve, *operands, ep_size=problem.ep_size)
+    elif costs.asked:
+        split = _native.call(
+            "lplb_ipm_costs",
+            reference.ipm_costs,
+            *operands,
+            np.ones(len(problem.r2o), np.float32) if weights is None else weights,
+            base,
+            ep_size=problem.ep_size,
+            weighted=int(weights is not None),
+            repair=int(repair),
+        )
     else:
         split = _native.call(
             "lplb_ipm",

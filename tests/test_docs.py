@@ -113,7 +113,7 @@ def test_signatures_are_the_contract():
         "rebalance": (
             "(indices, loads, r2o=None, *, placement=None, axis_name=None, comm=None, "
             "solver='auto', rank_weights=None, positions=False, copies='placement', fan_out=None, "
-            "n_nodes=None)"
+            "n_nodes=None, tile=None, base_load=None)"
         ),
         "advise": (
             "(workload, *, ep_size, n_nodes=1, redundants=None, topology=None, n_logical=None, "
@@ -131,7 +131,7 @@ def test_signatures_are_the_contract():
         "init_comm": "(mesh, axis='ep', *, max_experts, transport='auto', timeout_s=30.0)",
         "solve": (
             "(loads, r2o=None, *, placement=None, solver='auto', rank_weights=None, repair=True, "
-            "factor='elimination')"
+            "factor='elimination', tile=None, base_load=None)"
         ),
         "place_experts": (
             "(history, r2o=None, *, n_logical, ep_size, redundants_per_rank=None, "
@@ -142,7 +142,8 @@ def test_signatures_are_the_contract():
             "n_nodes=None)"
         ),
         "verify": (
-            "(loads, split, r2o=None, *, placement=None, indices=None, physical_indices=None)"
+            "(loads, split, r2o=None, *, placement=None, indices=None, physical_indices=None, "
+            "tile=None, base_load=None)"
         ),
         "topologies.validate": "(r2o)",
         "topologies.named": "(n_ranks)",

@@ -25,6 +25,33 @@ struct SolveCall {
   }
 };
 
+// Likewise where slots cost tiles, and ranks have some anyway.
+constexpr int64_t kMostRows = 1 << 20;  // of a tile
+
+struct SolveCostsCall {
+  int64_t batch;
+  Problem problem;
+  Sources sources;
+  SolveOperands in;
+  Costs costs;
+  SolveResults out;
+
+  explicit SolveCostsCall(Frame& frame) {
+    ProblemSizes sizes(frame);
+    costs.tile = static_cast<int32_t>(frame.Attribute("tile", 1, kMostRows));
+    SourceSizes source_sizes;
+    frame.Operand("loads", {&source_sizes.n_sources, &source_sizes.row}, &in.loads);
+    batch = frame.batch();
+    ReadPlacement(frame, sizes, in);
+    frame.Operand("base_load", {&sizes.ep_size}, &costs.base_load);
+    problem = ProblemOf(frame, sizes);
+    sources = SourcesOf(frame, source_sizes, problem);
+    ReadSplit(frame, problem, sizes, ffi::DataType::S32, ffi::DataType::S32, out);
+    Size n_groups = {"n_groups", problem.n_groups};
+    frame.Result("max_tokens", {&n_groups}, &costs.max_tokens);
+  }
+};
+
 }  // namespace lplb
 
 #endif  // LPLB_XLA_FFI_SOLVER_H_

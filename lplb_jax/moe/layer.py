@@ -47,7 +47,7 @@ class Traffic(NamedTuple):
       overflow: int32 scalar, rows of all ranks that found no room and were left out; 0 is well.
       status: int32 `[n_groups]`, bits of `lplb_jax.Status`; 0 is well.
       lower_bound: int32 `[n_groups]`, what no routing over these replicas could bring the busiest
-        rank of a group below; 0 where `balance` is not "lplb".
+        rank of a group below, in tiles if those count; 0 where `balance` is not "lplb".
       phy2log: int32 `[n_physical]`, the expert of every slot, −1 where it is empty: as in the
         placement, or with copies="batch" as chosen. Slots filled beyond n_logical are copies, whose
         weights travel.
@@ -127,6 +127,8 @@ def moe_layer(
     comm: Comm | None = None,
     in_place: bool = False,
     n_nodes: int | None = None,
+    tile: int | str | None = None,
+    base_load: Any = None,
 ) -> tuple[jax.Array, Traffic] | tuple[jax.Array, Traffic, Any]:
     """A mixture-of-experts layer over the ranks of `axis_name`. Call it inside `jax.shard_map`.
 
@@ -178,6 +180,9 @@ def moe_layer(
         what comes out of here, before other results. It is typed as one that varies over all axes
         that `tokens` does; where experts do not, fetch them by `replicate_weights`.
       n_nodes: nodes of the ranks, within which tokens stay if they can, see `rebalance`.
+      tile: rows of a tile of `gemm`'s products, see `rebalance`: "mosaic" computes 192 rows at a
+        time. None counts tokens.
+      base_load: int32 `[ep_size]`, what every rank has to do anyway, see `rebalance`.
 
     Returns:
       `(out, traffic)`: `[tokens, hidden]`, the weighted sums of what the experts gave; and what
@@ -260,6 +265,8 @@ def moe_layer(
             copies=copies,
             fan_out=fan_out,
             n_nodes=n_nodes,
+            tile=tile,
+            base_load=base_load,
         )
         (placement,) = chosen or (placement,)
         status, lower_bound = split.status, split.lower_bound

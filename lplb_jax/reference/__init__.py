@@ -20,9 +20,11 @@ __all__ = [
     "assign",
     "count",
     "ipm",
+    "ipm_costs",
     "place_copies",
     "rebalance",
     "solve",
+    "solve_costs",
     "sync",
     "synced_rebalance",
 ]
@@ -46,7 +48,9 @@ def _with_default_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
 count = _with_default_promotion(loads.count)
 sync = _with_default_promotion(loads.sync)
 solve = _with_default_promotion(solver.solve)
+solve_costs = _with_default_promotion(solver.solve_costs)
 ipm = _with_default_promotion(interior_point.ipm)
+ipm_costs = _with_default_promotion(interior_point.ipm_costs)
 place_copies = _with_default_promotion(batch_copies.place_copies)
 assign = _with_default_promotion(assignment.assign)
 rebalance = _with_default_promotion(balancer.rebalance)

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Int32, Shaped
 
-from lplb_jax.reference.sums import INT32_MAX, ceil_mean, exact_sum
-from lplb_jax.reference.waves import balance, distances, push_levels
+from lplb_jax.reference.base_load import BaseLoad
+from lplb_jax.reference.sums import INT32_MAX, ceil_divide, ceil_mean, exact_sum
+from lplb_jax.reference.waves import balance, distances, hand_out, push_levels
 
 # A push is divided among so many ranks at most: more take longer than the phases they save.
 MAX_SPREAD = 4
@@ -86,26 +87,43 @@ def misplaced(
 def solve_any(
     total: Int32[Array, " n_logical"],
     too_large: Bool[Array, " n_logical"],
+    base: BaseLoad,
     cells: Cells,
+    tile: int,
 ) -> tuple[
     Int32[Array, " n_physical"],
     Int32[Array, ""],
     Int32[Array, ""],
+    Int32[Array, ""],
     Bool[Array, ""],
 ]:
-    """Quotas, largest load, lower bound and overflow; `too_large`: the total passed 2³¹ − 1."""
-    overflow = may_overflow(total, too_large, cells)
-    tokens, load, target = waves(jnp.where(overflow, 0, total), cells)
+    """Quotas, largest load, lower bound, largest load in tokens and overflow.
+
+    `too_large`: the total passed 2³¹ − 1.
+    """
+    overflow = may_overflow(total, too_large, base, cells)
+    loads = jnp.where(overflow, 0, total)
+    none = base.none_if(overflow)
+    tiles, load, target = waves(ceil_divide(loads, tile), none.tiles, cells)
     max_load = jnp.where(overflow, INT32_MAX, load.max())
-    return quotas(tokens, total, overflow, cells), max_load, target, overflow
+    tokens, max_tokens = tiles, max_load
+    if tile > 1:
+        tokens, load = fill(loads, tiles, none.tokens, cells, tile)
+        max_tokens = jnp.where(overflow, INT32_MAX, load.max())
+    return quotas(tokens, total, overflow, cells), max_load, target, max_tokens, overflow
 
 
 def may_overflow(
-    total: Int32[Array, " n_logical"], too_large: Bool[Array, " n_logical"], cells: Cells
+    total: Int32[Array, " n_logical"],
+    too_large: Bool[Array, " n_logical"],
+    base: BaseLoad,
+    cells: Cells,
 ) -> Bool[Array, ""]:
     """Whether some rank could get more than 2³¹ − 1, which no rank of any plan gets otherwise."""
-    _, rank_too_large = exact_sum(jnp.where(cells.hosts, total[:, None], 0), axis=0)
-    return (too_large & cells.hosts.any(axis=1)).any() | rank_too_large.any()
+    hosted = jnp.where(cells.hosts, total[:, None], 0)
+    _, rank_too_large = exact_sum(jnp.concatenate([hosted, base.tokens[None]]), axis=0)
+    found = (too_large & cells.hosts.any(axis=1)).any() | rank_too_large.any()
+    return found | base.too_large.any()
 
 
 def quotas(
@@ -121,11 +139,38 @@ def quotas(
 
 
 def waves(
-    total: Int32[Array, " n_logical"], cells: Cells
+    total: Int32[Array, " n_logical"], base: Int32[Array, " ep_size"], cells: Cells
 ) -> tuple[Int32[Array, "n_logical ep_size"], Int32[Array, " ep_size"], Int32[Array, ""]]:
     """Tokens of every cell, rank loads, and the target, which is the lower bound."""
-    load, tokens, target = balance(*even_start(total, cells), **moves(cells))
+    tokens = even_shares(total, cells.hosts)
+    load = base + tokens.sum(axis=0, dtype=jnp.int32)
+    start = first_target(load, tokens, base, cells)
+    load, tokens, target = balance(load, tokens, start, **moves(cells))
     return tokens, load, target
+
+
+def fill(
+    total: Int32[Array, " n_logical"],
+    tiles: Int32[Array, "n_logical ep_size"],
+    base: Int32[Array, " ep_size"],
+    cells: Cells,
+    tile: int,
+) -> tuple[Int32[Array, "n_logical ep_size"], Int32[Array, " ep_size"]]:
+    """Tokens of every cell and rank loads, the largest of which is the least with so many tiles.
+
+    An expert's tiles have less than one tile of empty places, so that none of them gets empty
+    wherever those are: they move between its cells like tokens.
+    """
+    held = cells._replace(slot=jnp.where(tiles > 0, cells.slot, cells.expert.size))
+
+    def tokens_beside(room):
+        return jnp.where(tiles > 0, (tiles - 1) * tile + (tile - room), 0)
+
+    room = even_shares((-total) % tile, held.hosts)
+    load = base + tokens_beside(room).sum(axis=0, dtype=jnp.int32)
+    mean = ceil_mean(load, jnp.ones(load.shape, bool))
+    load, room, _ = hand_out(load, room, mean, **moves(held))
+    return tokens_beside(room), load
 
 
 def moves(cells: Cells) -> dict[str, Any]:
@@ -133,25 +178,25 @@ def moves(cells: Cells) -> dict[str, Any]:
     return {"levels": partial(levels, cells), "push": partial(push, cells)}
 
 
-def even_start(
-    total: Int32[Array, " n_logical"], cells: Cells
-) -> tuple[Int32[Array, " ep_size"], Int32[Array, "n_logical ep_size"], Int32[Array, ""]]:
-    """Loads divided evenly among the hosts, the first ones get one more; the first target."""
-    hosts = cells.hosts
+def even_shares(
+    total: Int32[Array, " n_logical"], hosts: Bool[Array, "n_logical ep_size"]
+) -> Int32[Array, "n_logical ep_size"]:
+    """Loads divided evenly among the hosts, the first ones get one more."""
     n_hosts = hosts.sum(axis=1, dtype=jnp.int32)[:, None]
     each, more = jnp.divmod(total[:, None], jnp.maximum(n_hosts, 1))
     nth = jnp.cumsum(hosts, axis=1, dtype=jnp.int32) - 1
-    tokens = jnp.where(hosts, each + (nth < more).astype(jnp.int32), 0)
-    load = tokens.sum(axis=0, dtype=jnp.int32)
-    return load, tokens, first_target(load, tokens, cells)
+    return jnp.where(hosts, each + (nth < more).astype(jnp.int32), 0)
 
 
 def first_target(
-    load: Int32[Array, " ep_size"], tokens: Int32[Array, "n_logical ep_size"], cells: Cells
+    load: Int32[Array, " ep_size"],
+    tokens: Int32[Array, "n_logical ep_size"],
+    base: Int32[Array, " ep_size"],
+    cells: Cells,
 ) -> Int32[Array, ""]:
     """The bounds of the set of all ranks and of the sets of one rank, from any legal plan."""
     alone = cells.hosts.sum(axis=1, dtype=jnp.int32) == 1
-    stays = jnp.where(alone[:, None], tokens, 0).sum(axis=0, dtype=jnp.int32)
+    stays = base + jnp.where(alone[:, None], tokens, 0).sum(axis=0, dtype=jnp.int32)
     return jnp.maximum(ceil_mean(load, jnp.ones(load.shape, bool)), stays.max())
 
 

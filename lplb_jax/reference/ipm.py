@@ -23,9 +23,10 @@ from jax import Array, lax
 from jaxtyping import Bool, Float32, Int32
 
 from lplb_jax.reference import graph, solver
+from lplb_jax.reference.base_load import base_load_of
 from lplb_jax.reference.interior_point import Fractional, iterate
 from lplb_jax.reference.networks import EdgeNetwork, HostNetwork, net_inflow
-from lplb_jax.reference.solver import arrived, quotas, status_of
+from lplb_jax.reference.solver import arrived, inverse, quotas, status_of
 from lplb_jax.reference.sums import INT32_MAX, exact_sum
 from lplb_jax.reference.waves import balance
 from lplb_jax.status import Status
@@ -55,6 +56,24 @@ def ipm(
     int32 and `weighted` is 0, else float32 and divided by the weights. `repair`: whether waves
     finish what is rounded. `cusolverdx` changes nothing here: another way to compute the factor.
     """
+    nothing = jnp.zeros(ep_size, jnp.int32)
+    options = {"ep_size": ep_size, "weighted": weighted, "repair": repair}
+    return ipm_costs(loads, phy2log, log2phy, r2o, weights, nothing, **options)
+
+
+def ipm_costs(
+    loads: Int32[Array, "n_sources row"] | Float32[Array, "n_sources row"],
+    phy2log: Int32[Array, " n_physical"],
+    log2phy: Int32[Array, "n_logical max_replicas"],
+    r2o: Int32[Array, "group_size n_columns"],
+    weights: Float32[Array, " group_size"],
+    base_load: Int32[Array, " ep_size"],
+    *,
+    ep_size: int,
+    weighted: int,
+    repair: int,
+) -> tuple[Array, Array, Array, Int32[Array, " n_groups"]]:
+    """The same where every rank has `base_load` besides."""
     n_logical = log2phy.shape[0]
     counts = loads[:, :n_logical]
     negative = ~(counts >= 0)  # NaN, too.
@@ -63,31 +82,36 @@ def ipm(
     weights, taken = normalised(weights)
     if not weighted:
         weights, taken = jnp.ones_like(weights), taken | True
+    base = base_load_of(base_load, tile=1)
     if jnp.issubdtype(loads.dtype, jnp.integer):
         total = exact_sum(counts, axis=0)
         options = {"weights": weights, "finish": partial(finish, weights, weighted, repair)}
-        along, anywhere = tokens_along_topology, tokens_anywhere
+        along, anywhere, of_ranks = tokens_along_topology, tokens_anywhere, base
     else:
         total = (jnp.minimum(counts.sum(axis=0), np.finfo(np.float32).max),)  # Overflows below.
         options = {"weights": weights}
         along, anywhere = reals_along_topology, reals_anywhere
+        of_ranks = base.tokens.astype(jnp.float32)
 
     if r2o.shape[1] == 0:
         cells = graph.cells_of(phy2log, log2phy, ep_size)
-        quota, *values = anywhere(*total, cells, **options)
+        quota, *values = anywhere(*total, of_ranks, cells, **options)
         max_load, bound, overflow = (value[None] for value in values)
         # Loads of experts without a slot reach no rank, and only make the placement a wrong one.
-        negative = (negative & cells.hosts.any(axis=1)).any()
+        negative = (negative & cells.hosts.any(axis=1)).any() | base.negative.any()
         wrong = graph.misplaced(phy2log, log2phy, cells)
     else:
         slots = phy2log.reshape(ep_size // len(r2o), len(r2o), -1)
         n_local = n_logical // ep_size
         experts = jnp.clip(slots[:, :, :n_local], 0, n_logical - 1)
         n_redundant = slots.shape[2] - n_local
+        groups = slots.shape[:2]
+        of_ranks = jax.tree.map(lambda of_rank: of_rank.reshape(groups), of_ranks)
         quota, max_load, bound, overflow = jax.vmap(
             lambda *own: along(*own, r2o, n_redundant, **options)
-        )(*(of_expert[experts] for of_expert in total))
+        )(*(of_expert[experts] for of_expert in total), of_ranks)
         negative = negative[experts].any(axis=(1, 2))
+        negative |= base.negative.reshape(groups).any(axis=1)
         wrong = solver.misplaced(slots, log2phy, r2o)
     gap = (max_load - bound).astype(jnp.float32)
     converged = overflow | (gap <= CONVERGED_GAP * max_load.astype(jnp.float32))
@@ -113,13 +137,11 @@ def normalised(
     return weights / weights.mean(), taken
 
 
-def tokens_along_topology(own, too_large, r2o, n_redundant, *, weights, finish):
+def tokens_along_topology(own, too_large, base_load, r2o, n_redundant, *, weights, finish):
     """Integer quotas, largest load, lower bound and overflow of one group."""
     dst = inverse(r2o)
-    base, base_too_large = exact_sum(own, axis=1)
-    replicated = own[:, :n_redundant].reshape(len(own), -1, r2o.shape[1])
-    cap = jnp.where(dst == jnp.arange(len(own))[:, None], 0, exact_sum(replicated, axis=1)[0])
-    entering = arrived(cap, r2o)
+    base, base_too_large = exact_sum(jnp.concatenate([own, base_load.tokens[:, None]], 1), axis=1)
+    cap, entering = solver.column_loads(own, r2o, dst, n_redundant)
     _, most_too_large = exact_sum(jnp.concatenate([base[:, None], entering], axis=1), axis=1)
     overflow = too_large.any() | base_too_large.any() | most_too_large.any()
     base, cap = jnp.where(overflow, 0, base), jnp.where(overflow, 0, cap)
@@ -139,19 +161,20 @@ def tokens_along_topology(own, too_large, r2o, n_redundant, *, weights, finish):
     return quotas(own, moved, r2o, n_redundant), max_load, bound, overflow
 
 
-def tokens_anywhere(total, too_large, cells, *, weights, finish):
+def tokens_anywhere(total, too_large, base_load, cells, *, weights, finish):
     """Integer quotas, largest load, lower bound and overflow of any placement."""
     hosts = cells.hosts
-    overflow = graph.may_overflow(total, too_large, cells)
+    overflow = graph.may_overflow(total, too_large, base_load, cells)
     loads = jnp.where(overflow | ~hosts.any(axis=1), 0, total)
-    shares, cut = between_hosts(loads.astype(jnp.float32), hosts, weights)
+    base = base_load.none_if(overflow).tokens
+    shares, cut = between_hosts(loads.astype(jnp.float32), base.astype(jnp.float32), hosts, weights)
     tokens = whole_tokens(shares, loads, hosts)
-    load = tokens.sum(axis=0, dtype=jnp.int32)
-    kept = jnp.where(confined(hosts, cut), loads, 0)
+    load = base + tokens.sum(axis=0, dtype=jnp.int32)
+    kept = jnp.concatenate([jnp.where(confined(hosts, cut), loads, 0), jnp.where(cut, base, 0)])
     tokens, max_load, bound = finish(
         load,
         tokens,
-        graph.first_target(load, tokens, cells),
+        graph.first_target(load, tokens, base, cells),
         cut,
         limbs(kept),
         graph.moves(cells),
@@ -263,36 +286,39 @@ def positive(high: Int32[Array, ""], low: Int32[Array, ""]) -> Bool[Array, ""]:
     return (high > 0) | ((high == 0) & ((low & 0xFFFF) > 0))
 
 
-def reals_along_topology(own, r2o, n_redundant, *, weights):
+def reals_along_topology(own, base_load, r2o, n_redundant, *, weights):
     """Real quotas, largest load / weight, lower bound and overflow of one group."""
     dst = inverse(r2o)
     replicated = own[:, :n_redundant].reshape(len(own), -1, r2o.shape[1])
     cap = jnp.where(dst == jnp.arange(len(own))[:, None], 0, replicated.sum(axis=1))
-    base = own.sum(axis=1)
+    base = own.sum(axis=1) + base_load
     overflow = too_much(base + arrived(cap, r2o).sum(axis=1), weights)
     base, cap = jnp.where(overflow, 0, base), jnp.where(overflow, 0, cap)
 
     best = interior_point(base, cap, weights, r2o, dst)
     quota = quotas(own, best.plan[0], r2o, n_redundant)
-    max_load = jnp.where(overflow, jnp.inf, (quota.sum(axis=1) / weights).max())
+    load = quota.sum(axis=1) + base_load
+    max_load = jnp.where(overflow, jnp.inf, (load / weights).max())
     local = jnp.arange(n_redundant)
     leaves = jnp.zeros(own.shape, bool)
     leaves = leaves.at[:, :n_redundant].set(~best.cut[dst][:, local % dst.shape[1]])
-    kept = jnp.where(best.cut[:, None] & ~leaves & ~overflow, own, 0)
+    kept = jnp.concatenate([jnp.where(leaves, 0, own), base_load[:, None]], axis=1)
+    kept = jnp.where(best.cut[:, None] & ~overflow, kept, 0)
     bound = proven_by_units(kept, best.cut, weights)
     return quota, max_load, jnp.minimum(bound, max_load), overflow
 
 
-def reals_anywhere(total, cells, *, weights):
+def reals_anywhere(total, base_load, cells, *, weights):
     """Real quotas, largest load / weight, lower bound and overflow of any placement."""
     hosts = cells.hosts
-    overflow = too_much(jnp.where(hosts, total[:, None], 0).sum(axis=0), weights)
+    overflow = too_much(base_load + jnp.where(hosts, total[:, None], 0).sum(axis=0), weights)
     loads = jnp.where(overflow | ~hosts.any(axis=1), 0, total)
-    shares, cut = between_hosts(loads, hosts, weights)
+    base = jnp.where(overflow, 0, base_load)
+    shares, cut = between_hosts(loads, base, hosts, weights)
     quota = graph.quotas(shares * loads[:, None], total, overflow, cells)
-    load = quota.reshape(len(weights), -1).sum(axis=1)
+    load = quota.reshape(len(weights), -1).sum(axis=1) + base
     max_load = jnp.where(overflow, jnp.inf, (load / weights).max())
-    kept = jnp.where(confined(hosts, cut), loads, 0)
+    kept = jnp.concatenate([jnp.where(confined(hosts, cut), loads, 0), jnp.where(cut, base, 0)])
     bound = proven_by_units(kept[:, None], cut, weights)
     return quota, max_load, jnp.minimum(bound, max_load), overflow
 
@@ -363,15 +389,18 @@ def interior_point(
 
 def between_hosts(
     total: Float32[Array, " n_logical"],
+    base: Float32[Array, " ep_size"],
     hosts: Bool[Array, "n_logical ep_size"],
     w: Float32[Array, " ep_size"],
 ) -> tuple[Float32[Array, "n_logical ep_size"], Bool[Array, " ep_size"]]:
     """Of every expert's load, what its hosts should have of it; the ranks of the best cut."""
-    total = total * power_of_two(-exponent(total.max()))
+    power = power_of_two(-exponent(jnp.maximum(total.max(), base.max())))
+    total, base = total * power, base * power
     alone = jnp.where(hosts.sum(axis=1) == 1, total, 0)
-    stays = jnp.where(hosts, alone[:, None], 0).sum(axis=0)
-    scale = jnp.maximum(total.sum() / w.sum(), (stays / w).max())
-    network = HostNetwork(total * inverse_or_zero(scale), hosts, w)
+    stays = base + jnp.where(hosts, alone[:, None], 0).sum(axis=0)
+    scale = jnp.maximum((total.sum() + base.sum()) / w.sum(), (stays / w).max())
+    unit = inverse_or_zero(scale)
+    network = HostNetwork(total * unit, base * unit, hosts, w)
     best = iterate(network)
     return network.shares(best.plan), best.cut
 
@@ -406,9 +435,3 @@ def ceil_divide(
     quotient = high // n
     value = (quotient << 16) + (((high - quotient * n) << 16) + low + n - 1) // n
     return jnp.where(high < 0, 0, value)
-
-
-def inverse(r2o: Int32[Array, "group_size n_columns"]) -> Int32[Array, "group_size n_columns"]:
-    """dst: the rank that holds the copies of a rank's column."""
-    rank = jnp.arange(r2o.shape[0], dtype=jnp.int32)[:, None]
-    return jnp.zeros_like(r2o).at[r2o, jnp.arange(r2o.shape[1])].set(rank)

@@ -111,6 +111,7 @@ class HostNetwork(Network):
     """
 
     total: Float32[Array, " n_logical"]
+    base: Float32[Array, " ep_size"]
     hosts: Bool[Array, "n_logical ep_size"]
     w: Float32[Array, " ep_size"]
 
@@ -139,7 +140,7 @@ class HostNetwork(Network):
         return jnp.where(self.live, x / jnp.where(self.live, sum_of_expert, 1), self.fixed)
 
     def loads(self, x: Array) -> Float32[Array, " ep_size"]:
-        fixed = (self.fixed * self.total[:, None]).sum(axis=0)
+        fixed = self.base + (self.fixed * self.total[:, None]).sum(axis=0)
         return fixed + self.inflow(jnp.where(self.live, x, 0))
 
     def inflow(self, x: Array) -> Float32[Array, " ep_size"]:
@@ -162,7 +163,9 @@ class HostNetwork(Network):
         inside = y[None, :] >= y[:, None]
         least = jnp.where(self.hosts, y, jnp.inf).min(axis=1)
         value = jnp.where(least >= y[:, None], self.total[None], 0).sum(axis=1)
-        value = value / jnp.where(inside, self.w[None], 0).sum(axis=1)
+        value = (value + jnp.where(inside, self.base[None], 0).sum(axis=1)) / jnp.where(
+            inside, self.w[None], 0
+        ).sum(axis=1)
         best = value.argmax()
         return inside[best], value[best]
 

@@ -21,7 +21,8 @@ from jax import Array
 from jaxtyping import Bool, Int32, Shaped
 
 from lplb_jax.reference import graph
-from lplb_jax.reference.sums import INT32_MAX, ceil_mean, exact_sum
+from lplb_jax.reference.base_load import BaseLoad, base_load_of
+from lplb_jax.reference.sums import INT32_MAX, ceil_divide, ceil_mean, exact_sum
 from lplb_jax.reference.waves import balance, distances, push_levels
 from lplb_jax.status import Status
 
@@ -44,19 +45,50 @@ def solve(
     `loads` has a row per source rank (or one in all); `row` is n_logical, or n_logical + 1 with the
     number of ids that named no expert in the last place (see `count`).
     """
+    nothing = jnp.zeros(ep_size, jnp.int32)
+    split = solve_costs(loads, phy2log, log2phy, r2o, nothing, ep_size=ep_size, tile=1)
+    return split[:4]
+
+
+def solve_costs(
+    loads: Int32[Array, "n_sources row"],
+    phy2log: Int32[Array, " n_physical"],
+    log2phy: Int32[Array, "n_logical max_replicas"],
+    r2o: Int32[Array, "group_size n_columns"],
+    base_load: Int32[Array, " ep_size"],
+    *,
+    ep_size: int,
+    tile: int,
+) -> tuple[
+    Int32[Array, " n_physical"],
+    Int32[Array, " n_groups"],
+    Int32[Array, " n_groups"],
+    Int32[Array, " n_groups"],
+    Int32[Array, " n_groups"],
+]:
+    """The same where slots cost tiles, ⌈quota / tile⌉, and ranks have some anyway, `base_load`.
+
+    The largest loads and lower bounds are in tiles. Then come the largest loads in tokens, which
+    are the least possible with every slot's number of tiles.
+
+    An expert's tokens fill ⌈load / tile⌉ tiles or more, however they are split, and just so many
+    where all of its slots but one have whole tiles. So the fewest tiles are a flow of tiles.
+    """
     n_logical = log2phy.shape[0]
     group_size, n_columns = r2o.shape
     negative = (loads[:, :n_logical] < 0).any(axis=0)
     invalid = (loads[:, n_logical:] != 0).any()
     total, too_large = exact_sum(jnp.maximum(loads[:, :n_logical], 0), axis=0)
+    base = base_load_of(base_load, tile)
     if n_columns == 0:
         cells = graph.cells_of(phy2log, log2phy, ep_size)
-        quota, *values = graph.solve_any(total, too_large, cells)
-        max_load, bound, overflow = (value[None] for value in values)
+        quota, *values = graph.solve_any(total, too_large, base, cells, tile)
+        max_load, bound, max_tokens, overflow = (value[None] for value in values)
         wrong = graph.misplaced(phy2log, log2phy, cells)
         # Loads of experts without a slot reach no rank, and only make the placement a wrong one.
-        status = status_of(overflow, (negative & cells.hosts.any(axis=1)).any(), invalid, wrong)
-        return quota, max_load, bound, status
+        negative = (negative & cells.hosts.any(axis=1)).any() | base.negative.any()
+        status = status_of(overflow, negative, invalid, wrong)
+        return quota, max_load, bound, status, max_tokens
 
     n_groups = ep_size // group_size
     n_local = n_logical // ep_size
@@ -65,13 +97,13 @@ def solve(
     own = total[experts]
     group_too_large = too_large[experts].any(axis=(1, 2))
 
-    quota, max_load, bound, overflow = jax.vmap(
-        lambda *group: solve_group(*group, r2o, slots.shape[2] - n_local)
-    )(own, group_too_large)
-    status = status_of(
-        overflow, negative[experts].any(axis=(1, 2)), invalid, misplaced(slots, log2phy, r2o)
-    )
-    return quota.reshape(-1), max_load, bound, status
+    base = BaseLoad(*(of_rank.reshape(n_groups, group_size) for of_rank in base))
+    quota, max_load, bound, max_tokens, overflow = jax.vmap(
+        lambda *group: solve_group(*group, r2o, slots.shape[2] - n_local, tile)
+    )(own, group_too_large, base)
+    negative = negative[experts].any(axis=(1, 2)) | base.negative.any(axis=1)
+    status = status_of(overflow, negative, invalid, misplaced(slots, log2phy, r2o))
+    return quota.reshape(-1), max_load, bound, status, max_tokens
 
 
 def status_of(
@@ -93,52 +125,127 @@ def status_of(
 def solve_group(
     own: Int32[Array, "group_size n_local"],
     too_large: Bool[Array, ""],
+    base_load: BaseLoad,
     r2o: Int32[Array, "group_size n_columns"],
     n_redundant: int,
+    tile: int,
 ) -> tuple[
     Int32[Array, "group_size slots_per_rank"],
     Int32[Array, ""],
     Int32[Array, ""],
+    Int32[Array, ""],
     Bool[Array, ""],
 ]:
-    """Quotas, largest load, lower bound and overflow of one group.
+    """Quotas, largest load, lower bound, largest load in tokens and overflow of one group.
 
     `own` are the tokens of every rank's own experts; the first `n_redundant` of them have a copy.
     """
-    group_size, n_columns = r2o.shape
-    rank = jnp.arange(group_size, dtype=jnp.int32)[:, None]
-    column = jnp.arange(n_columns)
-    dst = jnp.zeros_like(r2o).at[r2o, column].set(rank)
-
-    base, base_too_large = exact_sum(own, axis=1)
-    replicated = own[:, :n_redundant].reshape(group_size, -1, n_columns)
-    cap = jnp.where(dst == rank, 0, exact_sum(replicated, axis=1)[0])
-    # A plan's rank loads never pass this sum, so where it fits nothing in the waves overflows.
+    dst = inverse(r2o)
     _, most_too_large = exact_sum(
-        jnp.concatenate([base[:, None], cap[r2o, column]], axis=1), axis=1
+        jnp.concatenate(
+            [own, column_loads(own, r2o, dst, n_redundant)[1], base_load.tokens[:, None]], axis=1
+        ),
+        axis=1,
     )
-    overflow = too_large | base_too_large.any() | most_too_large.any()
+    # A plan's rank loads never pass this sum, so where it fits nothing in the waves overflows.
+    overflow = too_large | most_too_large.any() | base_load.too_large.any()
+    base_load = base_load.none_if(overflow)
+    loads = jnp.where(overflow, 0, own)
 
-    base = jnp.where(overflow, 0, base)
-    moved, load, target = waves(base, jnp.where(overflow, 0, cap), r2o, dst)
+    tiles = ceil_divide(loads, tile)
+    cap, _ = column_loads(tiles, r2o, dst, n_redundant)
+    base = base_load.tiles + tiles.sum(axis=1, dtype=jnp.int32)
+    moved, load, target = waves(base, cap, r2o, dst)
+    max_load = max_tokens = jnp.where(overflow, INT32_MAX, load.max())
+    away = taken_in_order(tiles[:, :n_redundant], moved)
+    if tile > 1:
+        away, load = fill(loads, tiles, away, base_load.tokens, r2o, dst, tile)
+        max_tokens = jnp.where(overflow, INT32_MAX, load.max())
+    return at_slots(own, away, r2o), max_load, target, max_tokens, overflow
 
-    quota = quotas(own, moved, r2o, n_redundant)
-    return quota, jnp.where(overflow, INT32_MAX, load.max()), target, overflow
+
+def fill(
+    own: Int32[Array, "group_size n_local"],
+    tiles: Int32[Array, "group_size n_local"],
+    away: Int32[Array, "group_size n_redundant"],
+    base_load: Int32[Array, " group_size"],
+    r2o: Int32[Array, "group_size n_columns"],
+    dst: Int32[Array, "group_size n_columns"],
+    tile: int,
+) -> tuple[Int32[Array, "group_size n_redundant"], Int32[Array, " group_size"]]:
+    """The tokens of the `away` tiles and rank loads, the largest of which is then the least.
+
+    Of every column one expert at most has tiles at both ends; the empty places of its last tile are
+    what may still move along the edge.
+    """
+    n_redundant, n_columns = away.shape[1], r2o.shape[1]
+    replicated = own[:, :n_redundant]
+    home = tiles[:, :n_redundant] - away
+    least = jnp.where(away > 0, replicated - home * tile, 0)
+    room = jnp.where((away > 0) & (home > 0), (-replicated) % tile, 0)
+    moved, cap = (by_column(part, n_columns) for part in (least, room))
+    change = (arrived(moved, r2o) - moved).sum(axis=1, dtype=jnp.int32)
+    base = base_load + own.sum(axis=1, dtype=jnp.int32) + change
+    moved, load, _ = waves(base, cap, r2o, dst)
+    return least + taken_in_order(room, moved), load
+
+
+def column_loads(
+    own: Int32[Array, "group_size n_local"],
+    r2o: Int32[Array, "group_size n_columns"],
+    dst: Int32[Array, "group_size n_columns"],
+    n_redundant: int,
+) -> tuple[Int32[Array, "group_size n_columns"], Int32[Array, "group_size n_columns"]]:
+    """What may leave every rank along its edges, and what may arrive; at most 2³¹ − 1 each."""
+    replicated = own[:, :n_redundant].reshape(len(own), -1, r2o.shape[1])
+    rank = jnp.arange(len(own), dtype=jnp.int32)[:, None]
+    cap = jnp.where(dst == rank, 0, exact_sum(replicated, axis=1)[0])
+    return cap, arrived(cap, r2o)
+
+
+def by_column(
+    replicated: Int32[Array, "group_size n_redundant"], n_columns: int
+) -> Int32[Array, "group_size n_columns"]:
+    """Sums over the experts of a column."""
+    of_column = replicated.reshape(len(replicated), -1, n_columns)
+    return of_column.sum(axis=1, dtype=replicated.dtype)
 
 
 def quotas(
     own: Array, moved: Array, r2o: Int32[Array, "group_size n_columns"], n_redundant: int
 ) -> Array:
     """Tokens per slot: a column's moved tokens come from its experts in order."""
-    group_size, n_columns = r2o.shape
-    replicated = own[:, :n_redundant].reshape(group_size, -1, n_columns)
-    before = jnp.cumsum(replicated, axis=1, dtype=own.dtype) - replicated
+    return at_slots(own, taken_in_order(own[:, :n_redundant], moved), r2o)
+
+
+def taken_in_order(
+    replicated: Shaped[Array, "group_size n_redundant"],
+    moved: Shaped[Array, "group_size n_columns"],
+) -> Shaped[Array, "group_size n_redundant"]:
+    """How much of every replicated expert moves: a column's experts in order."""
+    of_column = replicated.reshape(len(replicated), -1, moved.shape[1])
+    before = jnp.cumsum(of_column, axis=1, dtype=replicated.dtype) - of_column
     # Where nothing moves, `before` may have overflowed.
-    away = jnp.clip(moved[:, None, :] - before, 0, replicated)
-    away = jnp.where(moved[:, None, :] > 0, away, 0).reshape(group_size, n_redundant)
+    away = jnp.clip(moved[:, None, :] - before, 0, of_column)
+    return jnp.where(moved[:, None, :] > 0, away, 0).reshape(replicated.shape)
+
+
+def at_slots(
+    own: Shaped[Array, "group_size n_local"],
+    away: Shaped[Array, "group_size n_redundant"],
+    r2o: Int32[Array, "group_size n_columns"],
+) -> Shaped[Array, "group_size slots_per_rank"]:
+    """Tokens per slot, where `away` are those of the replicated experts' copies."""
+    n_redundant = away.shape[1]
     local = jnp.arange(n_redundant)
-    copies = away[r2o[:, local % n_columns], local]
+    copies = away[r2o[:, local % r2o.shape[1]], local]
     return jnp.concatenate([own.at[:, :n_redundant].add(-away), copies], axis=1)
+
+
+def inverse(r2o: Int32[Array, "group_size n_columns"]) -> Int32[Array, "group_size n_columns"]:
+    """dst: the rank that holds the copies of a rank's column."""
+    rank = jnp.arange(r2o.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.zeros_like(r2o).at[r2o, jnp.arange(r2o.shape[1])].set(rank)
 
 
 def waves(

@@ -25,6 +25,11 @@ def capped_add(a: Int32[Array, "..."], b: Int32[Array, "..."]) -> Int32[Array, "
     return a + jnp.minimum(b, INT32_MAX - a)
 
 
+def ceil_divide(values: Int32[Array, "*n"], divisor: int) -> Int32[Array, "*n"]:
+    """⌈values / divisor⌉ of values ≥ 0."""
+    return values // divisor + (values % divisor > 0)
+
+
 def ceil_mean(values: Int32[Array, " n"], chosen: Bool[Array, " n"]) -> Int32[Array, ""]:
     """⌈sum of values / number chosen⌉ of values ≥ 0 that are 0 where not chosen."""
     n = jnp.maximum(chosen.sum(dtype=jnp.int32), 1)

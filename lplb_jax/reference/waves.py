@@ -64,6 +64,37 @@ def balance(
     return lax.while_loop(unfinished, phase, (load, moving, bound))
 
 
+def hand_out(
+    load: Int32[Array, " n_ranks"],
+    room: Moving,
+    bound: Array,
+    *,
+    levels: Callable[[Excess, Moving], tuple[Int32[Array, " n_ranks"], Int32[Array, ""]]],
+    push: Callable[[Excess, Moving, Int32[Array, " n_ranks"], Array], tuple[Excess, Moving]],
+) -> tuple[Int32[Array, " n_ranks"], Moving, Array]:
+    """`balance` of loads of which not the tokens move but the empty places.
+
+    A rank below the bound has more of them than it needs, and pushes those along shortest paths to
+    ranks above. Where no such rank finds a way, nothing gets into the ranks that could be reached
+    from, and their mean load is the next bound.
+    """
+
+    def phase(state):
+        load, room, bound = state
+        spare = bound - load
+        level, depth = levels(spare, room)
+        seen = level >= 0
+        stuck = ~(seen & (spare > 0)).any()
+        left, room = push(spare, room, level, jnp.where(stuck, 0, depth))
+        return bound - left, room, jnp.where(stuck, mean_load(load, seen, bound), bound)
+
+    def unfinished(state):
+        load, _, bound = state
+        return (load > bound).any()
+
+    return lax.while_loop(unfinished, phase, (load, room, bound))
+
+
 def distances(
     excess: Excess, reaches: Callable[[Bool[Array, " n_ranks"]], Bool[Array, " n_ranks"]]
 ) -> tuple[Int32[Array, " n_ranks"], Int32[Array, ""]]:

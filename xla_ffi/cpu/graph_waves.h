@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "xla_ffi/cpu/graph.h"
@@ -39,14 +40,16 @@ class GraphWaves {
     return Finish(Start(loads));
   }
 
-  // Every expert's tokens are divided evenly among its hosts, the first ones get one more. Returns
-  // the first target, which is the bound of the set of all ranks and of the sets of one rank.
+  // Every expert's tokens are divided evenly among its hosts, the first ones get one more; ranks
+  // have `base` [n_ranks] besides, if that is not null, all ≥ 0. Returns the first target, which is
+  // the bound of the set of all ranks and of the sets of one rank.
   template <typename Load>
-  int64_t Start(const Load* loads) {
-    std::fill(load_.begin(), load_.end(), 0);
+  int64_t Start(const Load* loads, const int64_t* base = nullptr) {
     std::vector<int64_t>& fixed = stays_;
     fixed.assign(graph_.n_ranks, 0);
-    int64_t sum = 0;
+    if (base != nullptr) fixed.assign(base, base + graph_.n_ranks);
+    load_ = fixed;
+    int64_t sum = std::accumulate(fixed.begin(), fixed.end(), int64_t{0});
     for (int32_t e = 0; e < graph_.n_logical; ++e) {
       const int32_t begin = graph_.first[e];
       const int32_t n_hosts = graph_.Hosts(e);
@@ -88,11 +91,32 @@ class GraphWaves {
     target_ = target;
     while (*std::max_element(load_.begin(), load_.end()) > target_) {
       if (SetLevels()) {
-        // The deepest level first; within a level the order does not matter.
-        for (auto r = reached_.rbegin(); r != reached_.rend() && level_[*r] > 0; ++r) Push(*r);
+        PushAll();
       } else {
         for (int32_t r = 0; r < graph_.n_ranks; ++r) proof_[r] = level_[r] < 0;
         raise(proof_);
+      }
+    }
+    return target_;
+  }
+
+  // Likewise where tokens() are empty places, and load() what ranks have of them, counted from one
+  // number for each: until none has less than the target. Ranks that have more push that along
+  // shortest paths to those that have less. If none of them finds a way, nothing gets into the
+  // ranks that could be reached from, and the target falls to their mean. Returns it.
+  int64_t HandOut(int64_t target) {
+    target_ = target;
+    while (*std::min_element(load_.begin(), load_.end()) < target_) {
+      SetLevels();
+      const bool some_have_more = std::any_of(reached_.begin(), reached_.end(),
+                                              [this](int32_t r) { return load_[r] > target_; });
+      if (some_have_more) {
+        PushAll();
+      } else {
+        int64_t lack = 0;
+        for (const int32_t r : reached_) lack += target_ - load_[r];
+        const int64_t n = static_cast<int64_t>(reached_.size());
+        target_ -= (lack + n - 1) / n;
       }
     }
     return target_;
@@ -164,6 +188,11 @@ class GraphWaves {
       ++n;
     }
     target_ += (excess + n - 1) / n;
+  }
+
+  // The deepest level first; within a level the order does not matter.
+  void PushAll() {
+    for (auto r = reached_.rbegin(); r != reached_.rend() && level_[*r] > 0; ++r) Push(*r);
   }
 
   // Rank r sends what it has above the target to the level below its own.

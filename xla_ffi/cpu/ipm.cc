@@ -202,7 +202,7 @@ int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r
   const Group<int32_t, int64_t> group(p, waves, r2o, std::move(own));
   std::vector<int32_t> moved(group.cap.size());
   if (overflow || *std::max_element(group.most.begin(), group.most.end()) > kInt32Max) {
-    WriteQuotas(p, waves, group.own, moved, quota);
+    WriteQuotas(p, waves, group.own, TakeInOrder(p, waves, group.own, moved), quota);
     return GiveUp(options, max_load, lower_bound);
   }
   const std::vector<int32_t> base(group.base.begin(), group.base.end());
@@ -221,7 +221,7 @@ int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r
                                         max_load, lower_bound)
                        : FinishEqual(options.repair, best.cut, kept, waves.FirstTarget(base, cap),
                                      load, balance, max_load, lower_bound);
-  WriteQuotas(p, waves, group.own, moved, quota);
+  WriteQuotas(p, waves, group.own, TakeInOrder(p, waves, group.own, moved), quota);
   return status;
 }
 
@@ -233,11 +233,11 @@ int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r
   const Group<float, float> group(p, waves, r2o, std::move(own));
   std::vector<float> moved(group.cap.size());
   if (overflow || TooMuch(group.most, weights)) {
-    WriteQuotas(p, waves, group.own, moved, quota);
+    WriteQuotas(p, waves, group.own, TakeInOrder(p, waves, group.own, moved), quota);
     return GiveUp(options, max_load, lower_bound);
   }
   auto best = FindBest(p, waves, group.base, group.cap, weights);
-  WriteQuotas(p, waves, group.own, best.moved, quota);
+  WriteQuotas(p, waves, group.own, TakeInOrder(p, waves, group.own, best.moved), quota);
   const float bound = ProvenByUnits(best.cut, weights, p.group_size, [&](auto&& function) {
     for (int32_t i = 0; i < p.group_size * p.n_local; ++i) {
       const int32_t r = i / p.n_local;

@@ -9,14 +9,15 @@
 #include "xla_ffi/cpu/graph_waves.h"
 #include "xla_ffi/cpu/handler.h"
 #include "xla_ffi/cpu/steps.h"
+#include "xla_ffi/cpu/tiles.h"
 #include "xla_ffi/cpu/waves.h"
 
 namespace lplb {
 namespace {
 
 void SolveGroup(const Problem& p, const SolveOperands& in, const std::vector<int64_t>& total,
-                const std::vector<bool>& negative, int32_t g, int32_t status,
-                const SolveResults& out) {
+                const std::vector<bool>& negative, const std::vector<int64_t>& base_load, int32_t g,
+                int32_t status, const SolveResults& out, const Costs& costs) {
   const int32_t n_ranks = p.group_size;
   const int32_t n_columns = p.n_columns;
   const int32_t n_local = p.n_local;
@@ -25,11 +26,12 @@ void SolveGroup(const Problem& p, const SolveOperands& in, const std::vector<int
   const int64_t first_slot = static_cast<int64_t>(g) * n_ranks * slots;
 
   std::vector<int32_t> own(static_cast<size_t>(n_ranks) * n_local);
-  std::vector<int64_t> base(n_ranks);
+  std::vector<int64_t> base(n_ranks);  // With what ranks have anyway, in tokens.
   std::vector<int64_t> column(static_cast<size_t>(n_ranks) * n_columns);
   Waves waves(n_ranks, n_columns, in.r2o);
   bool overflow = false;
   for (int32_t r = 0; r < n_ranks; ++r) {
+    base[r] = base_load[g * n_ranks + r] * costs.tile;
     for (int32_t k = 0; k < n_local; ++k) {
       const int32_t expert = std::clamp(in.phy2log[first_slot + r * slots + k], 0, p.n_logical - 1);
       overflow |= total[expert] > kInt32Max;
@@ -50,28 +52,58 @@ void SolveGroup(const Problem& p, const SolveOperands& in, const std::vector<int
     overflow |= most > kInt32Max;
   }
 
-  std::vector<int32_t> load(n_ranks);
-  std::vector<int32_t> cap(column.size());
-  std::vector<int32_t> moved(column.size());
-  if (!overflow) {
-    std::copy(base.begin(), base.end(), load.begin());
-    std::copy(column.begin(), column.end(), cap.begin());
-  }
-  out.lower_bound[g] = waves.Run(load, cap, moved, waves.FirstTarget(load, cap));
-  out.max_load[g] = overflow ? kInt32Max : *std::max_element(load.begin(), load.end());
   if (overflow) status |= kLoadOverflow;
   if (Misplaced(p, in, g)) status |= kBadPlacement;
   out.status[g] = status;
 
-  WriteQuotas(p, waves, own, moved, out.quota + first_slot);
+  std::vector<int32_t> load(n_ranks);
+  std::vector<int32_t> cap(column.size());
+  std::vector<int32_t> moved(column.size());
+  std::vector<int32_t> away(static_cast<size_t>(n_ranks) * n_redundant);
+  int32_t most = 0;
+  int32_t most_tokens = 0;
+  if (overflow) {
+    most = most_tokens = kInt32Max;
+    out.lower_bound[g] = 0;
+  } else if (costs.tile == 1) {
+    std::copy(base.begin(), base.end(), load.begin());
+    std::copy(column.begin(), column.end(), cap.begin());
+    out.lower_bound[g] = waves.Run(load, cap, moved, waves.FirstTarget(load, cap));
+    most = most_tokens = *std::max_element(load.begin(), load.end());
+    away = TakeInOrder(p, waves, own, moved);
+  } else {
+    std::vector<int32_t> tiles(own.size());
+    for (int32_t r = 0; r < n_ranks; ++r) {
+      load[r] = static_cast<int32_t>(base_load[g * n_ranks + r]);
+      for (int32_t k = 0; k < n_local; ++k) {
+        const int32_t mine = tiles[r * n_local + k] = costs.TilesOf(own[r * n_local + k]);
+        load[r] += mine;
+        if (k >= n_redundant) continue;
+        const int32_t edge = waves.Edge(r, k % n_columns);
+        if (waves.dst()[edge] != r) cap[edge] += mine;
+      }
+    }
+    out.lower_bound[g] = waves.Run(load, cap, moved, waves.FirstTarget(load, cap));
+    most = *std::max_element(load.begin(), load.end());
+    away = TakeInOrder(p, waves, tiles, moved);
+    std::copy(base.begin(), base.end(), load.begin());
+    FillAlongTopology(p, costs, waves, own, tiles, away, load);
+    most_tokens = *std::max_element(load.begin(), load.end());
+  }
+  out.max_load[g] = most;
+  if (costs.max_tokens != nullptr) costs.max_tokens[g] = most_tokens;
+  WriteQuotas(p, waves, own, away, out.quota + first_slot);
 }
 
 // Any placement: one group of all ranks.
 void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64_t>& total,
-              const std::vector<bool>& negative, int32_t status, const SolveResults& out) {
+              const std::vector<bool>& negative, const std::vector<int64_t>& base_load,
+              int32_t status, const SolveResults& out, const Costs& costs) {
   const ReplicaGraph graph(p.ep_size, p.n_logical, p.slots_per_rank, in.phy2log);
   std::vector<int32_t> loads(p.n_logical);
-  std::vector<int64_t> most(p.ep_size);
+  std::vector<int64_t> base_tokens(p.ep_size);
+  for (int32_t r = 0; r < p.ep_size; ++r) base_tokens[r] = base_load[r] * costs.tile;
+  std::vector<int64_t> most = base_tokens;
   bool overflow = false;
   for (int32_t e = 0; e < p.n_logical; ++e) {
     // Loads of experts without a slot reach no rank, and only make the placement a wrong one.
@@ -88,11 +120,19 @@ void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64
     status |= kLoadOverflow;
     out.max_load[0] = kInt32Max;
     out.lower_bound[0] = 0;
+    if (costs.max_tokens != nullptr) costs.max_tokens[0] = kInt32Max;
     graph.WriteHomeQuotas(in.log2phy, p.max_replicas, loads.data(), p.n_physical, out.quota);
   } else {
     GraphWaves waves(graph);
-    out.max_load[0] = out.lower_bound[0] = static_cast<int32_t>(waves.Run(loads.data()));
+    std::vector<int32_t> tiles(loads);
+    for (int32_t& of_expert : tiles) of_expert = costs.TilesOf(of_expert);
+    int64_t largest = waves.Finish(waves.Start(tiles.data(), base_load.data()));
+    out.max_load[0] = out.lower_bound[0] = static_cast<int32_t>(largest);
     waves.WriteQuotas(out.quota, p.n_physical);
+    if (costs.tile > 1) {
+      largest = FillAnywhere(p, costs, loads, in.phy2log, std::move(base_tokens), out.quota);
+    }
+    if (costs.max_tokens != nullptr) costs.max_tokens[0] = static_cast<int32_t>(largest);
   }
   if (!graph.Agrees(in.log2phy, p.max_replicas)) status |= kBadPlacement;
   out.status[0] = status;
@@ -101,7 +141,7 @@ void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64
 }  // namespace
 
 void Solve(const Problem& p, const Sources& sources, const SolveOperands& in,
-           const SolveResults& out) {
+           const SolveResults& out, const Costs& costs) {
   std::vector<int64_t> total(p.n_logical);
   std::vector<bool> negative(p.n_logical);
   int32_t status = 0;
@@ -113,8 +153,18 @@ void Solve(const Problem& p, const Sources& sources, const SolveOperands& in,
     }
     if (sources.row > p.n_logical && row[p.n_logical] != 0) status |= kInvalidIndex;
   }
-  if (p.n_columns == 0) return SolveAny(p, in, total, negative, status, out);
-  for (int32_t g = 0; g < p.n_groups; ++g) SolveGroup(p, in, total, negative, g, status, out);
+  std::vector<int64_t> base_load(p.ep_size);
+  std::vector<int32_t> base_status(p.n_groups, status);
+  for (int32_t r = 0; r < p.ep_size && costs.base_load != nullptr; ++r) {
+    base_load[r] = std::max(costs.base_load[r], 0);
+    if (costs.base_load[r] < 0) base_status[r / p.group_size] |= kNegativeLoad;
+  }
+  if (p.n_columns == 0) {
+    return SolveAny(p, in, total, negative, base_load, base_status[0], out, costs);
+  }
+  for (int32_t g = 0; g < p.n_groups; ++g) {
+    SolveGroup(p, in, total, negative, base_load, g, base_status[g], out, costs);
+  }
 }
 
 namespace {
@@ -128,7 +178,17 @@ ffi::Error RunSolve(const SolveCall& call) {
   return ffi::Error::Success();
 }
 
+ffi::Error RunSolveCosts(const SolveCostsCall& call) {
+  LPLB_RETURN_IF_ERROR(CheckTopology(call.problem, call.batch, call.in.r2o));
+  for (int64_t b = 0; b < call.batch; ++b) {
+    Solve(call.problem, call.sources, BatchElement(call.problem, call.sources, call.in, b),
+          BatchElement(call.problem, call.out, b), BatchElement(call.problem, call.costs, b));
+  }
+  return ffi::Error::Success();
+}
+
 const Register solve({"lplb_solve", CpuHandler<SolveCall, RunSolve>});
+const Register solve_costs({"lplb_solve_costs", CpuHandler<SolveCostsCall, RunSolveCosts>});
 
 }  // namespace
 }  // namespace lplb

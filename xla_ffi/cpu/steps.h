@@ -17,7 +17,7 @@ template <typename Index>
 void Count(const Index* indices, int64_t n_tokens, int32_t n_logical, int32_t* counts);
 
 void Solve(const Problem& problem, const Sources& sources, const SolveOperands& in,
-           const SolveResults& out);
+           const SolveResults& out, const Costs& costs = Costs());
 
 // Chooses copies for these loads; `width` are an expert's places in out.log2phy.
 void PlaceCopies(const Problem& problem, const Sources& sources, const SolveOperands& in,

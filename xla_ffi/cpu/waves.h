@@ -166,21 +166,34 @@ inline bool Misplaced(const Problem& p, const SolveOperands& in, int32_t g) {
   return false;
 }
 
-// Writes one group's quotas: the moved tokens of a column come from its experts in order. Uses up
-// `moved`.
+// Of every rank's replicated experts, [group_size, n_redundant], what moves if `moved` does along
+// the edges: a column's experts in order. Uses up `moved`.
+template <typename Load>
+std::vector<Load> TakeInOrder(const Problem& p, const Waves& waves, const std::vector<Load>& own,
+                              std::vector<Load>& moved) {
+  std::vector<Load> away(static_cast<size_t>(p.group_size) * p.n_redundant);
+  for (int32_t u = 0; u < p.group_size; ++u) {
+    for (int32_t k = 0; k < p.n_redundant; ++k) {
+      Load& left = moved[waves.Edge(u, k % p.n_columns)];
+      away[u * p.n_redundant + k] = std::min(left, own[u * p.n_local + k]);
+      left -= away[u * p.n_redundant + k];
+    }
+  }
+  return away;
+}
+
+// Writes one group's quotas, where `away` is from TakeInOrder.
 template <typename Load>
 void WriteQuotas(const Problem& p, const Waves& waves, const std::vector<Load>& own,
-                 std::vector<Load>& moved, Load* quota) {
-  const int32_t n_local = p.n_local;
+                 const std::vector<Load>& away, Load* quota) {
   const int32_t slots = p.slots_per_rank;
   for (int32_t u = 0; u < p.group_size; ++u) {
-    std::copy_n(&own[u * n_local], n_local, &quota[u * slots]);
+    std::copy_n(&own[u * p.n_local], p.n_local, &quota[u * slots]);
     for (int32_t k = 0; k < p.n_redundant; ++k) {
-      const int32_t edge = waves.Edge(u, k % p.n_columns);
-      const Load away = std::min(moved[edge], own[u * n_local + k]);
-      moved[edge] -= away;
-      quota[u * slots + k] -= away;
-      quota[waves.dst()[edge] * slots + n_local + k] = away;
+      const Load of_copy = away[u * p.n_redundant + k];
+      const int32_t holder = waves.dst()[waves.Edge(u, k % p.n_columns)];
+      quota[u * slots + k] -= of_copy;
+      quota[holder * slots + p.n_local + k] = of_copy;
     }
   }
 }

@@ -1,0 +1,33 @@
+"""What ranks have to do besides: shared experts, a part of attention."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Int32
+
+from lplb_jax.reference.sums import INT32_MAX
+
+
+class BaseLoad(NamedTuple):
+    """Of every rank, or of those of a group."""
+
+    tiles: Int32[Array, "*n_ranks"]  # the unit in which loads are balanced
+    tokens: Int32[Array, "*n_ranks"]  # at most 2³¹ − 1
+    too_large: Bool[Array, "*n_ranks"]  # whether that is less than it should be
+    negative: Bool[Array, "*n_ranks"]  # which count as 0
+
+    def none_if(self, overflow: Bool[Array, ""]) -> BaseLoad:
+        """Nothing where nothing is to be balanced."""
+        tiles, tokens = (jnp.where(overflow, 0, load) for load in self[:2])
+        return self._replace(tiles=tiles, tokens=tokens)
+
+
+def base_load_of(given: Int32[Array, "*n_ranks"], tile: int) -> BaseLoad:
+    """From tiles of so many tokens; tiles of one are tokens."""
+    tiles = jnp.maximum(given, 0)
+    too_large = tiles > INT32_MAX // tile
+    tokens = jnp.where(too_large, INT32_MAX, tiles * tile)
+    return BaseLoad(tiles, tokens, too_large, given < 0)
