@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lplb_jax import metrics
 from lplb_jax._axes import check_axis, varying_as, varying_over
