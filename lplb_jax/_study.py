@@ -36,7 +36,8 @@ class Choice(NamedTuple):
       placement: "given order": experts in the order of their ids. "packed": by load, without
         copies. "EPLB, even split": EPLB's copies, and equal shares for all copies of an expert.
         "any ranks": `place_experts` without topology. "copies per batch": `place_copies`. Else the
-        name of a topology. All but the even split are balanced exactly.
+        name of a topology, or "cube of 8" for one in groups of 8 ranks. All but the even split are
+        balanced exactly.
       redundants: redundant slots of each rank.
       mean: the largest over the mean rank load, averaged over all batches and layers.
       p99: what 99 of 100 do not exceed.
@@ -80,43 +81,68 @@ class Ageing(NamedTuple):
 
 
 def plans(
-    n_logical: int, ep_size: int, redundants: Sequence[int] | None, topology: str | None
+    n_logical: int,
+    ep_size: int,
+    redundants: Sequence[int] | None,
+    topology: str | None,
+    n_nodes: int = 1,
 ) -> list[tuple[str, int]]:
     """What to try: kinds of placement and redundant slots; raises where `topology` never fits."""
     n_local = -(-n_logical // ep_size)
-    fitting = {name: r2o.n_columns for name, r2o in topologies.named(ep_size).items()}
-    fitting = (
-        {name: n for name, n in fitting.items() if n <= n_local}
-        if (n_logical % ep_size == 0)
-        else {}
-    )
+    fitting = {
+        kind: r2o.n_columns
+        for kind, r2o in _along_topologies(ep_size, n_nodes).items()
+        if r2o.n_columns <= n_local and n_logical % ep_size == 0
+    }
     if topology is not None:
-        _check_topology(topology, n_logical, ep_size, fitting)
-        fitting = {topology: fitting[topology]}
+        fitting = _of_name(topology, n_logical, ep_size, fitting)
     if redundants is None:
         most = max(1, min(2 * n_local, n_logical - n_local))
         redundants = [n for n in _REDUNDANTS if n <= most] or [1]
         if topology is not None:
-            n_columns = fitting[topology]
-            redundants = [n * n_columns for n in _REDUNDANTS if n * n_columns <= n_local]
+            per_column = {n * n_columns for n in _REDUNDANTS for n_columns in fitting.values()}
+            redundants = [n for n in per_column if n <= n_local]
     tried = [(GIVEN, 0), (PACKED, 0)]
     for n in sorted(set(redundants)):
         check_count("redundants", n)
-        along = [name for name, columns in fitting.items() if n <= n_local and n % columns == 0]
+        along = [kind for kind, columns in fitting.items() if n <= n_local and n % columns == 0]
         kinds = along if topology is not None else [EVEN, *along, ANY, BATCH]
         tried += [(kind, int(n)) for kind in kinds]
     if topology is not None and len(tried) == 2:
+        columns = " or ".join(map(str, sorted(set(fitting.values()))))
         raise ValueError(
-            f"redundants: expected multiples of the {fitting[topology]} columns of the {topology}, "
+            f"redundants: expected multiples of the {columns} columns of the {topology}, "
             f"at most the {n_local} experts of a rank, got {', '.join(map(str, redundants))}"
         )
     return tried
 
 
-def _check_topology(topology: str, n_logical: int, ep_size: int, fitting: dict[str, int]) -> None:
-    """Raises, with the names of those that fit, where `topology` does not."""
-    if topology in fitting:
-        return
+def _along_topologies(ep_size: int, n_nodes: int) -> dict[str, topologies.Topology]:
+    """Those of all ranks by name; and of groups, "cube of 8", where a group is a node, or where
+    there is none of all ranks."""
+    found = topologies.named(ep_size)
+    of_all = set(found)
+    for size in range(2, ep_size):
+        if ep_size % size == 0:
+            for name, r2o in topologies.named(size).items():
+                if size * n_nodes == ep_size or name not in of_all:
+                    found[f"{name} of {size}"] = r2o
+    return found
+
+
+def topology_of(kind: str, ep_size: int) -> tuple[str, int]:
+    """The name of a topology, and the ranks of its groups."""
+    name, _, size = kind.partition(" of ")
+    return name, int(size or ep_size)
+
+
+def _of_name(
+    topology: str, n_logical: int, ep_size: int, fitting: dict[str, int]
+) -> dict[str, int]:
+    """Of those that fit, the ones with this name; raises, with the others, where there is none."""
+    named = {kind: n for kind, n in fitting.items() if topology_of(kind, ep_size)[0] == topology}
+    if named:
+        return named
     if topology not in topologies.NAMED:
         expected = f"one of {', '.join(topologies.NAMED)}"
     elif fitting:
@@ -193,7 +219,8 @@ class Study:
                 history[None], **sizes, redundants_per_rank=redundants, method=method
             )
             return jax.tree.map(lambda array: array[0], stacked)
-        r2o = topologies.named(ep_size)[kind]
+        name, group_size = topology_of(kind, ep_size)
+        r2o = topologies.named(group_size)[name]
         return place_experts(history.sum(axis=0), r2o, **sizes, redundants_per_rank=redundants)
 
     def _exactly(self, kind: str, placement: Placement, batches: np.ndarray) -> np.ndarray:

@@ -13,7 +13,18 @@ import numpy as np
 from lplb_jax import _cost
 from lplb_jax._cost import Costs
 from lplb_jax._problem import check_count
-from lplb_jax._study import ANY, BATCH, GIVEN, PACKED, Ageing, Choice, Study, plans, recommended
+from lplb_jax._study import (
+    ANY,
+    BATCH,
+    GIVEN,
+    PACKED,
+    Ageing,
+    Choice,
+    Study,
+    plans,
+    recommended,
+    topology_of,
+)
 from lplb_jax._workload import Workload, find_workload
 from lplb_jax.placement import check_nodes
 
@@ -174,7 +185,8 @@ def advise(
       n_nodes: nodes of `ep_size / n_nodes` ranks each.
       redundants: numbers of redundant slots per rank to try; None for 1, 2, 4 and 8, as far as
         they make sense.
-      topology: the only one to try, one of `topologies.NAMED`; None for all that fit.
+      topology: the only one to try, one of `topologies.NAMED`; None for all that fit all ranks, the
+        ranks of a node or, where there is none of all ranks, groups of fewer.
       n_logical: experts, for ids without loads; None for the largest id + 1.
       top_k: experts of a token, for loads; None for 1, with which the exchange is overestimated.
       tokens_per_rank: tokens of a rank in a batch. Indices are cut into batches of that size; None
@@ -239,7 +251,7 @@ def advise(
             found.rows / ep_size, found.top_k or 1, hidden, parameters, bytes_per_expert,
             ep_size, n_nodes, inference, *rates.values(),
         )  # fmt: skip
-    tried = plans(found.n_logical, ep_size, redundants, topology)
+    tried = plans(found.n_logical, ep_size, redundants, topology, n_nodes)
     study = Study(found, ep_size, n_nodes, costs, bytes_per_expert, memory_budget)
     choices = []
     for i, (kind, n_redundant) in enumerate(tried):
@@ -283,10 +295,11 @@ def _code(choice: Choice, n_logical: int, ep_size: int, n_nodes: int) -> str:
     if choice.placement == GIVEN:
         return "# Experts in the order of their ids are even enough: there is nothing to place."
     along = choice.placement not in (PACKED, ANY, BATCH)
+    name, group_size = topology_of(choice.placement, ep_size) if along else ("", 0)
     imported = ["place_experts", *["rebalance"] * (choice.redundants > 0), *["topologies"] * along]
     arguments = [
         "history",
-        *[f"topologies.named({ep_size})[{choice.placement!r}]"] * along,
+        *[f"topologies.named({group_size})[{name!r}]"] * along,
         f"n_logical={n_logical}",
         f"ep_size={ep_size}",
         f"redundants_per_rank={choice.redundants}",

@@ -77,6 +77,47 @@ def test_figures_are_those_of_an_oracle(rng):
         np.testing.assert_allclose(found[kind, n].p99, np.max(bounds), rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("n_ranks", "n_nodes", "along"),
+    [
+        (16, 1, {"hypercube", "ring", "torus", "cube of 8"}),
+        (16, 4, {"hypercube", "ring", "torus", "cube of 8", "ring of 4", "torus of 4",
+                 "complete of 4"}),
+        (24, 3, {"ring", "torus", "cube of 8", "ring of 8", "torus of 8"}),
+    ],
+)  # fmt: skip
+def test_groups_smaller_than_all_ranks(rng, n_ranks, n_nodes, along):
+    """Judged by the oracle, each; experts have copies in their own group only."""
+    loads = drawn(rng, n_layers=1, n_logical=4 * n_ranks)
+    given = {"ep_size": n_ranks, "n_nodes": n_nodes}
+    advice = lplb_jax.advise(loads, redundants=[1, 2, 3], **given)
+    found = {kind for kind, _ in figures(advice)} - {GIVEN, PACKED, EVEN, ANY, BATCH}
+    assert found == along
+    one = lplb_jax.advise(loads, redundants=[2], topology="cube", **given)
+    assert figures(one)["cube of 8", 2] == figures(advice)["cube of 8", 2]
+    names = {"history": loads[0, :3].sum(axis=0)}
+    exec(one.code.partition("\nphysical")[0] if one.recommended.redundants else "", names)
+    placement = place_experts(
+        names["history"], topologies.cube(), n_logical=4 * n_ranks, redundants_per_rank=2, **given
+    )
+    assert names.get("placement", placement) == placement
+    table = placement.phy2log.reshape(n_ranks, -1)
+    for group in table.reshape(-1, 8, table.shape[1]):
+        assert len(np.unique(group)) == 4 * 8
+    hosts = np.array([(table == expert).any(axis=1) for expert in range(4 * n_ranks)])
+    bounds = [largest_within_groups(batch, hosts) * n_ranks / batch.sum() for batch in loads[0, 3:]]
+    np.testing.assert_allclose(figures(one)["cube of 8", 2].mean, np.mean(bounds), rtol=1e-12)
+
+
+def largest_within_groups(batch, hosts):
+    """Tokens of the busiest rank, group by group of 8."""
+    largest = 0
+    for ranks in np.split(np.arange(hosts.shape[1]), hosts.shape[1] // 8):
+        mine = hosts[:, ranks].any(axis=1)
+        largest = max(largest, best_cut(batch[mine], hosts[mine][:, ranks]))
+    return largest
+
+
 def evenly(phy2log, batch):
     ranks = np.zeros(N_RANKS)
     for slot, expert in enumerate(phy2log):
