@@ -163,7 +163,8 @@ def test_signatures_are_the_contract():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/advise.md", "docs/refresh.md", "docs/checkpoints.md"]
+    "page",
+    ["README.md", "docs/advise.md", "docs/refresh.md", "docs/checkpoints.md", "docs/models.md"],
 )
 def test_python_of_a_page_runs(tmp_path, page):
     """All its blocks, one after the other, as a user would type them."""

@@ -264,9 +264,9 @@ def test_what_is_kept_for_the_backward_pass(rng, mesh):
         pull = jax.eval_shape(lambda *floats: jax.vjp(run, *floats)[1], tokens, gates, own)
         return {leaf.shape for leaf in jax.tree.leaves(pull)}
 
-    of_slots = {(8 * 4, HIDDEN, WIDTH), (8 * 4, WIDTH, HIDDEN)}
-    assert of_slots <= kept(True)
-    assert not of_slots & kept(False)
+    of_rows = {(8 * 7, HIDDEN, WIDTH), (8 * 7, WIDTH, HIDDEN)}  # own experts, and room
+    assert of_rows <= kept(True)
+    assert not of_rows & kept(False)
 
 
 def test_what_experts_share_is_closed_over(rng, mesh):

@@ -143,6 +143,19 @@ def test_a_whole_optimiser_state_of_stacked_layers(rng):
     assert n_moved == 2 * 3  # two arrays; both moments and the average
 
 
+def test_fresh_arrays_stay_free_to_go_anywhere(rng, cpu_devices):
+    """Those that no device is bound to may be arguments beside sharded ones afterwards."""
+    placement = CASES["anywhere"].placement(rng)
+    sharded = jax.device_put(np.ones(24), NamedSharding(Mesh(cpu_devices, "ep"), P("ep")))
+    for fresh in (np.ones(19), jnp.ones(19)):
+        home = moe.to_home_order(fresh, placement)
+        assert not home.committed
+        assert not moe.to_id_order(home, placement).committed
+        assert float(jax.jit(lambda a, b: (a + b).sum())(home, sharded)) == 24 + 19
+    bound = jax.device_put(np.ones(19), cpu_devices[3])
+    assert moe.to_home_order(bound, placement).devices() == {cpu_devices[3]}
+
+
 def test_contradictions_are_refused(rng):
     placement = CASES["anywhere"].placement(rng)
     for function, n, other in ((moe.to_home_order, 19, 24), (moe.to_id_order, 24, 19)):

@@ -163,11 +163,11 @@ def moe_layer(
       capacity_factor: room for rows on every rank, over the mean, at least 1; see `capacity_for`.
       ffn: a network of your own, called as `ffn(rows, experts, group_sizes)`: `rows` are
         `[n_rows, hidden]`, slot by slot, `group_sizes` int32 `[slots]` of them for each, and after
-        them zeros; `experts` has the weights of the slots, `[slots, …]`, where empty ones are 0. It
-        returns floats `[n_rows, …]`, which are multiplied with the gates; what it returns past the
-        last group does not matter. It may close over what all experts share. See `grouped_dot` and
-        `per_row`, of which it can be made. Integers among `experts` take no gradient. None for that
-        of `Experts`, `expert_ffn`.
+        them zeros; `experts` has the weights of the slots, `[slots, …]`, any where a slot has no
+        rows. It returns floats `[n_rows, …]`, which are multiplied with the gates; what it returns
+        past the last group does not matter. It may close over what all experts share. See
+        `grouped_dot` and `per_row`, of which it can be made. Integers among `experts` take no
+        gradient. None for that of `Experts`, `expert_ffn`.
       activation: of the experts, see `expert_ffn`; not with `ffn`.
       solver: see `rebalance`.
       transport: "ragged", "padded" or "auto", see `dispatch`.

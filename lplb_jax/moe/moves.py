@@ -196,8 +196,10 @@ def _reordered(
         array = jnp.asarray(array)
         if any(isinstance(value, jax.core.Tracer) for value in (array, *homes)):
             return _picked(array, *homes, rows=rows)
-        sharding = _sharding_of(array.sharding, (*layers, n_after, *shape[len(layers) + 1 :]))
-        return _compiled(sharding)(array, *_beside(array, homes), rows=rows)
+        # Where it is not bound to a device, the result is not either.
+        before = array.sharding if array.committed else None
+        after = _sharding_of(before, (*layers, n_after, *shape[len(layers) + 1 :]))
+        return _compiled(after)(array, *_beside(before, homes), rows=rows)
 
     return jax.tree_util.tree_map_with_path(reorder, weights)
 
@@ -258,13 +260,12 @@ def _sharding_of(sharding: Any, shape: tuple[int, ...]) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(sharding: jax.sharding.Sharding) -> Any:
+def _compiled(sharding: jax.sharding.Sharding | None) -> Any:
     return jax.jit(_picked, static_argnames="rows", out_shardings=sharding)
 
 
-def _beside(array: jax.Array, values: Any) -> Any:
-    """`values` on the devices of `array`: put there, as a transfer guard demands."""
-    sharding = array.sharding
+def _beside(sharding: jax.sharding.Sharding | None, values: Any) -> Any:
+    """`values` on the devices of an array: put there, as a transfer guard demands."""
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, P())
     return jax.device_put(values, sharding)
