@@ -84,12 +84,16 @@ def valid_call(rng: np.random.Generator, case: Case) -> Call:
     node_size = rng.choice([n for n in range(1, case.ep_size + 1) if case.ep_size % n == 0])
     nodes = {"node_size": int(node_size) if anywhere else 0}
     types = [np.int32] * 11
-    targets = ["count", "solve", "ipm", "place_copies", "assign", "rebalance"]
+    targets = ["count", "solve", "solve_costs", "ipm", "place_copies", "assign", "rebalance"]
     target = str(rng.choice(targets))
     if target == "count":
         operands, shapes, attributes = [indices], [(n_logical + 1,)], {"n_logical": n_logical}
     elif target == "solve":
         operands, shapes, attributes = [loads, *placed], split, size
+    elif target == "solve_costs":
+        base_load = rng.integers(0, 5, case.ep_size).astype(np.int32)
+        operands, shapes = [loads, *placed, base_load], [*split, split[-1]]
+        attributes = size | {"tile": int(rng.choice([1, 7, 1 << 20]))}
     elif target == "place_copies":
         fan_out = int(rng.integers(1, 4))
         width = 1 + min(case.ep_size - 1, n_physical - n_logical, fan_out)
