@@ -17,6 +17,7 @@ from lplb_jax import (
     Status,
     assign,
     metrics,
+    moe,
     place_experts,
     rebalance,
     reference,
@@ -262,3 +263,31 @@ def test_negative_base_loads_count_as_none():
     split = solve(loads, ring, base_load=np.array([-7, 0], np.int32))
     assert split.status.tolist() == [Status.NEGATIVE_LOAD]
     assert_same(split[:3], solve(loads, ring)[:3])
+
+
+def test_in_a_layer(rng, cpu_devices):
+    """moe_layer routes by tiles, and computes what it does anyway."""
+    ring = topologies.ring(2)
+    placement = place_experts(None, ring, n_logical=4, ep_size=2, redundants_per_rank=1)
+    mesh = jax.sharding.Mesh(cpu_devices[:2], ("ep",))
+    axes, same = PartitionSpec("ep"), PartitionSpec()
+    tokens = rng.normal(size=(60, 3)).astype(np.float32)
+    ids = rng.choice(4, (60, 1), p=[0.7, 0.1, 0.1, 0.1]).astype(np.int32)
+    shapes = (4, 3, 4), (4, 2, 3)
+    experts = moe.Experts(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+    base = np.array([1, 0], np.int32)
+
+    def out_of(**options):
+        def layer(tokens, ids, gates, experts):
+            options_of_all = {"placement": placement, "axis_name": "ep", "capacity_factor": 2.0}
+            return moe.moe_layer(tokens, ids, gates, experts, **options_of_all, **options)
+
+        layer = jax.shard_map(layer, mesh=mesh, in_specs=axes, out_specs=(axes, same))
+        return jax.jit(layer)(tokens, ids, np.ones((60, 1), np.float32), experts)
+
+    out, traffic = out_of(tile=8, base_load=base, n_nodes=2)
+    np.testing.assert_allclose(out, out_of()[0], rtol=1e-4, atol=1e-5)
+    loads = np.bincount(ids.ravel(), minlength=4).astype(np.int32)
+    split = solve(loads, placement=placement, tile=8, base_load=base)
+    np.testing.assert_array_equal(traffic.slot_loads, split.quota)
+    np.testing.assert_array_equal(traffic.lower_bound, split.lower_bound)
