@@ -24,7 +24,7 @@ N_LOCAL, N_TOKENS = 32, 4096  # experts and tokens of a rank
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("coordinator", nargs="?", help="host:port of process 0")
     parser.add_argument("n_processes", nargs="?", type=at_least(2))
     parser.add_argument("process", nargs="?", type=at_least(0), help="this one's number, from 0")

@@ -80,7 +80,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 def command_line() -> argparse.ArgumentParser:
     """The options; the model's sizes have the names of `model.Config`."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=str(__doc__).splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     choices = {
         "balance": ["lplb", "any", "batch", "eplb", "none"],
@@ -286,7 +287,7 @@ class Training:
         of_weights = model.specs(self.weights)
         seen = {"nats": P(), "traffic": P(), "indices": P(None, model.AXIS)}
         loss = jax.shard_map(
-            lambda *arguments: model.loss(*arguments, self.config),
+            functools.partial(model.loss, config=self.config),
             mesh=self.mesh,
             in_specs=(of_weights, P(model.AXIS), P()),
             out_specs=(P(), seen),

@@ -33,8 +33,8 @@ def draw(
     2
     """
     n_panels = 2 if ageing is None else 3
-    figure = Figure(figsize=(4.9 * n_panels, 4.5), dpi=130, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, rect=(0, 0, 1, 0.92))
+    figure = Figure(figsize=(4.9 * n_panels, 4.5), dpi=130)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1, rect=(0, 0, 1, 0.92))
     panels = figure.subplots(1, n_panels)
     _balance(panels[0], choices, best)
     _ranks(panels[1], before, after)

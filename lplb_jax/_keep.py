@@ -104,10 +104,8 @@ def _similar_ranks(fresh: Table, previous: Table, sizes: Sizes) -> np.ndarray:
     """For every rank the one of `fresh` that has much of what it had; nodes stay together."""
     n_nodes, node_size = sizes.n_nodes, sizes.ep_size // sizes.n_nodes
     # Experts that rank r had and rank q would have; those at home on both count twice.
-    common = sum(
-        had.T.astype(np.int64) @ has
-        for had, has in zip(_members(previous, sizes), _members(fresh, sizes), strict=True)
-    )
+    members = zip(_members(previous, sizes), _members(fresh, sizes), strict=True)
+    common = np.sum([had.T.astype(np.int64) @ has for had, has in members], axis=0)
     pairs = common.reshape(n_nodes, node_size, n_nodes, node_size).swapaxes(1, 2)
     rank_of = np.array([[_matched(pair) for pair in row] for row in pairs])
     node_of = _matched(np.take_along_axis(pairs, rank_of[..., None], axis=3).sum(axis=(2, 3)))

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.extend
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxlib import version
 
 # FFI platform name -> extension. `_cpu` is always built, `_cuda` where nvcc was found.
 _EXTENSIONS = {"cpu": "lplb_jax._cpu", "CUDA": "lplb_jax._cuda"}
@@ -31,10 +31,10 @@ def _load(name: str) -> ModuleType | None:
             raise
         return None
     built_for = extension.jaxlib_version()
-    if as_numbers(jaxlib.__version__) < as_numbers(built_for):
+    if as_numbers(version.__version__) < as_numbers(built_for):
         raise ImportError(
             f"{name} was built against jaxlib {built_for} (XLA FFI {extension.ffi_version()}) and "
-            f"does not run on the older jaxlib {jaxlib.__version__}: upgrade jaxlib, or rebuild "
+            f"does not run on the older jaxlib {version.__version__}: upgrade jaxlib, or rebuild "
             f"lplb_jax against it (pip install --no-build-isolation .)"
         )
     return extension
@@ -69,6 +69,13 @@ def cpu() -> ModuleType | None:
 def cuda() -> ModuleType | None:
     """The CUDA extension, or None where it was not built."""
     return _load(_EXTENSIONS["CUDA"]) if "CUDA" in AVAILABLE else None
+
+
+def built_cuda() -> ModuleType:
+    """The CUDA extension, for those who know that it was built."""
+    extension = cuda()
+    assert extension is not None
+    return extension
 
 
 def call(
@@ -244,7 +251,7 @@ def _lowering(ffi_platform: str | None) -> Callable[..., Any]:
     def lower(ctx: Any, *operands: Any, operation: _Operation, n_batch: int) -> Any:
         if operation.only_cuda is not None and ffi_platform != "CUDA":
             raise ValueError(operation.only_cuda)
-        if operation.target in AVAILABLE.get(ffi_platform, ()):
+        if operation.target in AVAILABLE.get(ffi_platform or "", ()):
             attributes = {name: np.int64(value) for name, value in operation.attributes}
             return jax.ffi.ffi_lowering(operation.target)(ctx, *operands, **attributes)
         if ffi_platform not in AVAILABLE:

@@ -146,7 +146,7 @@ class Job:
             raise MemoryError(
                 f"init_comm: NVSHMEM has no {n_bytes} bytes left; raise NVSHMEM_SYMMETRIC_SIZE"
             )
-        _native.cuda().comm_clear(self._ordinal, address, n_bytes)
+        _native.built_cuda().comm_clear(self._ordinal, address, n_bytes)
         return address
 
     @functools.cached_property
@@ -155,7 +155,7 @@ class Job:
         reason = missing_put()
         if reason is not None:
             raise RuntimeError(reason)
-        library = _native.cuda().comm_load_library(self._ordinal, str(_put_file()))
+        library = _native.built_cuda().comm_load_library(self._ordinal, str(_put_file()))
         error = _loaded().nvshmemx_culibrary_init(ctypes.c_void_p(library))
         if error:
             raise RuntimeError(
@@ -181,7 +181,7 @@ def _job(ordinal: int) -> Job:
 def join(ordinal: int, rendezvous: Rendezvous) -> Job:
     """Initialises NVSHMEM on GPU `ordinal` for the processes of `rendezvous`, or reuses it."""
     library = _loaded()
-    _native.cuda().comm_use_device(ordinal)  # NVSHMEM takes the GPU of the current context.
+    _native.built_cuda().comm_use_device(ordinal)  # NVSHMEM takes the GPU of the current context.
     status = library.nvshmemx_init_status()
     n_processes = len(rendezvous.processes)
     states = {int(state) for state in rendezvous.exchange("status", str(status))}

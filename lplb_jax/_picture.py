@@ -31,8 +31,8 @@ def draw(layers: list[Layer], topology: str) -> Figure:
     """
     n_columns = min(2, len(layers))
     n_rows = -(-len(layers) // n_columns)
-    figure = Figure(figsize=(7 * n_columns, 2.9 * n_rows + 1.1), dpi=130, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12, rect=(0, 0.065, 1, 0.875))
+    figure = Figure(figsize=(7 * n_columns, 2.9 * n_rows + 1.1), dpi=130)
+    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.12, rect=(0, 0.065, 1, 0.875))
     panels = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False).ravel()
     for i, (panel, layer) in enumerate(zip(panels, layers, strict=False)):
         _draw_layer(panel, layer, f"Layer {i}", explain=i == 0)
@@ -100,12 +100,11 @@ def _draw_layer(panel: Axes, layer: Layer, title: str, *, explain: bool) -> None
             color=colour,
         )
     panel.axhline(1, color=INK, linewidth=0.8, zorder=1)
+    right = starts[-1] + n_ranks + 0.2
     for start, run in zip(starts[2:], layer.runs, strict=True):
         bound = run.lower_bound / layer.home.mean()
-        left, right = start - 1.2, start + n_ranks + 0.2
-        panel.plot(
-            (left, right), (bound, bound), color=INK, linewidth=1.2, linestyle=(0, (3, 2)), zorder=1
-        )
+        span = start - 1.2, start + n_ranks + 0.2
+        panel.plot(span, (bound, bound), color=INK, linewidth=1.2, linestyle=(0, (3, 2)), zorder=1)
     if explain:
         panel.text(right + 0.3, 1.005, "mean", va="bottom", fontsize=8.5, color=INK)
     panel.set_title(title, loc="left", fontsize=10.5, color=INK)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.core
@@ -22,8 +22,10 @@ from lplb_jax.placement import (
 from lplb_jax.topologies import Topology
 
 _INDEX_DTYPES = ("int32", "int64", "uint8", "uint16")
-SOLVERS = ("auto", "exact", "ipm")
-FACTORS = ("elimination", "cusolverdx")
+Solver = Literal["auto", "exact", "ipm"]
+SOLVERS = get_args(Solver)
+Factor = Literal["elimination", "cusolverdx"]
+FACTORS = get_args(Factor)
 MOST_ROWS = 1 << 20  # of a tile
 # What tile="auto" is, where slots have fewer than so many of those tiles in the mean. See
 # docs/solvers.md for what they were chosen by.
@@ -87,6 +89,7 @@ def check_problem(
                 "placement: expected a Placement where loads is None (it holds the number of "
                 "experts), got None; make one with place_experts(None, r2o, ...)"
             )
+        topology = choose_topology(r2o, None)
         rows = loads.shape[0] if loads.ndim == 2 else len(topology)
         placement = given_order(topology, loads.shape[-1], axis_size or rows)
     else:
@@ -110,6 +113,11 @@ def check_problem(
     return Problem(topology, placement, n_nodes)
 
 
+def _cut_to_32_bits() -> bool:
+    """Whether JAX makes int32 of int64."""
+    return jax.dtypes.canonicalize_dtype(np.int64) == np.int32
+
+
 def check_indices(indices: Any) -> jax.Array:
     """`indices` as an array of an accepted integer type."""
     dtype = getattr(indices, "dtype", None)
@@ -121,7 +129,7 @@ def check_indices(indices: Any) -> jax.Array:
             f"indices: expected dtype {', '.join(_INDEX_DTYPES)}, got {dtype.name}; convert with "
             f".astype(jnp.int32)"
         )
-    if isinstance(indices, np.ndarray) and dtype == np.int64 and not jax.config.jax_enable_x64:
+    if isinstance(indices, np.ndarray) and dtype == np.int64 and _cut_to_32_bits():
         # JAX would cut wide ids down to 32 bits, where they could name an expert.
         indices = np.clip(indices, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
     return _native.whole(indices)

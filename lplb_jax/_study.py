@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -207,7 +207,11 @@ class Study:
             ):
                 row[: len(part)] = part
             return Placement.from_phy2log(experts, ep_size=ep_size, n_logical=n_logical)
-        sizes = {"n_logical": n_logical, "ep_size": ep_size, "n_nodes": self._n_nodes}
+        sizes: dict[str, Any] = {
+            "n_logical": n_logical,
+            "ep_size": ep_size,
+            "n_nodes": self._n_nodes,
+        }
         if kind == BATCH:
             homes = self._placement(PACKED, 0, history).phy2log.reshape(ep_size, -1)
             empty = np.full((ep_size, redundants), -1)
@@ -292,8 +296,9 @@ def recommended(choices: list[Choice]) -> Choice:
     An even split is never better than the exact one of the same copies.
     """
     possible = [choice for choice in choices if choice.fits and choice.placement != EVEN]
-    timed = all(choice.seconds is not None for choice in possible)
-    costs = [choice.seconds if timed else choice.mean for choice in possible]
+    costs = [choice.seconds for choice in possible if choice.seconds is not None]
+    if len(costs) < len(possible):
+        costs = [choice.mean for choice in possible]
     most = min(costs) * (1 + _WORTH)
     good = [choice for choice, cost in zip(possible, costs, strict=True) if cost <= most]
     return min(good, key=lambda choice: choice.redundants)

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -52,9 +53,9 @@ def check_phy2log(phy2log: Any, ep_size: int, n_logical: int | None) -> tuple[An
     if traced and table.dtype != np.int32:
         # Wide ids could wrap around to others.
         raise TypeError(f"phy2log: expected int32 where it is traced, got {table.dtype}")
-    shape = table.shape
+    shape: tuple[int, ...] = table.shape
     flat = len(shape) == 1 and shape[0] % ep_size == 0
-    by_rank = len(shape) in (2, 3) and shape[-2] == ep_size
+    by_rank = len(shape) in (2, 3) and shape[-2:-1] == (ep_size,)
     if not (flat or by_rank) or 0 in shape:
         raise ValueError(
             f"phy2log: expected shape [ep_size, slots_per_rank], [layers, ep_size, slots_per_rank] "
@@ -72,7 +73,7 @@ def check_phy2log(phy2log: Any, ep_size: int, n_logical: int | None) -> tuple[An
         raise ValueError(
             f"n_logical: expected 1 to n_physical = {most} experts, got {int(n_logical)}"
         )
-    if not traced:
+    if isinstance(table, np.ndarray):
         _check_values(table, int(n_logical))
         table = table.astype(np.int32)
     return table.reshape(*shape[: max(len(shape) - 2, 0)], -1), int(n_logical)

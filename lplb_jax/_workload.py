@@ -125,6 +125,7 @@ def _of_arrays(
     most_layers: int,
 ) -> Workload:
     """From `indices` or `loads`, and `history` of earlier batches where there is one."""
+    history = None
     if "history" in arrays:
         history = _checked_loads(arrays["history"], n_logical, name)
         n_logical = history.shape[-1]
@@ -140,7 +141,7 @@ def _of_arrays(
         loads = _checked_loads(arrays["loads"], None if "history" in arrays else n_logical, name)
         n_layers, layers = len(loads), _some(len(loads), most_layers)
         loads = loads[layers]
-    if "history" in arrays:
+    if history is not None:
         expected, got = (n_layers, loads.shape[-1]), (len(history), n_logical)
         if expected != got:
             raise ValueError(

@@ -246,7 +246,7 @@ def advise(
         hidden, width = hidden or found.model.hidden, width or found.model.width
     parameters, bytes_per_expert = _of_an_expert(hidden, width, bytes_per_expert)
     costs = None
-    if parameters is not None and hidden is not None:
+    if parameters is not None and hidden is not None and bytes_per_expert is not None:
         costs = Costs(
             found.rows / ep_size, found.top_k or 1, hidden, parameters, bytes_per_expert,
             ep_size, n_nodes, inference, *rates.values(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,34 @@ class Assignment(NamedTuple):
     physical_indices: jax.Array
     position: jax.Array
     counts: jax.Array
+
+
+@overload
+def assign(
+    indices: Any,
+    loads: Any,
+    split: Split,
+    r2o: Any = None,
+    *,
+    placement: Placement | None = None,
+    axis_name: Any = None,
+    positions: Literal[False] = False,
+    n_nodes: int | None = None,
+) -> jax.Array: ...
+
+
+@overload
+def assign(
+    indices: Any,
+    loads: Any,
+    split: Split,
+    r2o: Any = None,
+    *,
+    placement: Placement | None = None,
+    axis_name: Any = None,
+    positions: Literal[True],
+    n_nodes: int | None = None,
+) -> Assignment: ...
 
 
 def assign(
@@ -128,7 +156,7 @@ def assign_tokens(
 
     placement = problem.placement
 
-    def of_source(tokens: jax.Array, rank: jax.Array) -> tuple[jax.Array, ...]:
+    def of_source(tokens: jax.Array, rank: jax.Array | np.int32) -> tuple[jax.Array, ...]:
         operands = (tokens, counts, quota, placement.phy2log, placement.log2phy, rank)
         return _native.call(
             "lplb_assign",

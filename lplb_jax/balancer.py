@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from lplb_jax import _native, reference
 from lplb_jax._problem import (
     AUTO_TILE,
     Problem,
+    Solver,
     anywhere,
     check_costs,
     check_indices,
@@ -28,12 +29,92 @@ from lplb_jax.assignment import (
     returned,
     workspace_shape,
 )
-from lplb_jax.batch_copies import check_copies, copies_for, with_copies
+from lplb_jax.batch_copies import CopiesFrom, check_copies, copies_for, with_copies
 from lplb_jax.comm import Comm, check_comm
 from lplb_jax.loads import all_gather_counts, count
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split, solve_checked
 from lplb_jax.status import Status
+
+
+@overload
+def rebalance(
+    indices: Any,
+    loads: Any,
+    r2o: Any = None,
+    *,
+    placement: Placement | None = None,
+    axis_name: Any = None,
+    comm: Comm | None = None,
+    solver: Solver = "auto",
+    rank_weights: Any = None,
+    positions: Literal[False] = False,
+    copies: Literal["placement"] = "placement",
+    fan_out: int | None = None,
+    n_nodes: int | None = None,
+    tile: int | str | None = None,
+    base_load: Any = None,
+) -> tuple[jax.Array, Split]: ...
+
+
+@overload
+def rebalance(
+    indices: Any,
+    loads: Any,
+    r2o: Any = None,
+    *,
+    placement: Placement | None = None,
+    axis_name: Any = None,
+    comm: Comm | None = None,
+    solver: Solver = "auto",
+    rank_weights: Any = None,
+    positions: Literal[True],
+    copies: Literal["placement"] = "placement",
+    fan_out: int | None = None,
+    n_nodes: int | None = None,
+    tile: int | str | None = None,
+    base_load: Any = None,
+) -> tuple[Assignment, Split]: ...
+
+
+@overload
+def rebalance(
+    indices: Any,
+    loads: Any,
+    r2o: Any = None,
+    *,
+    placement: Placement | None = None,
+    axis_name: Any = None,
+    comm: Comm | None = None,
+    solver: Solver = "auto",
+    rank_weights: Any = None,
+    positions: Literal[False] = False,
+    copies: Literal["batch"],
+    fan_out: int | None = None,
+    n_nodes: int | None = None,
+    tile: int | str | None = None,
+    base_load: Any = None,
+) -> tuple[jax.Array, Split, Placement]: ...
+
+
+@overload
+def rebalance(
+    indices: Any,
+    loads: Any,
+    r2o: Any = None,
+    *,
+    placement: Placement | None = None,
+    axis_name: Any = None,
+    comm: Comm | None = None,
+    solver: Solver = "auto",
+    rank_weights: Any = None,
+    positions: Literal[True],
+    copies: Literal["batch"],
+    fan_out: int | None = None,
+    n_nodes: int | None = None,
+    tile: int | str | None = None,
+    base_load: Any = None,
+) -> tuple[Assignment, Split, Placement]: ...
 
 
 def rebalance(
@@ -44,10 +125,10 @@ def rebalance(
     placement: Placement | None = None,
     axis_name: Any = None,
     comm: Comm | None = None,
-    solver: str = "auto",
+    solver: Solver = "auto",
     rank_weights: Any = None,
     positions: bool = False,
-    copies: str = "placement",
+    copies: CopiesFrom = "placement",
     fan_out: int | None = None,
     n_nodes: int | None = None,
     tile: int | str | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -12,7 +12,8 @@ from lplb_jax._problem import check_count, check_loads, check_problem
 from lplb_jax.placement import Placement
 
 # Where a rank's copies come from: `rebalance` and `moe_layer` take one of these.
-COPIES = ("placement", "batch")
+CopiesFrom = Literal["placement", "batch"]
+COPIES = get_args(CopiesFrom)
 
 
 def place_copies(loads: Any, placement: Placement, *, fan_out: int | None = None) -> Placement:
@@ -82,7 +83,8 @@ def copies_for(loads: jax.Array, placement: Placement, fan_out: int) -> Placemen
 
 def with_copies(placement: Placement, tables: Sequence[jax.Array]) -> Placement:
     """The placement of these tables, phy2log, log2phy and logcnt, on the same ranks and nodes."""
-    return Placement(*tables, placement.ep_size, None, placement.n_nodes)
+    phy2log, log2phy, logcnt = tables
+    return Placement(phy2log, log2phy, logcnt, placement.ep_size, None, placement.n_nodes)
 
 
 def check_copies(copies: str, r2o: Any, fan_out: Any, placement: Placement | None) -> int | None:

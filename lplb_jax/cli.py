@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_demo(commands)
     _add_advise(commands)
     options = vars(parser.parse_args(arguments))
-    command, run = options.pop("command"), options.pop("run")
+    command: argparse.ArgumentParser = options.pop("command")
+    run = options.pop("run")
     try:
         return run(**options)
     except BrokenPipeError:  # Whoever reads has enough; nor does Python need to say so at its end.

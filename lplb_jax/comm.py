@@ -7,7 +7,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -18,9 +18,13 @@ from lplb_jax._axes import axis_names, check_axis_names
 from lplb_jax._problem import check_count
 from lplb_jax._rendezvous import Rendezvous
 
-TRANSPORTS = ("auto", "xla", "p2p", "nvshmem", "nvshmem_put")
+Transport = Literal["auto", "xla", "p2p", "nvshmem", "nvshmem_put"]
+TRANSPORTS = get_args(Transport)
 
-_NO_MODULE = "lplb_jax was installed without its CUDA module (install with LPLB_CUDA=pypi)"
+_NO_MODULE = (
+    "lplb_jax was installed without its CUDA module; reinstall it in its source tree with: "
+    "LPLB_CUDA=pypi pip install --force-reinstall --no-deps ."
+)
 
 # All processes make their communicators in the same order, so these agree.
 _ids = itertools.count(1)
@@ -85,7 +89,7 @@ class Comm:
         """
         if self.closed or self.transport == "xla":
             return None
-        return _native.cuda().comm_failure(self.identifier) or None
+        return _native.built_cuda().comm_failure(self.identifier) or None
 
     def close(self) -> None:
         """Waits for the devices and frees the buffers; programs that use it then raise.
@@ -104,7 +108,7 @@ def init_comm(
     axis: str | tuple[str, ...] = "ep",
     *,
     max_experts: int,
-    transport: str = "auto",
+    transport: Transport = "auto",
     timeout_s: float = 30.0,
 ) -> Comm:
     """Prepares the ranks of a mesh axis to share their counts within the kernels of `rebalance`.
@@ -254,18 +258,18 @@ class _Inboxes:
 
     @property
     def n_bytes(self) -> int:
-        return _native.cuda().comm_inbox_bytes(self.size, self.stride)
+        return _native.built_cuda().comm_inbox_bytes(self.size, self.stride)
 
     def attach(self, ordinal: int, rank: int, inboxes: list[int]) -> None:
         options = (self.stride, self.timeout_s)
-        _native.cuda().comm_attach(self.identifier, ordinal, rank, inboxes, *options)
+        _native.built_cuda().comm_attach(self.identifier, ordinal, rank, inboxes, *options)
 
 
 Connection = tuple[str, Callable[[], None]]  # transport, and what frees it
 
 
 def _connect_p2p(groups: np.ndarray, made: _Inboxes, _: Rendezvous, __: str) -> Connection:
-    native = _native.cuda()
+    native = _native.built_cuda()
     owned = []
     for group in groups:
         ordinals = [device.local_hardware_id for device in group]
@@ -297,7 +301,7 @@ def _probe_nvshmem(groups: np.ndarray) -> str | None:
 def _connect_nvshmem(
     groups: np.ndarray, made: _Inboxes, rendezvous: Rendezvous, transport: str
 ) -> Connection:
-    native = _native.cuda()
+    native = _native.built_cuda()
     (mine,) = [device for device in groups.flat if device.process_index == jax.process_index()]
     ordinal = mine.local_hardware_id
     job = _together(rendezvous, lambda: _nvshmem.join(ordinal, rendezvous))

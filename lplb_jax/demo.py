@@ -36,6 +36,7 @@ from lplb_jax import (
 )
 from lplb_jax._problem import check_count
 from lplb_jax._report import Layer, Run
+from lplb_jax.batch_copies import CopiesFrom
 from lplb_jax.data import AUX_LOSSES, Traces, load_traces, read_traces
 
 EP_SIZE = 8
@@ -109,21 +110,20 @@ def demonstrate(
 
     with init_comm(mesh, "ep", max_experts=n_logical) as comm:
         along, anywhere = placements
-        runs = [
-            [*_run_layers(mesh, comm, indices, stacked, repeats, name, copies)]
-            for stacked, name, copies in (
-                (along, topology, "placement"),
-                (anywhere, "any placement", "placement"),
-                (anywhere, "batch", "batch"),
-            )
+        kinds: list[tuple[Placement, str, CopiesFrom]] = [
+            (along, topology, "placement"),
+            (anywhere, "any placement", "placement"),
+            (anywhere, "batch", "batch"),
         ]
+        runs = [[*_run_layers(mesh, comm, indices, kind[0], repeats, *kind[1:])] for kind in kinds]
     _progress("")
     layers = []
     for i, of_layer in enumerate(zip(*runs, strict=True)):
         loads = np.bincount(indices[i].ravel(), minlength=n_logical)
         placement = _layer(along, i)
         quotas = metrics.home_quota(loads, placement), metrics.even_quota(loads, placement)
-        layers.append(Layer(*(_loads_of_ranks(quota) for quota in quotas), of_layer))
+        home, even = map(_loads_of_ranks, quotas)
+        layers.append(Layer(home, even, of_layer))
 
     print(table(layers, topology))
     print(
@@ -149,7 +149,7 @@ def demonstrate(
     return 1 if faults else 0
 
 
-def find_devices(n: int) -> list[jax.Device]:
+def find_devices(n: int) -> list[Any]:
     """`n` GPUs if available, otherwise `n` virtual CPU devices. Call it before JAX is used.
 
     Args:
@@ -167,7 +167,7 @@ def find_devices(n: int) -> list[jax.Device]:
     """
     # Refused once JAX has been started; what it has may be enough.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", max(n, jax.config.jax_num_cpu_devices))
+        jax.config.update("jax_num_cpu_devices", max(n, jax.config.jax_num_cpu_devices))  # pyright: ignore[reportAttributeAccessIssue]
     devices = jax.devices()
     if devices[0].platform == "gpu" and len(devices) >= n:
         return devices[:n]
@@ -339,7 +339,7 @@ def _on_many_ranks(indices: np.ndarray, history: np.ndarray) -> str:
     )
 
 
-def _describe(devices: list[jax.Device]) -> str:
+def _describe(devices: list[Any]) -> str:
     if devices[0].platform == "cpu":
         return f"{len(devices)} virtual CPU devices ({len(os.sched_getaffinity(0))} cores)"
     return f"{len(devices)} × {devices[0].device_kind}"
@@ -352,7 +352,7 @@ def _progress(text: str) -> None:
 
 
 def _compile(
-    mesh: Mesh, comm: Comm, indices: np.ndarray, placement: Placement, copies: str
+    mesh: Mesh, comm: Comm, indices: np.ndarray, placement: Placement, copies: CopiesFrom
 ) -> jax.stages.Compiled:
     """rebalance() as one program for all ranks. The placement is an argument: it may change."""
     specs = (P("ep"), P()) if copies == "placement" else (P("ep"), P(), P())
@@ -383,7 +383,7 @@ def _run_layers(
     stacked: Placement,
     repeats: int,
     name: str,
-    copies: str,
+    copies: CopiesFrom,
 ) -> Iterator[Run]:
     """Every layer on its placement, by one program."""
     _progress(f"{name}: compiling one step for all layers")
@@ -437,7 +437,7 @@ def _write_picture(path: str, layers: list[Layer], topology: str) -> None:
     try:
         from lplb_jax._picture import draw
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != "matplotlib":
+        if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         print("picture: none, since matplotlib is missing; get it with: pip install matplotlib")
         return

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lplb_jax import _native
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split
 
 
-def rank_loads(quota: jax.Array, ep_size: int) -> jax.Array:
+def rank_loads(quota: ArrayLike, ep_size: int) -> jax.Array:
     """Tokens per rank.
 
     Args:
@@ -42,7 +43,7 @@ def rank_loads(quota: jax.Array, ep_size: int) -> jax.Array:
     return by_rank.sum(axis=-1, dtype=jnp.int32)
 
 
-def home_quota(loads: jax.Array, placement: Placement) -> jax.Array:
+def home_quota(loads: ArrayLike, placement: Placement) -> jax.Array:
     """The quotas when no replica is used: every token goes to its expert's first slot.
 
     Args:
@@ -71,7 +72,7 @@ def _home_quota(loads: jax.Array, placement: Placement) -> jax.Array:
     return loads[expert] * at_home.astype(loads.dtype)
 
 
-def even_quota(loads: jax.Array, placement: Placement) -> jax.Array:
+def even_quota(loads: ArrayLike, placement: Placement) -> jax.Array:
     """The quotas when every expert's tokens are split evenly over its slots (what EPLB does).
 
     Args:
@@ -108,7 +109,7 @@ def _even_quota(loads: jax.Array, placement: Placement) -> jax.Array:
     return share * (nth_of_slot > 0).astype(loads.dtype)
 
 
-def expert_loads(slot_loads: jax.Array, placement: Placement) -> jax.Array:
+def expert_loads(slot_loads: ArrayLike, placement: Placement) -> jax.Array:
     """Tokens per expert from tokens per slot, such as `moe.Traffic.slot_loads`.
 
     Args:
@@ -136,7 +137,7 @@ def _expert_loads(slot_loads: jax.Array, placement: Placement) -> jax.Array:
     return served.sum(axis=1, dtype=slot_loads.dtype)
 
 
-def imbalance(loads_of_ranks: jax.Array) -> jax.Array:
+def imbalance(loads_of_ranks: ArrayLike) -> jax.Array:
     """Largest load over mean load: 1.0 is perfect balance, and 1.0 where there is no load.
 
     Args:
@@ -158,7 +159,7 @@ def _imbalance(loads: jax.Array) -> jax.Array:
     return jnp.where(mean > 0, loads.max(axis=-1) / jnp.where(mean > 0, mean, 1), 1.0)
 
 
-def gain(loads_before: jax.Array, loads_after: jax.Array) -> jax.Array:
+def gain(loads_before: ArrayLike, loads_after: ArrayLike) -> jax.Array:
     """How many times shorter the busiest rank's work became.
 
     Args:
@@ -238,7 +239,7 @@ def mean_gap(split: Split, ep_size: int) -> jax.Array:
     return excess / jnp.maximum(mean, 1).astype(jnp.float32)
 
 
-def tokens_moved(quota: jax.Array, placement: Placement) -> jax.Array:
+def tokens_moved(quota: ArrayLike, placement: Placement) -> jax.Array:
     """Tokens that a replica serves instead of the expert's home, its first slot.
 
     Args:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.core
@@ -20,6 +20,7 @@ from lplb_jax.topologies import Topology
 
 # What a checkpoint has of a placement, by name; and r2o, where it has a topology.
 _ARRAYS = "phy2log", "log2phy", "logcnt", "ep_size", "n_nodes"
+Method = Literal["auto", "eplb"]
 
 
 @functools.partial(
@@ -145,7 +146,9 @@ class Placement:
         """
         tables = jax.device_get((self.phy2log, self.log2phy, self.logcnt))
         values = *tables, self.ep_size, self.n_nodes
-        arrays = dict(zip(_ARRAYS, (np.asarray(value, np.int32) for value in values), strict=True))
+        arrays: dict[str, Any] = dict(
+            zip(_ARRAYS, (np.asarray(value, np.int32) for value in values), strict=True)
+        )
         return arrays if self.topology is None else arrays | {"r2o": np.array(self.topology)}
 
     @classmethod
@@ -173,7 +176,7 @@ class Placement:
                 f"logcnt [n_logical], maybe all with layers before, got {shapes}"
             )
         topology = Topology(host["r2o"]) if "r2o" in host else None
-        return cls(*tables, int(host["ep_size"]), topology, int(host["n_nodes"]))
+        return cls(phy2log, log2phy, logcnt, int(host["ep_size"]), topology, int(host["n_nodes"]))
 
 
 def place_experts(
@@ -186,7 +189,7 @@ def place_experts(
     n_physical: int | None = None,
     n_nodes: int = 1,
     n_groups: int = 1,
-    method: str = "auto",
+    method: Method = "auto",
     previous: Placement | None = None,
 ) -> Placement:
     """Places experts on ranks from past loads, on the host.
@@ -279,10 +282,8 @@ def place_experts(
     ):
         if given != default:
             raise ValueError(f"{name}: expected {default!r} with r2o, got {given!r}")
-    check_integers(n_logical=n_logical, redundants_per_rank=redundants_per_rank)
     topology = topologies.validate(r2o)
-    check_sizes(topology, n_logical, ep_size, redundants_per_rank)
-    slots_per_rank = int(n_logical) // int(ep_size) + int(redundants_per_rank)
+    slots_per_rank = _slots_along(topology, n_logical, ep_size, redundants_per_rank)
     sizes = Sizes(int(n_logical), int(ep_size), slots_per_rank, int(n_nodes))
     if history is None and previous is None:
         return _along_topology(np.arange(n_logical), topology, sizes)
@@ -305,7 +306,9 @@ def _place_along(
     return _along_topology(own.ravel(), topology, sizes)
 
 
-def _place_as_eplb(loads: np.ndarray, _: None, sizes: Sizes, n_groups: int) -> Placement:
+def _place_as_eplb(
+    loads: np.ndarray, _: Placement | None, sizes: Sizes, n_groups: int
+) -> Placement:
     """EPLB's placement for loads `[n_logical]` or `[batches, n_logical]`."""
     n_logical, ep_size, slots_per_rank, n_nodes = sizes
     total = np.atleast_2d(loads).sum(axis=0)
@@ -428,9 +431,14 @@ def _loads_of(history: Any, n_logical: int, most_axes: int) -> np.ndarray:
     return loads
 
 
-def _slots_per_rank(
-    n_logical: int, ep_size: int, redundants_per_rank: int | None, n_physical: int | None
-) -> int:
+def _slots_along(topology: Topology, n_logical: int, ep_size: int, redundants: Any) -> int:
+    """Slots of a rank along a topology."""
+    check_integers(n_logical=n_logical, redundants_per_rank=redundants)
+    check_sizes(topology, n_logical, ep_size, redundants)
+    return int(n_logical) // int(ep_size) + int(redundants)
+
+
+def _slots_per_rank(n_logical: int, ep_size: int, redundants_per_rank: Any, n_physical: Any) -> int:
     """Slots of a rank without topology, from what says how many there are."""
     check_integers(n_logical=n_logical)
     if n_logical < 1:
@@ -456,7 +464,7 @@ def _slots_per_rank(
 
 def _check_method(method: Any, n_logical: int, n_groups: Any) -> None:
     """Raises where there is no such method, or groups do not divide the experts."""
-    if method not in ("auto", "eplb"):
+    if method not in get_args(Method):
         raise ValueError(f"method: expected 'auto' or 'eplb', got {method!r}")
     check_integers(n_groups=n_groups)
     if n_groups < 1 or n_logical % n_groups:
@@ -551,7 +559,7 @@ def check_fits(placement: Placement, r2o: Topology | np.ndarray) -> None:
             f"a time"
         )
     n_logical, n_physical = placement.n_logical, placement.n_physical
-    if r2o.shape[1] == 0:
+    if not isinstance(r2o, Topology):
         return check_any(placement)
     extra = n_physical - n_logical
     if placement.logcnt.shape != (n_logical,) or extra % placement.ep_size:

@@ -253,7 +253,7 @@ def _largest(placement: Placement, batches: np.ndarray) -> float:
 
 def _anew(batches: np.ndarray, previous: Placement) -> Placement:
     """A placement for these batches that keeps what it can of the one in force; as wide."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "n_logical": previous.n_logical,
         "ep_size": previous.ep_size,
         "n_nodes": previous.n_nodes,

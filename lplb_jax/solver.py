@@ -11,7 +11,9 @@ from lplb_jax import _native, reference
 from lplb_jax._problem import (
     NO_COSTS,
     Costs,
+    Factor,
     Problem,
+    Solver,
     check_costs,
     check_factor,
     check_loads,
@@ -54,10 +56,10 @@ def solve(
     r2o: Any = None,
     *,
     placement: Placement | None = None,
-    solver: str = "auto",
+    solver: Solver = "auto",
     rank_weights: Any = None,
     repair: bool = True,
-    factor: str = "elimination",
+    factor: Factor = "elimination",
     tile: int | None = None,
     base_load: Any = None,
 ) -> Split:
@@ -124,7 +126,7 @@ def solve_checked(
     loads: jax.Array,
     problem: Problem,
     method: str = "exact",
-    weights: jax.Array | None = None,
+    weights: jax.Array | np.ndarray | None = None,
     repair: bool = True,
     cusolverdx: bool = False,
     costs: Costs = NO_COSTS,
@@ -135,7 +137,7 @@ def solve_checked(
     operands = (rows, placement.phy2log, placement.log2phy, problem.r2o)
     base = np.zeros(problem.ep_size, np.int32) if costs.base_load is None else costs.base_load
     if method == "exact" and costs.asked:
-        sizes = {"ep_size": problem.ep_size, "tile": costs.tile or 1}
+        sizes: dict[str, Any] = {"ep_size": problem.ep_size, "tile": costs.tile or 1}
         target = "lplb_solve_costs"
         split = _native.call(target, reference.solve_costs, *operands, base, **sizes)
         split = split[: 4 if costs.tile is None else 5]

@@ -1,19 +1,23 @@
 """Loading the native modules: versions, absence, and the handlers' own checks."""
 
+import ast
 import importlib.util
 import os
+import pathlib
+import re
 import subprocess
 import sys
 import types
 import warnings
 
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 import pytest
 from cases import Case, counts_of, tokens
 from steps import assert_same
 
+import lplb_jax
 from lplb_jax import _native, export_checks, rebalance, solve, topologies
 
 TARGETS = {"lplb_count", "lplb_solve", "lplb_assign", "lplb_rebalance"}
@@ -55,16 +59,45 @@ def test_public_calls_run_native_code():
 def test_an_older_jaxlib_is_refused(monkeypatch, runtime):
     """Its FFI does not know what newer headers ask for; the message says what to do."""
     built = _native.importlib.import_module("lplb_jax._cpu").jaxlib_version()
-    monkeypatch.setattr(jaxlib, "__version__", runtime)
+    monkeypatch.setattr(jaxlib.version, "__version__", runtime)
     with pytest.raises(ImportError) as refused:
         _native._load("lplb_jax._cpu")
     for words in ("lplb_jax._cpu", built, runtime, "upgrade jaxlib", "rebuild"):
         assert words in str(refused.value)
 
 
+def signature(node):
+    """The name of a function, and the types of its arguments and result."""
+    if not isinstance(node, ast.FunctionDef):
+        return None, None
+    types = [argument.annotation for argument in node.args.posonlyargs]
+    return node.name, [ast.unparse(kind) for kind in (*types, node.returns)]
+
+
+@pytest.mark.parametrize("name", ["_cpu", "_cuda", "_bench"])
+def test_stubs_are_the_extensions(name):
+    """Every function that the extension has, and no other, with the same types."""
+    try:
+        extension = importlib.import_module(f"lplb_jax.{name}")
+    except ModuleNotFoundError:
+        pytest.skip(f"no {name} in this installation")
+    stub = pathlib.Path(lplb_jax.__file__).with_name(f"{name}.pyi")
+    declared = dict(map(signature, ast.parse(stub.read_text()).body))
+    compiled = {}
+    for function in vars(extension).values():
+        for text, *_ in getattr(function, "__nb_signature__", ()):
+            # In Python's syntax, and without modules' names.
+            text = re.sub(r"ndarray\[dtype=(\w+)[^\]]*\]", r"NDArray[np.\1]", text)
+            text = re.sub(r"\b(collections\.abc|lplb_jax\._cuda)\.", "", text)
+            compiled |= dict(map(signature, ast.parse(f"{text}: ...").body))
+    declared.pop(None, None)
+    assert compiled
+    assert declared == compiled
+
+
 @pytest.mark.parametrize("runtime", ["99.0.0", "0.100.0", "99.0.0.dev20991231"])
 def test_a_newer_jaxlib_is_accepted(monkeypatch, runtime):
-    monkeypatch.setattr(jaxlib, "__version__", runtime)
+    monkeypatch.setattr(jaxlib.version, "__version__", runtime)
     assert _native._load("lplb_jax._cpu") is not None
 
 

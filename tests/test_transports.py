@@ -3,7 +3,7 @@
 import types
 
 import jax
-import jaxlib
+import jaxlib.version
 import pytest
 
 from lplb_jax.moe import transports
@@ -22,7 +22,7 @@ def between(monkeypatch):
         monkeypatch.setattr(jax, "process_count", lambda: 4)
         monkeypatch.setattr(jax, "local_device_count", lambda: here)
         monkeypatch.setattr(jax, "default_backend", lambda: backend)
-        monkeypatch.setattr(jaxlib, "__version__", jaxlib_)
+        monkeypatch.setattr(jaxlib.version, "__version__", jaxlib_)
         monkeypatch.setattr(transports, "nccl_version", lambda: nccl)
         monkeypatch.setattr(jax, "devices", lambda: devices)
 

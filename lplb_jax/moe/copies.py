@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,11 @@ from jax import lax
 from jax.interpreters import ad
 
 from lplb_jax._axes import varying_as
+
+
+def custom_vjp(*nondiff_argnums: int) -> Callable[[Callable[..., Any]], Any]:
+    """`jax.custom_vjp` as a decorator with arguments, of what type checkers take for anything."""
+    return lambda function: jax.custom_vjp(function, nondiff_argnums=nondiff_argnums)
 
 
 class Copies(NamedTuple):

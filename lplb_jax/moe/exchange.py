@@ -26,7 +26,16 @@ from lplb_jax._problem import check_count
 from lplb_jax.assignment import Assignment
 from lplb_jax.loads import sync_loads
 from lplb_jax.moe import transports
-from lplb_jax.moe.copies import Copies, add, check_reverse, choice_at, copy, head, numbers
+from lplb_jax.moe.copies import (
+    Copies,
+    add,
+    check_reverse,
+    choice_at,
+    copy,
+    custom_vjp,
+    head,
+    numbers,
+)
 
 
 @functools.partial(
@@ -161,7 +170,7 @@ def dispatch(
     *,
     axis_name: Any,
     capacity: int,
-    transport: str = "auto",
+    transport: transports.Transport = "auto",
 ) -> tuple[jax.Array, jax.Array, Plan]:
     """Sends every token to the ranks of its slots. Call it inside `jax.shard_map`.
 
@@ -369,7 +378,7 @@ def _check_assignment(
     return len(counts) // n_ranks
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@custom_vjp(2)
 def exchange(array: jax.Array, lists: Lists, way: str) -> jax.Array:
     """`[n_sent, …]` of sources to `[n_received, …]` of ranks ("there"), or the other way ("back").
 

@@ -15,6 +15,7 @@ from lplb_jax._axes import varying_as
 from lplb_jax.moe.copies import check_reverse, head, wider
 from lplb_jax.moe.products import (
     PRODUCT,
+    Gemm,
     Products,
     check_group_sizes,
     check_rows,
@@ -49,7 +50,7 @@ def expert_ffn(
     *,
     gates: jax.Array | None = None,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
-    gemm: str = "auto",
+    gemm: Gemm = "auto",
 ) -> jax.Array:
     """Applies every slot's expert to its rows: `(activation(x @ gate) · (x @ up)) @ down`.
 

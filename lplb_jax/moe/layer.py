@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,10 @@ from jax import lax
 
 from lplb_jax import metrics
 from lplb_jax._axes import check_axis, varying_as, varying_over
-from lplb_jax._problem import anywhere, check_indices, check_problem
+from lplb_jax._problem import Solver, anywhere, check_indices, check_problem
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
-from lplb_jax.batch_copies import check_copies
+from lplb_jax.batch_copies import CopiesFrom, check_copies
 from lplb_jax.comm import Comm
 from lplb_jax.loads import count_loads
 from lplb_jax.moe import transfers, transports
@@ -30,13 +30,15 @@ from lplb_jax.moe.experts import (
     network_of,
 )
 from lplb_jax.moe.moves import check_homes, home_slots, rows_per_rank
+from lplb_jax.moe.products import Gemm
 from lplb_jax.moe.replicas import Fetch, filled, with_room
 from lplb_jax.moe.slots import fetch_anywhere, room_for, slots_by_row
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split
 from lplb_jax.status import Status
 
-BALANCES = ("lplb", "eplb", "none")
+Balance = Literal["lplb", "eplb", "none"]
+BALANCES = get_args(Balance)
 
 
 class Traffic(NamedTuple):
@@ -106,6 +108,7 @@ class Traffic(NamedTuple):
         )
 
 
+@overload
 def moe_layer(
     tokens: jax.Array,
     indices: Any,
@@ -115,16 +118,71 @@ def moe_layer(
     *,
     placement: Placement,
     axis_name: Any,
-    balance: str = "lplb",
-    copies: str = "placement",
+    balance: Balance = "lplb",
+    copies: CopiesFrom = "placement",
     fan_out: int | None = None,
     keep_copies: bool = True,
     capacity_factor: float = 1.25,
     ffn: Callable[[jax.Array, Any, jax.Array], jax.Array] | None = None,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
-    solver: str = "auto",
-    transport: str = "auto",
-    gemm: str = "auto",
+    solver: Solver = "auto",
+    transport: transports.Transport = "auto",
+    gemm: Gemm = "auto",
+    comm: Comm | None = None,
+    in_place: Literal[False] = False,
+    n_nodes: int | None = None,
+    tile: int | str | None = None,
+    base_load: Any = None,
+) -> tuple[jax.Array, Traffic]: ...
+
+
+@overload
+def moe_layer(
+    tokens: jax.Array,
+    indices: Any,
+    gates: jax.Array,
+    experts: Any,
+    r2o: Any = None,
+    *,
+    placement: Placement,
+    axis_name: Any,
+    balance: Balance = "lplb",
+    copies: CopiesFrom = "placement",
+    fan_out: int | None = None,
+    keep_copies: bool = True,
+    capacity_factor: float = 1.25,
+    ffn: Callable[[jax.Array, Any, jax.Array], jax.Array] | None = None,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+    solver: Solver = "auto",
+    transport: transports.Transport = "auto",
+    gemm: Gemm = "auto",
+    comm: Comm | None = None,
+    in_place: Literal[True],
+    n_nodes: int | None = None,
+    tile: int | str | None = None,
+    base_load: Any = None,
+) -> tuple[jax.Array, Traffic, Any]: ...
+
+
+def moe_layer(
+    tokens: jax.Array,
+    indices: Any,
+    gates: jax.Array,
+    experts: Any,
+    r2o: Any = None,
+    *,
+    placement: Placement,
+    axis_name: Any,
+    balance: Balance = "lplb",
+    copies: CopiesFrom = "placement",
+    fan_out: int | None = None,
+    keep_copies: bool = True,
+    capacity_factor: float = 1.25,
+    ffn: Callable[[jax.Array, Any, jax.Array], jax.Array] | None = None,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+    solver: Solver = "auto",
+    transport: transports.Transport = "auto",
+    gemm: Gemm = "auto",
     comm: Comm | None = None,
     in_place: bool = False,
     n_nodes: int | None = None,
@@ -269,6 +327,7 @@ def moe_layer(
             tile=tile,
             base_load=base_load,
         )
+        assert isinstance(assignment, Assignment)  # positions=True
         (placement,) = chosen or (placement,)
         status, lower_bound = split.status, split.lower_bound
     else:
@@ -291,7 +350,7 @@ def moe_layer(
         experts = varying_as(experts, tokens)
     if fetches and along_topology:
         fetch = Fetch(problem.r2o, axis_name, placement.redundants_per_rank)
-    elif fetches and room_for(placement):
+    elif fetches and order is not None and room_for(placement):
         fetch = fetch_anywhere(
             placement,
             order,

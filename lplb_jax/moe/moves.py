@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
@@ -134,9 +135,10 @@ def to_id_order(
 
 def _from_or_to_ids(weights: Any, placement: Placement, where: Any, to_ids: bool) -> Any:
     homes = (check_homes("placement", placement),)
-    n_rows = placement.ep_size * rows_per_rank(placement), placement.n_logical
+    n_home, n_ids = placement.ep_size * rows_per_rank(placement), placement.n_logical
+    n_rows = (n_home, n_ids) if to_ids else (n_ids, n_home)
     rows = _Rows(_of_ids if to_ids else _of_homes, (placement.n_physical,), placement.ep_size)
-    return _reordered(weights, homes, n_rows if to_ids else n_rows[::-1], rows, where)
+    return _reordered(weights, homes, n_rows, rows, where)
 
 
 class _Rows(NamedTuple):

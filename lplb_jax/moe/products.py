@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lplb_jax._axes import varying_as
-from lplb_jax.moe.copies import check_reverse, numbers, wider
+from lplb_jax.moe.copies import check_reverse, custom_vjp, numbers, wider
 
-GEMMS = ("auto", "xla", "mosaic")
+Gemm = Literal["auto", "xla", "mosaic"]
+GEMMS = get_args(Gemm)
 # Results of `grouped_dot`: what a backward pass had rather not compute again.
 PRODUCT = "lplb_product"
 _BLOCK_K = 64  # rows or columns that a kernel multiplies at a time
@@ -23,7 +24,7 @@ _TILE = 128  # rows that XLA multiplies at a time; sizes of kernels' matrices ar
 
 
 def grouped_dot(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, gemm: str = "auto"
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, gemm: Gemm = "auto"
 ) -> jax.Array:
     """Multiplies the rows of every slot with the slot's matrix: a part of an `ffn` of your own.
 
@@ -60,7 +61,7 @@ def grouped_dot(
     return zero_past_the_end(_dot(products, rows, weights, group_sizes), group_sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp(0)
 def _dot(
     products: Products, rows: jax.Array, weights: jax.Array, group_sizes: jax.Array
 ) -> jax.Array:
@@ -113,7 +114,7 @@ def per_row(values: jax.Array, group_sizes: jax.Array, n_rows: int) -> jax.Array
     return _per_row(n_rows, varying_as(values, group_sizes), varying_as(group_sizes, values))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp(0)
 def _per_row(n_rows: int, values: jax.Array, group_sizes: jax.Array) -> jax.Array:
     # Past the last group there is no slot.
     return values.at[_slot_of_row(n_rows, group_sizes)].get(mode="fill", fill_value=0)

@@ -27,7 +27,7 @@ def replicate_weights(
     placement: Placement | None = None,
     redundants_per_rank: int | None = None,
     in_place: bool = False,
-    transport: str = "auto",
+    transport: transports.Transport = "auto",
 ) -> Any:
     """Fetches the weights of this rank's redundant slots from the ranks that own them.
 
@@ -158,7 +158,9 @@ class Fetch:
       n_copies: redundant slots of each rank.
     """
 
-    def __init__(self, r2o: Topology, axis_name: Any, redundants_per_rank: int | None) -> None:
+    def __init__(
+        self, r2o: Topology | np.ndarray, axis_name: Any, redundants_per_rank: int | None
+    ) -> None:
         group_size, n_columns = r2o.shape
         axis_size = check_axis(axis_name)
         if axis_size % group_size:
@@ -187,33 +189,33 @@ class Fetch:
     # Redundant slot j·D + d is a copy of local expert j·D + d, of column d. What is on its way is
     # in parts, one per column: put together early, it would have to be waited for.
 
-    def delivered(self, wanted: list[jax.Array]) -> list[jax.Array]:
+    def delivered(self, wanted: Any) -> Any:
         """What this rank gets when all have sent what is `wanted` of them, part by part."""
         return [
             lax.ppermute(part, self._axes, pairs)
             for part, pairs in zip(wanted, self._pairs, strict=True)
         ]
 
-    def wanted(self, weights: jax.Array) -> list[jax.Array]:
+    def wanted(self, weights: jax.Array) -> Any:
         """The parts that others fetch of this rank's weights."""
         return self._parts(weights[: self.n_copies])
 
-    def slots(self, delivered: list[jax.Array]) -> jax.Array:
+    def slots(self, delivered: Any) -> jax.Array:
         """The parts put together, slot by slot: `[n_copies, …]`."""
         return jnp.stack(delivered, axis=1).reshape(self.n_copies, *delivered[0].shape[1:])
 
-    def into_room(self, weights: jax.Array, delivered: list[jax.Array]) -> jax.Array:
+    def into_room(self, weights: jax.Array, delivered: Any) -> jax.Array:
         """The weights, whose last n_copies are overwritten with the copies."""
         n_own = len(weights) - self.n_copies
         return lax.dynamic_update_slice_in_dim(weights, self.slots(delivered), n_own, axis=0)
 
-    def sent_home(self, slope: jax.Array) -> list[jax.Array]:
+    def sent_home(self, slope: jax.Array) -> Any:
         """Of the gradients of all slots, the copies' on their owners' ranks, part by part."""
         of_copies = self._parts(slope[-self.n_copies :])
         (home,) = jax.linear_transpose(self.delivered, of_copies)(of_copies)
         return home
 
-    def settled(self, slope: jax.Array, home: list[jax.Array]) -> jax.Array:
+    def settled(self, slope: jax.Array, home: Any) -> jax.Array:
         """The gradients of all slots, with what came home added to the owners'; none in room."""
         # Autodiff would rewrite all of it; so, XLA may update in place the slots that change, if
         # what it reads of them is another kernel's result.

@@ -239,8 +239,12 @@ def fetch_anywhere(
         row = jnp.where(passed_on, parent % room, row)
         child = jnp.where(passed_on, nth // span - 1, nth)
         place = jnp.where(passed_on, row * (_FIRST - 1) + child, place)
-    tables = (x.reshape(n_ranks, room) for x in (turn, peer, row, child, place))
-    return FetchAnywhere(*tables, n_local, n_rounds, most, n_received, axis_name, transport)
+    turn, peer, row, child, place = (
+        table.reshape(n_ranks, room) for table in (turn, peer, row, child, place)
+    )
+    return FetchAnywhere(
+        turn, peer, row, child, place, n_local, n_rounds, most, n_received, axis_name, transport
+    )
 
 
 def _ragged(

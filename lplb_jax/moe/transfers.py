@@ -60,7 +60,12 @@ def _sent_backward(
         return None, of_tokens, None, put_back(of_slots)
     home = [fetch.sent_home(slope) for slope in of_slots]
     of_tokens, home = lax.optimization_barrier((of_tokens, home))
-    return None, of_tokens, None, put_back(list(map(fetch.settled, of_slots, home)))
+    return (
+        None,
+        of_tokens,
+        None,
+        put_back([fetch.settled(slope, part) for slope, part in zip(of_slots, home, strict=True)]),
+    )
 
 
 sent.defvjp(_sent_forward, _sent_backward)
@@ -96,7 +101,13 @@ def in_rows(
     tokens, gates, copies = received
     rows, delivered = copy(tokens, copies), [fetch.delivered(parts) for parts in wanted]
     rows, delivered = lax.optimization_barrier((rows, delivered))
-    return rows, gates, tree.unflatten(map(fetch.into_room, leaves, delivered))
+    return (
+        rows,
+        gates,
+        tree.unflatten(
+            [fetch.into_room(leaf, part) for leaf, part in zip(leaves, delivered, strict=True)]
+        ),
+    )
 
 
 def _in_rows_forward(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from typing import Literal, get_args
 
 import jax
-import jaxlib
+from jaxlib import version
 
 from lplb_jax import _libraries
 from lplb_jax._native import as_numbers
 
-TRANSPORTS = ("auto", "padded", "ragged")
+Transport = Literal["auto", "padded", "ragged"]
+TRANSPORTS = get_args(Transport)
 
 # What XLA's one-shot kernel over NCCL's windows needs, its only fast way between processes. It asks
 # NCCL for the NVLink domain by calls that are there since 2.29.7.
@@ -52,8 +54,8 @@ def why_not_ragged(n_ranks: int) -> str | None:
     """
     if jax.default_backend() != "gpu":
         return "it is for GPUs"
-    if as_numbers(jaxlib.__version__) < _JAXLIB:
-        return f"it needs jaxlib {_dotted(_JAXLIB)} or newer, and this is {jaxlib.__version__}"
+    if as_numbers(version.__version__) < _JAXLIB:
+        return f"it needs jaxlib {_dotted(_JAXLIB)} or newer, and this is {version.__version__}"
     nccl = nccl_version()
     if nccl is None or nccl < _NCCL:
         return (

@@ -16,7 +16,7 @@ of the right-hand side.
 from __future__ import annotations
 
 import abc
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -250,7 +250,7 @@ def step_lengths(
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """The longest primal and dual steps, at most 1, that keep everything positive."""
 
-    def limit(a, da, where=True):
+    def limit(a, da, where: Any = True):
         falls = (da < 0) & where
         return jnp.where(falls, a / jnp.where(falls, -da, 1), jnp.inf).min()
 

@@ -15,6 +15,7 @@ the certificate. What is reported as proven is computed anew from the loads, in 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def ipm_costs(
         weights, taken = jnp.ones_like(weights), taken | True
     base = base_load_of(base_load, tile=1)
     if jnp.issubdtype(loads.dtype, jnp.integer):
-        total = exact_sum(counts, axis=0)
+        total: tuple[Any, ...] = exact_sum(counts, axis=0)
         options = {"weights": weights, "finish": partial(finish, weights, weighted, repair)}
         along, anywhere, of_ranks = tokens_along_topology, tokens_anywhere, base
     else:
@@ -95,7 +96,7 @@ def ipm_costs(
 
     if r2o.shape[1] == 0:
         cells = graph.cells_of(phy2log, log2phy, ep_size)
-        quota, *values = anywhere(*total, of_ranks, cells, **options)
+        quota, *values = anywhere(*total, base_load=of_ranks, cells=cells, **options)
         max_load, bound, overflow = (value[None] for value in values)
         # Loads of experts without a slot reach no rank, and only make the placement a wrong one.
         negative = (negative & cells.hosts.any(axis=1)).any() | base.negative.any()
@@ -108,7 +109,7 @@ def ipm_costs(
         groups = slots.shape[:2]
         of_ranks = jax.tree.map(lambda of_rank: of_rank.reshape(groups), of_ranks)
         quota, max_load, bound, overflow = jax.vmap(
-            lambda *own: along(*own, r2o, n_redundant, **options)
+            lambda *own: along(*own, r2o=r2o, n_redundant=n_redundant, **options)
         )(*(of_expert[experts] for of_expert in total), of_ranks)
         negative = negative[experts].any(axis=(1, 2))
         negative |= base.negative.reshape(groups).any(axis=1)
@@ -217,11 +218,11 @@ def finish(weights, weighted, repair, load, moving, target, cut, kept, moves):
     """
     if not weighted:
         size = jnp.maximum(cut.sum(dtype=jnp.int32), 1)
-        bound = jnp.maximum(target, ceil_divide(*kept, size))
+        bound = jnp.maximum(target, ceil_divide(kept[0], kept[1], size))
         if repair:
             load, moving, bound = balance(load, moving, bound, **moves)
         return moving, load.max(), bound
-    bound = least_value(*kept, cut, weights)
+    bound = least_value(kept[0], kept[1], cut, weights)
     if repair:
         # Every rank has a target of its own, and ranks that nothing can leave what they have.
         load, moving, bound = balance(

@@ -99,7 +99,7 @@ def solve_costs(
 
     base = BaseLoad(*(of_rank.reshape(n_groups, group_size) for of_rank in base))
     quota, max_load, bound, max_tokens, overflow = jax.vmap(
-        lambda *group: solve_group(*group, r2o, slots.shape[2] - n_local, tile)
+        lambda own, large, base: solve_group(own, large, base, r2o, slots.shape[2] - n_local, tile)
     )(own, group_too_large, base)
     negative = negative[experts].any(axis=(1, 2)) | base.negative.any(axis=1)
     status = status_of(overflow, negative, invalid, misplaced(slots, log2phy, r2o))
