@@ -11,7 +11,6 @@ instances of the largest load over the mean one.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ import graph
 import jax
 import jax.numpy as jnp
 import numpy as np
+import record
 import solver as families
 from rebalance_call import RebalanceCall
 
@@ -145,7 +145,7 @@ def summary(times: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--instances", type=int, default=100, help="of every kind and shape")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
@@ -201,8 +201,7 @@ def main() -> None:
             steps = [step_time(rng, *shape) for _ in range(arguments.instances // 5)]
             show(f"{ep_size} + {redundants}", name, steps)
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(figures, file, indent=2)
+        record.write(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import record
 from cuda.bindings import runtime
 from graph import check, microseconds, pointer
 from rebalance_call import RebalanceCall
@@ -130,7 +130,7 @@ def argsort_times(n_tokens: int = 32768) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     arguments = parser.parse_args()
     device = jax.devices()[0]
@@ -165,8 +165,7 @@ def main() -> None:
         f"positions {figures['rebalance']:.1f} µs"
     )
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(figures, file, indent=2)
+        record.write(arguments.json, figures)
 
 
 if __name__ == "__main__":

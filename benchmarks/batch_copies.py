@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import time
 from collections.abc import Iterator
 
 import jax
 import numpy as np
+import record
 from placements import ASSIGNMENTS, EXPERTS, Instance, even, traces
 
 from lplb_jax import Placement, place_copies, place_experts, solve
@@ -34,7 +34,7 @@ COLUMNS = ("none", "static", "batch", "largest", "copies", "fan-out", "limit 4",
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seed", type=int, default=7)
@@ -58,8 +58,7 @@ def main() -> None:
     if args.json:
         keys = ("loads", "ranks", "slots", *COLUMNS)
         table = [dict(zip(keys, row, strict=True)) for row in rows]
-        with open(args.json, "w") as file:
-            json.dump({"seed": args.seed, "rows": table}, file, indent=1)
+        record.write(args.json, {"seed": args.seed, "rows": table})
 
 
 def unknown(rng: np.random.Generator) -> Iterator[Instance]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import record
 from graph import Graph
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -256,7 +256,7 @@ def report(figures: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--transport", choices=["p2p", "nvshmem", "nvshmem_put"], default="p2p")
     parser.add_argument("--gpus", type=int, metavar="N", help="the first N only")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
@@ -266,8 +266,7 @@ def main() -> None:
     figures = measure(arguments.transport, arguments.gpus)
     report(figures)
     if arguments.json and jax.process_index() == 0:
-        with open(arguments.json, "w") as file:
-            json.dump(figures, file, indent=2)
+        record.write(arguments.json, figures)
 
 
 if __name__ == "__main__":

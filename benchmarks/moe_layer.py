@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import json
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ import jax
 import jax.experimental.topologies
 import jax.numpy as jnp
 import numpy as np
+import record
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from per_gpu import one_per_gpu
@@ -42,7 +42,7 @@ TOP_K = 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--tokens", type=int, default=16384, help="per rank")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--width", type=int, default=1024, help="of an expert")
@@ -82,22 +82,21 @@ def main() -> None:
         programs = {key: pool.submit(case.compile, name) for key, (case, name) in wanted.items()}
     for case in cases:
         case.steps = {name: programs[case.key(name)].result() for name in case.names}
-    record = {
+    figures = {
         "device": devices[0].device_kind,
         "ranks": len(devices),
         "jax": jax.__version__,
         "options": {key: value for key, value in vars(options).items() if key != "json"},
     }
     repeats = 0 if options.compile_for else options.repeats
-    record["results"] = [measure(label, of_turns, repeats) for label, of_turns in turns]
+    figures["results"] = [measure(label, of_turns, repeats) for label, of_turns in turns]
     if repeats:
-        record["forward_ms"] = forward = forward_time(cases[0], repeats)
+        figures["forward_ms"] = forward = forward_time(cases[0], repeats)
         for key, copies in (("rebalance_ms", "placement"), ("rebalance_batch_ms", "batch")):
-            record[key] = ms = rebalance_time(mesh, cases[0], copies)
+            figures[key] = ms = rebalance_time(mesh, cases[0], copies)
             print(f"rebalance, copies of the {copies}: {ms:.3f} ms, {ms / forward:.1%} of forward")
     if options.json and jax.process_index() == 0:
-        with open(options.json, "w") as file:
-            json.dump(record, file, indent=1)
+        record.write(options.json, figures)
 
 
 # A label, and the choices of all ranks: int32 `[tokens, 8]`, experts being numbered rank by rank

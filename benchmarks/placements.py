@@ -20,11 +20,11 @@ future batches prefer different ones (`domain shift`). Runs on the CPU.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import record
 
 from lplb_jax import Placement, place_experts, topologies
 from lplb_jax._portfolio import imbalances
@@ -44,7 +44,7 @@ class Instance(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--seed", type=int, default=7)
@@ -66,8 +66,7 @@ def main() -> None:
     if args.json:
         keys = ("loads", "ranks", "slots", *COLUMNS)
         table = [dict(zip(keys, row, strict=True)) for row in rows]
-        with open(args.json, "w") as file:
-            json.dump({"seed": args.seed, "rows": table}, file, indent=1)
+        record.write(args.json, {"seed": args.seed, "rows": table})
 
 
 def traces() -> Iterator[Instance]:

@@ -18,13 +18,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 
 import graph
 import jax
 import jax.numpy as jnp
 import numpy as np
+import record
 
 import lplb_jax
 from lplb_jax import _bench, _cuda, place_experts, topologies
@@ -182,7 +182,7 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--instances", type=int, default=200, help="per topology")
     parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES), choices=TOPOLOGIES)
     parser.add_argument("--json", help="also write the numbers to this file")
@@ -245,9 +245,7 @@ def main() -> None:
             result[name] = {key: np.round(value, 3).tolist() for key, value in row.items()}
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
         if arguments.json:
-            with open(arguments.json, "w") as file:
-                json.dump(results, file, indent=2)
-                file.write("\n")
+            record.write(arguments.json, results)
     if wrong:
         sys.exit(f"{wrong} results are not as they should be")
 

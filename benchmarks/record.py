@@ -1,0 +1,64 @@
+"""What a benchmark writes: its figures, and beside them what they depend on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+from typing import Any
+
+import jax
+
+_OF_GPU = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+
+
+def write(path: str, figures: dict[str, Any]) -> None:
+    """Writes the figures as JSON, and under "run" what `run` says."""
+    with open(path, "w") as file:
+        json.dump(figures | {"run": run()}, file, indent=1)
+        file.write("\n")
+
+
+def run() -> dict[str, Any]:
+    """Command, commit, versions and machine; clocks are those at the end of the run."""
+    smi = _output("nvidia-smi", f"--query-gpu={','.join(_OF_GPU)}", "--format=csv,noheader")
+    gpus = [dict(zip(_OF_GPU, line.split(", "), strict=True)) for line in smi.splitlines()]
+    cuda = re.search(r"CUDA Version: (\S+)", _output("nvidia-smi"))
+    here = pathlib.Path(__file__).parent
+    return {
+        "command": " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _output("git", "-C", str(here), "describe", "--always", "--dirty").strip(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": _version("jaxlib"),
+        "nccl": _version("nvidia-nccl-cu13"),
+        "cuda_runtime": _version("nvidia-cuda-runtime"),
+        "cuda_of_driver": cuda[1] if cuda else None,
+        "gpus": gpus,
+        "cpu": _cpu(),
+    }
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.machine()

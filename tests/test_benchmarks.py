@@ -1,0 +1,96 @@
+"""What the benchmarks write, and how a run is compared with the committed figures."""
+
+import copy
+import json
+import pathlib
+import subprocess
+import sys
+
+import compare
+import pytest
+import record
+
+ROOT = pathlib.Path(__file__).parent.parent
+COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*_h200*.json"))
+
+
+def place(tree, path):
+    """The container of a figure, and its key there."""
+    *above, last = path.split(":")
+    for key in above:
+        tree = tree[int(key) if isinstance(tree, list) else key]
+    return tree, last
+
+
+def exit_status(tmp_path, committed, new, *options):
+    paths = []
+    for name, figures in (("committed", committed), ("new", new)):
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(figures))
+    command = [sys.executable, compare.__file__, *paths, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_regression_is_found_by_its_name(rng, path):
+    """One figure at random, too large, missing or NaN; smaller ones and those within are fine."""
+    committed = compare.read(path)
+    names = dict(compare.figures(committed))
+    assert len(names) >= 3
+    name = str(rng.choice(list(names)))
+    for factor, missing, found in (
+        (1.0, False, False), (1.14, False, False), (0.3, False, False),
+        (1.17, False, True), (float("nan"), False, True), (1.0, True, True),
+    ):  # fmt: skip
+        new = copy.deepcopy(committed)
+        container, key = place(new, name)
+        if missing:
+            del container[key]
+        else:
+            container[key] *= factor
+        lines = compare.regressions(committed, new, 0.15)
+        assert [line.partition(": ")[0] for line in lines] == [name] * found, (factor, missing)
+
+
+def test_exit_status(tmp_path):
+    committed = compare.read(ROOT / "benchmarks/results/balancer_h200.json")
+    slower = committed | {"cube/1024": committed["cube/1024"] * 1.3}
+    assert exit_status(tmp_path, committed, committed)[0] == 0
+    status, said = exit_status(tmp_path, committed, slower)
+    assert status == 1
+    assert "cube/1024" in said
+    assert "+30%" in said
+    assert exit_status(tmp_path, committed, slower, "--tolerance", "0.4")[0] == 0
+    status, said = exit_status(tmp_path, committed, committed | {"device": "NVIDIA H100"})
+    assert status == 2
+    assert "NVIDIA H200" in said
+    assert "NVIDIA H100" in said
+
+
+def test_every_json_says_what_it_depends_on(tmp_path):
+    record.write(tmp_path / "figures.json", {"device": "cpu", "microseconds": {"call": 1.5}})
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["microseconds"] == {"call": 1.5}
+    run = written["run"]
+    versions = "python", "jax", "jaxlib", "nccl", "cuda_runtime", "cuda_of_driver"
+    assert {"command", "commit", "gpus", "cpu", *versions} == run.keys()
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if head.returncode == 0:
+        assert run["commit"].removesuffix("-dirty") in head.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_whatever_writes_json_writes_it_so(path):
+    text = path.read_text()
+    assert "json.dump(" not in text or path.name == "record.py"
+    assert ("record.write(" in text) == ("--json" in text) or path.name == "compare.py"
+
+
+def test_every_program_and_result_is_listed():
+    listed = (ROOT / "benchmarks" / "README.md").read_text()
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert f"`{path.name}" in listed, path.name
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        if not path.stem.endswith("compiled"):
+            assert f"`{path.name}`" in listed, path.name
