@@ -1,6 +1,7 @@
 """Fixtures: fresh random numbers whose seed a failure shows, and eight virtual CPU devices."""
 
 import importlib.util
+import os
 import secrets
 import zlib
 
@@ -9,7 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-# Before any backend starts. Tests that need no particular device run on JAX's default one.
+# Before any backend starts. Workers of pytest-xdist share a GPU, of whose memory the first would
+# take three quarters.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Tests that need no particular device run on JAX's default one.
 jax.config.update("jax_num_cpu_devices", 8)
 
 _CHECKED = importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype")

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, layers
@@ -12,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from steps import repeated
 
 from lplb_jax import (
+    Split,
     assign,
     count_loads,
     init_comm,
@@ -27,7 +27,7 @@ CASE = Case(RING, 4)
 PLACEMENT = CASE.placement()
 IDS = np.zeros((4, 5), np.int32)
 LOADS = np.ones((4, 16), np.int32)
-SPLIT = solve(LOADS, RING)
+SPLIT = Split(np.zeros(PLACEMENT.n_physical, np.int32), *np.zeros((3, 1), np.int32))
 
 
 def changed(**arrays):
@@ -51,7 +51,7 @@ BAD_INDICES = [
     (IDS.astype(bool), TypeError, "bool"),
     (IDS.astype(np.int16), TypeError, "int16"),
     (IDS.astype(np.uint32), TypeError, "uint32"),
-    (jnp.zeros(3, jnp.int8), TypeError, "int8"),
+    (np.zeros(3, np.int8), TypeError, "int8"),
     ([0.5], TypeError, "float64"),
     ("experts", TypeError, "str"),
     (None, TypeError, "object"),

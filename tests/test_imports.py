@@ -1,8 +1,10 @@
-"""Dependencies between the package's modules go one way."""
+"""Dependencies between the package's modules go one way; no test module touches a device."""
 
 import ast
 import graphlib
 import pathlib
+import subprocess
+import sys
 
 import lplb_jax
 
@@ -32,3 +34,22 @@ def imported_by(file: pathlib.Path) -> set[str]:
 
 def test_no_module_imports_itself_in_a_circle():
     graphlib.TopologicalSorter({name: imported_by(file) for name, file in FILES.items()}).prepare()
+
+
+COLLECT = """
+import sys
+
+import pytest
+from jax._src import xla_bridge
+
+options = ["--collect-only", "-n", "0", "-p", "no:cacheprovider", "-m", ""]
+status = pytest.main([*options, sys.argv[1]])
+sys.exit(int(status) or 17 * xla_bridge.backends_are_initialized())
+"""
+
+
+def test_no_test_module_touches_a_device_when_it_is_imported():
+    """On a GPU, each worker of pytest-xdist would take most of its memory before any test runs."""
+    tests = pathlib.Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", COLLECT, tests], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
