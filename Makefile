@@ -3,9 +3,10 @@
 #   LPLB_CUDA=off         the CUDA module: auto (where nvcc is found), on, off, or pypi, which takes
 #                         the CUDA toolchain from PyPI and needs nothing of the system's
 #   LPLB_NVSHMEM=on       with NVSHMEM's put, for GPUs that cannot map each other's memory
+#   PYTEST="-n 4"         options of gpu-test, here four workers
 #   LPLB_MATHDX=on        with cuSolverDx's factor, for benchmarks
 .DEFAULT_GOAL := help
-.PHONY: help demo train test lint format gpu-test wheel clean
+.PHONY: help demo train test lint format docs gpu-test gpu-sanitize gpu-benchmark wheel clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -18,6 +19,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 GPU_SITE := $(CURDIR)/build/gpu-site
+ON_GPU = PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE):$$PYTHONPATH
+# Tests that launch every kernel once or a few times; under a sanitizer they take minutes.
+SANITIZED = tests/test_gpu.py tests/test_gpu_any.py
 
 C_FILES = $(shell find xla_ffi cuda -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 SOURCES = CMakeLists.txt pyproject.toml $(wildcard cmake/*) $(C_FILES) \
@@ -38,9 +42,10 @@ train: $(INSTALLED)  ## train a small mixture-of-experts model, some minutes
 test: lint $(INSTALLED)  ## lint, and every test that needs no GPU
 	$(BIN)/pytest -n auto
 
-lint: $(DEPENDENCIES)  ## check style of Python and C++
+lint: $(DEPENDENCIES)  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 
 format: $(DEPENDENCIES)  ## rewrite the sources in that style
@@ -49,10 +54,35 @@ format: $(DEPENDENCIES)  ## rewrite the sources in that style
 	$(BIN)/clang-format -i $(C_FILES)
 
 gpu-test: $(GPU_SITE)/installed  ## the GPU's tests, with the Python packages already there
-	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE):$$PYTHONPATH $(PYTHON) -m pytest -m gpu
+	$(ON_GPU) $(PYTHON) -m pytest -m gpu $(PYTEST)
 
-wheel: $(BIN)/python  ## a wheel to give away, in dist/
-	$(PIP) wheel -v --no-deps -w dist --config-settings=build-dir= .
+# Needs CUDA's compute-sanitizer; the figures are compared with the committed ones of an H200.
+gpu-sanitize: $(GPU_SITE)/installed  ## compute-sanitizer over the kernels
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  $(ON_GPU) compute-sanitizer --error-exitcode 1 --tool $$tool \
+	    $(PYTHON) -m pytest -m gpu -n 0 -p no:cacheprovider $(SANITIZED) || exit 1; done
+
+gpu-benchmark: $(GPU_SITE)/installed  ## the benchmarks, and whether anything got slower
+	mkdir -p build/benchmarks
+	$(ON_GPU) $(PYTHON) benchmarks/balancer.py --json build/benchmarks/balancer_h200.json
+	$(ON_GPU) $(PYTHON) benchmarks/solver.py --json build/benchmarks/solver_h200.json
+	if [ "$$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then \
+	  $(ON_GPU) $(PYTHON) benchmarks/load_sync.py --gpus 2 \
+	    --json build/benchmarks/load_sync_p2p_h200x2.json && \
+	  $(ON_GPU) CUDA_VISIBLE_DEVICES=0,1 $(PYTHON) benchmarks/moe_layer.py --hidden 4096 --width 1536 \
+	    --repeats 6 --json build/benchmarks/moe_layer_4096_h200x2.json; fi
+	for new in build/benchmarks/*.json; do echo "$$new"; \
+	  $(PYTHON) benchmarks/compare.py benchmarks/results/$${new##*/} $$new || failed=1; done; \
+	  exit $${failed:-0}
+
+docs: $(VENV)/docs  ## the documentation's site, in build/site/; any warning is an error
+	$(BIN)/mkdocs build --strict
+
+wheel: $(VENV)/wheel  ## a wheel to give away, in dist/, audited and tested in an environment of its own
+	rm -rf build/wheel
+	$(PIP) wheel -v --no-deps -w build/wheel --config-settings=build-dir= .
+	$(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	.ci/test-wheel $(BIN)/python newest dist/*-$$(basename build/wheel/*.whl | cut -d- -f3,4)-*.whl
 
 clean:  ## remove whatever make made
 	rm -rf $(VENV) build dist
@@ -78,6 +108,10 @@ $(DEPENDENCIES): pyproject.toml | $(BIN)/python
 	$(BIN)/python -c 'from scikit_build_core.build import *; print(*get_requires_for_build_wheel())' \
 	  | xargs --no-run-if-empty $(PIP) install
 	$(PIP) install --no-build-isolation --only-deps '.[demo,test]'
+	touch $@
+
+$(VENV)/docs $(VENV)/wheel: pyproject.toml | $(BIN)/python
+	$(PIP) install --group $(@F)
 	touch $@
 
 # Editable: a change of the Python files counts at once, a change of the others at the next make.

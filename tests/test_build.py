@@ -57,3 +57,12 @@ def test_built_with_the_oldest_versions_it_runs_with(monkeypatch):
     (nvshmem,) = versions(with_nvshmem, "nvidia-nvshmem-cu13")
     extra = settings["project"]["optional-dependencies"]["nvshmem"]
     assert versions(extra, "nvidia-nvshmem-cu13") == [nvshmem.replace("==", ">="), "<4"]
+
+
+def test_pre_commit_has_the_versions_that_lint_has():
+    settings = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    pinned = [one for one in settings["dependency-groups"]["dev"] if "==" in one]
+    hooks = (PROJECT / ".pre-commit-config.yaml").read_text()
+    for package in ("ruff", "clang-format"):
+        versions = set(re.findall(rf"\[({package}==[\d.]+)\]", hooks))
+        assert versions == {one for one in pinned if one.startswith(f"{package}==")}
