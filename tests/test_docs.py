@@ -162,10 +162,11 @@ def test_signatures_are_the_contract():
         assert str(bare) == signature, name
 
 
-@pytest.mark.parametrize(
-    "page",
-    ["README.md", "docs/advise.md", "docs/refresh.md", "docs/checkpoints.md", "docs/models.md"],
-)
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+WITH_PYTHON = [page for page in PAGES if "```python" in (ROOT / page).read_text()]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON)
 def test_python_of_a_page_runs(tmp_path, page):
     """All its blocks, one after the other, as a user would type them."""
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
@@ -180,3 +181,50 @@ def test_python_of_a_page_runs(tmp_path, page):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_a_page(page):
+    """Files are there, and so are the headings that links name. The site checks the same."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", file.read_text(), re.M)
+            slugs = {
+                re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
+            }
+            assert anchor in slugs, target
+
+
+def test_readme_is_two_screens():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 110
+
+
+def test_every_page_is_in_the_sites_menu():
+    menu = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert menu == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_no_command_takes_the_library_from_pypi():
+    """It is not there."""
+    for path in subprocess.check_output(["git", "-C", ROOT, "ls-files"], text=True).splitlines():
+        if path.endswith((".py", ".md", ".cc", ".h", ".toml", ".yml")) and "test_docs" not in path:
+            said = (ROOT / path).read_text()
+            found = re.search(r"pip install [^\n`]*\blplb[_-]jax\b(?!/)", said)
+            assert not found, f"{path}: {found[0]}"
+
+
+def test_pictures_are_drawn(tmp_path):
+    """All that the pages show, from the committed figures."""
+    pytest.importorskip("matplotlib")
+    subprocess.run([sys.executable, "-P", ROOT / "docs/figures.py", tmp_path], check=True)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    shown = set()
+    for page in PAGES:
+        shown |= set(re.findall(r"images/([\w.]+)", (ROOT / page).read_text()))
+    assert drawn == shown == {path.name for path in (ROOT / "docs/images").iterdir()}
