@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import gpt_oss
 import jax
@@ -86,7 +86,11 @@ def norm(x: jax.Array) -> jax.Array:
 
 
 def generate(
-    weights: Any, first: jax.Array, placement: Placement, n_steps: int, balance: str
+    weights: Any,
+    first: jax.Array,
+    placement: Placement,
+    n_steps: int,
+    balance: Literal["lplb", "none"],
 ) -> tuple[jax.Array, moe.Traffic]:
     """`n_steps` more tokens of this rank's sequences, int32 `[n_steps, batch]`, and the traffic."""
 
@@ -145,7 +149,7 @@ def fetch_copies(weights: Any, placement: Placement, mesh: Mesh) -> Any:
 
 def main(arguments: list[str] | None = None) -> dict[str, np.ndarray]:
     """Runs the program; returns the tokens by kind of balance."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--ranks", type=int, help="None for all GPUs, or else 8 CPU devices")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4, help="sequences of a device")

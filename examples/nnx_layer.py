@@ -102,7 +102,7 @@ def train(model: MoE, optimizer: nnx.Optimizer, tokens: jax.Array, target: jax.A
 
 def main(arguments: list[str] | None = None) -> list[float]:
     """Runs the program; returns the losses."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=512, help="of a batch, over all devices")
     options = parser.parse_args(arguments)
