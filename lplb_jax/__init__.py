@@ -12,7 +12,7 @@ from lplb_jax.history import LoadHistory
 from lplb_jax.loads import count_loads, sync_loads
 from lplb_jax.placement import Placement, place_experts
 from lplb_jax.refreshing import Refresh, Refresher, refresh
-from lplb_jax.solver import Split, solve
+from lplb_jax.solver import Split, TileSplit, solve
 from lplb_jax.status import Status
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ __all__ = [
     "Refresher",
     "Split",
     "Status",
+    "TileSplit",
     "advise",
     "assign",
     "count_loads",

@@ -20,7 +20,7 @@ from lplb_jax._problem import (
 )
 from lplb_jax.loads import count
 from lplb_jax.placement import Placement
-from lplb_jax.solver import Split
+from lplb_jax.solver import Split, TileSplit
 
 
 class Assignment(NamedTuple):
@@ -70,7 +70,7 @@ def assign(
 def assign(
     indices: Any,
     loads: Any,
-    split: Split,
+    split: Split | TileSplit,
     r2o: Any = None,
     *,
     placement: Placement | None = None,
@@ -118,8 +118,9 @@ def assign(
     given, indices = indices, check_indices(indices)
     loads = None if loads is None else check_loads(loads)
     problem = check_problem(loads, r2o, placement, axis_name, n_nodes)
-    if not isinstance(split, Split) or split.quota.shape != (problem.placement.n_physical,):
-        got = list(split.quota.shape) if isinstance(split, Split) else type(split).__name__
+    is_split = isinstance(split, Split | TileSplit)
+    if not is_split or split.quota.shape != (problem.placement.n_physical,):
+        got = list(split.quota.shape) if is_split else type(split).__name__
         raise ValueError(
             f"split: expected a Split with quota [{problem.placement.n_physical}], got {got}"
         )

@@ -172,7 +172,7 @@ def rebalance(
       tile: rows of a tile of the experts' grouped matrix products, static, see `solve`; None counts
         tokens. "auto": 128 where a slot has fewer than four such tiles in the mean over all tokens
         of `indices` (of all ranks of `axis_name`), which is known before the program runs, else
-        None; `split.max_tokens` is None if tokens counted.
+        None; the split is a `TileSplit` if tiles count.
       base_load: int32 `[ep_size]`, what every rank has to do anyway, see `solve`.
 
     Returns:

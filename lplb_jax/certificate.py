@@ -11,13 +11,13 @@ import numpy as np
 
 from lplb_jax._problem import check_problem
 from lplb_jax.placement import Placement
-from lplb_jax.solver import Split
+from lplb_jax.solver import Split, TileSplit
 from lplb_jax.status import Status
 
 
 def verify(
     loads: Any,
-    split: Split,
+    split: Split | TileSplit,
     r2o: Any = None,
     *,
     placement: Placement | None = None,
@@ -70,7 +70,7 @@ def verify(
     placement, group_size, tokens = _operands(loads, indices, r2o, placement)
     n_groups = placement.ep_size // group_size
     quota, *found = _of_split(split, placement.n_physical, n_groups)
-    if (tile is None) != (split.max_tokens is None):
+    if (tile is None) == isinstance(split, TileSplit):
         raise ValueError(f"tile: expected what solve was given, got {tile!r}")
     base, tile = _base_load(base_load, placement.ep_size), tile or 1
     phy2log = jax.device_get(placement.phy2log)
@@ -222,13 +222,11 @@ def _base_load(base_load: Any, ep_size: int) -> list[int]:
     return base.clip(0).tolist()
 
 
-def _of_split(split: Split, n_physical: int, n_groups: int) -> Iterator[np.ndarray]:
+def _of_split(split: Split | TileSplit, n_physical: int, n_groups: int) -> Iterator[np.ndarray]:
     """The fields of a split of whole tokens, in their order."""
-    if not isinstance(split, Split):
+    if not isinstance(split, Split | TileSplit):
         raise TypeError(f"split: expected a Split, got {type(split).__name__}")
     for name, field in split._asdict().items():
-        if field is None:
-            continue
         array, size = _integers(f"split.{name}", field), n_physical if name == "quota" else n_groups
         if array.shape != (size,):
             raise ValueError(f"split.{name}: expected shape [{size}], got {list(array.shape)}")

@@ -10,7 +10,7 @@ from lplb_jax import _native
 from lplb_jax.assignment import Assignment
 from lplb_jax.moe import Experts, Traffic
 from lplb_jax.placement import Placement
-from lplb_jax.solver import Split
+from lplb_jax.solver import Split, TileSplit
 from lplb_jax.topologies import Topology
 
 
@@ -40,7 +40,7 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     return [jax.export.DisabledSafetyCheck.custom_call(target) for target in sorted(targets)]
 
 
-for result in (Assignment, Split, Experts, Traffic):
+for result in (Assignment, Split, TileSplit, Experts, Traffic):
     jax.export.register_namedtuple_serialization(
         result, serialized_name=f"lplb_jax.{result.__name__}"
     )

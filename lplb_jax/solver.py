@@ -30,25 +30,41 @@ class Split(NamedTuple):
     Attributes:
       quota: int32 `[n_physical]`, tokens that every physical slot serves, over all source ranks.
         The quotas of an expert's slots sum to its load. float32 where the loads are.
-      max_load: int32 `[n_groups]`, tokens on the busiest rank of every group, or, with `tile`, its
-        tiles; what it has anyway (`base_load`) included. float32 where the loads are or the ranks
-        are weighted: the largest load / weight, of weights with mean 1.
+      max_load: int32 `[n_groups]`, tokens on the busiest rank of every group, with what it has
+        anyway (`base_load`). float32 where the loads are or the ranks are weighted: the largest
+        load / weight, of weights with mean 1.
       lower_bound: `[n_groups]`, what no split can go below, of max_load's type. In tokens:
         ⌈(tokens that cannot leave S) / |S|⌉ of the set S of ranks for which it is largest; with
         weights, the least load / weight at which S may have that many. The exact solver always
         reaches it, and so does the interior point's repair (with weights to float32's rounding).
       status: int32 `[n_groups]`, bits of `lplb_jax.Status`; 0 means clean input and `max_load` at
         most 1e-4 of itself above `lower_bound`.
-      max_tokens: int32 `[n_groups]`, only with `tile`, else None: tokens on the rank of every group
-        that has most, the least possible with every slot's number of tiles. A tile of `base_load`
-        counts as `tile` tokens.
     """
 
     quota: jax.Array
     max_load: jax.Array
     lower_bound: jax.Array
     status: jax.Array
-    max_tokens: jax.Array | None = None
+
+
+class TileSplit(NamedTuple):
+    """A `Split` where slots cost tiles, ⌈quota / tile⌉ each.
+
+    Attributes:
+      quota: int32 `[n_physical]`, as in `Split`: tokens.
+      max_load: int32 `[n_groups]`, tiles of the busiest rank of every group, with those that it has
+        anyway (`base_load`).
+      lower_bound: int32 `[n_groups]`, what no split can go below, in tiles; always reached.
+      status: int32 `[n_groups]`, as in `Split`.
+      max_tokens: int32 `[n_groups]`, tokens on the rank of every group that has most, the least
+        possible with every slot's number of tiles. A tile of `base_load` counts as `tile` tokens.
+    """
+
+    quota: jax.Array
+    max_load: jax.Array
+    lower_bound: jax.Array
+    status: jax.Array
+    max_tokens: jax.Array
 
 
 def solve(
@@ -62,7 +78,7 @@ def solve(
     factor: Factor = "elimination",
     tile: int | None = None,
     base_load: Any = None,
-) -> Split:
+) -> Split | TileSplit:
     """Splits every expert's tokens over its slots so that the busiest rank of each group has least.
 
     Args:
@@ -96,7 +112,8 @@ def solve(
         top of it; negative ones count as 0 and set a status bit. None: nothing.
 
     Returns:
-      A `Split`. The exact solver's is equal bit for bit on every backend.
+      A `Split`, or with `tile` a `TileSplit`. The exact solver's is equal bit for bit on every
+      backend.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
@@ -130,7 +147,7 @@ def solve_checked(
     repair: bool = True,
     cusolverdx: bool = False,
     costs: Costs = NO_COSTS,
-) -> Split:
+) -> Split | TileSplit:
     """`solve` of checked arguments; rows may carry a last place for ids that name no expert."""
     placement = problem.placement
     rows = loads.reshape(-1, loads.shape[-1])
@@ -140,7 +157,9 @@ def solve_checked(
         sizes: dict[str, Any] = {"ep_size": problem.ep_size, "tile": costs.tile or 1}
         target = "lplb_solve_costs"
         split = _native.call(target, reference.solve_costs, *operands, base, **sizes)
-        split = split[: 4 if costs.tile is None else 5]
+        if costs.tile is not None:
+            return TileSplit(*split)
+        split = split[:4]
     elif method == "exact":
         split = _native.call("lplb_solve", reference.solve, *operands, ep_size=problem.ep_size)
     elif costs.asked:

@@ -92,6 +92,7 @@ RESULTS = [
     _study.Ageing,
     _study.Choice,
     lplb_jax.Split,
+    lplb_jax.TileSplit,
     lplb_jax.Placement,
     lplb_jax.moe.Experts,
     lplb_jax.moe.Plan,
