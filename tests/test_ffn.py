@@ -482,3 +482,41 @@ def test_forward_mode_is_refused_in_words():
     ):
         with pytest.raises(TypeError, match="expected reverse mode"):
             jax.jvp(function, (x,), (x,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gemm", ["xla", "mosaic"])
+def test_the_parts_on_gpus(rng, gemm):
+    """Products by the kernels and sums of biases, in bfloat16: value and gradients."""
+    n_rows, n_groups, k, n = 1000, 5, 128, 256
+    sizes = np.array([300, 0, 129, 1, 400], np.int32)
+    group, used = np.repeat(np.arange(n_groups), sizes), sizes.sum()
+    rows, slope = (rng.normal(0, 1, (n_rows, size)).astype(jnp.bfloat16) for size in (k, n))
+    weights = (rng.normal(0, k**-0.5, (n_groups, k, n))).astype(jnp.bfloat16)
+    bias = rng.normal(0, 1, (n_groups, n)).astype(jnp.bfloat16)
+    rows[used:] = slope[used:] = np.nan
+
+    @jax.jit
+    def ours(rows, weights, bias, slope):
+        def linear(rows, weights, bias):
+            out = moe.grouped_dot(rows, weights, jnp.asarray(sizes), gemm=gemm)
+            return out + moe.per_row(bias, jnp.asarray(sizes), n_rows)
+
+        out, pull = jax.vjp(linear, rows, weights, bias)
+        return out, *pull(slope)
+
+    out, of_rows, of_weights, of_bias = (
+        np.asarray(array, np.float32) for array in ours(rows, weights, bias, slope)
+    )
+    wide = [array.astype(np.float32) for array in (rows[:used], weights, bias, slope[:used])]
+    rows, weights, bias, slope = wide
+    assert_close(
+        "output", out[:used], np.einsum("mk,mkn->mn", rows, weights[group]) + bias[group], 0.02
+    )
+    assert_close("rows", of_rows[:used], np.einsum("mn,mkn->mk", slope, weights[group]), 0.02)
+    assert not out[used:].any()
+    assert not of_rows[used:].any()
+    for i in range(n_groups):
+        mine = group == i
+        assert_close("weights", of_weights[i], rows[mine].T @ slope[mine], 0.02)
+        assert_close("bias", of_bias[i], slope[mine].sum(0), 0.02)
