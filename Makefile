@@ -19,7 +19,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 GPU_SITE := $(CURDIR)/build/gpu-site
-ON_GPU = PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE):$$PYTHONPATH
+BESIDE = PYTHONPATH=$(GPU_SITE):$$PYTHONPATH
+ON_GPU = PYTHONSAFEPATH=1 $(BESIDE)
 # Tests that launch every kernel once or a few times; under a sanitizer they take minutes.
 SANITIZED = tests/test_gpu.py tests/test_gpu_any.py
 
@@ -60,16 +61,16 @@ gpu-test: $(GPU_SITE)/installed  ## the GPU's tests, with the Python packages al
 gpu-sanitize: $(GPU_SITE)/installed  ## compute-sanitizer over the kernels
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  $(ON_GPU) compute-sanitizer --error-exitcode 1 --tool $$tool \
-	    $(PYTHON) -m pytest -m gpu -n 0 -p no:cacheprovider $(SANITIZED) || exit 1; done
+	    $(PYTHON) -m pytest -m gpu -p no:cacheprovider $(SANITIZED) || exit 1; done
 
 gpu-benchmark: $(GPU_SITE)/installed  ## the benchmarks, and whether anything got slower
 	mkdir -p build/benchmarks
-	$(ON_GPU) $(PYTHON) benchmarks/balancer.py --json build/benchmarks/balancer_h200.json
-	$(ON_GPU) $(PYTHON) benchmarks/solver.py --json build/benchmarks/solver_h200.json
+	$(BESIDE) $(PYTHON) benchmarks/balancer.py --json build/benchmarks/balancer_h200.json
+	$(BESIDE) $(PYTHON) benchmarks/solver.py --json build/benchmarks/solver_h200.json
 	if [ "$$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then \
-	  $(ON_GPU) $(PYTHON) benchmarks/load_sync.py --gpus 2 \
+	  $(BESIDE) $(PYTHON) benchmarks/load_sync.py --gpus 2 \
 	    --json build/benchmarks/load_sync_p2p_h200x2.json && \
-	  $(ON_GPU) CUDA_VISIBLE_DEVICES=0,1 $(PYTHON) benchmarks/moe_layer.py --hidden 4096 --width 1536 \
+	  CUDA_VISIBLE_DEVICES=0,1 $(BESIDE) $(PYTHON) benchmarks/moe_layer.py --hidden 4096 --width 1536 \
 	    --repeats 6 --json build/benchmarks/moe_layer_4096_h200x2.json; fi
 	for new in build/benchmarks/*.json; do echo "$$new"; \
 	  $(PYTHON) benchmarks/compare.py benchmarks/results/$${new##*/} $$new || failed=1; done; \
@@ -111,6 +112,7 @@ $(DEPENDENCIES): pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/docs $(VENV)/wheel: pyproject.toml | $(BIN)/python
+	$(PIP) install --upgrade pip # the one of Python 3.11 knows no groups
 	$(PIP) install --group $(@F)
 	touch $@
 

@@ -42,7 +42,7 @@ import sys
 import pytest
 from jax._src import xla_bridge
 
-options = ["--collect-only", "-n", "0", "-p", "no:cacheprovider", "-m", ""]
+options = ["--collect-only", "-p", "no:cacheprovider", "-m", ""]
 status = pytest.main([*options, sys.argv[1]])
 sys.exit(int(status) or 17 * xla_bridge.backends_are_initialized())
 """
