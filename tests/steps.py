@@ -94,7 +94,8 @@ def native_rebalance(indices, r2o, placement, *, positions=True):
     """indices `[batch, tokens]`: all tokens there are."""
 
     def one(indices, r2o, placement):
-        return rebalance_at_once(indices, Problem(r2o, placement), None, None, positions)
+        problem = Problem(r2o, placement)
+        return rebalance_at_once(indices, problem, None, None, positions, fan_out=None)[:2]
 
     return jax.vmap(one)(indices, r2o, placement)
 
@@ -105,7 +106,7 @@ def spec_rebalance(indices, r2o, placement, *, positions=True):
     def one(indices, r2o, placement):
         operands = (indices, placement.phy2log, placement.log2phy, r2o)
         sizes = {"ep_size": placement.ep_size, "node_size": problem_of(placement).node_size}
-        return reference.rebalance(*operands, **sizes, positions=int(positions))
+        return reference.rebalance(*operands, **sizes, positions=int(positions), fan_out=0)
 
     return jax.vmap(one)(indices, r2o, placement)
 
