@@ -2,6 +2,7 @@
 
     python benchmarks/moe_layer.py [--hidden 2048 --width 1024 --experts 64] [--json FILE]
     python benchmarks/moe_layer.py --traces           # the packaged traces as they are
+    python benchmarks/moe_layer.py --moving           # other experts are hot in every step
     python benchmarks/moe_layer.py --compile-for 8    # what memory 8 such GPUs would need
     python benchmarks/moe_layer.py --processes        # one process per GPU
 
@@ -14,13 +15,17 @@ kind differ in speed by some per cent: the busiest rank is the first of them and
 and times are means of both.
 
 With --traces, the experts of every layer of every trace are placed by the loads of an earlier
-step of training, as in the demo.
+step of training, as in the demo. With --moving, too, but then come batches whose loads differ:
+other sequences of a trace in every step, one for each rank; and loads after Zipf's law, where it is
+drawn anew in every step which expert is hot. Placements stay as they are, and only "batch" can
+follow. Buffers have room for the worst of the batches; times and imbalances are means of all.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -52,6 +57,9 @@ def main() -> None:
     parser.add_argument(
         "--traces", action="store_true", help="all, with 256 experts, in the place of imbalances"
     )
+    parser.add_argument(
+        "--moving", action="store_true", help="batches that differ, in the place of imbalances"
+    )
     parser.add_argument("--compile-for", type=int, metavar="N", help="GPUs that need not be there")
     parser.add_argument("--processes", action="store_true", help="one per GPU")
     parser.add_argument("--transport", default="auto", help="of moe_layer")
@@ -67,13 +75,16 @@ def main() -> None:
         devices = jax.experimental.topologies.get_topology_desc("", "cuda", **absent).devices
     mesh = Mesh(np.array(devices), "ep")
     r2o = topologies.cube() if len(devices) == 8 else topologies.complete(len(devices))
+    columns = r2o.shape[1]
     if options.traces:
-        options.experts, options.redundants = 256, options.redundants or 2 * r2o.shape[1]
+        options.experts, options.redundants = 256, options.redundants or 2 * columns
+    elif options.moving:
+        options.redundants = options.redundants or -(-2 // columns) * columns
     print(f"{len(devices)} × {devices[0].device_kind}, jax {jax.__version__}, {vars(options)}")
-    batches = traced if options.traces else arranged
+    sources = traced if options.traces else moving if options.moving else arranged
     turns = [
-        (label, [Case(mesh, r2o, options, ids) for ids in of_turns])
-        for label, of_turns in batches(options, r2o, len(devices))
+        (label, [Case(mesh, r2o, options, batches) for batches in of_turns])
+        for label, of_turns in sources(options, r2o, len(devices))
     ]
     cases = [case for _, of_turns in turns for case in of_turns]
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -99,31 +110,61 @@ def main() -> None:
         record.write(options.json, figures)
 
 
-# A label, and the choices of all ranks: int32 `[tokens, 8]`, experts being numbered rank by rank
-# and on each in the order of its slots. Several arrays where several arrangements are timed as one.
-Batches = Iterator[tuple[str, list[np.ndarray]]]
+# A label, and the choices of all ranks, batch by batch: int32 `[batches, tokens, 8]`, experts being
+# numbered rank by rank and on each in the order of its slots. Several arrays where several
+# arrangements are timed as one.
+Sources = Iterator[tuple[str, list[np.ndarray]]]
 
 
-def traced(options: Any, r2o: np.ndarray, n_ranks: int) -> Batches:
+def traced(options: Any, r2o: np.ndarray, n_ranks: int) -> Sources:
     """Every layer of every trace, its experts placed by the loads of an earlier step."""
     for aux_loss in AUX_LOSSES:
         for layer, (chosen, history) in enumerate(zip(*load_traces(aux_loss), strict=True)):
-            placement = place_experts(
-                history, r2o, n_logical=256, ep_size=n_ranks,
-                redundants_per_rank=options.redundants,
-            )  # fmt: skip
-            own = placement.phy2log.reshape(n_ranks, -1)[:, : 256 // n_ranks]
+            order = placed(history, options, r2o, n_ranks)
             ids = np.resize(chosen.astype(np.int32), (n_ranks * options.tokens, TOP_K))
-            yield f"balancing loss {aux_loss}, layer {layer}", [renumbered(ids, own.ravel())]
+            yield f"balancing loss {aux_loss}, layer {layer}", [renumbered(ids, order)[None]]
 
 
-def arranged(options: Any, r2o: np.ndarray, n_ranks: int) -> Batches:
+def placed(history: np.ndarray, options: Any, r2o: np.ndarray, n_ranks: int) -> np.ndarray:
+    """The experts rank by rank, from earlier loads."""
+    placement = place_experts(
+        history, r2o, n_logical=len(history), ep_size=n_ranks,
+        redundants_per_rank=options.redundants,
+    )  # fmt: skip
+    return placement.phy2log.reshape(n_ranks, -1)[:, : len(history) // n_ranks].ravel()
+
+
+def moving(options: Any, r2o: np.ndarray, n_ranks: int) -> Sources:
+    """Batches of other loads than the ones that the experts are placed by, and than one another."""
+    traces = load_traces()
+    merged, history = merged_by_load(traces.history[0], options.experts)
+    order = placed(history, options, r2o, n_ranks)
+    # A step has one sequence of 1,024 tokens for each rank, as often as it takes.
+    sequences = merged[traces.indices[0]].reshape(-1, n_ranks, 1024, TOP_K)
+    batches = [
+        np.concatenate([np.resize(sequence, (options.tokens, TOP_K)) for sequence in of_ranks])
+        for of_ranks in sequences
+    ]
+    yield "sequences of a trace", [renumbered(np.stack(batches), order)]
+
+    rng = np.random.default_rng(0)
+    share = 1 / np.arange(1, options.experts + 1)
+    batches = []
+    for _ in range(8):
+        # The TOP_K largest of these are drawn without replacement, by their shares.
+        keys = rng.gumbel(size=(n_ranks * options.tokens, options.experts))
+        keys += np.log(rng.permutation(share))
+        batches.append(np.argpartition(-keys, TOP_K, axis=1)[:, :TOP_K].astype(np.int32))
+    yield "Zipf 1, the hot experts drawn anew", [np.stack(batches)]
+
+
+def arranged(options: Any, r2o: np.ndarray, n_ranks: int) -> Sources:
     """One trace, its experts arranged to the given imbalances."""
     ids = routing(n_ranks * options.tokens, options.experts)
     loads = np.bincount(ids.ravel(), minlength=options.experts)
     for imbalance in options.imbalances:
         orders = [arrangement(loads, n_ranks, imbalance, which) for which in ("first", "last")]
-        yield f"arranged to {imbalance}", [renumbered(ids, order) for order in orders]
+        yield f"arranged to {imbalance}", [renumbered(ids, order)[None] for order in orders]
 
 
 def renumbered(ids: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -134,15 +175,21 @@ def renumbered(ids: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def routing(n_tokens: int, n_experts: int) -> np.ndarray:
-    """int32 `[n_tokens, 8]`: the trace's choices, repeated where it is shorter.
+    """int32 `[n_tokens, 8]`: the trace's choices, repeated where it is shorter."""
+    indices = load_traces().indices[0]
+    merged, _ = merged_by_load(np.bincount(indices.ravel(), minlength=256), n_experts)
+    return np.resize(merged[indices], (n_tokens, TOP_K))
 
-    Of its 256 experts, those with similar loads become one, so that the loads keep their skew.
+
+def merged_by_load(loads: np.ndarray, n_experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """A number below n_experts for each of 256 experts, and the loads by these numbers.
+
+    Those with similar loads become one, so that the loads keep their skew.
     """
-    indices = load_traces().indices[0].astype(np.int32)
-    by_load = np.argsort(-np.bincount(indices.ravel(), minlength=256), kind="stable")
+    by_load = np.argsort(-loads, kind="stable")
     merged = np.empty(256, np.int32)
     merged[by_load] = np.arange(256) // (256 // n_experts)
-    return np.resize(merged[indices], (n_tokens, TOP_K))
+    return merged, np.bincount(merged, loads, n_experts)
 
 
 def arrangement(loads: np.ndarray, n_ranks: int, imbalance: float, busiest: str) -> np.ndarray:
@@ -185,53 +232,63 @@ class Batch(NamedTuple):
 
 
 class Case:
-    """One arrangement of the experts: its steps, compiled and timed."""
+    """One arrangement of the experts: its steps, compiled and timed.
+
+    Attributes:
+      imbalance: by the name of a step, what is left of each batch's imbalance.
+    """
 
     names = ("none", "eplb", "lplb", "batch")
 
-    def __init__(self, mesh: Mesh, r2o: np.ndarray, options: Any, ids: np.ndarray) -> None:
-        self.mesh, self.r2o, self.ids = mesh, r2o, ids
+    def __init__(self, mesh: Mesh, r2o: np.ndarray, options: Any, batches: np.ndarray) -> None:
+        self.mesh, self.r2o, self.ids = mesh, r2o, batches
         self.sharding = NamedSharding(mesh, P("ep"))
         n_local, columns = options.experts // mesh.size, r2o.shape[1]
         self.sizes = n_local, options.hidden, options.width
-        loads = np.bincount(ids.ravel(), minlength=options.experts).astype(np.int32)
+        loads = [np.bincount(ids.ravel(), minlength=options.experts) for ids in batches]
+        loads = np.stack(loads).astype(np.int32)
         numbers = range(columns, n_local + 1, columns)
         for n_copies in [options.redundants] if options.redundants else numbers:
             self.place(loads, n_copies)
-            if self.imbalance["lplb"] < 1.001:
+            if max(self.imbalance["lplb"]) < 1.001:
                 break
         self.transport = options.transport
         self.steps: dict[str, Any] = {}
 
     def place(self, loads: np.ndarray, n_copies: int) -> None:
         """With so many copies on every rank; what imbalance that leaves."""
-        n_ranks = self.mesh.size
+        n_ranks, n_logical = self.mesh.size, loads.shape[1]
         self.n_copies = n_copies
         self.placement = place_experts(
-            None, self.r2o, n_logical=len(loads), ep_size=n_ranks, redundants_per_rank=n_copies
+            None, self.r2o, n_logical=n_logical, ep_size=n_ranks, redundants_per_rank=n_copies
         )
-        chosen = place_copies(loads, self.placement)
+        chosen = [place_copies(of_batch, self.placement) for of_batch in loads]
+        solved = jax.jit(functools.partial(solve, r2o=self.r2o, placement=self.placement))
+        solved_anywhere = jax.jit(lambda loads, placement: solve(loads, placement=placement))
         quotas = {
-            "none": metrics.home_quota(loads, self.placement),
-            "eplb": metrics.even_quota(loads, self.placement),
-            "lplb": solve(loads, self.r2o, placement=self.placement).quota,
-            "batch": solve(loads, placement=chosen).quota,
+            "none": [metrics.home_quota(of_batch, self.placement) for of_batch in loads],
+            "eplb": [metrics.even_quota(of_batch, self.placement) for of_batch in loads],
+            "lplb": [solved(of_batch).quota for of_batch in loads],
+            "batch": [solved_anywhere(*both).quota for both in zip(loads, chosen, strict=True)],
         }
         # Of all ranks: what a step moves.
+        n_chosen = np.mean([np.sum(np.asarray(copies.phy2log) >= 0) for copies in chosen])
         self.copies = dict.fromkeys(("eplb", "lplb"), n_ranks * n_copies)
-        self.copies |= {"none": 0, "batch": int((chosen.phy2log >= 0).sum()) - len(loads)}
+        self.copies |= {"none": 0, "batch": float(n_chosen) - n_logical}
         self.imbalance = {
-            name: float(metrics.rank_loads(quota, n_ranks).max()) * n_ranks / loads.sum()
-            for name, quota in quotas.items()
+            name: [float(metrics.imbalance(metrics.rank_loads(quota, n_ranks))) for quota in each]
+            for name, each in quotas.items()
         }
 
-    def batch(self) -> Batch:
+    def batches(self) -> list[Batch]:
+        """They differ in the choices."""
         rng = np.random.default_rng(0)
-        n_rows, hidden = len(self.ids), self.sizes[1]
+        n_rows, hidden = self.ids.shape[1], self.sizes[1]
         gates = rng.random((n_rows, TOP_K)).astype(np.float32)
-        gates, ids = (jax.device_put(array, self.sharding) for array in (gates, self.ids))
+        gates, *ids = (jax.device_put(array, self.sharding) for array in (gates, *self.ids))
         shape = n_rows, hidden
-        return Batch(self._normal(0, shape, 1), gates, ids, self._normal(1, shape, 1))
+        tokens, upstream = self._normal(0, shape, 1), self._normal(1, shape, 1)
+        return [Batch(tokens, gates, of_batch, upstream) for of_batch in ids]
 
     def _normal(self, seed: int, shape: tuple[int, ...], scale: float) -> jax.Array:
         make = jax.jit(
@@ -274,7 +331,7 @@ class Case:
         """What a step is compiled for: its kind, room over the mean load, and copies."""
         # A little more for eplb, where every source splits its tokens on its own.
         slack = 1.002 if name == "eplb" else 1 + 1e-6
-        return name, max(1.0, slack * self.imbalance[name]), self.n_copies
+        return name, max(1.0, slack * max(self.imbalance[name])), self.n_copies
 
     def compile(self, name: str) -> Any:
         """Compiles forward and backward; the experts' buffers come back with fresh copies."""
@@ -295,7 +352,7 @@ class Case:
         )
         shapes = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.sharding),
-            jax.eval_shape(lambda: (self.experts(name), self.batch())),
+            jax.eval_shape(lambda: (self.experts(name), self.batches()[0])),
         )
         run = jax.jit(run, donate_argnums=0, compiler_options=moe.COMPILER_OPTIONS)
         return run.lower(*shapes).compile()
@@ -334,17 +391,19 @@ def measure(label: str, turns: list[Case], repeats: int) -> dict[str, Any]:
     case, result = turns[0], {"case": label}
     print(label)
     for name in case.names:
+        imbalance, possible = (float(np.mean(case.imbalance[key])) for key in (name, "none"))
         row = {
-            "imbalance": case.imbalance[name],
+            "imbalance": imbalance,
+            "imbalances": case.imbalance[name],
             "copies": case.copies[name] / case.mesh.size,
             "gib": case.gib(name),
         }
-        line = f"  {name}: imbalance {row['imbalance']:.3f}, {row['copies']:g} copies, "
+        line = f"  {name}: imbalance {imbalance:.3f}, {row['copies']:.3g} copies, "
         line += f"{row['gib']:.2f} GiB"
         if times:
             of_turns = [times[turn, name] for turn in turns]
             ms = float(np.mean(of_turns))
-            gain, possible = result.get("none", {"ms": ms})["ms"] / ms, case.imbalance["none"]
+            gain = result.get("none", {"ms": ms})["ms"] / ms
             share = (gain - 1) / (possible - 1)
             row |= {"ms": ms, "ms_of_turns": of_turns, "gain": gain, "share": share}
             each = " and ".join(f"{value:.2f}" for value in of_turns)
@@ -356,18 +415,21 @@ def measure(label: str, turns: list[Case], repeats: int) -> dict[str, Any]:
 
 def step_times(turns: list[Case], repeats: int, calls: int = 8) -> dict[Any, float]:
     """ms of every case and kind of step: medians of interleaved repeats of a few in a row."""
-    batches = {case: case.batch() for case in turns}
-    for case, batch in batches.items():
-        case.check(batch)
+    batches = {case: case.batches() for case in turns}
+    for case, each in batches.items():
+        for batch in each:
+            case.check(batch)
     experts = {(case, name): case.experts(name) for case in turns for name in case.names}
     times: dict[Any, list[float]] = {key: [] for key in experts}
     for _ in range(repeats):
         for case, name in experts:
+            rounds = -(-calls // len(batches[case]))
             start = time.perf_counter()
-            for _ in range(calls):
-                experts[case, name], *_ = case.steps[name](experts[case, name], batches[case])
+            for batch in rounds * batches[case]:
+                experts[case, name], *_ = case.steps[name](experts[case, name], batch)
             jax.block_until_ready(experts[case, name])
-            times[case, name].append((time.perf_counter() - start) / calls * 1e3)
+            ms = (time.perf_counter() - start) * 1e3
+            times[case, name].append(ms / (rounds * len(batches[case])))
     return {key: float(np.median(of_key)) for key, of_key in times.items()}
 
 
@@ -392,7 +454,7 @@ def rebalance_time(mesh: Mesh, case: Case, copies: str, n_layers: int = 50) -> f
         return jax.lax.scan(layer, jnp.int32(0), None, length=n_layers)[1]
 
     run = jax.jit(jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
-    return median_seconds(run, case.batch().ids, repeats=10) * 1e3 / n_layers
+    return median_seconds(run, case.batches()[0].ids, repeats=10) * 1e3 / n_layers
 
 
 def forward_time(case: Case, repeats: int) -> float:
@@ -404,7 +466,7 @@ def forward_time(case: Case, repeats: int) -> float:
         ),
         compiler_options=moe.COMPILER_OPTIONS,
     )  # fmt: skip
-    batch = case.batch()
+    batch = case.batches()[0]
     arguments = batch.tokens, batch.gates, case.experts("lplb"), batch.ids
     four = median_seconds(lambda: [run(*arguments) for _ in range(4)], repeats=repeats)
     return four * 1e3 / 4
