@@ -336,11 +336,7 @@ def combine(rows: jax.Array, plan: Plan) -> jax.Array:
             f"{list(rows.shape)}"
         )
     check_reverse("rows", rows)
-    return brought_back(head(rows, plan.group_sizes.sum(dtype=jnp.int32)), plan)
-
-
-def brought_back(rows: jax.Array, plan: Plan) -> jax.Array:
-    """`combine` for rows of which those past the last may get any gradient, also NaN."""
+    rows = head(rows, plan.group_sizes.sum(dtype=jnp.int32))
     return add(exchange(add(rows, plan.received), plan.lists, "back"), plan.sent)
 
 

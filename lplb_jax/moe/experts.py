@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lplb_jax._axes import varying_as
-from lplb_jax.moe.copies import check_reverse, head, wider
+from lplb_jax.moe.copies import Copies, add, check_reverse, head, wider
 from lplb_jax.moe.products import (
     PRODUCT,
     Gemm,
@@ -92,20 +91,22 @@ def applied(
     experts: Any,
     group_sizes: jax.Array,
     gates: jax.Array,
+    received: Copies,
     refetch: Callable[[Any], Any] | None = None,
 ) -> jax.Array:
-    """`network` of checked arguments; rows past the last group get any gradient, also NaN.
+    """What `network` makes of the rows of the tokens `received`, summed token by token.
 
-    With `refetch` the weights of the slots are `refetch(experts)`, here and in the backward pass
-    again: they are not kept in between.
+    Arguments are checked; rows past the last group get any gradient, also NaN. With `refetch` the
+    weights of the slots are `refetch(experts)`, here and in the backward pass again: they are not
+    kept in between. There they may travel while the sums' gradients are put in rows.
     """
-    if refetch is None:
-        return network(rows, experts, group_sizes, gates)
 
-    @functools.partial(jax.checkpoint, policy=_KEEP_PRODUCTS)
     def run(rows: jax.Array, experts: Any, gates: jax.Array) -> jax.Array:
-        return network(rows, refetch(experts), group_sizes, gates)
+        experts = experts if refetch is None else refetch(experts)
+        return add(network(rows, experts, group_sizes, gates), received)
 
+    if refetch is not None:
+        run = jax.checkpoint(run, policy=_KEEP_PRODUCTS)
     return run(rows, experts, gates)
 
 

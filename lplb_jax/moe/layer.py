@@ -19,8 +19,8 @@ from lplb_jax.batch_copies import CopiesFrom, check_copies
 from lplb_jax.comm import Comm
 from lplb_jax.loads import count_loads
 from lplb_jax.moe import transfers, transports
-from lplb_jax.moe.copies import check_reverse, copy
-from lplb_jax.moe.exchange import brought_back, capacity_for, exchange, make_plan
+from lplb_jax.moe.copies import add, check_reverse, copy
+from lplb_jax.moe.exchange import capacity_for, exchange, make_plan
 from lplb_jax.moe.experts import (
     Network,
     applied,
@@ -372,10 +372,12 @@ def moe_layer(
     else:
         sent, experts = transfers.sent(fetch, tokens, plan.sent, experts)
     received = exchange(sent, plan.lists, "there")
+    if refetch is not None:
+        received, experts = transfers.after(received, experts)
     row_gates = exchange(copy(gates, plan.sent), plan.lists, "there").reshape(-1)
     rows, row_gates, experts = transfers.in_rows(fetch, received, row_gates, plan.received, experts)
     row_gates = copy(row_gates, plan.choices)
-    rows = applied(network, rows, experts, plan.group_sizes, row_gates, refetch)
+    sums = applied(network, rows, experts, plan.group_sizes, row_gates, plan.received, refetch)
     traffic = Traffic(
         plan.slot_loads,
         jnp.int32(capacity),
@@ -385,7 +387,7 @@ def moe_layer(
         jnp.asarray(placement.phy2log),
         metrics.expert_loads(plan.slot_loads, placement),
     )
-    out = brought_back(rows, plan)[:n_tokens]
+    out = add(exchange(sums, plan.lists, "back"), plan.sent)[:n_tokens]
     return (out, traffic, experts) if in_place else (out, traffic)
 
 

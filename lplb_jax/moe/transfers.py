@@ -124,3 +124,16 @@ def _in_rows_backward(
 
 
 in_rows.defvjp(_in_rows_forward, _in_rows_backward)
+
+
+@jax.custom_vjp
+def after(tokens: jax.Array, experts: Any) -> tuple[jax.Array, Any]:
+    """Both as they are, but what is fetched of the experts waits for the tokens. Backwards, neither
+    waits for the other."""
+    return lax.optimization_barrier((tokens, experts))
+
+
+after.defvjp(
+    lambda tokens, experts: (after(tokens, experts), None),
+    lambda _, slopes: slopes,
+)
