@@ -82,7 +82,7 @@ docs: $(VENV)/docs  ## the documentation's site, in build/site/; any warning is 
 wheel: $(VENV)/wheel  ## a wheel to give away, in dist/, audited and tested in an environment of its own
 	rm -rf build/wheel
 	$(PIP) wheel -v --no-deps -w build/wheel --config-settings=build-dir= .
-	$(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --wheel-dir dist build/wheel/*.whl
 	.ci/test-wheel $(BIN)/python newest dist/*-$$(basename build/wheel/*.whl | cut -d- -f3,4)-*.whl
 
 clean:  ## remove whatever make made
