@@ -11,10 +11,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from cuda.bindings import runtime
+from exchange_batch import ExchangeBatch
 from graph import check, pointer
 from rebalance_call import RebalanceCall
 
 from lplb_jax import Placement, _bench, _native
+from lplb_jax.comm import Windows
 
 
 class VirtualRanks:
@@ -34,6 +36,7 @@ class VirtualRanks:
         size: int,
         max_experts: int,
         timeout_s: float = 20.0,
+        windows: Windows | None = None,
     ) -> None:
         self._native = native = _native.cuda()
         self.ids = [10_000 + rank for rank in range(size)]
@@ -44,9 +47,15 @@ class VirtualRanks:
         stride = max_experts + 1
         n_bytes = native.comm_inbox_bytes(size, stride)
         self._inboxes = [native.comm_allocate(ordinal, n_bytes) for ordinal in self._ordinals]
+        self._windows = []
+        if windows is not None:
+            self._windows = [native.Window(o, windows.n_bytes) for o in self._ordinals]
         self._claimed, self._streams = [], []
         for rank, (identifier, ordinal) in enumerate(zip(self.ids, self._ordinals, strict=True)):
             native.comm_attach(identifier, ordinal, rank, self._inboxes, stride, timeout_s)
+            if windows is not None:
+                addresses = [window.address for window in self._windows]
+                native.comm_attach_windows(identifier, ordinal, addresses, windows.shape)
             self._claimed.append(self.put(rank, np.int32(rank)))
             native.comm_use_device(ordinal)
             flag = runtime.cudaStreamNonBlocking
@@ -59,6 +68,7 @@ class VirtualRanks:
         self.wait()
         for identifier in self.ids:
             self._native.comm_detach(identifier)
+        self._windows.clear()
         for ordinal, inbox in zip(self._ordinals, self._inboxes, strict=True):
             self._native.comm_free(ordinal, inbox)
         for stream in self._streams:
@@ -98,6 +108,24 @@ class VirtualRanks:
         _bench.launch_synced_rebalance(
             *self._who(rank), claimed, *call.arguments, self._on(rank, stream)
         )
+
+    def there(self, rank: int, batch: ExchangeBatch, stream: int | None = None) -> None:
+        """Launches the way there of `batch` as this rank."""
+        routing, (tokens, gates), out = batch.of(rank, self._claimed[rank])[:3]
+        _bench.launch_there(
+            *self._who(rank), batch.sizes, batch.n_bytes, batch.blocks, routing,
+            [pointer(tokens), pointer(gates)], [pointer(array) for array in out],
+            self._on(rank, stream),
+        )  # fmt: skip
+
+    def back(self, rank: int, batch: ExchangeBatch, stream: int | None = None) -> None:
+        """Launches the way back of what `there` has brought."""
+        routing, _, out, home = batch.of(rank, self._claimed[rank])
+        _bench.launch_back(
+            *self._who(rank), batch.sizes, batch.n_bytes, batch.row_type, batch.blocks, routing,
+            [pointer(array) for array in out], [pointer(array) for array in home],
+            self._on(rank, stream),
+        )  # fmt: skip
 
     def failures(self) -> list[str]:
         """What every rank has reported; "" where all is well."""

@@ -16,7 +16,7 @@ struct SyncState {
   int32_t failed;   // sticky: nobody waits any more
 };
 
-enum class SyncFailure : int32_t { kNone = 0, kTimeout = 1, kWrongRank = 2 };
+enum class SyncFailure : int32_t { kNone = 0, kTimeout = 1, kWrongRank = 2, kNoTokens = 3 };
 
 // The first failure, in pinned host memory.
 struct SyncReport {

@@ -189,8 +189,14 @@ class Frame {
         return "uint8";
       case ffi::DataType::U16:
         return "uint16";
+      case ffi::DataType::BF16:
+        return "bfloat16";
+      case ffi::DataType::F16:
+        return "float16";
       case ffi::DataType::F32:
         return "float32";
+      case ffi::DataType::F64:
+        return "float64";
       default:
         return "XLA's type " + std::to_string(static_cast<int>(type));
     }

@@ -1,9 +1,11 @@
 #include "xla_ffi/cuda/comm.h"
 
 #include <cuda_runtime_api.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -48,6 +50,10 @@ std::string MessageOf(const cuda::SyncReport& report, int64_t timeout_ns) {
     case cuda::SyncFailure::kTimeout:
       return "lplb_jax: rank " + number(report.rank) + " waited " + number(timeout_ns / 1000000) +
              " ms in vain for the counts of rank " + number(report.peer) + " (call " +
+             number(report.epoch) + " of the communicator)" + remedy;
+    case cuda::SyncFailure::kNoTokens:
+      return "lplb_jax: rank " + number(report.rank) + " waited " + number(timeout_ns / 1000000) +
+             " ms in vain for the tokens of rank " + number(report.peer) + " (exchange " +
              number(report.epoch) + " of the communicator)" + remedy;
     case cuda::SyncFailure::kWrongRank:
       return "lplb_jax: comm: the program takes rank " + number(report.rank) + " for rank " +
@@ -182,6 +188,47 @@ void AttachPut(int64_t id, int device, uintptr_t library, const std::vector<int3
 #endif
 }
 
+// Memory of a device that peers write to, for as long as this object lives.
+class Window {
+ public:
+  Window(int device, int64_t bytes) : device_(device), address_(Allocate(device, bytes)) {}
+  ~Window() {
+    int former = 0;
+    cudaGetDevice(&former);
+    cudaSetDevice(device_);
+    cudaFree(reinterpret_cast<void*>(address_));
+    cudaSetDevice(former);
+  }
+  Window(const Window&) = delete;
+
+  uintptr_t address() const { return address_; }
+
+ private:
+  int device_;
+  uintptr_t address_;
+};
+
+int64_t WindowBytes(const std::array<int32_t, 4>& shape) {
+  return cuda::WindowShape{shape[0], shape[1], shape[2], shape[3]}.Bytes();
+}
+
+// Lets an attached rank exchange tokens; windows[r] is where rank r receives, cleared. `shape` is a
+// WindowShape.
+void AttachWindows(int64_t id, int device, const std::vector<uintptr_t>& windows,
+                   const std::array<int32_t, 4>& shape) {
+  const DeviceScope scope(device);
+  ThrowIf(cuda::PreloadExchange(), "loading the kernels");
+  static_assert(sizeof(cuda::ExchangeState) <= kStateBytes);
+  const uintptr_t memory = Allocate(device, kStateBytes + windows.size() * sizeof(uintptr_t));
+  const std::lock_guard<std::mutex> lock(mutex);
+  CommRank& made = all_ranks.at({id, device});
+  made.exchange.peers = made.peers;
+  made.exchange.shape = {shape[0], shape[1], shape[2], shape[3]};
+  made.exchange.state = reinterpret_cast<cuda::ExchangeState*>(memory);
+  made.exchange.windows =
+      reinterpret_cast<char* const*>(CopyToDevice(windows, memory + kStateBytes));
+}
+
 // Forgets communicator `id` and frees what Attach allocated, once the devices are done with it.
 void Detach(int64_t id) {
   std::vector<std::pair<int32_t, CommRank>> found;
@@ -200,6 +247,7 @@ void Detach(int64_t id) {
     const DeviceScope scope(device);
     ThrowIf(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     ThrowIf(cudaFree(rank.peers.state), "cudaFree");
+    ThrowIf(cudaFree(rank.exchange.state), "cudaFree");
     ThrowIf(cudaFreeHost(rank.peers.report), "cudaFreeHost");
   }
 }
@@ -241,6 +289,11 @@ void DefineComm(nanobind::module_& m) {
   m.def("comm_inbox_bytes", cuda::InboxBytes);
   m.def("comm_attach", Attach);
   m.def("comm_attach_put", AttachPut);
+  m.def("comm_window_bytes", WindowBytes);
+  m.def("comm_attach_windows", AttachWindows);
+  nanobind::class_<Window>(m, "Window")
+      .def(nanobind::init<int, int64_t>())
+      .def_prop_ro("address", &Window::address);
   m.def("comm_load_library", LoadLibrary);
   m.def("comm_detach", Detach);
   m.def("comm_failure", FailureOf);

@@ -1,10 +1,11 @@
-// Communicators: what a process keeps of each on its devices, for the handlers that exchange
-// counts.
+// Communicators: what a process keeps of each on its devices, for the handlers that exchange counts
+// and tokens.
 #ifndef LPLB_XLA_FFI_CUDA_COMM_H_
 #define LPLB_XLA_FFI_CUDA_COMM_H_
 
 #include <nanobind/nanobind.h>
 
+#include "cuda/exchange.h"
 #include "cuda/sync.h"
 #include "xla_ffi/handler.h"
 
@@ -14,7 +15,8 @@ namespace lplb {
 struct CommRank {
   cuda::Peers peers;
   cuda::PutPeers put;
-  const void* put_kernel;  // null where all peers are mapped
+  const void* put_kernel;   // null where all peers are mapped
+  cuda::Exchange exchange;  // of no ranks where there are no windows
 };
 
 ffi::ErrorOr<CommRank> FindRank(int64_t id, int32_t device);

@@ -14,6 +14,8 @@ const Launchers launchers = {cuda::LaunchSolve,
                              cuda::LaunchRebalance,
                              cuda::LaunchSyncedRebalance,
                              LaunchSync,
+                             cuda::LaunchThere,
+                             cuda::LaunchBack,
                              cuda::LaunchEmpty,
                              FindRank,
                              cudaGetErrorString};

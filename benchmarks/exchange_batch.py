@@ -1,0 +1,110 @@
+"""A batch of tokens that ranks exchange, made in NumPy: what the kernels take, and must give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import ml_dtypes
+import numpy as np
+from graph import pointer
+
+_TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float64": 3}  # cuda/exchange.h
+
+
+class ExchangeBatch:
+    """`ranks_of` [n_ranks, tokens, top_k] says where every choice goes, −1 for nowhere.
+
+    Attributes:
+      row: int32 of that shape, rank · capacity + row; −1 for choices without room, too.
+      sizes, n_bytes, row_type, blocks: what a launch takes.
+      tokens, gates: of every rank.
+      sent: tokens from each rank to each other.
+    """
+
+    def __init__(
+        self,
+        put: Callable[[int, np.ndarray], jax.Array],
+        ranks_of: np.ndarray,
+        capacity: int,
+        hidden: int,
+        rng: np.random.Generator,
+        *,
+        dtype: str = "bfloat16",
+        blocks: tuple[int, int] = (8, 4),
+    ) -> None:
+        n_ranks, n_tokens, top_k = ranks_of.shape
+        self.row = np.full(ranks_of.shape, -1, np.int32)
+        for rank in range(n_ranks):
+            goes = ranks_of == rank
+            place = np.cumsum(goes).reshape(goes.shape) - 1
+            fits = goes & (place < capacity)
+            self.row[fits] = rank * capacity + place[fits]
+        rank = np.where(self.row < 0, -1, self.row // capacity)
+        order = np.full(ranks_of.shape, -1, np.int32)
+        self.sent = np.zeros((n_ranks, n_ranks), np.int32)
+        room = np.zeros((n_ranks, n_ranks), np.int32)
+        for source in range(n_ranks):
+            for peer in range(n_ranks):
+                if peer == source:
+                    continue
+                there = rank[source] == peer
+                tokens = there.any(axis=1)
+                order[source, tokens, there.argmax(axis=1)[tokens]] = np.arange(tokens.sum())
+                self.sent[source, peer] = tokens.sum()
+                room[source, peer] = min(n_tokens, there.sum())
+        there, home = (np.cumsum(room, axis=axis) - room for axis in (0, 1))
+        self._capacity = capacity
+        n_received = min((n_ranks - 1) * n_tokens, capacity)
+        self.sizes = [n_tokens, top_k, capacity, n_received]
+        self.blocks, self.row_type = list(blocks), _TYPES[dtype]
+        self.dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+        self.n_bytes = [hidden * self.dtype.itemsize, 4]
+        # Sums of small integers are exact in every type and order.
+        self.tokens = rng.integers(-8, 8, (n_ranks, n_tokens, hidden), np.int8).astype(self.dtype)
+        self.gates = rng.random(ranks_of.shape).astype(np.float32)
+        self._ranks = []
+        for r in range(n_ranks):
+            lists = np.stack([self.sent[r], there[r], there[:, r], home[:, r], home[r]])
+            routing = [put(r, array) for array in (self.row[r], order[r], lists.astype(np.int32))]
+            given = [put(r, self.tokens[r]), put(r, self.gates[r])]
+            out = [
+                np.zeros((capacity, hidden), self.dtype),
+                np.zeros(capacity, np.float32),
+                np.full((max(n_received, 1), top_k), -7, np.int32),
+                np.zeros(n_ranks, np.int32),
+            ]
+            home_again = [np.zeros_like(self.tokens[r]), np.zeros_like(self.gates[r])]
+            results = [[put(r, array) for array in arrays] for arrays in (out, home_again)]
+            self._ranks.append((routing, given, *results))
+
+    def of(
+        self, rank: int, claimed: jax.Array
+    ) -> tuple[list[int], list[jax.Array], list[jax.Array], list[jax.Array]]:
+        """Routing, as pointers; tokens and gates; what the way there gives; and the way back."""
+        routing, *arrays = self._ranks[rank]
+        return ([pointer(array) for array in (claimed, *routing)], *arrays)
+
+    def check(self) -> None:
+        """Raises where a row, gate, sum or number of tokens is not what it must be."""
+        n_ranks = len(self.row)
+        rows, row_gates, _, sizes = (
+            np.stack([np.asarray(of_rank[2][i]) for of_rank in self._ranks]) for i in range(4)
+        )
+        np.testing.assert_array_equal(sizes, self.sent.T)
+        source, token, choice = np.nonzero(self.row >= 0)
+        place = self.row[source, token, choice]
+        rows, row_gates = rows.reshape(-1, rows.shape[2]), row_gates.reshape(-1)
+        np.testing.assert_array_equal(rows[place], self.tokens[source, token])
+        np.testing.assert_array_equal(row_gates[place], self.gates[source, token, choice])
+        times = (self.row >= 0).sum(axis=2)[..., None]
+        for rank in range(n_ranks):
+            tokens, gates = map(np.asarray, self._ranks[rank][3])
+            expected = self.tokens[rank].astype(np.float64) * times[rank]
+            np.testing.assert_array_equal(tokens.astype(np.float64), expected)
+            np.testing.assert_array_equal(gates, np.where(self.row[rank] >= 0, self.gates[rank], 0))
+
+    def is_poisoned(self, rank: int) -> bool:
+        """Whether all that came there is NaN."""
+        rows, gates = (np.asarray(array, np.float64) for array in self._ranks[rank][2][:2])
+        return bool(np.isnan(rows).all() and np.isnan(gates).all())

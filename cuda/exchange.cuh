@@ -1,0 +1,298 @@
+// Exchanges of tokens, as device functions that the kernels there and back compose.
+//
+// A warp moves a token, or a piece of one. Blocks take parts in the order in which they start, not
+// by their index: the first ones send, so whoever waits waits for blocks that run. What is received
+// is handed out one by one, in the order in which it is sent, so that a warp waits for what comes
+// next.
+#ifndef LPLB_CUDA_EXCHANGE_CUH_
+#define LPLB_CUDA_EXCHANGE_CUH_
+
+#include "cuda/exchange.h"
+#include "cuda/sync.cuh"
+#include "cuda/warp.cuh"
+
+namespace lplb::cuda {
+
+constexpr int32_t kMostWarps = 32;  // of a block
+constexpr int32_t kWord = 16;       // bytes that a lane moves at once
+
+// One exchange, as the threads of a block see it.
+struct ExchangeCall {
+  uint32_t epoch;
+  int32_t part;  // of this block: how many have started before it
+  bool failed;   // before, or since the program takes this rank for another one
+};
+
+struct Slot {
+  char* rows;
+  uint64_t* gates;
+  uint64_t* headers;
+  int32_t* numbers;
+  uint32_t* flags;
+};
+
+__device__ __forceinline__ Slot SlotOf(const Exchange& exchange, int32_t rank, uint32_t epoch) {
+  const WindowShape& shape = exchange.shape;
+  char* begin = exchange.windows[rank] + (epoch & 1) * shape.SlotBytes();
+  return {begin, reinterpret_cast<uint64_t*>(begin + shape.GatesAt()),
+          reinterpret_cast<uint64_t*>(begin + shape.HeadersAt()),
+          reinterpret_cast<int32_t*>(begin + shape.NumbersAt()),
+          reinterpret_cast<uint32_t*>(begin + shape.FlagsAt())};
+}
+
+__device__ __forceinline__ void StoreRelaxed(uint32_t* word, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+__device__ __forceinline__ void StoreReleased(uint64_t* word, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+__device__ __forceinline__ uint32_t LoadAcquired(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+__device__ __forceinline__ uint64_t LoadAcquired(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
+// Past the first-level cache: what a peer has written is in the second.
+__device__ __forceinline__ uint4 LoadWide(const char* address) {
+  uint4 value;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address)
+               : "memory");
+  return value;
+}
+__device__ __forceinline__ void StoreWide(char* address, const uint4& value) {
+  *reinterpret_cast<uint4*>(address) = value;
+}
+
+__device__ __forceinline__ uint64_t LoadGate(const void* gates, int64_t i, int32_t bytes) {
+  if (bytes == 2) return static_cast<const uint16_t*>(gates)[i];
+  if (bytes == 4) return static_cast<const uint32_t*>(gates)[i];
+  return static_cast<const uint64_t*>(gates)[i];
+}
+__device__ __forceinline__ void StoreGate(void* gates, int64_t i, int32_t bytes, uint64_t gate) {
+  if (bytes == 2) {
+    static_cast<uint16_t*>(gates)[i] = static_cast<uint16_t>(gate);
+  } else if (bytes == 4) {
+    static_cast<uint32_t*>(gates)[i] = static_cast<uint32_t>(gate);
+  } else {
+    static_cast<uint64_t*>(gates)[i] = gate;
+  }
+}
+
+__device__ __forceinline__ int32_t Lane() { return static_cast<int32_t>(threadIdx.x) & 31; }
+
+// The number of this warp among those of all blocks.
+__device__ __forceinline__ int32_t Warp(const ExchangeCall& call) {
+  return call.part * static_cast<int32_t>(blockDim.x / 32) + static_cast<int32_t>(threadIdx.x) / 32;
+}
+
+// Items that all warps take one after the other. A warp asks for its next one before it needs it.
+class Items {
+ public:
+  __device__ __forceinline__ explicit Items(uint32_t* next) : next_(next) { Ask(); }
+  __device__ __forceinline__ int32_t Take() {
+    const uint32_t item = __shfl_sync(kFullWarp, ahead_, 0);
+    Ask();
+    return static_cast<int32_t>(item);
+  }
+
+ private:
+  __device__ __forceinline__ void Ask() {
+    if (Lane() == 0) ahead_ = atomicAdd(next_, 1u);
+  }
+
+  uint32_t* next_;
+  uint32_t ahead_ = 0;
+};
+
+// Rows are cut into n_pieces, equal on all ranks.
+struct Pieces {
+  int32_t row_bytes;
+  int32_t n_pieces;
+  int32_t piece_bytes;
+};
+
+// Of a row, what one warp moves.
+struct Piece {
+  int32_t number;
+  int32_t begin;
+  int32_t bytes;
+};
+
+__device__ __forceinline__ Piece PieceOf(const Pieces& pieces, int32_t item) {
+  const int32_t number = item % pieces.n_pieces;
+  const int32_t begin = number * pieces.piece_bytes;
+  return {number, begin, min(pieces.piece_bytes, pieces.row_bytes - begin)};
+}
+
+// Reads the lists into shared memory, and takes part.
+__device__ __forceinline__ ExchangeCall BeginExchange(const Exchange& exchange,
+                                                      const Routing& routing, int32_t* lists) {
+  __shared__ ExchangeCall call;
+  for (int32_t i = threadIdx.x; i < kLists * exchange.shape.n_ranks; i += blockDim.x) {
+    lists[i] = routing.lists[i];
+  }
+  if (threadIdx.x == 0) {
+    const bool wrong = *routing.rank != exchange.peers.rank;
+    const volatile uint32_t* epoch = &exchange.state->epoch;
+    const volatile int32_t* failed = &exchange.peers.state->failed;
+    call.epoch = *epoch + 1;
+    call.part = static_cast<int32_t>(atomicAdd(&exchange.state->started, 1u));
+    call.failed = wrong || *failed != 0;
+    if (wrong) Report(exchange.peers, SyncFailure::kWrongRank, call.epoch, *routing.rank);
+  }
+  __syncthreads();
+  return call;
+}
+
+// Tells every other rank that this one has begun, and how many tokens come from here. By all
+// threads of one block.
+__device__ __forceinline__ void SendHeaders(const Exchange& exchange, const ExchangeCall& call,
+                                            const int32_t* sizes) {
+  for (int32_t peer = threadIdx.x; peer < exchange.shape.n_ranks; peer += blockDim.x) {
+    if (peer == exchange.peers.rank) continue;
+    StoreReleased(SlotOf(exchange, peer, call.epoch).headers + exchange.peers.rank,
+                  static_cast<uint64_t>(call.epoch) << 32 | static_cast<uint32_t>(sizes[peer]));
+  }
+}
+
+// Whether to go on waiting for `source`, to be asked again and again by a thread that does.
+class Patience {
+ public:
+  __device__ __forceinline__ bool Lasts(const Exchange& exchange, const ExchangeCall& call,
+                                        int32_t source) {
+    if (++round_ % 64 != 0) return true;  // Reading the clock takes longer than looking again.
+    const volatile int32_t* failed = &exchange.peers.state->failed;
+    if (*failed != 0) return false;
+    const int64_t now = Nanoseconds();
+    if (deadline_ == 0) deadline_ = now + exchange.peers.timeout_ns;
+    if (now < deadline_) return true;
+    Report(exchange.peers, SyncFailure::kNoTokens, call.epoch, source);
+    return false;
+  }
+
+ private:
+  uint32_t round_ = 0;
+  int64_t deadline_ = 0;
+};
+
+// Waits, as a warp, for a token of `source`; false where it did not come in time.
+__device__ __forceinline__ bool AwaitFlag(const Exchange& exchange, const ExchangeCall& call,
+                                          const uint32_t* flag, int32_t source) {
+  Patience patience;
+  while (!__all_sync(kFullWarp, LoadAcquired(flag) == call.epoch)) {
+    const bool lasts = Lane() != 0 || patience.Lasts(exchange, call, source);
+    if (!__all_sync(kFullWarp, lasts)) return false;
+  }
+  return true;
+}
+
+// Waits, as a block, until all other ranks have begun; `use(source, size)` for each of them.
+template <typename Use>
+__device__ __forceinline__ bool AwaitHeaders(const Exchange& exchange, const ExchangeCall& call,
+                                             const Use& use) {
+  const uint64_t* headers = SlotOf(exchange, exchange.peers.rank, call.epoch).headers;
+  bool lasts = true;
+  for (int32_t source = threadIdx.x; source < exchange.shape.n_ranks && lasts;
+       source += blockDim.x) {
+    if (source == exchange.peers.rank) {
+      use(source, 0);
+      continue;
+    }
+    Patience patience;
+    uint64_t header = LoadAcquired(headers + source);
+    while (static_cast<uint32_t>(header >> 32) != call.epoch && lasts) {
+      lasts = patience.Lasts(exchange, call, source);
+      header = LoadAcquired(headers + source);
+    }
+    if (lasts) use(source, static_cast<int32_t>(header));
+  }
+  return __syncthreads_and(lasts);
+}
+
+// Flags of rows on their way, of one warp. A fence waits until what was written before has arrived:
+// it takes as long as a row, so there is one for several rows, while the next one is loaded.
+class PendingFlags {
+ public:
+  __device__ __forceinline__ PendingFlags() {
+    __shared__ uint32_t* flags[kMostWarps][kMostFlags];
+    flags_ = flags[threadIdx.x / 32];
+  }
+  // Of a row, the flags of those lanes that have one, in no more than 32.
+  __device__ __forceinline__ void Add(uint32_t* flag) {
+    const uint32_t lanes = __ballot_sync(kFullWarp, flag != nullptr);
+    const uint32_t before = lanes & ((1u << Lane()) - 1);
+    if (flag != nullptr) flags_[n_flags_ + __popc(before)] = flag;
+    n_flags_ += __popc(lanes);
+    ++n_rows_;
+  }
+  __device__ __forceinline__ void RaiseIfMany(const ExchangeCall& call) {
+    if (n_rows_ >= kRowsPerFence || n_flags_ > kMostFlags - 32) Raise(call);
+  }
+  __device__ __forceinline__ void Raise(const ExchangeCall& call) {
+    __syncwarp();
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+    for (int32_t i = Lane(); i < n_flags_; i += 32) StoreRelaxed(flags_[i], call.epoch);
+    __syncwarp();
+    n_flags_ = n_rows_ = 0;
+  }
+
+ private:
+  static constexpr int32_t kMostFlags = 64;
+  static constexpr int32_t kRowsPerFence = 4;
+
+  uint32_t** flags_;
+  int32_t n_flags_ = 0;
+  int32_t n_rows_ = 0;
+};
+
+// The tokens that come from others, source by source in turn.
+struct Received {
+  int32_t source;
+  int32_t order;  // in the source's list
+  bool exists;
+};
+__device__ __forceinline__ Received ReceivedToken(const Exchange& exchange, const int32_t* sizes,
+                                                  int32_t token) {
+  const int32_t n_others = exchange.shape.n_ranks - 1;
+  const int32_t order = token / n_others;
+  const int32_t source = (exchange.peers.rank + 1 + token % n_others) % exchange.shape.n_ranks;
+  return {source, order, order < sizes[source]};
+}
+
+__device__ __forceinline__ void FillOnes(void* memory, int64_t bytes) {
+  for (int64_t i = threadIdx.x; i < bytes / 2; i += blockDim.x) {
+    static_cast<uint16_t*>(memory)[i] = 0xffff;
+  }
+}
+
+// Ends an exchange; true for the threads of the last block where it has failed. They must not let a
+// part of a result stand.
+__device__ __forceinline__ bool FinishExchange(const Exchange& exchange, const ExchangeCall& call) {
+  __shared__ bool last_of_failed;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ExchangeState* state = exchange.state;
+    __threadfence();
+    const bool last = atomicAdd(&state->finished, 1u) == gridDim.x - 1;
+    if (last) {
+      __threadfence();
+      state->started = state->finished = state->next_received = 0;
+      state->epoch = call.epoch;
+    }
+    const volatile int32_t* failed = &exchange.peers.state->failed;
+    last_of_failed = last && *failed != 0;
+  }
+  __syncthreads();
+  return last_of_failed;
+}
+
+}  // namespace lplb::cuda
+
+#endif  // LPLB_CUDA_EXCHANGE_CUH_

@@ -1,0 +1,155 @@
+// Tokens to rows on all ranks and back, on the GPU.
+#include "cuda/exchange.h"
+
+#include "xla_ffi/cuda/comm.h"
+#include "xla_ffi/cuda/handler.h"
+
+namespace lplb {
+namespace {
+
+int32_t BytesOf(ffi::DataType type) {
+  if (type == ffi::DataType::F64) return 8;
+  return type == ffi::DataType::F32 ? 4 : 2;
+}
+
+cuda::RowType RowTypeOf(ffi::DataType type) {
+  switch (type) {
+    case ffi::DataType::BF16:
+      return cuda::RowType::kBFloat16;
+    case ffi::DataType::F16:
+      return cuda::RowType::kFloat16;
+    case ffi::DataType::F64:
+      return cuda::RowType::kFloat64;
+    default:
+      return cuda::RowType::kFloat32;
+  }
+}
+
+// What both ways have.
+struct ExchangeCall {
+  static constexpr Frame::Types kFloats = {ffi::DataType::BF16, ffi::DataType::F16,
+                                           ffi::DataType::F32, ffi::DataType::F64};
+
+  int64_t comm;
+  int64_t n_sms;  // 0 for all
+  Size n_tokens = {"tokens"};
+  Size hidden = {"hidden"};
+  Size top_k = {"top_k"};
+  Size n_ranks = {"ep_size"};
+  Size n_lists = {"lists", cuda::kLists};
+  Size capacity = {"capacity"};
+  Size n_received = {"n_received"};
+  cuda::Routing routing = {};
+  int32_t row_bytes = 0;
+  int32_t gate_bytes = 0;
+
+  explicit ExchangeCall(Frame& frame) {
+    comm = frame.Attribute("comm", 0, kInt64Max);
+    n_sms = frame.Attribute("sms", 0, Size::kMost);
+    capacity.value = frame.Attribute("capacity", 1, Size::kMost);
+    n_received.value = frame.Attribute("n_received", 0, Size::kMost);
+  }
+  void ReadRouting(Frame& frame) {
+    frame.Operand("row", {&n_tokens, &top_k}, &routing.row);
+    frame.Operand("order", {&n_tokens, &top_k}, &routing.order);
+    frame.Operand("lists", {&n_lists, &n_ranks}, &routing.lists);
+    frame.Operand("rank", {}, &routing.rank);
+  }
+  void Finish(Frame& frame, ffi::DataType row_type, ffi::DataType gate_type) {
+    frame.NoBatch("tokens");
+    routing.n_tokens = n_tokens.narrow();
+    routing.top_k = top_k.narrow();
+    routing.capacity = capacity.narrow();
+    routing.n_received = n_received.narrow();
+    const int64_t bytes = hidden.value * BytesOf(row_type);
+    if (bytes % 16 != 0 || bytes > Size::kMost) {
+      frame.Fail("hidden: expected a multiple of 16 bytes, got " + std::to_string(bytes));
+    }
+    row_bytes = static_cast<int32_t>(bytes);
+    gate_bytes = BytesOf(gate_type);
+  }
+};
+
+struct ThereCall : ExchangeCall {
+  cuda::ThereArguments arguments = {};
+
+  explicit ThereCall(Frame& frame) : ExchangeCall(frame) {
+    const auto rows = frame.Operand("tokens", kFloats, {&n_tokens, &hidden}, &arguments.tokens);
+    const auto gates = frame.Operand("gates", kFloats, {&n_tokens, &top_k}, &arguments.gates);
+    ReadRouting(frame);
+    frame.Result("rows", {rows}, {&capacity, &hidden}, &arguments.rows);
+    frame.Result("row_gates", {gates}, {&capacity}, &arguments.row_gates);
+    frame.Result("numbers", {&n_received, &top_k}, &arguments.numbers);
+    frame.Result("sizes", {&n_ranks}, &arguments.sizes);
+    Finish(frame, rows, gates);
+    arguments.routing = routing;
+    arguments.row_bytes = row_bytes;
+    arguments.gate_bytes = gate_bytes;
+  }
+};
+
+struct BackCall : ExchangeCall {
+  cuda::BackArguments arguments = {};
+
+  explicit BackCall(Frame& frame) : ExchangeCall(frame) {
+    const auto rows = frame.Operand("rows", kFloats, {&capacity, &hidden}, &arguments.rows);
+    const auto gates = frame.Operand("row_gates", kFloats, {&capacity}, &arguments.row_gates);
+    ReadRouting(frame);
+    frame.Operand("numbers", {&n_received, &top_k}, &arguments.numbers);
+    frame.Operand("sizes", {&n_ranks}, &arguments.sizes);
+    frame.Result("tokens", {rows}, {&n_tokens, &hidden}, &arguments.tokens);
+    frame.Result("gates", {gates}, {&n_tokens, &top_k}, &arguments.gates);
+    Finish(frame, rows, gates);
+    arguments.routing = routing;
+    arguments.row_bytes = row_bytes;
+    arguments.gate_bytes = gate_bytes;
+    arguments.type = RowTypeOf(rows);
+  }
+};
+
+// The window must have room for whatever the routing says: nothing checks it later.
+ffi::Error CheckWindow(const ExchangeCall& call, const cuda::WindowShape& shape) {
+  const auto number = [](int64_t value) { return std::to_string(value); };
+  const int64_t others = std::max<int64_t>(shape.n_ranks - 1, 0);
+  const int64_t back = call.n_tokens.value * std::min(others, call.top_k.value);
+  if (call.n_ranks.value == shape.n_ranks && call.top_k.value <= shape.top_k &&
+      std::max(back, call.n_received.value) <= shape.n_tokens &&
+      call.row_bytes <= shape.row_bytes) {
+    return ffi::Error::Success();
+  }
+  return Invalid("comm: its windows are of " + number(shape.n_ranks) + " ranks, " +
+                 number(shape.n_tokens) + " tokens of " + number(shape.row_bytes) +
+                 " bytes and top_k " + number(shape.top_k) + ", and this call needs " +
+                 number(call.n_ranks.value) + ", " + number(std::max(back, call.n_received.value)) +
+                 " of " + number(call.row_bytes) + " and " + number(call.top_k.value));
+}
+
+template <typename Call, typename Launch>
+ffi::Error RunExchange(const Call& call, const OnDevice& on, const Launch& launch,
+                       const char* name) {
+  const auto found = FindRank(call.comm, on.ordinal);
+  if (found.has_error()) return found.error();
+  LPLB_RETURN_IF_ERROR(CheckWindow(call, found->exchange.shape));
+  int n_sms = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, on.ordinal);
+  if (error != cudaSuccess) return FromCuda(error, name);
+  if (call.n_sms > 0) n_sms = static_cast<int>(std::min<int64_t>(n_sms, call.n_sms));
+  const cuda::ExchangeOptions options = cuda::ChooseOptions(
+      call.arguments.routing, found->exchange.shape.n_ranks, call.row_bytes, n_sms);
+  return FromCuda(launch(found->exchange, call.arguments, options, on.stream), name);
+}
+
+ffi::Error RunThere(const ThereCall& call, const OnDevice& on) {
+  return RunExchange(call, on, cuda::LaunchThere, "there");
+}
+
+ffi::Error RunBack(const BackCall& call, const OnDevice& on) {
+  return RunExchange(call, on, cuda::LaunchBack, "back");
+}
+
+const Register there({"lplb_there", CudaHandler<ThereCall, RunThere>, InitializeComm});
+const Register back({"lplb_back", CudaHandler<BackCall, RunBack>, InitializeComm});
+
+}  // namespace
+}  // namespace lplb
