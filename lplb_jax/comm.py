@@ -1,4 +1,4 @@
-"""Communicators: how the ranks of an expert-parallel axis share their counts."""
+"""Communicators: how the ranks of an expert-parallel axis share counts, and exchange tokens."""
 
 from __future__ import annotations
 
@@ -26,8 +26,37 @@ _NO_MODULE = (
     "LPLB_CUDA=pypi pip install --force-reinstall --no-deps ."
 )
 
+_MOST_CHOICES = 32  # a lane of a warp each
+
 # All processes make their communicators in the same order, so these agree.
 _ids = itertools.count(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """The memory of a rank that the others write tokens to; see cuda/exchange.h.
+
+    Attributes:
+      n_ranks: ranks of a group.
+      n_tokens: tokens from or for other ranks that it has room for, twice.
+      top_k: choices of a token, at most.
+      row_bytes: bytes of a token, at most; a multiple of 16.
+    """
+
+    n_ranks: int
+    n_tokens: int
+    top_k: int
+    row_bytes: int
+
+    @property
+    def shape(self) -> list[int]:
+        """What native code takes."""
+        return [self.n_ranks, self.n_tokens, self.top_k, self.row_bytes]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of a window."""
+        return _native.built_cuda().comm_window_bytes(self.shape)
 
 
 class Comm:
@@ -40,6 +69,8 @@ class Comm:
       max_experts: the largest n_logical it can be used with.
       timeout_s: how long a rank waits for the others before the call fails.
       identifier: the same in all processes.
+      window: room for tokens that ranks exchange, or None where there is none.
+      sms: SMs that may move tokens, 0 for all.
       closed: whether `close` was called.
     """
 
@@ -52,6 +83,8 @@ class Comm:
         max_experts: int,
         timeout_s: float,
         identifier: int,
+        window: Windows | None = None,
+        sms: int = 0,
         release: Callable[[], None] = lambda: None,
     ):
         self.transport = transport
@@ -60,6 +93,8 @@ class Comm:
         self.max_experts = max_experts
         self.timeout_s = timeout_s
         self.identifier = identifier
+        self.window = window
+        self.sms = sms
         self._release = release
         self.closed = False
 
@@ -110,6 +145,11 @@ def init_comm(
     max_experts: int,
     transport: Transport = "auto",
     timeout_s: float = 30.0,
+    max_tokens: int = 0,
+    hidden_bytes: int = 0,
+    top_k: int = 8,
+    capacity_factor: float = 1.25,
+    sms: int = 0,
 ) -> Comm:
     """Prepares the ranks of a mesh axis to share their counts within the kernels of `rebalance`.
 
@@ -135,6 +175,15 @@ def init_comm(
       timeout_s: seconds after which a rank gives up waiting for the others, here and in a kernel.
         A kernel that gives up sets `Status.SYNC_FAILED`, and the next use of the communicator
         raises `DEADLINE_EXCEEDED` with the ranks that waited and that were missing.
+      max_tokens: tokens of a rank that `moe` may exchange by transport "peer", at most; 0 for none.
+        Every rank then has memory for twice what it can receive from others or send to them:
+        2 · max_tokens · min(ranks − 1, ⌈top_k · capacity_factor⌉) · hidden_bytes, and some per cent
+        more. "nvshmem_put" and "xla" have none.
+      hidden_bytes: bytes of a token, at most; with bfloat16 twice the hidden size.
+      top_k: choices of a token, at most; up to 32.
+      capacity_factor: the largest that `moe_layer` will be given.
+      sms: SMs that may move tokens; 0 for all. Some 32 fill NVLink; what computes beside them has
+        the others.
 
     Returns:
       A `Comm`.
@@ -158,6 +207,9 @@ def init_comm(
         raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
     if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
         raise ValueError(f"timeout_s: expected a positive number of seconds, got {timeout_s!r}")
+    windows = _windows(groups.shape[1], max_tokens, hidden_bytes, top_k, capacity_factor)
+    if not isinstance(sms, int) or sms < 0:
+        raise ValueError(f"sms: expected a number of SMs, or 0 for all, got {sms!r}")
     identifier = next(_ids)
 
     def comm(chosen: str, release: Callable[[], None] = lambda: None) -> Comm:
@@ -168,6 +220,8 @@ def init_comm(
             max_experts=max_experts,
             timeout_s=float(timeout_s),
             identifier=identifier,
+            window=windows if chosen in ("p2p", "nvshmem") else None,
+            sms=sms,
             release=release,
         )
 
@@ -182,7 +236,7 @@ def init_comm(
     )
     reason = rendezvous.first_reason(probe(groups) if on_gpus else "the mesh has no GPUs")
     if reason is None:
-        inboxes = _Inboxes(identifier, groups.shape[1], max_experts + 1, float(timeout_s))
+        inboxes = _Inboxes(identifier, groups.shape[1], max_experts + 1, float(timeout_s), windows)
         try:
             return comm(*connect(groups, inboxes, rendezvous, chosen))
         except _CannotConnect as error:
@@ -193,6 +247,29 @@ def init_comm(
         f"loads are shared by lax.all_gather, which is slower, since {reason}", stacklevel=2
     )
     return comm("xla")
+
+
+def _windows(
+    n_ranks: int, max_tokens: Any, hidden_bytes: Any, top_k: Any, capacity_factor: Any
+) -> Windows | None:
+    if not isinstance(max_tokens, int | np.integer) or max_tokens < 0:
+        raise ValueError(f"max_tokens: expected a number of tokens, or 0, got {max_tokens!r}")
+    if max_tokens == 0:
+        if hidden_bytes:
+            raise ValueError(f"max_tokens: expected it with hidden_bytes = {hidden_bytes!r}, got 0")
+        return None
+    hidden_bytes, top_k = check_count("hidden_bytes", hidden_bytes), check_count("top_k", top_k)
+    if top_k > _MOST_CHOICES:
+        raise ValueError(f"top_k: expected at most {_MOST_CHOICES}, got {top_k}")
+    if not isinstance(capacity_factor, int | float) or not 1 <= capacity_factor < math.inf:
+        raise ValueError(
+            f"capacity_factor: expected a number of at least 1, got {capacity_factor!r}"
+        )
+    # What a rank can receive is at most what others have, and the capacity, which is a multiple of
+    # 8; what it sends, its tokens for every rank that can serve them.
+    received = min((n_ranks - 1) * max_tokens, math.ceil(max_tokens * top_k * capacity_factor) + 8)
+    sent = max_tokens * min(n_ranks - 1, top_k)
+    return Windows(n_ranks, max(received, sent), top_k, -(-hidden_bytes // 16) * 16)
 
 
 def check_comm(comm: Any, axis_name: Any, n_logical: int) -> None:
@@ -255,6 +332,7 @@ class _Inboxes:
     size: int
     stride: int
     timeout_s: float
+    windows: Windows | None
 
     @property
     def n_bytes(self) -> int:
@@ -264,13 +342,19 @@ class _Inboxes:
         options = (self.stride, self.timeout_s)
         _native.built_cuda().comm_attach(self.identifier, ordinal, rank, inboxes, *options)
 
+    def attach_windows(self, ordinal: int, windows: list[int]) -> None:
+        assert self.windows is not None
+        _native.built_cuda().comm_attach_windows(
+            self.identifier, ordinal, windows, self.windows.shape
+        )
+
 
 Connection = tuple[str, Callable[[], None]]  # transport, and what frees it
 
 
 def _connect_p2p(groups: np.ndarray, made: _Inboxes, _: Rendezvous, __: str) -> Connection:
     native = _native.built_cuda()
-    owned = []
+    owned, owned_windows = [], []
     for group in groups:
         ordinals = [device.local_hardware_id for device in group]
         for a, b in itertools.permutations(ordinals, 2):
@@ -279,9 +363,15 @@ def _connect_p2p(groups: np.ndarray, made: _Inboxes, _: Rendezvous, __: str) -> 
         for rank, ordinal in enumerate(ordinals):
             made.attach(ordinal, rank, inboxes)
         owned += zip(ordinals, inboxes, strict=True)
+        if made.windows is not None:
+            windows = [native.Window(ordinal, made.windows.n_bytes) for ordinal in ordinals]
+            for ordinal in ordinals:
+                made.attach_windows(ordinal, [window.address for window in windows])
+            owned_windows += windows
 
     def release() -> None:
         native.comm_detach(made.identifier)
+        owned_windows.clear()
         for ordinal, inbox in owned:
             native.comm_free(ordinal, inbox)
 
@@ -329,10 +419,18 @@ def _connect_nvshmem(
     if transport == "nvshmem_put":
         symmetric = (inbox, inbox + staging, inbox + signals)
         native.comm_attach_put(made.identifier, ordinal, put_library, pes, *symmetric)
+    window = 0
+    if transport == "nvshmem" and made.windows is not None:
+        window = job.allocate(made.windows.n_bytes)
+        made.attach_windows(
+            ordinal, [window if pe == job.pe else job.pointer(window, pe) for pe in pes]
+        )
     rendezvous.exchange("attached", "")  # Nobody writes to an inbox that is not cleared.
 
     def release() -> None:
         native.comm_detach(made.identifier)
+        if window:
+            job.free(window)
         job.free(inbox)
 
     return transport, release

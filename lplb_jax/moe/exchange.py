@@ -24,6 +24,7 @@ from jax import lax
 from lplb_jax._axes import check_axis, varying_as, varying_over
 from lplb_jax._problem import check_count
 from lplb_jax.assignment import Assignment
+from lplb_jax.comm import Comm
 from lplb_jax.loads import sync_loads
 from lplb_jax.moe import transports
 from lplb_jax.moe.copies import (
@@ -36,6 +37,8 @@ from lplb_jax.moe.copies import (
     head,
     numbers,
 )
+from lplb_jax.moe.peer import PeerPlan, dispatched
+from lplb_jax.moe.plan import Counted, is_first, rows_of_choices, starts
 
 
 @functools.partial(
@@ -70,7 +73,7 @@ class Lists:
             n_ranks = len(self.sizes)
             room = self.n_sent // n_ranks
             return jnp.broadcast_to(room * numbers(n_ranks)[None], self.sizes.shape)
-        return _starts(self.sizes, axis=1)
+        return starts(self.sizes, axis=1)
 
     def arrived(self, rank: Any) -> jax.Array:
         """bool `[n_received]`: where in what a rank receives there are tokens."""
@@ -87,7 +90,7 @@ class Lists:
     meta_fields=["capacity"],
 )
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Counted):
     """Where the tokens of one batch go, and come back from.
 
     Attributes:
@@ -112,6 +115,11 @@ class Plan:
     capacity: int
 
     @property
+    def axis_name(self) -> Any:
+        """The expert-parallel mesh axis."""
+        return self.lists.axis_name
+
+    @property
     def received(self) -> Copies:
         """The rows of the tokens that this rank receives."""
         return Copies(self.choice_of // self.row_of.shape[1], self.row_of)
@@ -121,23 +129,13 @@ class Plan:
         """The rows of those tokens' choices, one each at most."""
         return Copies(self.choice_of, self.row_of.reshape(-1, 1))
 
-    @property
-    def slot_loads(self) -> jax.Array:
-        """Rows for every slot from all sources, those without room included: `[n_physical]`."""
-        return self.counts.sum(axis=0, dtype=jnp.int32).reshape(-1)
+    def summed(self, rows: jax.Array) -> jax.Array:
+        """The sums of this rank's rows of every token that it received."""
+        return add(rows, self.received)
 
-    @property
-    def overflow(self) -> jax.Array:
-        """Rows of all ranks that found no room: int32 scalar."""
-        received = self.counts.sum(axis=(0, 2), dtype=jnp.int32)
-        return jnp.maximum(received - self.capacity, 0).sum(dtype=jnp.int32)
-
-    @property
-    def group_sizes(self) -> jax.Array:
-        """Rows that this rank received for each of its groups, those of its slots: int32."""
-        me = lax.axis_index(self.lists.axis_name)
-        counts = _by_group(self.counts, self.order)
-        return _fitting(counts, self.capacity)[:, me].sum(axis=0, dtype=jnp.int32)
+    def home(self, sums: jax.Array) -> jax.Array:
+        """Those sums, on their tokens' ranks and added up there."""
+        return add(exchange(sums, self.lists, "back"), self.sent)
 
 
 def capacity_for(n_rows: int, ep_size: int, factor: float) -> int:
@@ -170,8 +168,9 @@ def dispatch(
     *,
     axis_name: Any,
     capacity: int,
-    transport: transports.Transport = "auto",
-) -> tuple[jax.Array, jax.Array, Plan]:
+    transport: transports.TokenTransport = "auto",
+    comm: Comm | None = None,
+) -> tuple[jax.Array, jax.Array, Plan | PeerPlan]:
     """Sends every token to the ranks of its slots. Call it inside `jax.shard_map`.
 
     Args:
@@ -186,7 +185,9 @@ def dispatch(
         process, or of several processes of one host where JAX and NCCL can (jaxlib 0.11.1, NCCL
         2.29.7, at most 32 ranks). "padded": `lax.all_to_all` of as many for every pair as a source
         could send; for all backends. "auto": "ragged" where the default backend is a GPU and JAX
-        has one process, else "padded".
+        has one process, else "padded". "peer": the GPUs write to one another's memory themselves,
+        in one process or several of one host; needs `comm`.
+      comm: for "peer", from `init_comm` with `max_tokens` and `hidden_bytes`.
 
     Returns:
       `(rows, row_gates, plan)`: `[capacity, hidden]`, the rows of this rank's slots,
@@ -214,30 +215,39 @@ def dispatch(
     [[10.0], [20.0], [30.0], [40.0]]
     """
     check_reverse("tokens", (tokens, gates))
-    plan = make_plan(tokens, gates, assignment, axis_name, capacity, transport)
+    n_ranks, capacity = check_dispatch(tokens, gates, assignment, axis_name, capacity)
+    transport = transports.choose_for_tokens(transport, n_ranks)
+    if transport == "peer":
+        return dispatched(tokens, gates, assignment, axis_name, capacity, comm)
+    plan = make_plan(assignment, axis_name, capacity, transport)
     tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
     rows = copy(exchange(copy(tokens, plan.sent), plan.lists, "there"), plan.received)
     gates = exchange(copy(gates, plan.sent), plan.lists, "there")
     return rows, copy(gates.reshape(-1), plan.choices), plan
 
 
+def check_dispatch(
+    tokens: jax.Array, gates: jax.Array, assignment: Assignment, axis_name: Any, capacity: Any
+) -> tuple[int, int]:
+    """The number of ranks, and the capacity; raises where the arguments do not fit."""
+    n_ranks = check_axis(axis_name)
+    _check_assignment(tokens, gates, assignment, n_ranks)
+    return n_ranks, _check_capacity(capacity, n_ranks)
+
+
 def make_plan(
-    tokens: jax.Array,
-    gates: jax.Array,
     assignment: Assignment,
     axis_name: Any,
     capacity: int,
     transport: str,
     order: jax.Array | None = None,
 ) -> Plan:
-    """Checks what `dispatch` is given; exchanges counts and the numbers of rows, no tokens yet."""
-    n_ranks = check_axis(axis_name)
-    n_slots = _check_assignment(tokens, gates, assignment, n_ranks)
-    capacity = _check_capacity(capacity, n_ranks)
-    transport = transports.choose(transport, n_ranks)
+    """Of checked arguments; exchanges counts and the numbers of rows, no tokens yet."""
+    n_ranks = lax.axis_size(axis_name)
+    n_slots = len(assignment.counts) // n_ranks
     me = lax.axis_index(axis_name)
     counts = sync_loads(assignment.counts, axis_name).reshape(n_ranks, n_ranks, n_slots)
-    rank, row = _rows_of_choices(assignment, counts, order, me, capacity)
+    rank, row = rows_of_choices(assignment, counts, order, me, capacity)
 
     goes = jnp.where(row < 0, n_ranks, rank)[..., None] == numbers(n_ranks)[None, None]
     goes = goes.any(axis=1).astype(jnp.int32)
@@ -250,7 +260,7 @@ def make_plan(
     lists = Lists(sizes, n_sent, n_received, axis_name, transport)
     before = jnp.cumsum(goes, axis=0, dtype=jnp.int32) - goes
     place = jnp.take_along_axis(lists.starts_sent[me][None] + before, rank, axis=1)
-    place = jnp.where(_is_first(rank, row >= 0), place, n_sent)
+    place = jnp.where(is_first(rank, row >= 0), place, n_sent)
     sent = Copies(choice_at(place, n_sent) // top_k, place)
 
     # A rank serves those choices of a received token whose rows are its own.
@@ -258,36 +268,6 @@ def make_plan(
     here = lists.arrived(me)[:, None] & (row >= 0) & (row < capacity)
     row = jnp.where(here, row, capacity)
     return Plan(lists, sent, row, choice_at(row, capacity), counts, order, capacity)
-
-
-def _rows_of_choices(
-    assignment: Assignment,
-    counts: jax.Array,
-    order: jax.Array | None,
-    me: jax.Array,
-    capacity: int,
-) -> tuple[jax.Array, jax.Array]:
-    """The rank that serves every choice of this source, and the choice's row there.
-
-    Rows are numbered over all ranks, `capacity` on each; −1 where there is none. Both of the shape
-    of the assignment.
-    """
-    slot = jnp.maximum(assignment.physical_indices, 0)
-    rank = slot // counts.shape[2]
-    by_group = _by_group(counts, order)
-    fitting, starts = (
-        _by_slot(of_groups[me], order, counts.shape[2]).reshape(-1)[slot]
-        for of_groups in (_fitting(by_group, capacity), _row_starts(by_group))
-    )
-    arrives = (assignment.physical_indices >= 0) & (assignment.position < fitting)
-    return rank, jnp.where(arrives, rank * capacity + starts + assignment.position, -1)
-
-
-def _is_first(rank: jax.Array, arrives: jax.Array) -> jax.Array:
-    """Whether a choice is its token's first that arrives on its rank: it has the token's place."""
-    top_k = rank.shape[1]
-    same = arrives[:, None] & (rank[:, None] == rank[..., None])  # [tokens, top_k, top_k]
-    return arrives & ~(same & jnp.tril(jnp.ones((1, top_k, top_k), bool), -1)).any(axis=2)
 
 
 def _check_capacity(capacity: Any, n_ranks: int) -> int:
@@ -300,7 +280,7 @@ def _check_capacity(capacity: Any, n_ranks: int) -> int:
     return capacity
 
 
-def combine(rows: jax.Array, plan: Plan) -> jax.Array:
+def combine(rows: jax.Array, plan: Plan | PeerPlan) -> jax.Array:
     """Sends rows back to their tokens and sums them.
 
     Args:
@@ -336,14 +316,12 @@ def combine(rows: jax.Array, plan: Plan) -> jax.Array:
             f"{list(rows.shape)}"
         )
     check_reverse("rows", rows)
-    rows = head(rows, plan.group_sizes.sum(dtype=jnp.int32))
-    return add(exchange(add(rows, plan.received), plan.lists, "back"), plan.sent)
+    return plan.home(plan.summed(head(rows, plan.group_sizes.sum(dtype=jnp.int32))))
 
 
 def _check_assignment(
     tokens: jax.Array, gates: jax.Array, assignment: Assignment, n_ranks: int
-) -> int:
-    """Slots per rank."""
+) -> None:
     if not isinstance(assignment, Assignment):
         raise TypeError(
             f"assignment: expected a lplb_jax.Assignment, got {type(assignment).__name__}; pass "
@@ -371,7 +349,6 @@ def _check_assignment(
             f"gates: expected floats [tokens, top_k] = {list(physical.shape)}, got {gates.dtype} "
             f"{list(gates.shape)}"
         )
-    return len(counts) // n_ranks
 
 
 @custom_vjp(2)
@@ -383,7 +360,7 @@ def exchange(array: jax.Array, lists: Lists, way: str) -> jax.Array:
     if lists.transport == "padded":
         return lax.all_to_all(array, lists.axis_name, 0, 0, tiled=True)
     me = lax.axis_index(lists.axis_name)
-    starts_sent, starts_received = lists.starts_sent, _starts(lists.sizes, axis=0)
+    starts_sent, starts_received = lists.starts_sent, starts(lists.sizes, axis=0)
     source = _Slices(starts_sent[me], lists.sizes[me])
     receiver = _Slices(starts_received[:, me], lists.sizes[:, me])
     if way == "there":
@@ -402,37 +379,6 @@ def _exchange_backward(way: str, lists: Lists, slope: jax.Array) -> tuple[jax.Ar
 
 
 exchange.defvjp(_exchange_forward, _exchange_backward)
-
-
-def _starts(sizes: jax.Array, axis: int) -> jax.Array:
-    return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes
-
-
-def _by_group(counts: jax.Array, order: jax.Array | None) -> jax.Array:
-    """From the order of a rank's slots, which are the last axis, to that of its groups."""
-    if order is None:
-        return counts
-    rank = numbers(len(order))[:, None]
-    return counts.at[:, rank, order].get(mode="fill", fill_value=0)
-
-
-def _by_slot(of_groups: jax.Array, order: jax.Array | None, n_slots: int) -> jax.Array:
-    """`[ep_size, groups]` -> `[ep_size, n_slots]`; 0 for slots without a group."""
-    if order is None:
-        return of_groups
-    empty = varying_as(jnp.zeros((len(order), n_slots), of_groups.dtype), of_groups)
-    return empty.at[numbers(len(order))[:, None], order].set(of_groups, mode="drop")
-
-
-def _row_starts(counts: jax.Array) -> jax.Array:
-    """Where rows start on their rank, slot by slot and source by source: of `counts`' shape."""
-    rows = counts.transpose(1, 2, 0)
-    return _starts(rows.reshape(len(counts), -1), axis=1).reshape(rows.shape).transpose(2, 0, 1)
-
-
-def _fitting(counts: jax.Array, capacity: int) -> jax.Array:
-    """The counts without the rows that find no room: those that come last."""
-    return jnp.clip(capacity - _row_starts(counts), 0, counts)
 
 
 class _Slices(NamedTuple):

@@ -11,7 +11,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lplb_jax._axes import varying_as
-from lplb_jax.moe.copies import Copies, add, check_reverse, head, wider
+from lplb_jax.moe.copies import check_reverse, head, wider
 from lplb_jax.moe.products import (
     PRODUCT,
     Gemm,
@@ -91,10 +91,10 @@ def applied(
     experts: Any,
     group_sizes: jax.Array,
     gates: jax.Array,
-    received: Copies,
+    summed: Callable[[jax.Array], jax.Array],
     refetch: Callable[[Any], Any] | None = None,
 ) -> jax.Array:
-    """What `network` makes of the rows of the tokens `received`, summed token by token.
+    """What `network` makes of the rows, `summed` token by token.
 
     Arguments are checked; rows past the last group get any gradient, also NaN. With `refetch` the
     weights of the slots are `refetch(experts)`, here and in the backward pass again: they are not
@@ -103,7 +103,7 @@ def applied(
 
     def run(rows: jax.Array, experts: Any, gates: jax.Array) -> jax.Array:
         experts = experts if refetch is None else refetch(experts)
-        return add(network(rows, experts, group_sizes, gates), received)
+        return summed(network(rows, experts, group_sizes, gates))
 
     if refetch is not None:
         run = jax.checkpoint(run, policy=_KEEP_PRODUCTS)

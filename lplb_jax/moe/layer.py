@@ -19,8 +19,8 @@ from lplb_jax.batch_copies import CopiesFrom, check_copies
 from lplb_jax.comm import Comm
 from lplb_jax.loads import count_loads
 from lplb_jax.moe import transfers, transports
-from lplb_jax.moe.copies import add, check_reverse, copy
-from lplb_jax.moe.exchange import capacity_for, exchange, make_plan
+from lplb_jax.moe.copies import check_reverse, copy
+from lplb_jax.moe.exchange import capacity_for, check_dispatch, exchange, make_plan
 from lplb_jax.moe.experts import (
     Network,
     applied,
@@ -30,6 +30,7 @@ from lplb_jax.moe.experts import (
     network_of,
 )
 from lplb_jax.moe.moves import check_homes, home_slots, rows_per_rank
+from lplb_jax.moe.peer import dispatched
 from lplb_jax.moe.products import Gemm
 from lplb_jax.moe.replicas import Fetch, filled, with_room
 from lplb_jax.moe.slots import fetch_anywhere, room_for, slots_by_row
@@ -126,7 +127,7 @@ def moe_layer(
     ffn: Callable[[jax.Array, Any, jax.Array], jax.Array] | None = None,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
     solver: Solver = "auto",
-    transport: transports.Transport = "auto",
+    transport: transports.TokenTransport = "auto",
     gemm: Gemm = "auto",
     comm: Comm | None = None,
     in_place: Literal[False] = False,
@@ -154,7 +155,7 @@ def moe_layer(
     ffn: Callable[[jax.Array, Any, jax.Array], jax.Array] | None = None,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
     solver: Solver = "auto",
-    transport: transports.Transport = "auto",
+    transport: transports.TokenTransport = "auto",
     gemm: Gemm = "auto",
     comm: Comm | None = None,
     in_place: Literal[True],
@@ -181,7 +182,7 @@ def moe_layer(
     ffn: Callable[[jax.Array, Any, jax.Array], jax.Array] | None = None,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
     solver: Solver = "auto",
-    transport: transports.Transport = "auto",
+    transport: transports.TokenTransport = "auto",
     gemm: Gemm = "auto",
     comm: Comm | None = None,
     in_place: bool = False,
@@ -228,9 +229,10 @@ def moe_layer(
         gradient. None for that of `Experts`, `expert_ffn`.
       activation: of the experts, see `expert_ffn`; not with `ffn`.
       solver: see `rebalance`.
-      transport: "ragged", "padded" or "auto", see `dispatch`.
+      transport: "ragged", "padded", "peer" or "auto", see `dispatch`.
       gemm: "mosaic", "xla" or "auto", see `expert_ffn`; not with `ffn`.
-      comm: how `rebalance` shares its loads, see `init_comm`; None for `lax.all_gather`.
+      comm: how `rebalance` shares its loads, and tokens travel with transport "peer", see
+        `init_comm`; None for `lax.all_gather`.
       in_place: `experts` is `[slots_per_rank, …]`, own experts first, then room, which is
         overwritten with copies and has no gradient (with "none" there is no room). Without
         topology, in home order; there is room for the most copies that a rank can have, which is
@@ -343,8 +345,16 @@ def moe_layer(
         order = home_slots(placement)
     elif fetches and not along_topology:
         order = slots_by_row(placement)
-    plan = make_plan(tokens, gates, assignment, axis_name, capacity, transport, order)
+    check_dispatch(tokens, gates, assignment, axis_name, capacity)
+    by_peers = transports.choose_for_tokens(transport, problem.ep_size) == "peer"
+    of_weights = transports.choose("auto" if by_peers else transport, problem.ep_size)
     tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
+    if by_peers:
+        rows, row_gates, plan = dispatched(
+            tokens, gates, assignment, axis_name, capacity, comm, order
+        )
+    else:
+        plan = make_plan(assignment, axis_name, capacity, of_weights, order)
     fetch, refetch = None, None
     if balance != "none":
         experts = varying_as(experts, tokens)
@@ -355,7 +365,7 @@ def moe_layer(
             placement,
             order,
             axis_name,
-            transports.choose(transport, problem.ep_size),
+            of_weights,
             slot_loads=plan.slot_loads,
             fan_out=fan_out,
         )
@@ -367,17 +377,24 @@ def moe_layer(
             of_slots = functools.partial(filled, fetch)
             refetch = functools.partial(jax.tree.map, lambda weights: of_slots(roomy(weights)))
             fetch = None
-    if balance == "none" or refetch is not None:
-        sent = copy(tokens, plan.sent)  # There are no gradients of copies that had to wait for it.
+    waits = balance != "none" and refetch is None  # gradients of copies, for those of the tokens
+    if by_peers:
+        if waits:
+            rows, experts = transfers.beside(fetch, rows, experts)
     else:
-        sent, experts = transfers.sent(fetch, tokens, plan.sent, experts)
-    received = exchange(sent, plan.lists, "there")
-    if refetch is not None:
-        received, experts = transfers.after(received, experts)
-    row_gates = exchange(copy(gates, plan.sent), plan.lists, "there").reshape(-1)
-    rows, row_gates, experts = transfers.in_rows(fetch, received, row_gates, plan.received, experts)
-    row_gates = copy(row_gates, plan.choices)
-    sums = applied(network, rows, experts, plan.group_sizes, row_gates, plan.received, refetch)
+        if waits:
+            sent, experts = transfers.sent(fetch, tokens, plan.sent, experts)
+        else:
+            sent = copy(tokens, plan.sent)
+        received = exchange(sent, plan.lists, "there")
+        if refetch is not None:
+            received, experts = transfers.after(received, experts)
+        row_gates = exchange(copy(gates, plan.sent), plan.lists, "there").reshape(-1)
+        rows, row_gates, experts = transfers.in_rows(
+            fetch, received, row_gates, plan.received, experts
+        )
+        row_gates = copy(row_gates, plan.choices)
+    sums = applied(network, rows, experts, plan.group_sizes, row_gates, plan.summed, refetch)
     traffic = Traffic(
         plan.slot_loads,
         jnp.int32(capacity),
@@ -387,7 +404,7 @@ def moe_layer(
         jnp.asarray(placement.phy2log),
         metrics.expert_loads(plan.slot_loads, placement),
     )
-    out = add(exchange(sums, plan.lists, "back"), plan.sent)[:n_tokens]
+    out = plan.home(sums)[:n_tokens]
     return (out, traffic, experts) if in_place else (out, traffic)
 
 

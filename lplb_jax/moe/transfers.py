@@ -137,3 +137,36 @@ after.defvjp(
     lambda tokens, experts: (after(tokens, experts), None),
     lambda _, slopes: slopes,
 )
+
+
+@jax.custom_vjp
+def beside(fetch: AnyFetch | None, rows: jax.Array, experts: Any) -> tuple[jax.Array, Any]:
+    """Rows that no exchange of XLA's brings, as they are, and experts with the copies that are to
+    be fetched, which wait for nothing. Backwards, the gradients of all slots wait for those of the
+    rows, and the copies' go home while these travel."""
+    if fetch is None:
+        return rows, experts
+    leaves, tree = jax.tree.flatten(experts)
+    delivered = [fetch.delivered(fetch.wanted(weights)) for weights in leaves]
+    return rows, tree.unflatten(map(fetch.into_room, leaves, delivered))
+
+
+def _beside_forward(
+    fetch: AnyFetch | None, rows: jax.Array, experts: Any
+) -> tuple[tuple[jax.Array, Any], AnyFetch | None]:
+    return beside(fetch, rows, experts), fetch
+
+
+def _beside_backward(
+    fetch: AnyFetch | None, slopes: tuple[jax.Array, Any]
+) -> tuple[None, jax.Array, Any]:
+    of_rows, of_experts = slopes
+    of_slots, put_back = _of_floats(of_experts)
+    of_rows, of_slots = lax.optimization_barrier((of_rows, of_slots))
+    if fetch is None:
+        return None, of_rows, put_back(of_slots)
+    home = [fetch.sent_home(slope) for slope in of_slots]
+    return None, of_rows, put_back(list(map(fetch.settled, of_slots, home)))
+
+
+beside.defvjp(_beside_forward, _beside_backward)

@@ -1,4 +1,4 @@
-"""Which of XLA's collectives carries the tokens."""
+"""What carries the tokens: one of XLA's collectives, or the GPUs themselves."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lplb_jax._native import as_numbers
 
 Transport = Literal["auto", "padded", "ragged"]
 TRANSPORTS = get_args(Transport)
+TokenTransport = Literal["auto", "padded", "ragged", "peer"]
 
 # What XLA's one-shot kernel over NCCL's windows needs, its only fast way between processes. It asks
 # NCCL for the NVLink domain by calls that are there since 2.29.7.
@@ -27,6 +28,16 @@ _WITHOUT_WINDOWS = {
     "NCCL_CUMEM_ENABLE": "0",
     "NCCL_WIN_ENABLE": "0",
 }
+
+
+def choose_for_tokens(transport: str, n_ranks: int) -> str:
+    """ "peer" or what `choose` chooses. That is not a way for weights."""
+    if transport == "peer":
+        return transport
+    if transport not in TRANSPORTS:
+        names = ", ".join(get_args(TokenTransport))
+        raise ValueError(f"transport: expected one of {names}, got {transport!r}")
+    return choose(transport, n_ranks)
 
 
 def choose(transport: str, n_ranks: int) -> str:

@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 
-from lplb_jax.reference import assignment, balancer, batch_copies, loads, solver
+from lplb_jax.reference import assignment, balancer, batch_copies, exchange, loads, solver
 from lplb_jax.reference import ipm as interior_point
 
 __all__ = [
     "assign",
+    "back",
     "count",
     "ipm",
     "ipm_costs",
@@ -27,6 +28,7 @@ __all__ = [
     "solve_costs",
     "sync",
     "synced_rebalance",
+    "there",
 ]
 
 
@@ -55,3 +57,5 @@ place_copies = _with_default_promotion(batch_copies.place_copies)
 assign = _with_default_promotion(assignment.assign)
 rebalance = _with_default_promotion(balancer.rebalance)
 synced_rebalance = _with_default_promotion(balancer.synced_rebalance)
+there = _with_default_promotion(exchange.there)
+back = _with_default_promotion(exchange.back)

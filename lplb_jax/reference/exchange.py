@@ -1,0 +1,100 @@
+"""Tokens to rows on all ranks, and rows to tokens: each other's transposes.
+
+`row` is −1 where a choice goes nowhere, else rank · capacity + row. `order` is the place of a token
+in its list to another rank, at its first choice that goes there; −1 elsewhere. `lists` has, by
+rank: tokens that go there, where their list begins in that rank's window and where that rank's
+begins in this one's; and, on the way back, where this rank's begins in that one's window and that
+one's here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int32
+
+SIZES_SENT, STARTS_THERE, STARTS_HERE, STARTS_HOME, STARTS_RETURN = range(5)
+
+
+def there(
+    tokens: Float[Array, "tokens hidden"],
+    gates: Float[Array, "tokens top_k"],
+    row: Int32[Array, "tokens top_k"],
+    order: Int32[Array, "tokens top_k"],
+    lists: Int32[Array, "lists ep_size"],
+    rank: Int32[Array, ""],
+    *,
+    axis_name: Any,
+    capacity: int,
+    n_received: int,
+    comm: int,
+    sms: int,
+) -> tuple[
+    Float[Array, "capacity hidden"],
+    Float[Array, " capacity"],
+    Int32[Array, "n_received top_k"],
+    Int32[Array, " ep_size"],
+]:
+    """Rows, their gates, the rows of every token that came from another rank, and their number."""
+    del comm, sms  # Who moves the tokens makes no difference.
+
+    def of_all(array: Array) -> Array:
+        return lax.all_gather(array, axis_name)
+
+    top_k = row.shape[1]
+    everyones = of_all(row)
+    local = jnp.where(everyones // capacity == rank, everyones % capacity, -1)
+    local = jnp.where(everyones < 0, -1, local)  # [ep_size, tokens, top_k]
+    place = jnp.where(local < 0, capacity, local).reshape(-1)
+    copies = jnp.repeat(of_all(tokens).reshape(-1, tokens.shape[1]), top_k, axis=0)
+    rows = jnp.zeros((capacity, tokens.shape[1]), tokens.dtype).at[place].set(copies, mode="drop")
+    row_gates = jnp.zeros(capacity, gates.dtype)
+    row_gates = row_gates.at[place].set(of_all(gates).reshape(-1), mode="drop")
+
+    first = jnp.where(local >= 0, of_all(order), -1).max(axis=2)  # [ep_size, tokens]
+    slot = lists[STARTS_HERE][:, None] + first
+    slot = jnp.where(first < 0, n_received, slot).reshape(-1)
+    numbers = jnp.full((n_received, top_k), -1, jnp.int32)
+    numbers = numbers.at[slot].set(local.reshape(-1, top_k), mode="drop")
+    return rows, row_gates, numbers, of_all(lists[SIZES_SENT])[:, rank]
+
+
+def back(
+    rows: Float[Array, "capacity hidden"],
+    row_gates: Float[Array, " capacity"],
+    row: Int32[Array, "tokens top_k"],
+    order: Int32[Array, "tokens top_k"],
+    lists: Int32[Array, "lists ep_size"],
+    rank: Int32[Array, ""],
+    numbers: Int32[Array, "n_received top_k"],
+    sizes: Int32[Array, " ep_size"],
+    *,
+    axis_name: Any,
+    capacity: int,
+    n_received: int,
+    comm: int,
+    sms: int,
+) -> tuple[Float[Array, "tokens hidden"], Float[Array, "tokens top_k"]]:
+    """Sums of a token's rows, first on each rank, rounded, then of the ranks; and its gates."""
+    del order, lists, rank, numbers, sizes, n_received, comm, sms
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    everyones = lax.all_gather(rows, axis_name)
+    n_tokens, top_k = row.shape
+
+    def pick(of_ranks: Array, choice: Array) -> Array:
+        picked = of_ranks.reshape(-1, *of_ranks.shape[2:])[jnp.maximum(choice, 0)]
+        return jnp.where((choice >= 0).reshape(-1, *[1] * (picked.ndim - 1)), picked, 0)
+
+    def of_rank(total: Array, number: Array) -> tuple[Array, None]:
+        partial = jnp.zeros((n_tokens, rows.shape[1]), wide)
+        for k in range(top_k):
+            choice = jnp.where(row[:, k] // capacity == number, row[:, k], -1)
+            partial += pick(everyones, choice).astype(wide)
+        return total + partial.astype(rows.dtype).astype(wide), None
+
+    zero = jnp.zeros((n_tokens, rows.shape[1]), wide) + 0 * everyones[0, 0].astype(wide)
+    total, _ = lax.scan(of_rank, zero, jnp.arange(len(everyones), dtype=jnp.int32))
+    gates = pick(lax.all_gather(row_gates, axis_name), row.reshape(-1)).reshape(row.shape)
+    return total.astype(rows.dtype), gates

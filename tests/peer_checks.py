@@ -1,0 +1,212 @@
+"""What transport "peer" must do on any devices, in one process or, run as a script, in several.
+
+python peer_checks.py COORDINATOR N_PROCESSES PROCESS SEED SCENARIO
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import moe_checks
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from meshes import everywhere, per_rank
+
+from lplb_jax import init_comm, moe
+from lplb_jax.assignment import Assignment
+
+HIDDEN, TOP_K = moe_checks.HIDDEN, moe_checks.TOP_K
+WINDOWS = {"max_tokens": 256, "hidden_bytes": 2048, "top_k": 8, "capacity_factor": 8.0}
+
+
+def check_layer(
+    mesh, comm, rng, *, balance="lplb", routings=(moe_checks.skewed,), options=None, check_vma=True
+):
+    """Value and gradients are those of one device."""
+    case = moe_checks.case_of(mesh.size)
+    how = {"comm": comm, "transport": "peer", "balance": balance, "check_vma": check_vma}
+    layer = moe_checks.layer_over(mesh, case, **how, **moe_checks.ROOM)
+    with jax.default_matmul_precision("highest"):
+        run = jax.jit(moe_checks.with_slopes(layer), compiler_options=options)
+        for routing in routings:
+            given = moe_checks.problem(rng, case, routing, 16 * mesh.size)
+            moe_checks.assert_equals_plain_mathematics(run, mesh, *given, rng, 1e-4)
+
+
+def check_anywhere(mesh, comm, rng):
+    """The same for a placement without topology, whose copies travel as ever."""
+    case = moe_checks.AnyCase(mesh.size, 5, 3 * mesh.size)
+    layer = moe_checks.layer_over(mesh, case, comm=comm, transport="peer", **moe_checks.ROOM)
+    with jax.default_matmul_precision("highest"):
+        given = moe_checks.problem(rng, case, moe_checks.skewed, 16 * mesh.size)
+        run = moe_checks.with_slopes(layer)
+        moe_checks.assert_equals_plain_mathematics(run, mesh, *given, rng, 1e-4)
+
+
+def assigned(ids, n_ranks):
+    """Slots as they are given, −1 for none, in the order of ranks and tokens: one slot a rank."""
+    flat = ids.reshape(-1)
+    chosen = flat[:, None] == jnp.arange(n_ranks, dtype=jnp.int32)[None]
+    counts = chosen.sum(axis=0, dtype=jnp.int32)
+    before = jnp.cumsum(chosen, axis=0, dtype=jnp.int32) - chosen.astype(jnp.int32)
+    # A position counts a source's own rows of a slot.
+    position = jnp.take_along_axis(before, jnp.maximum(flat, 0)[:, None], axis=1)
+    return Assignment(ids, position.reshape(ids.shape), counts)
+
+
+def check_parts(mesh, comm, rng, n_rounds=4, dtypes=("float32",)):
+    """dispatch and combine, and their transposes, against those of "padded": the same rows, and
+    sums to rounding."""
+    n_ranks = mesh.size
+
+    def both_ways(transport, capacity):
+        options = {"axis_name": "ep", "capacity": capacity, "transport": transport}
+        if transport == "peer":
+            options["comm"] = comm
+
+        def rank(tokens, gates, ids, upstream):
+            slots = assigned(ids, n_ranks)
+
+            def send(tokens, gates):
+                rows, row_gates, plan = moe.dispatch(tokens, gates, slots, **options)
+                used = jnp.arange(capacity) < plan.group_sizes.sum()
+                return jnp.where(used[:, None], rows, 0), jnp.where(used, row_gates, 0), plan
+
+            rows, row_gates, plan = send(tokens, gates)
+            backwards = jax.vjp(lambda *given: send(*given)[:2], tokens, gates)[1]
+            out, home = jax.vjp(lambda rows: moe.combine(rows, plan), rows)
+            scaled = (rows * 2, row_gates * 3)
+            return rows, row_gates, out, backwards(scaled), home(upstream)[0], plan.overflow
+
+        return per_rank(rank, mesh, n_inputs=4)
+
+    for dtype in dtypes:
+        for _ in range(n_rounds):
+            n_tokens, top_k = int(rng.integers(1, 17)), int(rng.integers(1, TOP_K + 1))
+            capacity = int(rng.integers(1, 2 * n_tokens * top_k + 2))
+            hidden = 8 * int(rng.integers(1, 3))
+            ids = rng.integers(-1, n_ranks, (n_ranks * n_tokens, top_k)).astype(np.int32)
+            shape = (n_ranks * n_tokens, hidden)
+            given = [rng.integers(-8, 8, shape), rng.random(ids.shape), ids]
+            given.append(rng.integers(-8, 8, shape))
+            given = [
+                everywhere(mesh, array.astype(t))
+                for array, t in zip(given, (dtype, "float32", "int32", dtype), strict=True)
+            ]
+            peer, padded = (both_ways(t, capacity)(*given) for t in ("peer", "padded"))
+            for got, expected in zip(jax.tree.leaves(peer), jax.tree.leaves(padded), strict=True):
+                for a, b in zip(got.addressable_shards, expected.addressable_shards, strict=True):
+                    a, b = (np.asarray(part.data).astype(np.float64) for part in (a, b))
+                    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def check_scan(mesh, comm, rng):
+    """Layers replayed in a scan's backward pass, another collective between: as without comm."""
+    case = moe_checks.case_of(mesh.size)
+
+    def model(**options):
+        layer = moe_checks.layer_over(mesh, case, **options, **moe_checks.ROOM)
+
+        def run(tokens, gates, experts, ids, placement):
+            @jax.checkpoint
+            def step(tokens, shift):
+                out, traffic = layer(tokens, gates, experts, (ids + shift) % 5, placement)
+                return tokens + out / (1 + jnp.abs(out).max()), traffic.slot_loads
+
+            return lax.scan(step, tokens, jnp.arange(3, dtype=jnp.int32))
+
+        return moe_checks.with_slopes(run)
+
+    (tokens, gates, experts), ids, placement = moe_checks.problem(
+        rng, case, moe_checks.balanced, 16 * mesh.size
+    )
+    floats = (tokens, gates, moe_checks.in_slots(experts, placement))
+    given = floats, rng.normal(0, 1, tokens.shape).astype(np.float32), ids
+    given = jax.tree.map(lambda array: everywhere(mesh, array), given)
+    placed = jax.tree.map(lambda array: everywhere(mesh, np.asarray(array), P()), placement)
+    with jax.default_matmul_precision("highest"):
+        peer = model(comm=comm, transport="peer")(*given, placed)
+        padded = model(transport="padded")(*given, placed)
+    for got, expected in zip(jax.tree.leaves(peer), jax.tree.leaves(padded), strict=True):
+        for a, b in zip(got.addressable_shards, expected.addressable_shards, strict=True):
+            a, b = np.asarray(a.data), np.asarray(b.data)
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * max(np.abs(b).max(), 1e-6))
+
+
+def exchange_until_error(mesh, comm, on_call=lambda i: None) -> tuple[str, float]:
+    """Sends tokens around until an error comes; returns it and how long the last call took."""
+    n_ranks = mesh.size
+
+    def rank(tokens, ids):
+        options = {"axis_name": "ep", "capacity": 64, "transport": "peer", "comm": comm}
+        gates = jnp.ones(ids.shape, jnp.float32)
+        rows, _, plan = moe.dispatch(tokens, gates, assigned(ids, n_ranks), **options)
+        return moe.combine(rows, plan)
+
+    run = per_rank(rank, mesh, n_inputs=2)
+    tokens = everywhere(mesh, np.ones((8 * n_ranks, 16), np.float32))
+    ids = everywhere(mesh, (np.arange(8 * n_ranks, dtype=np.int32) % n_ranks)[:, None])
+    for i in range(10_000):
+        on_call(i)
+        start = time.perf_counter()
+        try:
+            out = jax.block_until_ready(run(tokens, ids))
+        except Exception as error:
+            return str(error), time.perf_counter() - start
+        for part in out.addressable_shards:
+            here = np.asarray(part.data)
+            assert ((here == 1) | np.isnan(here)).all(), "garbage came as a result"
+    raise AssertionError("no error came")
+
+
+def check_options(mesh, comm, rng):
+    """With the transfers hidden, and without."""
+    for options in (None, moe.COMPILER_OPTIONS):
+        routings = (moe_checks.skewed, moe_checks.half_silent, moe_checks.nothing)
+        check_layer(mesh, comm, rng, options=options, routings=routings)
+
+
+def check_dtypes(mesh, comm, rng):
+    check_parts(mesh, comm, rng, n_rounds=3, dtypes=("bfloat16", "float16", "float32"))
+
+
+CHECKS = [check_options, check_anywhere, check_dtypes, check_scan]
+
+
+def main() -> None:
+    coordinator, n_processes, process, seed, scenario = sys.argv[1:]
+    process = int(process)
+    jax.distributed.initialize(coordinator, int(n_processes), process, local_device_ids=[process])
+    print(f"--seed={seed}", flush=True)
+    rng = np.random.default_rng(int(seed))
+    mesh = Mesh(np.array(jax.devices()), "ep")
+    timeout_s = 3.0 if scenario == "killed" else 30.0
+    comm = init_comm(mesh, max_experts=64, transport="nvshmem", timeout_s=timeout_s, **WINDOWS)
+    if scenario == "killed":
+
+        def die(i):
+            if process == 1 and i == 20:
+                os._exit(0)
+
+        error, seconds = exchange_until_error(mesh, comm, die)
+        print(f"{seconds:.2f} s: {error}", flush=True)
+        assert "DEADLINE_EXCEEDED" in error
+        assert "of rank 1" in error
+        assert seconds < timeout_s + 2
+        os._exit(0)  # Without the process that is gone nothing can end in order.
+    for check in CHECKS:
+        start = time.perf_counter()
+        check(mesh, comm, rng)
+        print(f"{check.__name__}: {time.perf_counter() - start:.1f} s", flush=True)
+    comm.close()
+    print("all passed", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Tokens by transport "peer" on NVIDIA GPUs: virtual ranks on one and two, and the layer itself."""
+
+import contextlib
+import importlib.util
+import time
+
+import jax
+import numpy as np
+import peer_checks
+import processes
+import pytest
+from jax.sharding import Mesh
+
+from lplb_jax import init_comm
+from lplb_jax.comm import Windows
+
+with contextlib.suppress(ModuleNotFoundError):  # cuda.bindings: only where GPUs are
+    from exchange_batch import ExchangeBatch
+    from virtual_ranks import VirtualRanks
+
+pytestmark = pytest.mark.gpu
+
+several = pytest.mark.skipif(
+    jax.default_backend() != "gpu" or len(jax.devices()) < 2, reason="needs two GPUs"
+)
+needs_nvshmem = pytest.mark.skipif(
+    importlib.util.find_spec("nvidia") is None, reason="needs nvidia-nvshmem-cu13"
+)
+
+
+@pytest.fixture(autouse=True)
+def on_gpu():
+    assert jax.default_backend() == "gpu"
+
+
+@pytest.fixture
+def virtual_ranks():
+    """Makes VirtualRanks on the first GPUs, or skips where there are not as many."""
+    with contextlib.ExitStack() as stack:
+
+        def make(n_gpus, size, n_tokens, top_k, row_bytes, timeout_s=20.0):
+            if len(jax.devices()) < n_gpus:
+                pytest.skip(f"needs {n_gpus} GPUs")
+            windows = Windows(size, n_tokens, top_k, row_bytes)
+            gpus = jax.devices()[:n_gpus]
+            return stack.enter_context(VirtualRanks(gpus, size, 8, timeout_s, windows))
+
+        yield make
+
+
+def random_batch(rng, ranks, size):
+    """Of any sizes; sometimes ranks send nothing, one gets everything, or there is little room."""
+    n_tokens, top_k = int(rng.integers(1, 60)), int(rng.integers(1, 9))
+    kind = rng.choice(["any", "one", "silent", "nothing", "little room"])
+    ranks_of = rng.integers(-1, size, (size, n_tokens, top_k))
+    if kind == "one":
+        ranks_of[:] = rng.integers(size)
+    elif kind == "silent":
+        ranks_of[::2] = -1
+    elif kind == "nothing":
+        ranks_of[:] = -1
+    most = size * n_tokens * top_k
+    capacity = int(rng.integers(1, most + 1)) if kind == "little room" else most
+    dtype = rng.choice(["bfloat16", "float16", "float32"])
+    hidden = 8 * int(rng.integers(1, 65))
+    blocks = int(rng.integers(1, 9))
+    options = {"dtype": str(dtype), "blocks": (blocks, int(rng.integers(1, blocks + 1)))}
+    return ExchangeBatch(ranks.put, ranks_of, capacity, hidden, rng, **options)
+
+
+@pytest.mark.parametrize(("n_gpus", "size"), [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (2, 8)])
+def test_virtual_ranks(rng, virtual_ranks, n_gpus, size):
+    """Thousands of exchanges in bursts, of random batches in turn: every row, gate and sum."""
+    ranks = virtual_ranks(n_gpus, size, 480, 8, 2080)
+    batches = [random_batch(rng, ranks, size) for _ in range(6)]
+    n_calls = 1700  # there and back each
+    which = rng.integers(0, len(batches), n_calls)
+    done = [0] * size
+    while min(done) < n_calls:
+        rank = rng.choice([rank for rank in range(size) if done[rank] < n_calls])
+        most = min(n_calls, min(done) + 100)
+        for call in range(done[rank], min(done[rank] + rng.integers(1, 30), most)):
+            batch = batches[which[call]]
+            ranks.there(rank, batch)
+            ranks.back(rank, batch)
+            done[rank] = call + 1
+    ranks.wait()
+    assert not any(ranks.failures())
+    for i in np.unique(which):
+        batches[i].check()
+
+
+@pytest.mark.parametrize("n_gpus", [1, 2])
+def test_a_missing_rank_is_reported(rng, virtual_ranks, n_gpus):
+    """Within the timeout, by name; nothing that came is a result, and nobody waits any more."""
+    ranks = virtual_ranks(n_gpus, 3, 480, 2, 256, timeout_s=0.5)
+    ranks_of = rng.integers(0, 3, (3, 50, 2))
+    batch = ExchangeBatch(ranks.put, ranks_of, 300, 128, rng)
+    start = time.perf_counter()
+    for rank in (0, 2):
+        ranks.there(rank, batch)
+    ranks.wait()
+    assert 0.4 < time.perf_counter() - start < 2.5
+    failures = ranks.failures()
+    for rank in (0, 2):
+        assert f"rank {rank} waited 500 ms" in failures[rank]
+        assert "tokens of rank 1" in failures[rank]
+        assert batch.is_poisoned(rank)
+    start = time.perf_counter()
+    ranks.back(0, batch)
+    ranks.wait()
+    assert time.perf_counter() - start < 0.4
+
+
+@pytest.fixture
+def mesh():
+    return Mesh(np.array(jax.devices()), "ep")
+
+
+@several
+@pytest.mark.parametrize("check", peer_checks.CHECKS, ids=lambda check: check.__name__)
+def test_p2p(rng, mesh, check):
+    with init_comm(mesh, max_experts=64, **peer_checks.WINDOWS) as comm:
+        assert comm.transport == "p2p"
+        check(mesh, comm, rng)
+        assert comm.failure() is None
+
+
+def test_one_gpu_is_a_mesh_too(rng):
+    mesh = Mesh(np.array(jax.devices()[:1]), "ep")
+    with init_comm(mesh, max_experts=64, **peer_checks.WINDOWS) as comm:
+        peer_checks.check_parts(mesh, comm, rng)
+        assert comm.failure() is None
+
+
+@several
+@needs_nvshmem
+@pytest.mark.parametrize("scenario", ["all", "killed"])
+def test_processes(request, scenario):
+    """One for each GPU; and where one is killed, an error within the timeout, and no garbage."""
+    seed = str(request.config.option.seed)
+    memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    outputs = processes.run(len(jax.devices()), peer_checks.__file__, seed, scenario, **memory)
+    for process, output in enumerate(outputs):
+        if scenario == "all":
+            assert "all passed" in output
+        else:
+            assert process == 1 or "DEADLINE_EXCEEDED" in output

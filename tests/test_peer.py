@@ -1,0 +1,116 @@
+"""Transport "peer" as it is specified, on CPUs: against one device and against "padded"."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import moe_checks
+import numpy as np
+import peer_checks
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from lplb_jax import init_comm, moe
+from lplb_jax.comm import Comm, _windows
+
+
+@pytest.fixture
+def mesh(cpu_devices):
+    return Mesh(cpu_devices[:4], "ep")
+
+
+def comm_of(size, *, max_tokens=64, hidden_bytes=64, top_k=3, capacity_factor=8.0):
+    """A communicator without GPUs: its calls run the specification."""
+    window = _windows(size, max_tokens, hidden_bytes, top_k, capacity_factor)
+    return Comm("p2p", "ep", size, max_experts=64, timeout_s=1.0, identifier=1, window=window)
+
+
+def test_the_layer_equals_one_device(rng, mesh):
+    peer_checks.check_layer(mesh, comm_of(4), rng, routings=moe_checks.ROUTINGS)
+
+
+def test_another_balance_without_vma(rng, cpu_devices):
+    mesh = Mesh(cpu_devices[:2], "ep")
+    peer_checks.check_layer(mesh, comm_of(2), rng, balance="eplb", check_vma=False)
+
+
+def test_any_placement(rng, cpu_devices):
+    peer_checks.check_anywhere(Mesh(cpu_devices[:2], "ep"), comm_of(2), rng)
+
+
+def test_the_parts_equal_those_of_padded(rng, mesh):
+    """Rows, gates, sums and both ways' derivatives, also where rows find no room."""
+    peer_checks.check_parts(mesh, comm_of(4), rng, n_rounds=2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"comm": None}, "'peer' expects a comm with windows.*got comm=None"),
+        (
+            {"comm": Comm("p2p", "ep", 4, max_experts=64, timeout_s=1.0, identifier=1)},
+            "'peer' expects a comm with windows.*got Comm",
+        ),
+        ({"max_tokens": 7}, "room for 21 tokens of 64 bytes.*needs 48"),
+        ({"hidden_bytes": 32}, "of 32 bytes.*of 64 bytes"),
+        ({"top_k": 2}, "top_k up to 2.*top_k = 3"),
+        ({"capacity_factor": 1.0, "max_tokens": 16}, None),
+        ({"dtype": "float8_e4m3fn"}, "tokens: expected one of bfloat16"),
+        ({"hidden": 3}, "multiple of 16 bytes"),
+    ],
+)
+def test_what_has_no_room_is_refused(mesh, changed, words):
+    changed = dict(changed)
+    hidden, dtype = changed.pop("hidden", 16), changed.pop("dtype", "float32")
+    comm = changed["comm"] if "comm" in changed else comm_of(4, **changed)
+
+    def send(tokens, gates, ids):
+        assigned = peer_checks.assigned(ids, 4)
+        options = {"axis_name": "ep", "capacity": 384, "transport": "peer", "comm": comm}
+        return moe.dispatch(tokens, gates, assigned, **options)[0]
+
+    run = jax.shard_map(send, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    shapes = [((64, hidden), dtype), ((64, 3), "float32"), ((64, 3), "int32")]
+    evaluate = functools.partial(
+        jax.eval_shape, run, *(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    )
+    if words is None:
+        evaluate()
+    else:
+        with pytest.raises(ValueError, match=words):
+            evaluate()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_tokens": -1}, "max_tokens: expected a number of tokens"),
+        ({"max_tokens": 8}, "hidden_bytes: expected"),
+        ({"hidden_bytes": 8}, "max_tokens: expected it with hidden_bytes"),
+        ({"max_tokens": 8, "hidden_bytes": 8, "top_k": 33}, "top_k: expected at most 32, got 33"),
+        ({"max_tokens": 8, "hidden_bytes": 8, "capacity_factor": 0.5}, "capacity_factor: .*0.5"),
+        ({"sms": -1}, "sms: expected"),
+    ],
+)
+def test_bad_windows(mesh, options, words):
+    with pytest.raises(ValueError, match=words):
+        init_comm(mesh, max_experts=8, **options)
+
+
+def test_windows_do_not_grow_with_the_ranks():
+    """From some number of ranks on it is the capacity that counts."""
+    sizes = [_windows(n, 1000, 8192, 8, 1.25).n_tokens for n in (2, 8, 16, 64, 256)]
+    assert sizes == [1000, 7000, 10008, 10008, 10008]
+
+
+def test_weights_do_not_travel_by_peers(mesh):
+    weights = jax.ShapeDtypeStruct((8, 2), jnp.float32)
+    placement = moe_checks.AnyCase(4, 3, 8).placement(np.random.default_rng())
+
+    def fetch(weights):
+        return moe.replicate_weights(weights, None, "ep", placement=placement, transport="peer")
+
+    run = jax.shard_map(fetch, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    with pytest.raises(ValueError, match=r"^transport: expected one of auto.*got 'peer'"):
+        jax.eval_shape(run, weights)
