@@ -40,7 +40,16 @@ from jax.sharding import PartitionSpec as P
 from per_gpu import one_per_gpu
 from wall import median_seconds
 
-from lplb_jax import metrics, moe, place_copies, place_experts, rebalance, solve, topologies
+from lplb_jax import (
+    init_comm,
+    metrics,
+    moe,
+    place_copies,
+    place_experts,
+    rebalance,
+    solve,
+    topologies,
+)
 from lplb_jax.data import AUX_LOSSES, load_traces
 
 TOP_K = 8
@@ -81,6 +90,10 @@ def main() -> None:
     elif options.moving:
         options.redundants = options.redundants or -(-2 // columns) * columns
     print(f"{len(devices)} × {devices[0].device_kind}, jax {jax.__version__}, {vars(options)}")
+    options.comm = None
+    if options.transport == "peer":
+        room = {"max_tokens": options.tokens, "hidden_bytes": 2 * options.hidden}
+        options.comm = init_comm(mesh, max_experts=options.experts, **room)
     sources = traced if options.traces else moving if options.moving else arranged
     turns = [
         (label, [Case(mesh, r2o, options, batches) for batches in of_turns])
@@ -97,7 +110,7 @@ def main() -> None:
         "device": devices[0].device_kind,
         "ranks": len(devices),
         "jax": jax.__version__,
-        "options": {key: value for key, value in vars(options).items() if key != "json"},
+        "options": {k: v for k, v in vars(options).items() if k not in ("json", "comm")},
     }
     repeats = 0 if options.compile_for else options.repeats
     figures["results"] = [measure(label, of_turns, repeats) for label, of_turns in turns]
@@ -252,7 +265,7 @@ class Case:
             self.place(loads, n_copies)
             if max(self.imbalance["lplb"]) < 1.001:
                 break
-        self.transport = options.transport
+        self.transport = {"transport": options.transport, "comm": options.comm}
         self.steps: dict[str, Any] = {}
 
     def place(self, loads: np.ndarray, n_copies: int) -> None:
@@ -323,7 +336,7 @@ class Case:
         out, traffic, *filled = moe.moe_layer(
             tokens, ids, gates, experts, placement=self.placement, axis_name="ep",
             balance="lplb" if of_batch else name, copies="batch" if of_batch else "placement",
-            capacity_factor=self.key(name)[1], in_place=True, transport=self.transport,
+            capacity_factor=self.key(name)[1], in_place=True, **self.transport,
         )  # fmt: skip
         return out, (filled[0] if filled else experts, traffic)
 
