@@ -373,7 +373,11 @@ struct RaiseToMean {
 // proven. Returns the target, raised to what is proven, which no load is above then. The threads of
 // RankTeam call it behind a barrier; another must follow. `raise` gives the target where nothing
 // can leave the ranks that were not seen; it may change what loads are counted from.
-template <int kWords, typename Raise>
+//
+// With kHandOut, what moves are empty places, of which every rank shall have the target at least:
+// the waves end when no load is below it, and `raise` lowers it where no rank above it is among
+// those seen.
+template <int kWords, bool kHandOut, typename Raise>
 __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph, int32_t target,
                                      Raise&& raise) {
   using Ranks = RankTeam<kWords>;
@@ -396,7 +400,8 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
       waiting.word[w] = __ballot_sync(kFullWarp, load[w] > target);
       seen.word[w] = __ballot_sync(kFullWarp, load[w] < target);
     }
-    if (!AnyOf(waiting)) return target;
+    if (!AnyOf(kHandOut ? seen : waiting)) return target;
+    const RankSet<kWords> above = waiting;
 
     RankSet<kWords> reach[kRanks];
 #pragma unroll
@@ -432,7 +437,14 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
       }
     }
 
-    if (AnyOf(waiting)) {
+    bool stuck = AnyOf(waiting);
+    if constexpr (kHandOut) {
+      RankSet<kWords> giving;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) giving.word[w] = above.word[w] & seen.word[w];
+      stuck = !AnyOf(giving);
+    }
+    if (stuck) {
       target = raise(load, seen, target);
       Ranks::Sync(n_threads);  // All have read the rows.
       continue;
@@ -450,9 +462,37 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
   }
 }
 
+template <int kWords, typename Raise>
+__device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph, int32_t target,
+                                     Raise&& raise) {
+  return GraphWaves<kWords, false>(p, graph, target, raise);
+}
+
 template <int kWords>
 __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph, int32_t target) {
-  return GraphWaves<kWords>(p, graph, target, RaiseToMean<kWords>{p});
+  return GraphWaves<kWords, false>(p, graph, target, RaiseToMean<kWords>{p});
+}
+
+// The target, lowered to the mean of the ranks that were seen.
+template <int kWords>
+struct LowerToMean {
+  __device__ __forceinline__ int32_t operator()(int32_t (&load)[kWords],
+                                                const RankSet<kWords>& seen, int32_t target) const {
+    int32_t n_seen = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      load[w] = seen.word[w] >> (threadIdx.x & 31) & 1 ? target - load[w] : 0;
+      n_seen += __popc(seen.word[w]);
+    }
+    return target - WarpCeilMean(load, SmallDivisor(n_seen));
+  }
+};
+
+// Hands out empty places, which are the cells' tokens here; load is what ranks have of them,
+// counted from one number for each. Returns the target reached. Else as GraphWaves.
+template <int kWords>
+__device__ inline int32_t HandOut(const Problem& p, const GraphMemory& graph, int32_t target) {
+  return GraphWaves<kWords, true>(p, graph, target, LowerToMean<kWords>{});
 }
 
 }  // namespace lplb::cuda

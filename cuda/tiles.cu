@@ -1,0 +1,398 @@
+// Exact solvers where slots cost tiles: lplb_jax/reference/solver.py and graph.py say how. Kernels
+// of their own, so that those that count tokens stay as they are.
+#include <algorithm>
+
+#include "cuda/graph_solver.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/solver.cuh"
+#include "cuda/solver.h"
+#include "cuda/tiles.h"
+
+namespace lplb::cuda {
+namespace {
+
+constexpr int32_t kMaxThreads = 512;
+
+// What a rank has anyway; sets a status bit where it is negative.
+__device__ __forceinline__ int32_t BaseTiles(const Costs& costs, int32_t rank, int32_t* status) {
+  const int32_t given = costs.base_load[rank];
+  if (given < 0) atomicOr(status, kNegativeLoad);
+  return max(given, 0);
+}
+
+// Loads that all threads have added up in shared memory: totals of tokens, of their tiles or of the
+// empty places of those.
+enum class Unit { kTokens, kTiles, kEmptyPlaces };
+
+template <Unit unit>
+struct TotalsIn {
+  const int2* total;
+  Costs costs;
+
+  __device__ __forceinline__ int2 operator[](int32_t expert) const {
+    const int2 tokens = total[expert];
+    if constexpr (unit == Unit::kTokens) return tokens;
+    if constexpr (unit == Unit::kTiles) return {costs.TilesOf(tokens.x), tokens.y};
+    return {costs.EmptyPlaces(tokens.x), 0};
+  }
+};
+
+// Whether sources say that ids named no expert.
+__device__ __forceinline__ int32_t InvalidIn(const Problem& p, const Sources& sources,
+                                             const int32_t* loads) {
+  int32_t status = 0;
+  if (sources.row > p.n_logical) {
+#pragma unroll 1
+    for (int32_t s = threadIdx.x; s < sources.n_sources; s += blockDim.x) {
+      if (loads[s * sources.row + p.n_logical] != 0) status = kInvalidIndex;
+    }
+  }
+  return status;
+}
+
+// Any placement.
+
+// Words of shared memory besides the totals and the graph: the tiles of slots, and the placement of
+// the slots that have some.
+int32_t HeldWords(const Problem& p) { return 2 * p.n_physical + p.n_logical; }
+
+// Adds what ranks have anyway, `unit` for each tile. A barrier must follow.
+__device__ __forceinline__ void AddBase(const Problem& p, const Costs& costs,
+                                        const GraphMemory& graph, int32_t unit, int32_t sign) {
+#pragma unroll 1
+  for (int32_t r = threadIdx.x; r < p.ep_size; r += blockDim.x) {
+    atomicAdd(&graph.load[r], sign * unit * max(costs.base_load[r], 0));
+  }
+}
+
+// Whether some rank could have more than int32 holds, in tokens; adds the status of loads.
+__device__ __noinline__ bool TooLarge(const Problem& p, const Costs& costs, const int2* total,
+                                      const GraphMemory& graph) {
+  int32_t status = 0;
+#pragma unroll 1
+  for (int32_t r = threadIdx.x; r < p.ep_size; r += blockDim.x) {
+    int64_t most = static_cast<int64_t>(BaseTiles(costs, r, graph.status)) * costs.tile;
+#pragma unroll 1
+    for (int32_t i = r * p.slots_per_rank; i < (r + 1) * p.slots_per_rank; ++i) {
+      if (ExpertIn(graph.of_slot[i]) == kNoExpert) continue;
+      const int2 tokens = total[ExpertIn(graph.of_slot[i])];
+      most += tokens.x;
+      status |= tokens.y;
+    }
+    if (most > kInt32Max) status |= kLoadOverflow;
+  }
+  if (status != 0) atomicOr(graph.status, status);
+  return __syncthreads_or(status & kLoadOverflow);
+}
+
+// Turns the tiles of all slots, which `tiles` holds, into quotas; returns the largest load in
+// tokens. All threads of the block call it behind a barrier. `held` is room for a placement.
+template <int kWords>
+__device__ inline int32_t FillGraph(const Problem& whole, const SolveOperands& in,
+                                    const Costs& costs, const int2* total, const GraphMemory& graph,
+                                    const int32_t* tiles, int32_t* held, int32_t* quota) {
+  Problem p = whole;
+  p.max_replicas = 1;
+  int32_t* home = held + p.n_physical;
+#pragma unroll 1
+  for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) home[e] = -1;
+  __syncthreads();
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
+    held[i] = tiles[i] > 0 ? in.phy2log[i] : -1;
+    if (tiles[i] > 0) home[held[i]] = i;  // Any of them.
+  }
+  __syncthreads();
+  BuildGraph<kWords, Block>(p, held, home, PrefetchGraph(p, blockDim.x, held, home), graph);
+  const TotalsIn<Unit::kEmptyPlaces> room = {total, costs};
+  StartEven<Block>(p, room, graph);
+  __syncthreads();
+#pragma unroll 1
+  for (int32_t r = threadIdx.x; r < p.ep_size; r += blockDim.x) graph.load[r] = 0;
+  __syncthreads();
+  // More empty places are fewer tokens.
+  AddBase(p, costs, graph, costs.tile, -1);
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
+    if (tiles[i] == 0) continue;
+    const int32_t tokens = (tiles[i] - 1) * costs.tile + (costs.tile - QuotaOf(room, graph, i));
+    atomicAdd(&graph.load[p.by_slots.Quotient(i)], -tokens);
+  }
+  __syncthreads();
+  if (threadIdx.x < RankTeam<kWords>::Size(p)) {
+    int32_t load[kWords];
+    ValuesOfRanks<kWords>(p, graph.load, 0, load);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) load[w] = -load[w];
+    HandOut<kWords>(p, graph, -WarpCeilMean(load, SmallDivisor(p.ep_size)));
+  }
+  __syncthreads();
+  int32_t most = 0;
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
+    quota[i] =
+        tiles[i] == 0 ? 0 : (tiles[i] - 1) * costs.tile + (costs.tile - QuotaOf(room, graph, i));
+  }
+#pragma unroll 1
+  for (int32_t r = 0; r < p.ep_size; ++r) most = max(most, -graph.load[r]);
+  return most;
+}
+
+template <int kWords>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    SolveGraphCostsKernel(Problem p, Sources sources, SolveOperands first_in, Costs first_costs,
+                          SolveResults first_out) {
+  extern __shared__ int2 total[];  // [n_logical], then the graph, tiles, and what FillGraph needs
+  const int32_t element = blockIdx.x;
+  const SolveOperands in = BatchElement(p, sources, first_in, element);
+  const Costs costs = BatchElement(p, first_costs, element);
+  const SolveResults out = BatchElement(p, first_out, element);
+  int32_t* const memory = reinterpret_cast<int32_t*>(total + p.n_logical);
+  const GraphMemory graph(p, kWords, memory);
+  int32_t* const tiles = memory + GraphMemory::Words(p);
+  const PrefetchedGraph fetched = PrefetchGraph(p, blockDim.x, in.phy2log, in.log2phy);
+#pragma unroll 1
+  for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
+    total[e] = SumSources(in.loads, sources, e);
+  }
+  if (threadIdx.x == 0) *graph.status = 0;
+  BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, graph);
+  const int32_t invalid = InvalidIn(p, sources, in.loads);
+  if (invalid != 0) atomicOr(graph.status, invalid);
+  const bool too_large = TooLarge(p, costs, total, graph);
+  const int32_t status = *graph.status;  // The second graph has another.
+  __syncthreads();
+
+  Proof proof = {kInt32Max, 0};
+  int32_t max_tokens = kInt32Max;
+  if (too_large) {
+    const TotalsIn<Unit::kTokens> tokens = {total, costs};
+    StayHome<kWords, Block>(p.n_logical, tokens, graph);
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
+      out.quota[i] = QuotaOf(tokens, graph, i);
+    }
+  } else {
+    const TotalsIn<Unit::kTiles> in_tiles = {total, costs};
+    AddBase(p, costs, graph, 1, 1);
+    StartEven<Block>(p, in_tiles, graph);
+    __syncthreads();
+    if (threadIdx.x < RankTeam<kWords>::Size(p)) {
+      const int32_t target = GraphWaves<kWords>(p, graph, FirstTarget<kWords>(p, graph));
+      if (threadIdx.x == 0) *graph.target = target;
+    }
+    __syncthreads();
+    proof = {*graph.target, *graph.target};
+    max_tokens = proof.max_load;
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
+      tiles[i] = QuotaOf(in_tiles, graph, i);
+      if (costs.tile == 1) out.quota[i] = tiles[i];
+    }
+    __syncthreads();
+    if (costs.tile > 1) {
+      int32_t* const held = tiles + p.n_physical;
+      max_tokens = FillGraph<kWords>(p, in, costs, total, graph, tiles, held, out.quota);
+    }
+  }
+  if (threadIdx.x == 0) {
+    *out.max_load = proof.max_load;
+    *out.lower_bound = proof.lower_bound;
+    *out.status = status;
+    *costs.max_tokens = max_tokens;
+  }
+}
+
+// Along a topology.
+
+// Words of shared memory besides the totals and the group: tokens of the ranks' own experts, and
+// those that leave home at least.
+int32_t FillWords(const Problem& p) { return p.group_size * (p.n_local + p.n_redundant); }
+
+// Solves the group whose loads are in `memory`; all threads of the block call it behind a barrier,
+// and one follows.
+template <int kWords, int kColumns>
+__device__ __forceinline__ Proof SolveOneGroup(const Problem& p, const GroupMemory& memory,
+                                               Proof* shared) {
+  if constexpr (kWords > 0) {
+    if (threadIdx.x < 32) {
+      const Proof proof = SolveInWarp<kWords, kColumns>(p, 0, memory);
+      if (threadIdx.x == 0) *shared = proof;
+    }
+  } else {
+    const Proof proof = SolveInBlock<Block>(p, 0, memory);
+    if (threadIdx.x == 0) *shared = proof;
+  }
+  __syncthreads();
+  return *shared;
+}
+
+template <int kWords, int kColumns>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    SolveCostsKernel(Problem p, Sources sources, SolveOperands first_in, Costs first_costs,
+                     SolveResults first_out) {
+  extern __shared__ int2 total[];  // [n_logical], then the group's, and FillWords
+  __shared__ Proof shared_proof;
+  const Groups groups = {static_cast<int32_t>(blockIdx.y), 1};
+  const int32_t element = blockIdx.x;
+  const SolveOperands in = BatchElement(p, sources, first_in, element);
+  const Costs costs = BatchElement(p, first_costs, element);
+  const SolveResults out = BatchElement(p, first_out, element);
+  int32_t* const words = reinterpret_cast<int32_t*>(total + p.n_logical);
+  const GroupMemory memory(p, 1, words);
+  int32_t* const tokens = words + GroupMemory::Words(p, 1);
+  int32_t* const least = tokens + p.group_size * p.n_local;
+  const int32_t first_rank = groups.first * p.group_size;
+  const int32_t thread = threadIdx.x;
+  const int32_t n_threads = blockDim.x;
+  const int32_t n_own = p.group_size * p.n_local;
+  const int32_t n_copies = p.group_size * p.n_redundant;
+
+  if (thread == 0) *memory.status = 0;
+  LoadTopology(p, in.r2o, memory, thread, n_threads);
+#pragma unroll 1
+  for (int32_t e = thread; e < p.n_logical; e += n_threads) {
+    total[e] = SumSources(in.loads, sources, e);
+  }
+  const PrefetchedSlot fetched = PrefetchSlot<Block>(p, in, groups);
+  __syncthreads();
+  const int32_t invalid = InvalidIn(p, sources, in.loads);
+  if (invalid != 0) atomicOr(memory.status, invalid);
+  LoadRanks<Block>(p, in, groups, fetched, SummedTotals{total}, memory);
+  CheckCopies(p, in, groups, memory, thread, n_threads);
+  CheckOwnSlots(p, in, groups, memory, false, thread, n_threads);
+  __syncthreads();
+
+  // In tokens, what ranks could have at most; see SolveInBlock.
+  bool too_large = false;
+#pragma unroll 1
+  for (int32_t r = thread; r < p.group_size; r += n_threads) {
+    int64_t most = static_cast<uint32_t>(memory.base[r]);  // −1 has overflowed before.
+    most += static_cast<int64_t>(BaseTiles(costs, first_rank + r, memory.status)) * costs.tile;
+#pragma unroll 1
+    for (int32_t d = 0; d < p.n_columns; ++d) {
+      most += CapacityOf<int32_t>(p, memory, 0, memory.src[r * p.n_columns + d], d);
+    }
+    too_large |= most > kInt32Max;
+  }
+  too_large = __syncthreads_or(too_large);
+  if (too_large && thread == 0) atomicOr(memory.status, kLoadOverflow);
+
+  // Tokens, from now on, are in `tokens`; `own` and `base` are what is balanced.
+#pragma unroll 1
+  for (int32_t i = thread; i < n_own; i += n_threads) {
+    tokens[i] = memory.own[i];
+    memory.own[i] = costs.TilesOf(tokens[i]);
+  }
+  __syncthreads();
+  Proof proof = {kInt32Max, 0};
+  int32_t max_tokens = kInt32Max;
+  if (!too_large) {
+#pragma unroll 1
+    for (int32_t r = thread; r < p.group_size; r += n_threads) {
+      int32_t sum = max(costs.base_load[first_rank + r], 0);
+#pragma unroll 1
+      for (int32_t k = 0; k < p.n_local; ++k) sum += memory.own[r * p.n_local + k];
+      memory.base[r] = sum;
+    }
+    __syncthreads();
+    proof = SolveOneGroup<kWords, kColumns>(p, memory, &shared_proof);
+    max_tokens = proof.max_load;
+  }
+
+  // What leaves home at least, and the room of experts with tiles at both ends.
+#pragma unroll 1
+  for (int32_t i = thread; i < n_copies; i += n_threads) {
+    const int32_t rank = p.by_redundant.Quotient(i);
+    const int32_t own = rank * p.n_local + i - rank * p.n_redundant;
+    const Copy<int32_t> copy = PrepareCopy<int32_t>(p, memory, i);
+    int32_t away = 0;
+    if (!too_large) away = min(max(memory.moved[copy.edge] - copy.before, 0), copy.load);
+    const int32_t home = copy.load - away;
+    // Negative: no room at the other end, −1 − what leaves.
+    const int32_t leaves = away > 0 ? tokens[own] - home * costs.tile : 0;
+    least[i] = away > 0 && home > 0 ? leaves : -1 - leaves;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int32_t r = thread; r < p.group_size; r += n_threads) {
+    int32_t sum = too_large ? 0 : max(costs.base_load[first_rank + r], 0) * costs.tile;
+#pragma unroll 1
+    for (int32_t k = 0; k < p.n_local && !too_large; ++k) sum += tokens[r * p.n_local + k];
+    memory.base[r] = sum;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int32_t i = thread; i < n_copies; i += n_threads) {
+    const int32_t rank = p.by_redundant.Quotient(i);
+    const int32_t k = i - rank * p.n_redundant;
+    const bool has_room = least[i] >= 0;
+    const int32_t leaves = has_room ? least[i] : -1 - least[i];
+    least[i] = leaves;
+    memory.own[rank * p.n_local + k] =
+        has_room ? costs.EmptyPlaces(tokens[rank * p.n_local + k]) : 0;
+    if (leaves == 0) continue;
+    const int32_t holder = memory.dst[rank * p.n_columns + p.by_columns.Remainder(k)];
+    atomicAdd(&memory.base[rank], -leaves);
+    atomicAdd(&memory.base[min(max(holder, 0), p.group_size - 1)], leaves);
+  }
+  __syncthreads();
+  const bool fill = costs.tile > 1 && !too_large;
+  if (fill) max_tokens = SolveOneGroup<kWords, kColumns>(p, memory, &shared_proof).max_load;
+
+  int32_t* const quota = out.quota + first_rank * p.slots_per_rank;
+#pragma unroll 1
+  for (int32_t i = thread; i < n_own; i += n_threads) {
+    const int32_t rank = i / p.n_local;
+    const int32_t k = i - rank * p.n_local;
+    if (k >= p.n_redundant) quota[rank * p.slots_per_rank + k] = tokens[i];
+  }
+#pragma unroll 1
+  for (int32_t i = thread; i < n_copies; i += n_threads) {
+    const Copy<int32_t> copy = PrepareCopy<int32_t>(p, memory, i);
+    int32_t away = least[i];
+    if (fill) away += min(max(memory.moved[copy.edge] - copy.before, 0), copy.load);
+    const int32_t rank = p.by_redundant.Quotient(i);
+    quota[copy.own_slot] = tokens[rank * p.n_local + i - rank * p.n_redundant] - away;
+    quota[copy.copy_slot] = away;
+  }
+  if (thread == 0) {
+    out.max_load[groups.first] = proof.max_load;
+    out.lower_bound[groups.first] = proof.lower_bound;
+    out.status[groups.first] = *memory.status;
+    costs.max_tokens[groups.first] = max_tokens;
+  }
+}
+
+}  // namespace
+
+int64_t SolveCostsSharedBytes(const Problem& problem) {
+  const int32_t words = problem.n_columns == 0 ? HeldWords(problem) : FillWords(problem);
+  return SolveSharedBytes(problem) + static_cast<int64_t>(words) * sizeof(int32_t);
+}
+
+cudaError_t LaunchSolveCosts(const Problem& problem, const Sources& sources, int64_t batch,
+                             const SolveOperands& in, const Costs& costs, const SolveResults& out,
+                             cudaStream_t stream) {
+  if (batch == 0) return cudaSuccess;
+  LaunchShape launch = {};
+  launch.shared_bytes = SolveCostsSharedBytes(problem);
+  if (problem.n_columns == 0) {
+    const int32_t most = std::max(problem.n_logical, problem.n_physical);
+    launch.grid = dim3(static_cast<unsigned>(batch));
+    launch.threads = std::clamp((most + 31) / 32 * 32, 256, kMaxThreads);
+    return WithGraphWords(problem, [&](auto words) {
+      return Launch(SolveGraphCostsKernel<decltype(words)::value>, launch, stream, problem, sources,
+                    in, costs, out);
+    });
+  }
+  const int32_t experts = problem.group_size << problem.tile_log2;
+  launch.grid = dim3(static_cast<unsigned>(batch), problem.n_groups);
+  launch.threads = std::clamp((experts + 31) / 32 * 32, 128, kMaxThreads);
+  return WithSolverShape(problem, [&](auto shape) {
+    return Launch(SolveCostsKernel<decltype(shape)::kWords, decltype(shape)::kColumns>, launch,
+                  stream, problem, sources, in, costs, out);
+  });
+}
+
+}  // namespace lplb::cuda
