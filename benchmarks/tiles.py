@@ -2,6 +2,7 @@
 
     python benchmarks/tiles.py [--tile 128] [--ranks 8 32 64] [--tokens 32 128 512 4096]
     python benchmarks/tiles.py --gpu [--tokens 32 128 512]
+    python benchmarks/tiles.py --solve [--tokens 32 128 512 4096]
 
 The table, on any backend: the packaged traces, top-8 of 256 experts, placed by the loads of an
 earlier step with two redundant slots per rank, on any ranks. Batches of consecutive sequences;
@@ -16,7 +17,8 @@ cent of tiles above the fewest, in the mean over batches and layers of both trac
 The last column is the busiest rank's number of tiles over its slots, by `solve(tile=…)`.
 
 With --gpu: the feed-forward networks of that rank's slots (bfloat16), with the quotas of both, side
-by side in turn: milliseconds in the median.
+by side in turn: milliseconds in the median. With --solve: microseconds of a `solve` that counts
+tokens, and of one that counts tiles, in a jitted loop over those loads.
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--tokens", type=int, nargs="+", default=[32, 128, 512, 4096])
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--solve", action="store_true")
     args = parser.parse_args()
-    report = times if args.gpu else table
+    report = times if args.gpu else solves if args.solve else table
     report(args.ranks, args.tokens, args.tile)
 
 
@@ -122,6 +125,36 @@ def times(ranks: list[int], tokens: list[int], tile: int) -> None:
                 name, counted = f"{hidden} x {width}", f"{tiles[0]:.1f}/{tiles[1]:.1f}"
                 numbers = "".join(f"{ms:12.4f}" for ms in of_both)
                 print(f"{name:>16}{slots:7}{n_tokens:8}{counted:>12}{numbers}", flush=True)
+
+
+def solves(ranks: list[int], tokens: list[int], tile: int) -> None:
+    print(f"device: {jax.devices()[0].device_kind}; tiles of {tile} rows, µs of a solve")
+    print(f"{'ranks':>6}{'tokens':>8}{'by tokens':>12}{'by tiles':>12}{'times':>8}")
+    for n_ranks in ranks:
+        for n_tokens in tokens:
+            of_both = np.mean([solve_times(*one, tile) for one in instances(n_ranks, n_tokens)], 0)
+            by_tokens, by_tiles = of_both
+            numbers = f"{by_tokens:12.2f}{by_tiles:12.2f}{by_tiles / by_tokens:8.2f}"
+            print(f"{n_ranks:6}{n_tokens:8}{numbers}", flush=True)
+
+
+def solve_times(placement, loads: np.ndarray, tile: int, n: int = 512) -> list[float]:
+    loads = jnp.asarray(np.resize(loads, (n, EXPERTS)))
+    placement = jax.tree.map(jnp.asarray, placement)
+
+    @functools.partial(jax.jit, static_argnames="tile")
+    def run(loads, placement, tile):
+        return jax.lax.map(lambda row: solve(row, placement=placement, tile=tile), loads)
+
+    medians = []
+    for which in (None, tile):
+        taken = []
+        for _ in range(12):
+            start = time.perf_counter()
+            jax.block_until_ready(run(loads, placement, which))
+            taken.append(time.perf_counter() - start)
+        medians.append(float(np.median(taken[2:])) / n * 1e6)
+    return medians
 
 
 def busiest(placement, loads: np.ndarray, n_ranks: int, tile: int) -> list[np.ndarray]:

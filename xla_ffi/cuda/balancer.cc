@@ -1,6 +1,7 @@
 // rebalance on the GPU, with and without other ranks: one launch, two for large batches.
 #include "xla_ffi/balancer.h"
 
+#include "cuda/solver.h"
 #include "xla_ffi/cuda/comm.h"
 #include "xla_ffi/cuda/handler.h"
 #include "xla_ffi/cuda/limits.h"
@@ -19,7 +20,7 @@ cuda::RouteArguments ArgumentsOf(const RebalanceCall& call) {
 
 ffi::Error RunRebalance(const RebalanceCall& call, const OnDevice& on) {
   const cuda::RouteArguments arguments = ArgumentsOf(call);
-  LPLB_RETURN_IF_ERROR(CheckSolverFits(call.problem));
+  LPLB_RETURN_IF_ERROR(CheckSolverFits(call.problem, cuda::SolveSharedBytes(call.problem)));
   LPLB_RETURN_IF_ERROR(CheckRouteFits(arguments, cuda::Quotas::kSolved));
   return FromCuda(cuda::LaunchRebalance(arguments, on.stream), "rebalance");
 }
@@ -39,7 +40,7 @@ struct SyncedRebalanceCall {
 ffi::Error RunSyncedRebalance(const SyncedRebalanceCall& call, const OnDevice& on) {
   cuda::RouteArguments arguments = ArgumentsOf(call.rebalance);
   const Problem& p = arguments.problem;
-  LPLB_RETURN_IF_ERROR(CheckSolverFits(p));
+  LPLB_RETURN_IF_ERROR(CheckSolverFits(p, cuda::SolveSharedBytes(p)));
   LPLB_RETURN_IF_ERROR(CheckRouteFits(arguments, cuda::Quotas::kSynced));
   const auto found = FindRank(call.comm, on.ordinal);
   if (found.has_error()) return found.error();

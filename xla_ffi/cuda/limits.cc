@@ -66,20 +66,20 @@ Refusal TooManySlots(const Problem& p) {
          ": use fewer experts and redundant slots, or the CPU";
 }
 
-Refusal RefuseSolveAnywhere(const Problem& p, const cuda::Device& device) {
+Refusal RefuseSolveAnywhere(const Problem& p, int64_t bytes, const cuda::Device& device) {
   if (const Refusal refusal = TooManyRanks(p); !refusal.empty()) return refusal;
-  return NeedsMemory("placement: in the CUDA solver, " + ExpertsInSlots(p),
-                     cuda::SolveSharedBytes(p), device,
+  return NeedsMemory("placement: in the CUDA solver, " + ExpertsInSlots(p), bytes, device,
                      "use fewer experts or slots, a larger GPU, or the CPU");
 }
 
-Refusal RefuseSolve(const Problem& p, const cuda::Device& device) {
-  if (IsAnywhere(p)) return RefuseSolveAnywhere(p, device);
+// `bytes`: of a block's shared memory.
+Refusal RefuseSolve(const Problem& p, int64_t bytes, const cuda::Device& device) {
+  if (IsAnywhere(p)) return RefuseSolveAnywhere(p, bytes, device);
   if (p.group_size > cuda::kMaxGroupSize) {
     return "r2o: the CUDA solver takes groups of at most " + Number(cuda::kMaxGroupSize) +
            " ranks, got " + Number(p.group_size) + ": use smaller groups, or the CPU";
   }
-  return NeedsMemory("r2o: in the CUDA solver, " + GroupsOf(p), cuda::SolveSharedBytes(p), device,
+  return NeedsMemory("r2o: in the CUDA solver, " + GroupsOf(p), bytes, device,
                      "use fewer columns or experts, a larger GPU, or the CPU");
 }
 
@@ -158,8 +158,8 @@ cuda::Quotas QuotasOf(const std::string& name) {
 
 }  // namespace
 
-ffi::Error CheckSolverFits(const Problem& problem) {
-  return Check([&](const cuda::Device& device) { return RefuseSolve(problem, device); });
+ffi::Error CheckSolverFits(const Problem& problem, int64_t bytes) {
+  return Check([&](const cuda::Device& device) { return RefuseSolve(problem, bytes, device); });
 }
 
 ffi::Error CheckRouteFits(const cuda::RouteArguments& arguments, cuda::Quotas quotas) {
@@ -219,8 +219,9 @@ void DefineLimits(nb::module_& m) {
   });
   // Bytes; likewise.
   m.def("solve_bytes", [](Sizes sizes, const cuda::Device& device) {
-    ThrowIf(RefuseSolve(ProblemOf(sizes), device));
-    return cuda::SolveSharedBytes(ProblemOf(sizes));
+    const int64_t bytes = cuda::SolveSharedBytes(ProblemOf(sizes));
+    ThrowIf(RefuseSolve(ProblemOf(sizes), bytes, device));
+    return bytes;
   });
   m.def("copies_bytes", [](Sizes sizes, const cuda::Device& device) {
     ThrowIf(RefuseCopies(ProblemOf(sizes), device));

@@ -12,7 +12,7 @@ namespace lplb {
 
 // Whether the current device can run the launchers that need it: solve and rebalance, assign and
 // rebalance, place_copies, ipm.
-ffi::Error CheckSolverFits(const Problem& problem);
+ffi::Error CheckSolverFits(const Problem& problem, int64_t bytes);
 ffi::Error CheckRouteFits(const cuda::RouteArguments& arguments, cuda::Quotas quotas);
 ffi::Error CheckCopiesFit(const Problem& problem);
 ffi::Error CheckIpmFits(const Problem& problem, const IpmOptions& options);

@@ -11,7 +11,7 @@ namespace {
 
 ffi::Error RunSolve(const SolveCall& call, const OnDevice& on) {
   LPLB_RETURN_IF_ERROR(CheckElements(call));
-  LPLB_RETURN_IF_ERROR(CheckSolverFits(call.problem));
+  LPLB_RETURN_IF_ERROR(CheckSolverFits(call.problem, cuda::SolveSharedBytes(call.problem)));
   return FromCuda(
       cuda::LaunchSolve(call.problem, call.sources, call.batch, call.in, call.out, on.stream),
       "solve");
@@ -19,7 +19,7 @@ ffi::Error RunSolve(const SolveCall& call, const OnDevice& on) {
 
 ffi::Error RunSolveCosts(const SolveCostsCall& call, const OnDevice& on) {
   LPLB_RETURN_IF_ERROR(CheckElements(call));
-  LPLB_RETURN_IF_ERROR(CheckSolverFits(call.problem));
+  LPLB_RETURN_IF_ERROR(CheckSolverFits(call.problem, cuda::SolveCostsSharedBytes(call.problem)));
   return FromCuda(cuda::LaunchSolveCosts(call.problem, call.sources, call.batch, call.in,
                                          call.costs, call.out, on.stream),
                   "solve");
