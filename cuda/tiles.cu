@@ -100,7 +100,7 @@ __device__ inline int32_t FillGraph(const Problem& whole, const SolveOperands& i
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
     held[i] = tiles[i] > 0 ? in.phy2log[i] : -1;
-    if (tiles[i] > 0) home[held[i]] = i;  // Any of them.
+    if (tiles[i] > 0) atomicMax(&home[held[i]], i);  // Any of them, but always the same.
   }
   __syncthreads();
   BuildGraph<kWords, Block>(p, held, home, PrefetchGraph(p, blockDim.x, held, home), graph);
