@@ -20,9 +20,7 @@ with contextlib.suppress(ModuleNotFoundError):  # cuda.bindings: only where GPUs
 
 pytestmark = pytest.mark.gpu
 
-several = pytest.mark.skipif(
-    jax.default_backend() != "gpu" or len(jax.devices()) < 2, reason="needs two GPUs"
-)
+several = pytest.mark.usefixtures("two_gpus")
 needs_nvshmem = pytest.mark.skipif(
     importlib.util.find_spec("nvidia") is None, reason="needs nvidia-nvshmem-cu13"
 )
@@ -31,6 +29,12 @@ needs_nvshmem = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def on_gpu():
     assert jax.default_backend() == "gpu"
+
+
+@pytest.fixture
+def two_gpus():
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two GPUs")
 
 
 @pytest.fixture

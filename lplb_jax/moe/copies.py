@@ -54,11 +54,11 @@ def add(array: jax.Array, copies: Copies) -> jax.Array:
 
 copy.defvjp(
     lambda entries, copies: (copy(entries, copies), copies),
-    lambda copies, slope: (add(slope, copies), None),
+    lambda copies, ct: (add(ct, copies), None),
 )
 add.defvjp(
     lambda array, copies: (add(array, copies), copies),
-    lambda copies, slope: (copy(slope, copies), None),
+    lambda copies, ct: (copy(ct, copies), None),
 )
 
 
@@ -71,7 +71,7 @@ def head(rows: jax.Array, n: jax.Array) -> jax.Array:
 
 head.defvjp(
     lambda rows, n: (rows, n),
-    lambda n, slope: (jnp.where((numbers(len(slope)) < n)[:, None], slope, 0), None),
+    lambda n, ct: (jnp.where((numbers(len(ct)) < n)[:, None], ct, 0), None),
 )
 
 

@@ -47,8 +47,8 @@ from lplb_jax.moe.plan import Counted, is_first, rows_of_choices, starts
     meta_fields=["n_sent", "n_received", "axis_name", "transport"],
 )
 @dataclasses.dataclass(frozen=True)
-class Lists:
-    """Lists of tokens, one from every rank to every other.
+class SendLists:
+    """SendLists of tokens, one from every rank to every other.
 
     "ragged": one begins where the one before ends. "padded": all have equal room.
 
@@ -106,7 +106,7 @@ class Plan(Counted):
       capacity: rows that a rank has room for (static).
     """
 
-    lists: Lists
+    lists: SendLists
     sent: Copies
     row_of: jax.Array
     choice_of: jax.Array
@@ -257,7 +257,7 @@ def make_plan(
         n_sent = n_received = n_ranks * min(n_tokens, capacity)
     else:
         n_sent, n_received = n_tokens * min(n_ranks, top_k), min(n_tokens * n_ranks, capacity)
-    lists = Lists(sizes, n_sent, n_received, axis_name, transport)
+    lists = SendLists(sizes, n_sent, n_received, axis_name, transport)
     before = jnp.cumsum(goes, axis=0, dtype=jnp.int32) - goes
     place = jnp.take_along_axis(lists.starts_sent[me][None] + before, rank, axis=1)
     place = jnp.where(is_first(rank, row >= 0), place, n_sent)
@@ -352,7 +352,7 @@ def _check_assignment(
 
 
 @custom_vjp(2)
-def exchange(array: jax.Array, lists: Lists, way: str) -> jax.Array:
+def exchange(array: jax.Array, lists: SendLists, way: str) -> jax.Array:
     """`[n_sent, …]` of sources to `[n_received, …]` of ranks ("there"), or the other way ("back").
 
     Where there are no tokens there is anything.
@@ -370,12 +370,12 @@ def exchange(array: jax.Array, lists: Lists, way: str) -> jax.Array:
     return _ragged(array, here, there, starts_there, n_out, lists.axis_name)
 
 
-def _exchange_forward(array: jax.Array, lists: Lists, way: str) -> tuple[jax.Array, Lists]:
+def _exchange_forward(array: jax.Array, lists: SendLists, way: str) -> tuple[jax.Array, SendLists]:
     return exchange(array, lists, way), lists
 
 
-def _exchange_backward(way: str, lists: Lists, slope: jax.Array) -> tuple[jax.Array, None]:
-    return exchange(slope, lists, "back" if way == "there" else "there"), None
+def _exchange_backward(way: str, lists: SendLists, ct: jax.Array) -> tuple[jax.Array, None]:
+    return exchange(ct, lists, "back" if way == "there" else "there"), None
 
 
 exchange.defvjp(_exchange_forward, _exchange_backward)

@@ -166,11 +166,11 @@ def _ffn_backward(
     activation: Callable[[jax.Array], jax.Array],
     products: Products,
     saved: tuple[Any, ...],
-    slope: jax.Array,
+    ct: jax.Array,
 ) -> tuple[Any, ...]:
     rows, experts, gates, group_sizes, gate_up, hidden = saved
-    slope = products.cleaned(slope, group_sizes)
-    of_hidden = products.of_rows(slope, experts.down, group_sizes, transposed=True)
+    ct = products.cleaned(ct, group_sizes)
+    of_hidden = products.of_rows(ct, experts.down, group_sizes, transposed=True)
     _, pull = jax.vjp(
         lambda gate_up, gates: _gated(activation, gate_up, gates, group_sizes), gate_up, gates
     )
@@ -182,7 +182,7 @@ def _ffn_backward(
     first, of_gate_up = lax.optimization_barrier((first, of_gate_up))
     of_rows = products.of_rows(of_gate_up, experts.gate_up, group_sizes, transposed=True)
     of_rows, hidden = lax.optimization_barrier((of_rows, hidden))
-    last = products.of_weights(hidden, slope, group_sizes)
+    last = products.of_weights(hidden, ct, group_sizes)
     first, last = lax.optimization_barrier((first, last))
     return of_rows, Experts(first, last), of_gates, None
 

@@ -383,14 +383,14 @@ def moe_layer(
             rows, experts = transfers.beside(fetch, rows, experts)
     else:
         if waits:
-            sent, experts = transfers.sent(fetch, tokens, plan.sent, experts)
+            sent, experts = transfers.send_tokens(fetch, tokens, plan.sent, experts)
         else:
             sent = copy(tokens, plan.sent)
         received = exchange(sent, plan.lists, "there")
         if refetch is not None:
             received, experts = transfers.after(received, experts)
         row_gates = exchange(copy(gates, plan.sent), plan.lists, "there").reshape(-1)
-        rows, row_gates, experts = transfers.in_rows(
+        rows, row_gates, experts = transfers.expand_rows(
             fetch, received, row_gates, plan.received, experts
         )
         row_gates = copy(row_gates, plan.choices)

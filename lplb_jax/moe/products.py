@@ -190,7 +190,7 @@ class Products(NamedTuple):
 
     Attributes:
       of_rows: rows `[m, k]`, weights `[g, k, n]` (or `transposed`: `[g, n, k]`), sizes -> `[m, n]`.
-      of_weights: rows `[m, k]`, slope `[m, n]`, sizes -> `[g, k, n]`.
+      of_weights: rows `[m, k]`, cotangents `[m, n]`, sizes -> `[g, k, n]`.
       cleaned: rows `[m, k]`, sizes -> the same, so that what is past the last group does no harm.
     """
 
@@ -265,19 +265,19 @@ def _xla_of_rows(
     return _over_tiles(step, out, group_sizes, len(rows))
 
 
-def _xla_of_weights(rows: jax.Array, slope: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def _xla_of_weights(rows: jax.Array, ct: jax.Array, group_sizes: jax.Array) -> jax.Array:
     wide = wider(rows.dtype, jnp.float32)
 
     def step(out: jax.Array, tile: _Tiles, length: int, mine: jax.Array) -> jax.Array:
-        of_rows, of_slope = (
+        of_rows, of_ct = (
             jnp.where(mine, lax.dynamic_slice_in_dim(array, tile.block, length), 0)
-            for array in (rows, slope)
+            for array in (rows, ct)
         )
         by_rows = (((0,), (0,)), ((), ()))
-        product = lax.dot_general(of_rows, of_slope, by_rows, preferred_element_type=wide)
+        product = lax.dot_general(of_rows, of_ct, by_rows, preferred_element_type=wide)
         return out.at[tile.group].add(product)
 
-    out = jnp.zeros((len(group_sizes), rows.shape[1], slope.shape[1]), wide)
+    out = jnp.zeros((len(group_sizes), rows.shape[1], ct.shape[1]), wide)
     return _over_tiles(step, out, group_sizes, len(rows)).astype(rows.dtype)
 
 
@@ -325,18 +325,18 @@ def _mosaic_of_rows(
     return varying_as(out, rows)
 
 
-def _mosaic_of_weights(rows: jax.Array, slope: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def _mosaic_of_weights(rows: jax.Array, ct: jax.Array, group_sizes: jax.Array) -> jax.Array:
     from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
     out = transposed_ragged_dot(
         rows,
-        slope,
+        ct,
         group_sizes=group_sizes,
         block_m=128,
         block_n=128,
         block_k=_BLOCK_K,
         max_concurrent_steps=4,
-        grid_block_n=_neighbours(slope.shape[1]),
+        grid_block_n=_neighbours(ct.shape[1]),
     )
     return varying_as(out, rows)
 

@@ -204,25 +204,25 @@ class Fetch:
         """The parts put together, slot by slot: `[n_copies, …]`."""
         return jnp.stack(delivered, axis=1).reshape(self.n_copies, *delivered[0].shape[1:])
 
-    def into_room(self, weights: jax.Array, delivered: Any) -> jax.Array:
+    def write_into(self, weights: jax.Array, delivered: Any) -> jax.Array:
         """The weights, whose last n_copies are overwritten with the copies."""
         n_own = len(weights) - self.n_copies
         return lax.dynamic_update_slice_in_dim(weights, self.slots(delivered), n_own, axis=0)
 
-    def sent_home(self, slope: jax.Array) -> Any:
+    def sent_home(self, ct: jax.Array) -> Any:
         """Of the gradients of all slots, the copies' on their owners' ranks, part by part."""
-        of_copies = self._parts(slope[-self.n_copies :])
+        of_copies = self._parts(ct[-self.n_copies :])
         (home,) = jax.linear_transpose(self.delivered, of_copies)(of_copies)
         return home
 
-    def settled(self, slope: jax.Array, home: Any) -> jax.Array:
+    def accumulate(self, ct: jax.Array, home: Any) -> jax.Array:
         """The gradients of all slots, with what came home added to the owners'; none in room."""
         # Autodiff would rewrite all of it; so, XLA may update in place the slots that change, if
         # what it reads of them is another kernel's result.
-        own = lax.optimization_barrier(slope[: self.n_copies] + self.slots(home))
-        slope = lax.dynamic_update_slice_in_dim(slope, own, 0, axis=0)
-        none, n_own = jnp.zeros_like(own), len(slope) - self.n_copies
-        return lax.dynamic_update_slice_in_dim(slope, none, n_own, axis=0)
+        own = lax.optimization_barrier(ct[: self.n_copies] + self.slots(home))
+        ct = lax.dynamic_update_slice_in_dim(ct, own, 0, axis=0)
+        none, n_own = jnp.zeros_like(own), len(ct) - self.n_copies
+        return lax.dynamic_update_slice_in_dim(ct, none, n_own, axis=0)
 
     def _parts(self, slots: jax.Array) -> list[jax.Array]:
         return [slots[d :: len(self._pairs)] for d in range(len(self._pairs))]
@@ -245,17 +245,17 @@ def _as_ppermute_counts(axis_name: Any) -> tuple[tuple[Any, ...], list[int]]:
 @jax.custom_vjp
 def filled(fetch: Fetch | FetchAnywhere, weights: jax.Array) -> jax.Array:
     """The weights, whose room is overwritten with the copies."""
-    return fetch.into_room(weights, fetch.delivered(fetch.wanted(weights)))
+    return fetch.write_into(weights, fetch.delivered(fetch.wanted(weights)))
 
 
 filled.defvjp(
     lambda fetch, weights: (filled(fetch, weights), fetch),
-    lambda fetch, slope: (None, _settled(fetch, slope)),
+    lambda fetch, ct: (None, _accumulated(fetch, ct)),
 )
 
 
-def _settled(fetch: Fetch | FetchAnywhere, slope: Any) -> Any:
+def _accumulated(fetch: Fetch | FetchAnywhere, ct: Any) -> Any:
     """Integers, such as quantised weights, have gradients of no type to compute with."""
-    if slope.dtype == jax.dtypes.float0:
-        return slope
-    return fetch.settled(slope, fetch.sent_home(slope))
+    if ct.dtype == jax.dtypes.float0:
+        return ct
+    return fetch.accumulate(ct, fetch.sent_home(ct))

@@ -122,13 +122,13 @@ class FetchAnywhere:
             copies = self._send_copies(copies if n else wanted, copies, n)
         return copies
 
-    def into_room(self, weights: jax.Array, delivered: jax.Array) -> jax.Array:
+    def write_into(self, weights: jax.Array, delivered: jax.Array) -> jax.Array:
         """The weights, whose room is overwritten with the copies."""
         return lax.dynamic_update_slice_in_dim(weights, delivered, self.n_local, axis=0)
 
-    def sent_home(self, slope: jax.Array) -> jax.Array:
+    def sent_home(self, ct: jax.Array) -> jax.Array:
         """Of the gradients of all rows, the copies', where homes receive them."""
-        of_copies = slope[self.n_local :]
+        of_copies = ct[self.n_local :]
         if self.transport == "padded":
             me = lax.axis_index(self.axis_name)
             home = self._travels(me, 0) & (self.peer[me][None] == numbers(len(self.peer))[:, None])
@@ -141,12 +141,12 @@ class FetchAnywhere:
             of_copies = add_received(of_copies, received, children)
         return self._send_back(of_copies, self.n_received, 0)
 
-    def settled(self, slope: jax.Array, home: jax.Array) -> jax.Array:
+    def accumulate(self, ct: jax.Array, home: jax.Array) -> jax.Array:
         """The gradients of all rows, with what came home added to the owners'; none in room."""
         children = self._children(self.n_local, self.most, len(home), 0)
-        slope = add_received(slope, home, children)
-        none = jnp.zeros_like(slope[self.n_local :])
-        return lax.dynamic_update_slice_in_dim(slope, none, self.n_local, axis=0)
+        ct = add_received(ct, home, children)
+        none = jnp.zeros_like(ct[self.n_local :])
+        return lax.dynamic_update_slice_in_dim(ct, none, self.n_local, axis=0)
 
     def _travels(self, rank: jax.Array, n: int) -> jax.Array:
         """bool `[1, room]`: which copies of a rank travel in round n."""

@@ -34,49 +34,52 @@ COMPILER_OPTIONS = {
 
 
 @jax.custom_vjp
-def sent(
+def send_tokens(
     fetch: AnyFetch | None, tokens: jax.Array, copies: Copies, experts: Any
 ) -> tuple[jax.Array, Any]:
-    """The tokens as they are sent, and the experts as they are. Backwards, the gradients of all
-    slots wait for those of the tokens; if `in_rows` fetches the copies, they go home from here."""
+    """The tokens as they are sent, and the experts as they are.
+
+    Backwards, the gradients of all slots wait for those of the tokens; if `expand_rows` fetches the
+    copies, they go home from here.
+    """
     return copy(tokens, copies), experts
 
 
-def _sent_forward(
+def _send_tokens_forward(
     fetch: AnyFetch | None, tokens: jax.Array, copies: Copies, experts: Any
 ) -> tuple[tuple[jax.Array, Any], tuple[AnyFetch | None, Copies]]:
-    return sent(fetch, tokens, copies, experts), (fetch, copies)
+    return send_tokens(fetch, tokens, copies, experts), (fetch, copies)
 
 
-def _sent_backward(
-    saved: tuple[AnyFetch | None, Copies], slopes: tuple[jax.Array, Any]
+def _send_tokens_backward(
+    saved: tuple[AnyFetch | None, Copies], cts: tuple[jax.Array, Any]
 ) -> tuple[None, jax.Array, None, Any]:
     fetch, copies = saved
-    of_sent, of_experts = slopes
+    of_sent, of_experts = cts
     of_slots, put_back = _of_floats(of_experts)
     of_sent, of_slots = lax.optimization_barrier((of_sent, of_slots))
     of_tokens = add(of_sent, copies)
     if fetch is None:
         return None, of_tokens, None, put_back(of_slots)
-    home = [fetch.sent_home(slope) for slope in of_slots]
+    home = [fetch.sent_home(ct) for ct in of_slots]
     of_tokens, home = lax.optimization_barrier((of_tokens, home))
     return (
         None,
         of_tokens,
         None,
-        put_back([fetch.settled(slope, part) for slope, part in zip(of_slots, home, strict=True)]),
+        put_back([fetch.accumulate(ct, part) for ct, part in zip(of_slots, home, strict=True)]),
     )
 
 
-sent.defvjp(_sent_forward, _sent_backward)
+send_tokens.defvjp(_send_tokens_forward, _send_tokens_backward)
 
 
-def _of_floats(slopes: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
+def _of_floats(cts: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
     """The gradients of floats, and a function that puts others in their place.
 
     Integers, such as quantised weights, have some that are of no type to compute with.
     """
-    leaves, tree = jax.tree.flatten(slopes)
+    leaves, tree = jax.tree.flatten(cts)
     floats = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]
 
     def put_back(others: list[jax.Array]) -> Any:
@@ -88,11 +91,11 @@ def _of_floats(slopes: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]]
 
 
 @jax.custom_vjp
-def in_rows(
+def expand_rows(
     fetch: AnyFetch | None, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Any
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Received tokens in rows, their gates as they are, and experts with the copies that are to be
-    fetched. Backwards, the gradients of all slots pass, for `sent`."""
+    fetched. Backwards, the gradients of all slots pass, for `send_tokens`."""
     if fetch is None:
         return copy(tokens, copies), gates, experts
     leaves, tree = jax.tree.flatten(experts)
@@ -105,25 +108,25 @@ def in_rows(
         rows,
         gates,
         tree.unflatten(
-            [fetch.into_room(leaf, part) for leaf, part in zip(leaves, delivered, strict=True)]
+            [fetch.write_into(leaf, part) for leaf, part in zip(leaves, delivered, strict=True)]
         ),
     )
 
 
-def _in_rows_forward(
+def _expand_rows_forward(
     fetch: AnyFetch | None, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Any
 ) -> tuple[tuple[jax.Array, jax.Array, Any], Copies]:
-    return in_rows(fetch, tokens, gates, copies, experts), copies
+    return expand_rows(fetch, tokens, gates, copies, experts), copies
 
 
-def _in_rows_backward(
-    copies: Copies, slopes: tuple[jax.Array, jax.Array, Any]
+def _expand_rows_backward(
+    copies: Copies, cts: tuple[jax.Array, jax.Array, Any]
 ) -> tuple[None, jax.Array, jax.Array, None, Any]:
-    of_rows, of_gates, of_slots = slopes
+    of_rows, of_gates, of_slots = cts
     return None, add(of_rows, copies), of_gates, None, of_slots
 
 
-in_rows.defvjp(_in_rows_forward, _in_rows_backward)
+expand_rows.defvjp(_expand_rows_forward, _expand_rows_backward)
 
 
 @jax.custom_vjp
@@ -135,7 +138,7 @@ def after(tokens: jax.Array, experts: Any) -> tuple[jax.Array, Any]:
 
 after.defvjp(
     lambda tokens, experts: (after(tokens, experts), None),
-    lambda _, slopes: slopes,
+    lambda _, cts: cts,
 )
 
 
@@ -148,7 +151,7 @@ def beside(fetch: AnyFetch | None, rows: jax.Array, experts: Any) -> tuple[jax.A
         return rows, experts
     leaves, tree = jax.tree.flatten(experts)
     delivered = [fetch.delivered(fetch.wanted(weights)) for weights in leaves]
-    return rows, tree.unflatten(map(fetch.into_room, leaves, delivered))
+    return rows, tree.unflatten(map(fetch.write_into, leaves, delivered))
 
 
 def _beside_forward(
@@ -158,15 +161,15 @@ def _beside_forward(
 
 
 def _beside_backward(
-    fetch: AnyFetch | None, slopes: tuple[jax.Array, Any]
+    fetch: AnyFetch | None, cts: tuple[jax.Array, Any]
 ) -> tuple[None, jax.Array, Any]:
-    of_rows, of_experts = slopes
+    of_rows, of_experts = cts
     of_slots, put_back = _of_floats(of_experts)
     of_rows, of_slots = lax.optimization_barrier((of_rows, of_slots))
     if fetch is None:
         return None, of_rows, put_back(of_slots)
-    home = [fetch.sent_home(slope) for slope in of_slots]
-    return None, of_rows, put_back(list(map(fetch.settled, of_slots, home)))
+    home = [fetch.sent_home(ct) for ct in of_slots]
+    return None, of_rows, put_back(list(map(fetch.accumulate, of_slots, home)))
 
 
 beside.defvjp(_beside_forward, _beside_backward)
