@@ -56,3 +56,9 @@ def rng(request) -> np.random.Generator:
 def cpu_devices() -> np.ndarray:
     """The eight virtual devices, also on a machine with GPUs."""
     return np.array(jax.devices("cpu")[:8])
+
+
+@pytest.fixture
+def two_gpus() -> None:
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two GPUs")

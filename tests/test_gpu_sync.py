@@ -29,12 +29,6 @@ def on_gpu():
 
 
 @pytest.fixture
-def two_gpus():
-    if len(jax.devices()) < 2:
-        pytest.skip("needs two GPUs")
-
-
-@pytest.fixture
 def virtual_ranks():
     """Makes VirtualRanks on the first GPUs, or skips where there are not as many."""
     with contextlib.ExitStack() as stack:
