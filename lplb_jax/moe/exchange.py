@@ -216,10 +216,10 @@ def dispatch(
     """
     check_reverse("tokens", (tokens, gates))
     n_ranks, capacity = check_dispatch(tokens, gates, assignment, axis_name, capacity)
-    transport = transports.choose_for_tokens(transport, n_ranks)
-    if transport == "peer":
+    chosen = transports.choose_for_tokens(transport, n_ranks)
+    if chosen == "peer":
         return dispatched(tokens, gates, assignment, axis_name, capacity, comm)
-    plan = make_plan(assignment, axis_name, capacity, transport)
+    plan = make_plan(assignment, axis_name, capacity, chosen)
     tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
     rows = copy(exchange(copy(tokens, plan.sent), plan.lists, "there"), plan.received)
     gates = exchange(copy(gates, plan.sent), plan.lists, "there")

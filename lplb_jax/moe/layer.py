@@ -30,7 +30,7 @@ from lplb_jax.moe.experts import (
     network_of,
 )
 from lplb_jax.moe.moves import check_homes, home_slots, rows_per_rank
-from lplb_jax.moe.peer import dispatched
+from lplb_jax.moe.peer import PeerPlan, dispatched
 from lplb_jax.moe.products import Gemm
 from lplb_jax.moe.replicas import Fetch, filled, with_room
 from lplb_jax.moe.slots import fetch_anywhere, room_for, slots_by_row
@@ -354,6 +354,7 @@ def moe_layer(
             tokens, gates, assignment, axis_name, capacity, comm, order
         )
     else:
+        rows, row_gates = tokens, gates  # Until they have travelled, below.
         plan = make_plan(assignment, axis_name, capacity, of_weights, order)
     fetch, refetch = None, None
     if balance != "none":
@@ -378,7 +379,7 @@ def moe_layer(
             refetch = functools.partial(jax.tree.map, lambda weights: of_slots(roomy(weights)))
             fetch = None
     waits = balance != "none" and refetch is None  # gradients of copies, for those of the tokens
-    if by_peers:
+    if isinstance(plan, PeerPlan):
         if waits:
             rows, experts = transfers.beside(fetch, rows, experts)
     else:
