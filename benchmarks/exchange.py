@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import record
 from exchange_batch import ExchangeBatch
 from graph import Graph
 from jax import lax
@@ -134,8 +135,7 @@ def main() -> None:
     }
     print(json.dumps(figures, indent=1))
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(figures, file, indent=2)
+        record.write(arguments.json, figures)
 
 
 if __name__ == "__main__":

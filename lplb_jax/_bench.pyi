@@ -35,6 +35,31 @@ def launch_ipm(
 def launch_sync(
     comm: int, device: int, rank: int, counts: int, n: int, matrix: int, stream: int, /
 ) -> None: ...
+def launch_there(
+    comm: int,
+    device: int,
+    sizes: Sequence[int],
+    n_bytes: Sequence[int],
+    blocks: Sequence[int],
+    routing: Sequence[int],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    stream: int,
+    /,
+) -> None: ...
+def launch_back(
+    comm: int,
+    device: int,
+    sizes: Sequence[int],
+    n_bytes: Sequence[int],
+    row_type: int,
+    blocks: Sequence[int],
+    routing: Sequence[int],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    stream: int,
+    /,
+) -> None: ...
 def launch_empty(stream: int, /) -> None: ...
 def launch_rebalance(
     problem: Sequence[int],
@@ -43,6 +68,9 @@ def launch_rebalance(
     tiles: Sequence[int],
     inputs: Sequence[int],
     outputs: Sequence[int],
+    fan_out: int,
+    width: int,
+    copies: Sequence[int],
     stream: int,
     /,
 ) -> None: ...
@@ -55,6 +83,9 @@ def launch_synced_rebalance(
     tiles: Sequence[int],
     inputs: Sequence[int],
     outputs: Sequence[int],
+    fan_out: int,
+    width: int,
+    copies: Sequence[int],
     stream: int,
     /,
 ) -> None: ...

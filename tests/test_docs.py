@@ -129,7 +129,10 @@ def test_signatures_are_the_contract():
         "place_copies": "(loads, placement, *, fan_out=None)",
         "count_loads": "(indices, n_logical)",
         "sync_loads": "(counts, axis_name, *, comm=None)",
-        "init_comm": "(mesh, axis='ep', *, max_experts, transport='auto', timeout_s=30.0)",
+        "init_comm": (
+            "(mesh, axis='ep', *, max_experts, transport='auto', timeout_s=30.0, max_tokens=0, "
+            "hidden_bytes=0, top_k=8, capacity_factor=1.25, sms=0)"
+        ),
         "solve": (
             "(loads, r2o=None, *, placement=None, solver='auto', rank_weights=None, repair=True, "
             "factor='elimination', tile=None, base_load=None)"
