@@ -3,10 +3,13 @@
 #   LPLB_CUDA=off         the CUDA module: auto (where nvcc is found), on, off, or pypi, which takes
 #                         the CUDA toolchain from PyPI and needs nothing of the system's
 #   LPLB_NVSHMEM=on       with NVSHMEM's put, for GPUs that cannot map each other's memory
+#   INSTALL=off           gpu-*: with the lplb_jax that $(PYTHON) imports; nothing is built
 #   PYTEST="-n 4"         options of gpu-test, here four workers
+#   TOOLS=memcheck        which of compute-sanitizer's tools gpu-sanitize runs (default: all four)
 #   LPLB_MATHDX=on        with cuSolverDx's factor, for benchmarks
 .DEFAULT_GOAL := help
-.PHONY: help demo train test lint format docs gpu-test gpu-sanitize gpu-benchmark wheel clean
+.PHONY: help demo train test lint format docs gpu-test gpu-sanitize gpu-benchmark wheel clean \
+  on-gpu-test on-gpu-sanitize on-gpu-benchmark
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -19,10 +22,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 GPU_SITE := $(CURDIR)/build/gpu-site
-BESIDE = PYTHONPATH=$(GPU_SITE):$$PYTHONPATH
-ON_GPU = PYTHONSAFEPATH=1 $(BESIDE)
-# Tests that launch every kernel once or a few times; under a sanitizer they take minutes.
-SANITIZED = tests/test_gpu.py tests/test_gpu_any.py
+ifneq ($(INSTALL),off)
+  GPU_PACKAGE = $(GPU_SITE)/installed
+  GPU_PATH = PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH}
+endif
+TOOLS ?= memcheck racecheck initcheck synccheck
+# As benchmarks/results names it: h100, h200.
+CARD = $(shell nvidia-smi --query-gpu=name --format=csv,noheader \
+  | sed -n '1 s/NVIDIA \([^ ]*\).*/\L\1/p')
+NEW = build/benchmarks
 
 C_FILES = $(shell find xla_ffi cuda -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 SOURCES = CMakeLists.txt pyproject.toml $(wildcard cmake/*) $(C_FILES) \
@@ -54,27 +62,39 @@ format: $(DEPENDENCIES)  ## rewrite the sources in that style
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(C_FILES)
 
-gpu-test: $(GPU_SITE)/installed  ## the GPU's tests, with the Python packages already there
-	$(ON_GPU) $(PYTHON) -m pytest -m gpu $(PYTEST)
+gpu-test:  ## the GPU's tests, with the Python packages already there
+gpu-sanitize:  ## compute-sanitizer over every kernel
+gpu-benchmark:  ## the benchmarks, and whether anything got slower
+gpu-test gpu-sanitize gpu-benchmark:
+	@if nvidia-smi --list-gpus >/dev/null 2>&1; then $(MAKE) --no-print-directory on-$@; \
+	  else echo "lplb_jax: no NVIDIA GPU here: nothing to do for $@"; fi
 
-# Needs CUDA's compute-sanitizer; the figures are compared with the committed ones of an H200.
-gpu-sanitize: $(GPU_SITE)/installed  ## compute-sanitizer over the kernels
-	for tool in memcheck racecheck initcheck synccheck; do \
-	  $(ON_GPU) compute-sanitizer --error-exitcode 1 --tool $$tool \
-	    $(PYTHON) -m pytest -m gpu -p no:cacheprovider $(SANITIZED) || exit 1; done
+# Safe path: not the lplb_jax of the checkout, which lacks the native modules.
+on-gpu-test: $(GPU_PACKAGE)
+	PYTHONSAFEPATH=1 $(GPU_PATH) $(PYTHON) -m pytest -m gpu $(PYTEST)
 
-gpu-benchmark: $(GPU_SITE)/installed  ## the benchmarks, and whether anything got slower
-	mkdir -p build/benchmarks
-	$(BESIDE) $(PYTHON) benchmarks/balancer.py --json build/benchmarks/balancer_h200.json
-	$(BESIDE) $(PYTHON) benchmarks/solver.py --json build/benchmarks/solver_h200.json
+# Without XLA's autotuning, which compares buffers whose padding nothing has written.
+on-gpu-sanitize: $(GPU_PACKAGE)
+	for tool in $(TOOLS); do \
+	  XLA_FLAGS="$$XLA_FLAGS --xla_gpu_autotune_level=0" PYTHONSAFEPATH=1 $(GPU_PATH) \
+	    xargs -d '\n' -a tests/sanitized.txt compute-sanitizer --error-exitcode 1 --tool $$tool \
+	    $(PYTHON) -m pytest -m gpu -p no:cacheprovider || exit 1; done
+
+# Figures without a committed file of this card are measured and kept, but compared with nothing.
+on-gpu-benchmark: $(GPU_PACKAGE)
+	rm -rf $(NEW) && mkdir -p $(NEW)
+	set -e; card=$(CARD); run() { \
+	  echo "benchmarks/$$*"; $(GPU_PATH) $(PYTHON) benchmarks/"$$@"; }; \
+	run balancer.py --json $(NEW)/balancer_$$card.json; \
+	run solver.py --json $(NEW)/solver_$$card.json; \
+	run any_placement.py --instances 20 --json $(NEW)/any_placement_$$card.json; \
 	if [ "$$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then \
-	  $(BESIDE) $(PYTHON) benchmarks/load_sync.py --gpus 2 \
-	    --json build/benchmarks/load_sync_p2p_h200x2.json && \
-	  CUDA_VISIBLE_DEVICES=0,1 $(BESIDE) $(PYTHON) benchmarks/moe_layer.py --hidden 4096 --width 1536 \
-	    --repeats 6 --json build/benchmarks/moe_layer_4096_h200x2.json; fi
-	for new in build/benchmarks/*.json; do echo "$$new"; \
-	  $(PYTHON) benchmarks/compare.py benchmarks/results/$${new##*/} $$new || failed=1; done; \
-	  exit $${failed:-0}
+	  export CUDA_VISIBLE_DEVICES=0,1; \
+	  run load_sync.py --json $(NEW)/load_sync_p2p_$${card}x2.json; \
+	  run exchange.py --json $(NEW)/exchange_$${card}x2.json; \
+	  run moe_layer.py --hidden 4096 --width 1536 --repeats 6 \
+	    --json $(NEW)/moe_layer_4096_$${card}x2.json; fi
+	$(PYTHON) benchmarks/compare.py benchmarks/results $(NEW)
 
 docs: $(VENV)/docs  ## the documentation's site, in build/site/; any warning is an error
 	$(BIN)/mkdocs build --strict

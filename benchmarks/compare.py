@@ -1,46 +1,61 @@
 """Finds regressions: compares the JSON of a benchmark's run with the committed one.
 
     python benchmarks/compare.py benchmarks/results/balancer_h200.json new.json [--tolerance 0.15]
+    python benchmarks/compare.py benchmarks/results build/benchmarks   # every file of a folder
 
-Times and memory may exceed the committed ones by the tolerance. Exits with 1 where one does or is
-missing, and with 2 where the files are of different GPUs, which do not compare.
+Times and memory may exceed the committed ones by the tolerance. Exits with 1 if one does or is
+missing, and with 2 if the files come from different GPUs, whose times do not compare. In a folder,
+files without a committed counterpart are named and skipped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-# Paths of what is better where it is smaller, in the JSON of balancer.py, solver.py, load_sync.py,
-# moe_layer.py, any_placement.py.
+# Paths of the figures that are better the smaller they are, in the JSON of balancer.py, solver.py,
+# load_sync.py, exchange.py, moe_layer.py and any_placement.py.
 SMALLER = re.compile(
     r"[^:]+/\d+|jit_per_layer(_alone)?|argsort|rebalance|microseconds:.*|kernels:.*"
-    r"|results:.*:(ms|gib)|.*:(exact|ipm[^:]*):(mean|p50)|[^:]+/(traces|families|step):mean"
+    r"|.*:(ms|gib)|xla, ms:.*|.*:(exact|ipm[^:]*):(mean|p50)"
+    r"|[^:]+/(traces|families|step)[^:]*:mean"
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("committed")
-    parser.add_argument("new")
+    parser.add_argument("committed", type=pathlib.Path, help="a file, or a folder of them")
+    parser.add_argument("new", type=pathlib.Path, help="likewise")
     parser.add_argument("--tolerance", type=float, default=0.15, help="a share of the committed")
     options = parser.parse_args()
-    committed, new = (read(path) for path in (options.committed, options.new))
+    pairs = [(options.committed, options.new)]
+    if options.new.is_dir():
+        pairs = [(options.committed / new.name, new) for new in sorted(options.new.glob("*.json"))]
+    sys.exit(max([compare(*pair, options.tolerance) for pair in pairs], default=1))
+
+
+def compare(committed_path: pathlib.Path, new_path: pathlib.Path, tolerance: float) -> int:
+    """Prints what got worse; returns the exit status for these two files."""
+    if not committed_path.exists():
+        print(f"{new_path.name}: no committed figures")
+        return 0
+    committed, new = read(committed_path), read(new_path)
     if device(committed) != device(new):
-        print(f"not comparable: {device(committed)} and {device(new)}")
-        sys.exit(2)
-    worse = regressions(committed, new, options.tolerance)
-    print("\n".join(worse) or f"no figure is more than {options.tolerance:.0%} above the committed")
-    sys.exit(1 if worse else 0)
+        print(f"{new_path.name}: not comparable: {device(committed)} and {device(new)}")
+        return 2
+    worse = regressions(committed, new, tolerance)
+    good = [f"no figure is more than {tolerance:.0%} above the committed"]
+    print("\n".join(f"{new_path.name}: {line}" for line in worse or good))
+    return 1 if worse else 0
 
 
-def read(path: str) -> dict[str, Any]:
-    with open(path) as file:
-        return json.load(file)
+def read(path: str | pathlib.Path) -> dict[str, Any]:
+    return json.loads(pathlib.Path(path).read_text())
 
 
 def device(figures: dict[str, Any]) -> str:
@@ -64,15 +79,21 @@ def regressions(committed: dict[str, Any], new: dict[str, Any], tolerance: float
 
 
 def figures(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float]]:
-    """The figures that are better where they are smaller, by their paths."""
+    """The figures that are better the smaller they are, by their paths.
+
+    An element of a list goes by its "case", so that runs of other cases compare.
+    """
+    if isinstance(tree, list):
+        tree = {case_of(element, i): element for i, element in enumerate(tree)}
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from figures(value, (*path, key))
-    elif isinstance(tree, list):
-        for i, value in enumerate(tree):
-            yield from figures(value, (*path, str(i)))
     elif isinstance(tree, int | float) and SMALLER.fullmatch(":".join(path)):
         yield ":".join(path), float(tree)
+
+
+def case_of(element: Any, index: int) -> str:
+    return str(element.get("case", index)) if isinstance(element, dict) else str(index)
 
 
 if __name__ == "__main__":

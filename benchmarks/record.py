@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import re
@@ -24,20 +25,24 @@ def write(path: str, figures: dict[str, Any]) -> None:
 
 
 def run() -> dict[str, Any]:
-    """Command, commit, versions and machine; clocks are those at the end of the run."""
+    """Command, commit, versions and machine; clocks are those at the end of the run.
+
+    Outside a repository the environment variable COMMIT names the commit.
+    """
     smi = _output("nvidia-smi", f"--query-gpu={','.join(_OF_GPU)}", "--format=csv,noheader")
     gpus = [dict(zip(_OF_GPU, line.split(", "), strict=True)) for line in smi.splitlines()]
     cuda = re.search(r"CUDA Version: (\S+)", _output("nvidia-smi"))
     here = pathlib.Path(__file__).parent
     return {
         "command": " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _output("git", "-C", str(here), "describe", "--always", "--dirty").strip(),
+        "commit": _output("git", "-C", str(here), "describe", "--always", "--dirty").strip()
+        or os.environ.get("COMMIT", "not recorded"),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": _version("jaxlib"),
         "nccl": _version("nvidia-nccl-cu13"),
         "cuda_runtime": _version("nvidia-cuda-runtime"),
-        "cuda_of_driver": cuda[1] if cuda else None,
+        "cuda_of_driver": cuda[1] if cuda else "no driver",
         "gpus": gpus,
         "cpu": _cpu(),
     }
@@ -51,11 +56,11 @@ def _output(*command: str) -> str:
         return ""
 
 
-def _version(package: str) -> str | None:
+def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return "not installed"
 
 
 def _cpu() -> str:

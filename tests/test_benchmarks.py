@@ -18,7 +18,10 @@ def place(tree, path):
     """The container of a figure, and its key there."""
     *above, last = path.split(":")
     for key in above:
-        tree = tree[int(key) if isinstance(tree, list) else key]
+        if isinstance(tree, list):
+            tree = next(x for i, x in enumerate(tree) if compare.case_of(x, i) == key)
+        else:
+            tree = tree[key]
     return tree, last
 
 
@@ -68,6 +71,54 @@ def test_exit_status(tmp_path):
     assert "NVIDIA H100" in said
 
 
+def test_folders(tmp_path):
+    """Every file with its committed one; the worst decides, and what has none is named."""
+    results, new = ROOT / "benchmarks" / "results", tmp_path / "new"
+    new.mkdir()
+    (new / "balancer_a100.json").write_text("{}")
+
+    def exit_status_of_folder():
+        command = [sys.executable, compare.__file__, results, new]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stdout.splitlines()
+
+    for name in ("moe_layer_4096_h200x2", "solver_h200"):
+        (new / f"{name}.json").write_text((results / f"{name}.json").read_text())
+    status, said = exit_status_of_folder()
+    assert status == 0
+    assert said[0] == "balancer_a100.json: no committed figures"
+    assert len(said) == 3
+    slower = compare.read(new / "solver_h200.json")
+    slower["cube"]["exact"]["mean"] *= 1.2
+    (new / "solver_h200.json").write_text(json.dumps(slower))
+    status, said = exit_status_of_folder()
+    assert status == 1
+    assert said[-1].startswith("solver_h200.json: cube:exact:mean: ")
+
+
+def test_cases_compare_by_name():
+    """Not by where they are in the list: a run of other cases says which are missing."""
+    committed = compare.read(ROOT / "benchmarks/results/moe_layer_4096_h200x2.json")
+    new = copy.deepcopy(committed)
+    new["results"].reverse()
+    assert compare.regressions(committed, new, 0.0) == []
+    del new["results"][0]
+    lines = compare.regressions(committed, new, 0.15)
+    assert lines
+    assert all("arranged to 1.6" in line and "missing" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem
+)
+def test_every_committed_file_says_how_it_was_made(path):
+    """What was not recorded at the time says so."""
+    made = compare.read(path)["run"]
+    assert made.keys() == record.run().keys()
+    assert None not in made.values(), made
+    assert "" not in made.values(), made
+
+
 def test_every_json_says_what_it_depends_on(tmp_path):
     record.write(tmp_path / "figures.json", {"device": "cpu", "microseconds": {"call": 1.5}})
     written = json.loads((tmp_path / "figures.json").read_text())
@@ -78,6 +129,15 @@ def test_every_json_says_what_it_depends_on(tmp_path):
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     if head.returncode == 0:
         assert run["commit"].removesuffix("-dirty") in head.stdout
+    assert all(run.values()) or run["gpus"] == []
+
+
+def test_a_commit_can_be_named_where_there_is_no_repository(monkeypatch):
+    monkeypatch.setattr(record, "_output", lambda *command: "")
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert record.run()["commit"] == "not recorded"
+    monkeypatch.setenv("COMMIT", "0123abc")
+    assert record.run()["commit"] == "0123abc"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
