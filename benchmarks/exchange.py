@@ -28,7 +28,8 @@ from jax.sharding import PartitionSpec as P
 from virtual_ranks import VirtualRanks
 
 from lplb_jax.comm import Windows
-from lplb_jax.moe.exchange import SendLists, exchange
+from lplb_jax.moe.collectives import SendLists, exchange
+from lplb_jax.moe.ragged import Ragged
 
 N_TOKENS, HIDDEN = 16_384, 4096
 SMS = (8, 16, 32, 64, 132)
@@ -90,7 +91,7 @@ def by_xla(mesh: Mesh) -> dict[str, float]:
     sizes[here, (here + 1) % size] = N_TOKENS
 
     def ragged(x: jax.Array) -> jax.Array:
-        lists = SendLists(jnp.asarray(sizes), N_TOKENS, N_TOKENS, "ep", "ragged")
+        lists = SendLists(jnp.asarray(sizes), N_TOKENS, N_TOKENS, "ep", Ragged())
         return exchange(x, lists, "there")
 
     def padded(x: jax.Array) -> jax.Array:

@@ -333,12 +333,12 @@ class Case:
     def layer(self, name: str, tokens: jax.Array, gates: jax.Array, experts: Any, ids: Any) -> Any:
         """One rank's forward pass: output, and what is left of it."""
         of_batch = name == "batch"
-        out, traffic, *filled = moe.moe_layer(
+        result = moe.moe_layer(
             tokens, ids, gates, experts, placement=self.placement, axis_name="ep",
             balance="lplb" if of_batch else name, copies="batch" if of_batch else "placement",
             capacity_factor=self.key(name)[1], in_place=True, **self.transport,
         )  # fmt: skip
-        return out, (filled[0] if filled else experts, traffic)
+        return result.out, (result.experts, result.traffic)
 
     def key(self, name: str) -> tuple[str, float, int]:
         """What a step is compiled for: its kind, room over the mean load, and copies."""

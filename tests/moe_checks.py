@@ -153,9 +153,10 @@ def layer_over(mesh, case, *, check_vma=True, **options):
     """The layer on all ranks; experts come and go in the order of the ranks' own slots."""
 
     def rank(tokens, gates, experts, ids, placement):
-        return moe.moe_layer(
+        out, traffic = moe.moe_layer(
             tokens, ids, gates, experts, case.r2o, placement=placement, axis_name="ep", **options
         )
+        return out, traffic
 
     return jax.shard_map(
         rank,

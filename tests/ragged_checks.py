@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import everywhere
 
 from lplb_jax import moe, topologies
-from lplb_jax.moe import transports
+from lplb_jax.moe import ragged
 
 EXPERTS = (96, 256)
 SIZES = (256, 128)  # hidden and width, for the fast matrix products
@@ -73,9 +73,9 @@ def main() -> None:
     process = int(process)
     jax.distributed.initialize(coordinator, int(n_processes), process, local_device_ids=[process])
     mesh = Mesh(np.array(jax.devices()), "ep")
-    nccl = ".".join(map(str, transports.nccl_version() or ["none"]))
+    nccl = ".".join(map(str, ragged.nccl_version() or ["none"]))
     print(f"{mesh.size} ranks, jax {jax.__version__}, NCCL {nccl}, --seed={seed}", flush=True)
-    reason = transports.why_not_ragged(mesh.size)
+    reason = ragged.Ragged().why_not_over(mesh.size)
     if reason is not None:
         print(f"not run: {reason}")
         return

@@ -31,7 +31,7 @@ from lplb_jax import (
     sync_loads,
     topologies,
 )
-from lplb_jax.moe import transports
+from lplb_jax.moe import ragged
 
 N_TOKENS = [1, 5, 33, 1000, 8193, 32768, 200_000, 600_001]
 
@@ -151,7 +151,7 @@ def check_layer(mesh, comm, rng) -> None:
             for routing in (moe_checks.skewed, moe_checks.half_silent):
                 given = moe_checks.problem(rng, case, routing, 40 * case.ep_size)
                 moe_checks.assert_equals_plain_mathematics(run, mesh, *given, rng, 1e-4)
-    reason = transports.why_not_ragged(mesh.size)
+    reason = ragged.Ragged().why_not_over(mesh.size)
     if jax.process_count() > 1 and reason is not None:
         layer = moe_checks.layer_over(mesh, case, transport="ragged")
         floats, ids, placement = given

@@ -95,8 +95,12 @@ RESULTS = [
     lplb_jax.TileSplit,
     lplb_jax.Placement,
     lplb_jax.moe.Experts,
+    lplb_jax.moe.InSlots,
+    lplb_jax.moe.LayerResult,
+    lplb_jax.moe.Own,
     lplb_jax.moe.Plan,
     lplb_jax.moe.Traffic,
+    lplb_jax.moe.WithRoom,
 ]
 
 

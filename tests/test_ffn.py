@@ -143,7 +143,7 @@ def layer_of(mesh, case, network, *, early=False, transport="padded", **options)
         if early:
             experts = moe.replicate_weights(experts, None, "ep", placement=placement)
         result = moe.moe_layer(tokens, ids, gates, experts, placement=placement, **options)
-        return result[:2]
+        return result.out, result.traffic
 
     return jax.shard_map(
         rank, mesh=mesh, in_specs=(P("ep"), P("ep"), P("ep"), P("ep"), P()),
@@ -284,7 +284,7 @@ def test_what_experts_share_is_closed_over(rng, mesh):
         return moe.moe_layer(
             tokens, ids, gates, weights, placement=placement, axis_name="ep", ffn=ffn,
             transport="padded", keep_copies=False, **ROOM,
-        )[0]  # fmt: skip
+        ).out  # fmt: skip
 
     sharded = P("ep"), P("ep"), P("ep"), P(), P("ep")
     layer = jax.shard_map(rank, mesh=mesh, in_specs=sharded, out_specs=P("ep"))
@@ -444,7 +444,7 @@ def test_bad_arguments(rng, mesh, name):
         return moe.moe_layer(
             tokens, ids, gates, options["experts"], placement=CUBE.placement(), axis_name="ep",
             **{name: value for name, value in options.items() if name != "experts"},
-        )[0]  # fmt: skip
+        ).out  # fmt: skip
 
     run = jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
     arrays = jnp.zeros((64, HIDDEN)), jnp.zeros((64, TOP_K)), jnp.zeros((64, TOP_K), jnp.int32)

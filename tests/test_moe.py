@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import jaxlib.version
+import moe_checks
 import numpy as np
 import pytest
 from cases import Case, random_topology
@@ -43,10 +44,9 @@ from lplb_jax import (
     rebalance,
     topologies,
 )
+from lplb_jax.moe import collectives
 from lplb_jax.moe import copies as copies_module
-from lplb_jax.moe import exchange
 from lplb_jax.moe import experts as experts_module
-from lplb_jax.moe import layer as layer_module
 from lplb_jax.moe import products as products_module
 
 CASES = {
@@ -640,13 +640,13 @@ def test_overflow_is_counted_and_left_out(rng, mesh, routing):
 
 def test_rows_that_nobody_sent_do_not_matter(rng, mesh, monkeypatch):
     """The ragged transport leaves them as they were in memory: also NaN, in both directions."""
-    clean = exchange.exchange
+    clean = collectives.exchange
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
     def spoiled(array, lists, way):
         out = clean(array, lists, way)
         got = lists if way == "there" else dataclasses.replace(lists, sizes=lists.sizes.T)
-        there = got.arrived(jax.lax.axis_index("ep"))
+        there = lists.transport.arrived(got, jax.lax.axis_index("ep"))
         anything = jnp.nan if jnp.issubdtype(array.dtype, jnp.floating) else 7
         return jnp.where(there.reshape(-1, *[1] * (out.ndim - 1)), out, anything)
 
@@ -655,8 +655,7 @@ def test_rows_that_nobody_sent_do_not_matter(rng, mesh, monkeypatch):
         lambda array, lists, way: (spoiled(array, lists, way), lists),
         lambda way, lists, slope: (spoiled(slope, lists, other[way]), None),
     )
-    for module in (exchange, layer_module):
-        monkeypatch.setattr(module, "exchange", spoiled)
+    monkeypatch.setattr(collectives, "exchange", spoiled)
     case = CASES["ring"](rng)
     for room in ({"capacity_factor": 1.0}, ROOM):
         run = with_slopes(layer_over(mesh, case, **PORTABLE, **room))
@@ -759,11 +758,11 @@ def test_who_fetches_the_copies_and_where_to(rng, mesh, balance):
             experts = moe.replicate_weights(
                 experts, case.r2o, "ep", redundants_per_rank=n_copies, in_place=in_place
             )
-        out, _, *filled = moe.moe_layer(
+        result = moe.moe_layer(
             tokens, ids, gates, experts, case.r2o, placement=placement, axis_name="ep",
             balance=balance, in_place=in_place and not early, **PORTABLE, **ROOM,
         )  # fmt: skip
-        return out, filled
+        return result.out, result.experts
 
     def run(experts, **options):
         function = jax.shard_map(
@@ -789,10 +788,72 @@ def test_who_fetches_the_copies_and_where_to(rng, mesh, balance):
         )
         assert not any(array.any() for array in jax.tree.leaves(of_room))
         jax.tree.map(np.testing.assert_array_equal, (out, (*slopes, of_own)), want)
-        for slots in filled:
-            copies = jax.tree.map(lambda array: array[placement.phy2log], experts)
-            jax.tree.map(np.testing.assert_array_equal, slots, copies)
-        assert len(filled) == (not early)
+        copies = jax.tree.map(lambda array: array[placement.phy2log], experts)
+        jax.tree.map(np.testing.assert_array_equal, filled, None if early else copies)
+
+
+@pytest.mark.parametrize("kind", [moe.Own, moe.InSlots, moe.WithRoom])
+def test_weights_that_say_what_they_are(rng, cpu_devices, kind):
+    """The same program as of bare ones; what comes out, gradients too, is of their type."""
+    mesh, case = Mesh(cpu_devices[:2], "ep"), moe_checks.case_of(2)
+    (tokens, gates, experts), ids, placement = problem(rng, case, skewed, 16)
+    n = placement.n_logical if kind is moe.Own else placement.n_physical
+    experts = jax.tree.map(lambda array: np.resize(array, (n, *array.shape[1:])), experts)
+    in_place = kind is moe.WithRoom
+
+    def program(experts, **options):
+        def rank(tokens, gates, experts):
+            result = moe.moe_layer(
+                tokens, ids[: len(tokens)], gates, experts, placement=placement, axis_name="ep",
+                **PORTABLE, **options,
+            )  # fmt: skip
+            return result.out, (result.traffic, result.experts)
+
+        specs = {"in_specs": P("ep"), "out_specs": (P("ep"), (P(), P("ep")))}
+        run = jax.shard_map(rank, mesh=mesh, **specs)
+        text = jax.make_jaxpr(with_slopes(run))((tokens, gates, experts), tokens)
+        return text, jax.eval_shape(with_slopes(run), (tokens, gates, experts), tokens)
+
+    bare, typed = program(experts, in_place=in_place), program(kind(experts))
+    assert str(bare[0]) == str(typed[0])
+    _, slopes, (_, filled) = typed[1]
+    assert type(slopes[2]) is kind
+    assert type(filled) is (kind if in_place else type(None))
+    assert bare[1][1][2] == slopes[2].experts
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (moe.InSlots, {}, "^experts: expected the 8 slots, got 5"),
+        (moe.InSlots, {"balance": "none"}, "^experts: expected Own or WithRoom .* got InSlots"),
+        (moe.WithRoom, {}, "^experts: expected the 5 own .* and room for 3 copies, got 5"),
+        (moe.Own, {"in_place": True}, "^in_place: expected it with .*WithRoom, got Own"),
+    ],
+)
+def test_weights_that_are_not_what_they_say(rng, cpu_devices, kind, options, words):
+    mesh, case = Mesh(cpu_devices[:2], "ep"), moe_checks.case_of(2)
+    floats, ids, placement = problem(rng, case, skewed, 16)
+    n_own = placement.n_logical // 2
+
+    def rank(tokens, gates, experts, ids):
+        options_of_all = {"placement": placement, "axis_name": "ep", **PORTABLE, **options}
+        return moe.moe_layer(tokens, ids, gates, kind(experts), **options_of_all).out
+
+    assert n_own == 5
+    run = jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(run, *floats, ids)
+
+
+def test_a_result_unpacks():
+    """Into two, or with room for copies three, in the order of its attributes; a pytree."""
+    out, traffic = moe.LayerResult(1, 2)
+    assert (out, traffic) == (1, 2)
+    out, traffic, experts = moe.LayerResult(1, 2, 3)
+    assert (out, traffic, experts) == (1, 2, 3)
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, moe.LayerResult(1, 2, 3))
+    assert doubled == moe.LayerResult(2, 4, 6)
 
 
 def test_the_layer_does_what_its_parts_do(rng, mesh):
@@ -842,9 +903,10 @@ def test_none_in_place(rng, mesh):
         function = jax.shard_map(function, mesh=mesh, in_specs=P("ep"), out_specs=out_specs)
         return jax.jit(function)(own, *floats[:2], ids)
 
-    out, traffic, experts = run((P("ep"), P(), P("ep")), in_place=True)
+    out, traffic, experts = run(moe.LayerResult(P("ep"), P(), P("ep")), in_place=True)
     jax.tree.map(np.testing.assert_array_equal, experts, own)
-    jax.tree.map(np.testing.assert_array_equal, (out, traffic), run((P("ep"), P())))
+    expected = run(moe.LayerResult(P("ep"), P()))
+    jax.tree.map(np.testing.assert_array_equal, (out, traffic), tuple(expected))
 
 
 def test_rematerialised_layers_in_a_scan(rng, mesh):
@@ -923,7 +985,7 @@ def test_a_sub_axis_of_a_mesh(rng, cpu_devices):
         return moe.moe_layer(
             tokens, ids, gates, experts, case.r2o, placement=placement, axis_name="ep",
             **PORTABLE, **ROOM,
-        )[0], None  # fmt: skip
+        ).out, None  # fmt: skip
 
     both = P(("data", "ep"))
     run = jax.shard_map(
@@ -955,10 +1017,11 @@ def test_several_axes_in_any_order(rng, mesh, sizes, axes, check_vma):
 
     def results(mesh, axes):
         def layer(tokens, gates, experts, ids):
-            return moe.moe_layer(
+            out, traffic = moe.moe_layer(
                 tokens, ids, gates, experts, case.r2o, placement=placement, axis_name=axes,
                 **PORTABLE, **ROOM,
             )  # fmt: skip
+            return out, traffic
 
         def replicas(weights):
             fetch = functools.partial(moe.replicate_weights, weights, case.r2o, axes)
@@ -988,7 +1051,7 @@ def test_the_ragged_transport_has_the_same_types(rng, cpu_devices, check_vma):
             return moe.moe_layer(
                 tokens, ids, gates, experts, case.r2o, placement=placement, axis_name="ep",
                 transport=transport, gemm="xla",
-            )[0], None  # fmt: skip
+            ).out, None  # fmt: skip
 
         run = jax.shard_map(
             rank,
@@ -1013,7 +1076,7 @@ def test_placements_change_without_a_new_trace(rng, mesh):
         return moe.moe_layer(
             tokens, ids, gates, experts, case.r2o, placement=placement, axis_name="ep",
             **PORTABLE, **ROOM,
-        )[0]  # fmt: skip
+        ).out  # fmt: skip
 
     run = jax.shard_map(layer, mesh=mesh, in_specs=(P("ep"),) * 4 + (P(),), out_specs=P("ep"))
     run = jax.jit(run)
@@ -1194,7 +1257,7 @@ def test_bad_input(rng, mesh, changed, error, words):
             "placement": case.placement(),
             "axis_name": "ep",
         }
-        return moe.moe_layer(**{**good, **changed})[0]
+        return moe.moe_layer(**{**good, **changed}).out
 
     run = jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
     with pytest.raises(error, match=words) as raised:

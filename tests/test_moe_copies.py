@@ -196,7 +196,7 @@ def test_the_ragged_transport_has_the_same_types(rng, cpu_devices, keep_copies):
         def rank(tokens, gates, experts, ids, placement):
             return moe.moe_layer(
                 tokens, ids, gates, experts, placement=placement, axis_name="ep", **options
-            )[0]
+            ).out
 
         specs = {"in_specs": (both, both, P("ep"), both, P()), "out_specs": both}
         function = with_slopes(
@@ -236,7 +236,7 @@ def test_bad_arguments(rng, mesh):
 
         def rank(tokens, gates, experts, ids, options=options):
             options = {"placement": placement, "axis_name": "ep", **BATCH, **options}
-            return moe.moe_layer(tokens, ids, gates, experts, **options)[0]
+            return moe.moe_layer(tokens, ids, gates, experts, **options).out
 
         run = jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
         with pytest.raises(ValueError, match=words):
@@ -252,7 +252,7 @@ def test_homes_that_do_not_fit_are_told(rng, mesh):
 
     def rank(tokens, gates, experts, ids):
         options = {"placement": crowded, "axis_name": "ep", **BATCH}
-        return moe.moe_layer(tokens, ids, gates, experts, **options)[0]
+        return moe.moe_layer(tokens, ids, gates, experts, **options).out
 
     run = jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
     with pytest.raises(ValueError, match=r"^placement: .*at most 3 experts, got 4 on rank 0"):

@@ -12,6 +12,7 @@ from moe_checks import HIDDEN, AnyCase, problem, skewed
 
 from lplb_jax import Placement, moe, topologies
 from lplb_jax.moe import copies, slots
+from lplb_jax.moe.transports import COLLECTIVES
 from lplb_jax.placement import place_experts
 
 
@@ -30,7 +31,12 @@ def hot(rng, case):
 def fetch_of(placement, loads, *, used, fan_out=None, transport="ragged"):
     rows = slots.slots_by_row(placement)
     fetch = slots.fetch_anywhere(
-        placement, rows, "ep", transport, slot_loads=loads if used else None, fan_out=fan_out
+        placement,
+        rows,
+        "ep",
+        COLLECTIVES[transport],
+        slot_loads=loads if used else None,
+        fan_out=fan_out,
     )
     return rows, fetch
 

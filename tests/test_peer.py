@@ -12,7 +12,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lplb_jax import init_comm, moe
+from lplb_jax._native import warn_once
 from lplb_jax.comm import Comm, _windows
+from lplb_jax.moe.collectives import ListPlan
+from lplb_jax.moe.peer import PeerPlan
 
 
 @pytest.fixture
@@ -61,25 +64,37 @@ def test_the_parts_equal_those_of_padded(rng, mesh):
     ],
 )
 def test_what_has_no_room_is_refused(mesh, changed, words):
+    """By "peer"; "auto" takes another transport, and says once why if comm has windows."""
     changed = dict(changed)
     hidden, dtype = changed.pop("hidden", 16), changed.pop("dtype", "float32")
     comm = changed["comm"] if "comm" in changed else comm_of(4, **changed)
+    plans = []
 
-    def send(tokens, gates, ids):
+    def send(transport, tokens, gates, ids):
         assigned = peer_checks.assigned(ids, 4)
-        options = {"axis_name": "ep", "capacity": 384, "transport": "peer", "comm": comm}
-        return moe.dispatch(tokens, gates, assigned, **options)[0]
+        options = {"axis_name": "ep", "capacity": 384, "transport": transport, "comm": comm}
+        rows, _, plan = moe.dispatch(tokens, gates, assigned, **options)
+        plans.append(type(plan))
+        return rows
 
-    run = jax.shard_map(send, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
-    shapes = [((64, hidden), dtype), ((64, 3), "float32"), ((64, 3), "int32")]
-    evaluate = functools.partial(
-        jax.eval_shape, run, *(jax.ShapeDtypeStruct(*shape) for shape in shapes)
-    )
+    def evaluate(transport):
+        over = functools.partial(send, transport)
+        run = jax.shard_map(over, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+        shapes = [((64, hidden), dtype), ((64, 3), "float32"), ((64, 3), "int32")]
+        jax.eval_shape(run, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+        return plans.pop()
+
+    warn_once.cache_clear()
     if words is None:
-        evaluate()
+        assert evaluate("peer") == evaluate("auto") == PeerPlan
+        return
+    with pytest.raises(ValueError, match=words):
+        evaluate("peer")
+    if comm is None or comm.window is None:
+        assert evaluate("auto") == ListPlan
     else:
-        with pytest.raises(ValueError, match=words):
-            evaluate()
+        with pytest.warns(UserWarning, match=f"tokens do not travel by .*'peer'.*{words}"):
+            assert evaluate("auto") == ListPlan
 
 
 @pytest.mark.parametrize(

@@ -420,7 +420,8 @@ def test_layers_of_experts_find_the_topology_too(rng, cpu_devices):
                 tokens, ids, gates, experts, r2o, placement=placement, axis_name="ep"
             )
 
-        run = jax.shard_map(rank, mesh=mesh, in_specs=spec, out_specs=(spec, P()))
+        results = moe.LayerResult(spec, P())
+        run = jax.shard_map(rank, mesh=mesh, in_specs=spec, out_specs=results)
         return jax.jit(run)(tokens, ids, experts)
 
     expected = slots(CUBE, redundants_per_rank=placement.redundants_per_rank)

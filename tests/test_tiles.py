@@ -282,11 +282,12 @@ def test_in_a_layer(rng, cpu_devices):
             options_of_all = {"placement": placement, "axis_name": "ep", "capacity_factor": 2.0}
             return moe.moe_layer(tokens, ids, gates, experts, **options_of_all, **options)
 
-        layer = jax.shard_map(layer, mesh=mesh, in_specs=axes, out_specs=(axes, same))
+        results = moe.LayerResult(axes, same)
+        layer = jax.shard_map(layer, mesh=mesh, in_specs=axes, out_specs=results)
         return jax.jit(layer)(tokens, ids, np.ones((60, 1), np.float32), experts)
 
     out, traffic = out_of(tile=8, base_load=base, n_nodes=2)
-    np.testing.assert_allclose(out, out_of()[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out, out_of().out, rtol=1e-4, atol=1e-5)
     loads = np.bincount(ids.ravel(), minlength=4).astype(np.int32)
     split = solve(loads, placement=placement, tile=8, base_load=base)
     np.testing.assert_array_equal(traffic.slot_loads, split.quota)

@@ -1,12 +1,16 @@
 """Which way the tokens of the layer go, by what is loaded and how many processes there are."""
 
 import types
+import warnings
 
 import jax
 import jaxlib.version
 import pytest
 
-from lplb_jax.moe import transports
+from lplb_jax._native import warn_once
+from lplb_jax.moe import ragged, transports
+from lplb_jax.moe.collectives import Padded
+from lplb_jax.moe.ragged import Ragged
 
 HOSTS_OF_ONE = [types.SimpleNamespace(slice_index=0)] * 4
 HOSTS_OF_TWO = [types.SimpleNamespace(slice_index=i // 2) for i in range(4)]
@@ -15,7 +19,7 @@ HOSTS_OF_TWO = [types.SimpleNamespace(slice_index=i // 2) for i in range(4)]
 @pytest.fixture
 def between(monkeypatch):
     """Several processes with all that ragged_all_to_all needs, but for what is given."""
-    for name in transports._WITHOUT_WINDOWS:
+    for name in ragged._WITHOUT_WINDOWS:
         monkeypatch.delenv(name, raising=False)
 
     def make(*, backend="gpu", jaxlib_="0.11.1", nccl=(2, 29, 7), devices=HOSTS_OF_ONE, here=1):
@@ -23,7 +27,7 @@ def between(monkeypatch):
         monkeypatch.setattr(jax, "local_device_count", lambda: here)
         monkeypatch.setattr(jax, "default_backend", lambda: backend)
         monkeypatch.setattr(jaxlib.version, "__version__", jaxlib_)
-        monkeypatch.setattr(transports, "nccl_version", lambda: nccl)
+        monkeypatch.setattr(ragged, "nccl_version", lambda: nccl)
         monkeypatch.setattr(jax, "devices", lambda: devices)
 
     return make
@@ -44,7 +48,12 @@ def test_without_something_it_is_refused(between, name):
     between(**given)
     with pytest.raises(ValueError, match=f"^transport: .*got 'ragged'.*: .*{words}"):
         transports.choose("ragged", n_ranks)
-    assert transports.choose("auto", n_ranks) == "padded"
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=f"lax.all_to_all, which is slower .*since .*{words}"):
+        assert transports.choose("auto", n_ranks) == Padded()
+    with warnings.catch_warnings():  # It says so once.
+        warnings.simplefilter("error")
+        assert transports.choose("auto", n_ranks) == Padded()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +70,7 @@ def test_without_something_it_is_refused(between, name):
 def test_settings_of_nccl(between, monkeypatch, name, value, runs):
     between()
     monkeypatch.setenv(name, value)
-    reason = transports.why_not_ragged(4)
+    reason = Ragged().why_not_over(4)
     assert reason is None if runs else f"{name}={value}" in reason
 
 
@@ -69,13 +78,16 @@ def test_settings_of_nccl(between, monkeypatch, name, value, runs):
 @pytest.mark.parametrize("nccl", [(2, 29, 7), (2, 32, 3), (3, 0, 0)])
 def test_with_everything_it_is_ragged(between, version, nccl):
     between(jaxlib_=version, nccl=nccl)
-    assert transports.choose("ragged", 32) == "ragged"
-    assert transports.choose("padded", 4) == "padded"
+    for asked in ("ragged", "auto"):
+        assert transports.choose(asked, 32) == Ragged()
+    assert transports.choose("padded", 4) == Padded()
 
 
 def test_on_cpus_it_is_padded(between):
     between(backend="cpu")
-    assert transports.choose("auto", 4) == "padded"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert transports.choose("auto", 4) == Padded()
     with pytest.raises(ValueError, match=r"got 'ragged'.*for GPUs"):
         transports.choose("ragged", 4)
 
@@ -83,9 +95,9 @@ def test_on_cpus_it_is_padded(between):
 def test_a_process_with_all_ranks_needs_nothing(between, monkeypatch):
     """Of several where it is asked for, as JAX does not tell whose ranks an axis has."""
     between(nccl=(2, 28, 9), here=4)
-    assert transports.choose("ragged", 4) == "ragged"
+    assert transports.choose("ragged", 4) == Ragged()
     monkeypatch.setattr(jax, "process_count", lambda: 1)
-    assert transports.choose("auto", 4) == "ragged"
+    assert transports.choose("auto", 4) == Ragged()
 
 
 def test_version_of_nccl(monkeypatch):
@@ -96,10 +108,10 @@ def test_version_of_nccl(monkeypatch):
         return 0
 
     library = types.SimpleNamespace(ncclGetVersion=get)
-    monkeypatch.setattr(transports._libraries, "find", lambda *_: library)
-    assert transports.nccl_version.__wrapped__() == (2, 32, 3)
-    monkeypatch.setattr(transports._libraries, "find", lambda *_: None)
-    assert transports.nccl_version.__wrapped__() is None
+    monkeypatch.setattr(ragged._libraries, "find", lambda *_: library)
+    assert ragged.nccl_version.__wrapped__() == (2, 32, 3)
+    monkeypatch.setattr(ragged._libraries, "find", lambda *_: None)
+    assert ragged.nccl_version.__wrapped__() is None
 
 
 def test_another_transport(between):

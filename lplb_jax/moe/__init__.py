@@ -1,18 +1,24 @@
 """An expert-parallel mixture-of-experts layer on top of `rebalance`. Start with `moe_layer`."""
 
-from lplb_jax.moe.exchange import Plan, capacity_for, combine, dispatch
+from lplb_jax.moe.exchange import capacity_for, combine, dispatch
 from lplb_jax.moe.experts import Experts, expert_ffn
-from lplb_jax.moe.layer import Traffic, moe_layer
+from lplb_jax.moe.layer import LayerResult, Traffic, moe_layer
 from lplb_jax.moe.moves import move_experts, to_home_order, to_id_order
+from lplb_jax.moe.plan import Plan
 from lplb_jax.moe.products import grouped_dot, per_row
 from lplb_jax.moe.replicas import replicate_weights
 from lplb_jax.moe.transfers import COMPILER_OPTIONS
+from lplb_jax.moe.weights import InSlots, Own, WithRoom
 
 __all__ = [
     "COMPILER_OPTIONS",
     "Experts",
+    "InSlots",
+    "LayerResult",
+    "Own",
     "Plan",
     "Traffic",
+    "WithRoom",
     "capacity_for",
     "combine",
     "dispatch",

@@ -3,139 +3,23 @@
 A token goes to a rank once, however many of its choices the rank serves; there it is copied to a
 row for each. What the experts made of those rows is summed there, too, and travels back as one.
 The rows stand slot by slot, and in a slot source by source: the layout of a grouped GEMM.
-A source knows everybody's counts, and from `Assignment.position` the row of each of its choices:
-it sends the numbers of the rows beside the token.
-
-The exchanges there and back are each other's transposes, as copying and adding up are: derivatives
-are made of the same parts.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from lplb_jax._axes import check_axis, varying_as, varying_over
+from lplb_jax._axes import check_axis, varying_over
 from lplb_jax._problem import check_count
 from lplb_jax.assignment import Assignment
 from lplb_jax.comm import Comm
-from lplb_jax.loads import sync_loads
 from lplb_jax.moe import transports
-from lplb_jax.moe.copies import (
-    Copies,
-    add,
-    check_reverse,
-    choice_at,
-    copy,
-    custom_vjp,
-    head,
-    numbers,
-)
-from lplb_jax.moe.peer import PeerPlan, dispatched
-from lplb_jax.moe.plan import Counted, is_first, rows_of_choices, starts
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["sizes"],
-    meta_fields=["n_sent", "n_received", "axis_name", "transport"],
-)
-@dataclasses.dataclass(frozen=True)
-class SendLists:
-    """SendLists of tokens, one from every rank to every other.
-
-    "ragged": one begins where the one before ends. "padded": all have equal room.
-
-    Attributes:
-      sizes: int32 `[ep_size, ep_size]`: tokens from a source to a rank.
-      n_sent: room for what a source sends, rank by rank (static).
-      n_received: room for what a rank receives, source by source (static).
-      axis_name: the expert-parallel mesh axis (static).
-      transport: "ragged" or "padded" (static).
-    """
-
-    sizes: jax.Array
-    n_sent: int
-    n_received: int
-    axis_name: Any
-    transport: str
-
-    @property
-    def starts_sent(self) -> jax.Array:
-        """Of the shape of sizes: where a list begins in what its source sends."""
-        if self.transport == "padded":
-            n_ranks = len(self.sizes)
-            room = self.n_sent // n_ranks
-            return jnp.broadcast_to(room * numbers(n_ranks)[None], self.sizes.shape)
-        return starts(self.sizes, axis=1)
-
-    def arrived(self, rank: Any) -> jax.Array:
-        """bool `[n_received]`: where in what a rank receives there are tokens."""
-        sizes = self.sizes[:, rank]
-        if self.transport == "padded":
-            room = self.n_received // len(sizes)
-            return (numbers(room)[None] < sizes[:, None]).reshape(-1)
-        return numbers(self.n_received) < sizes.sum(dtype=jnp.int32)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["lists", "sent", "row_of", "choice_of", "counts", "order"],
-    meta_fields=["capacity"],
-)
-@dataclasses.dataclass(frozen=True)
-class Plan(Counted):
-    """Where the tokens of one batch go, and come back from.
-
-    Attributes:
-      lists: what goes from rank to rank.
-      sent: the tokens' places in what this rank sends.
-      row_of: int32 `[n_received, top_k]`, the row of every choice of the tokens that it receives;
-        capacity for those that are others' or none.
-      choice_of: int32 `[capacity]`, the choice, numbered token by token, that a row serves; of no
-        meaning past the last row.
-      counts: int32 `[ep_size, ep_size, slots_per_rank]`: rows from a source for a rank's slot.
-      order: int32 `[ep_size, groups]`: the slot whose rows each group of a rank has, slots_per_rank
-        for none; None for all slots one after the other.
-      capacity: rows that a rank has room for (static).
-    """
-
-    lists: SendLists
-    sent: Copies
-    row_of: jax.Array
-    choice_of: jax.Array
-    counts: jax.Array
-    order: jax.Array | None
-    capacity: int
-
-    @property
-    def axis_name(self) -> Any:
-        """The expert-parallel mesh axis."""
-        return self.lists.axis_name
-
-    @property
-    def received(self) -> Copies:
-        """The rows of the tokens that this rank receives."""
-        return Copies(self.choice_of // self.row_of.shape[1], self.row_of)
-
-    @property
-    def choices(self) -> Copies:
-        """The rows of those tokens' choices, one each at most."""
-        return Copies(self.choice_of, self.row_of.reshape(-1, 1))
-
-    def summed(self, rows: jax.Array) -> jax.Array:
-        """The sums of this rank's rows of every token that it received."""
-        return add(rows, self.received)
-
-    def home(self, sums: jax.Array) -> jax.Array:
-        """Those sums, on their tokens' ranks and added up there."""
-        return add(exchange(sums, self.lists, "back"), self.sent)
+from lplb_jax.moe.copies import check_reverse, head
+from lplb_jax.moe.plan import Plan
 
 
 def capacity_for(n_rows: int, ep_size: int, factor: float) -> int:
@@ -170,7 +54,7 @@ def dispatch(
     capacity: int,
     transport: transports.TokenTransport = "auto",
     comm: Comm | None = None,
-) -> tuple[jax.Array, jax.Array, Plan | PeerPlan]:
+) -> tuple[jax.Array, jax.Array, Plan]:
     """Sends every token to the ranks of its slots. Call it inside `jax.shard_map`.
 
     Args:
@@ -184,9 +68,10 @@ def dispatch(
       transport: "ragged": `lax.ragged_all_to_all`, exactly the tokens there are; for GPUs of one
         process, or of several processes of one host where JAX and NCCL can (jaxlib 0.11.1, NCCL
         2.29.7, at most 32 ranks). "padded": `lax.all_to_all` of as many for every pair as a source
-        could send; for all backends. "auto": "ragged" where the default backend is a GPU and JAX
-        has one process, else "padded". "peer": the GPUs write to one another's memory themselves,
-        in one process or several of one host; needs `comm`.
+        could send; for all backends. "peer": the GPUs write to one another's memory themselves,
+        in one process or several of one host; needs `comm`. "auto": "peer" where `comm` has windows
+        with room for these tokens, "ragged" where it runs, else "padded"; on GPUs a warning says
+        once why it is not a faster one.
       comm: for "peer", from `init_comm` with `max_tokens` and `hidden_bytes`.
 
     Returns:
@@ -216,14 +101,19 @@ def dispatch(
     """
     check_reverse("tokens", (tokens, gates))
     n_ranks, capacity = check_dispatch(tokens, gates, assignment, axis_name, capacity)
-    chosen = transports.choose_for_tokens(transport, n_ranks)
-    if chosen == "peer":
-        return dispatched(tokens, gates, assignment, axis_name, capacity, comm)
-    plan = make_plan(assignment, axis_name, capacity, chosen)
+    carrier = transports.choose_for_tokens(
+        transport,
+        tokens,
+        gates,
+        axis_name=axis_name,
+        n_ranks=n_ranks,
+        capacity=capacity,
+        comm=comm,
+    )
+    counted = carrier.counted(assignment, axis_name, capacity)
     tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
-    rows = copy(exchange(copy(tokens, plan.sent), plan.lists, "there"), plan.received)
-    gates = exchange(copy(gates, plan.sent), plan.lists, "there")
-    return rows, copy(gates.reshape(-1), plan.choices), plan
+    rows, row_gates, _, plan = carrier.dispatch(tokens, gates, assignment, counted)
+    return rows, row_gates, plan
 
 
 def check_dispatch(
@@ -233,41 +123,6 @@ def check_dispatch(
     n_ranks = check_axis(axis_name)
     _check_assignment(tokens, gates, assignment, n_ranks)
     return n_ranks, _check_capacity(capacity, n_ranks)
-
-
-def make_plan(
-    assignment: Assignment,
-    axis_name: Any,
-    capacity: int,
-    transport: str,
-    order: jax.Array | None = None,
-) -> Plan:
-    """Of checked arguments; exchanges counts and the numbers of rows, no tokens yet."""
-    n_ranks = lax.axis_size(axis_name)
-    n_slots = len(assignment.counts) // n_ranks
-    me = lax.axis_index(axis_name)
-    counts = sync_loads(assignment.counts, axis_name).reshape(n_ranks, n_ranks, n_slots)
-    rank, row = rows_of_choices(assignment, counts, order, me, capacity)
-
-    goes = jnp.where(row < 0, n_ranks, rank)[..., None] == numbers(n_ranks)[None, None]
-    goes = goes.any(axis=1).astype(jnp.int32)
-    sizes = sync_loads(goes.sum(axis=0, dtype=jnp.int32), axis_name)
-    n_tokens, top_k = row.shape
-    if transport == "padded":
-        n_sent = n_received = n_ranks * min(n_tokens, capacity)
-    else:
-        n_sent, n_received = n_tokens * min(n_ranks, top_k), min(n_tokens * n_ranks, capacity)
-    lists = SendLists(sizes, n_sent, n_received, axis_name, transport)
-    before = jnp.cumsum(goes, axis=0, dtype=jnp.int32) - goes
-    place = jnp.take_along_axis(lists.starts_sent[me][None] + before, rank, axis=1)
-    place = jnp.where(is_first(rank, row >= 0), place, n_sent)
-    sent = Copies(choice_at(place, n_sent) // top_k, place)
-
-    # A rank serves those choices of a received token whose rows are its own.
-    row = exchange(copy(row, sent), lists, "there") - me * capacity
-    here = lists.arrived(me)[:, None] & (row >= 0) & (row < capacity)
-    row = jnp.where(here, row, capacity)
-    return Plan(lists, sent, row, choice_at(row, capacity), counts, order, capacity)
 
 
 def _check_capacity(capacity: Any, n_ranks: int) -> int:
@@ -280,7 +135,7 @@ def _check_capacity(capacity: Any, n_ranks: int) -> int:
     return capacity
 
 
-def combine(rows: jax.Array, plan: Plan | PeerPlan) -> jax.Array:
+def combine(rows: jax.Array, plan: Plan) -> jax.Array:
     """Sends rows back to their tokens and sums them.
 
     Args:
@@ -349,69 +204,3 @@ def _check_assignment(
             f"gates: expected floats [tokens, top_k] = {list(physical.shape)}, got {gates.dtype} "
             f"{list(gates.shape)}"
         )
-
-
-@custom_vjp(2)
-def exchange(array: jax.Array, lists: SendLists, way: str) -> jax.Array:
-    """`[n_sent, …]` of sources to `[n_received, …]` of ranks ("there"), or the other way ("back").
-
-    Where there are no tokens there is anything.
-    """
-    if lists.transport == "padded":
-        return lax.all_to_all(array, lists.axis_name, 0, 0, tiled=True)
-    me = lax.axis_index(lists.axis_name)
-    starts_sent, starts_received = lists.starts_sent, starts(lists.sizes, axis=0)
-    source = _Slices(starts_sent[me], lists.sizes[me])
-    receiver = _Slices(starts_received[:, me], lists.sizes[:, me])
-    if way == "there":
-        here, there, n_out, starts_there = source, receiver, lists.n_received, starts_received[me]
-    else:
-        here, there, n_out, starts_there = receiver, source, lists.n_sent, starts_sent[:, me]
-    return _ragged(array, here, there, starts_there, n_out, lists.axis_name)
-
-
-def _exchange_forward(array: jax.Array, lists: SendLists, way: str) -> tuple[jax.Array, SendLists]:
-    return exchange(array, lists, way), lists
-
-
-def _exchange_backward(way: str, lists: SendLists, ct: jax.Array) -> tuple[jax.Array, None]:
-    return exchange(ct, lists, "back" if way == "there" else "there"), None
-
-
-exchange.defvjp(_exchange_forward, _exchange_backward)
-
-
-class _Slices(NamedTuple):
-    """Parts of an array, one for every peer: int32 `[ep_size]` each."""
-
-    starts: jax.Array
-    sizes: jax.Array
-
-
-def _ragged(
-    array: jax.Array,
-    here: _Slices,
-    there: _Slices,
-    starts_there: jax.Array,
-    n_out: int,
-    axis_name: Any,
-) -> jax.Array:
-    # XLA moves a piece by one block of threads, of which it takes some hundreds to fill the links.
-    n_pieces = -(-512 // len(here.sizes))
-
-    def cut(starts: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        length = -(-sizes // n_pieces)[:, None]
-        offsets = numbers(n_pieces)[None] * length
-        lengths = jnp.clip(sizes[:, None] - offsets, 0, length)
-        return (starts[:, None] + offsets).reshape(-1), lengths.reshape(-1)
-
-    starts, lengths = cut(*here)
-    return lax.ragged_all_to_all(
-        array,
-        varying_as(lax.empty((n_out, *array.shape[1:]), array.dtype), array),
-        starts,
-        lengths,
-        cut(starts_there, here.sizes)[0],
-        cut(*there)[1],
-        axis_name=axis_name,
-    )

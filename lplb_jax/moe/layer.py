@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args, overload
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,9 @@ from lplb_jax.balancer import rebalance
 from lplb_jax.batch_copies import CopiesFrom, check_copies
 from lplb_jax.comm import Comm
 from lplb_jax.loads import count_loads
-from lplb_jax.moe import transfers, transports
-from lplb_jax.moe.copies import check_reverse, copy
-from lplb_jax.moe.exchange import capacity_for, check_dispatch, exchange, make_plan
+from lplb_jax.moe import transports
+from lplb_jax.moe.copies import check_reverse
+from lplb_jax.moe.exchange import capacity_for, check_dispatch
 from lplb_jax.moe.experts import (
     Network,
     applied,
@@ -29,11 +30,12 @@ from lplb_jax.moe.experts import (
     gated_units,
     network_of,
 )
-from lplb_jax.moe.moves import check_homes, home_slots, rows_per_rank
-from lplb_jax.moe.peer import PeerPlan, dispatched
+from lplb_jax.moe.moves import check_homes, home_slots
 from lplb_jax.moe.products import Gemm
 from lplb_jax.moe.replicas import Fetch, filled, with_room
 from lplb_jax.moe.slots import fetch_anywhere, room_for, slots_by_row
+from lplb_jax.moe.transfers import AnyFetch, Beside
+from lplb_jax.moe.weights import Own, WithRoom, as_weights, unwrapped
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split
 from lplb_jax.status import Status
@@ -109,60 +111,32 @@ class Traffic(NamedTuple):
         )
 
 
-@overload
-def moe_layer(
-    tokens: jax.Array,
-    indices: Any,
-    gates: jax.Array,
-    experts: Any,
-    r2o: Any = None,
-    *,
-    placement: Placement,
-    axis_name: Any,
-    balance: Balance = "lplb",
-    copies: CopiesFrom = "placement",
-    fan_out: int | None = None,
-    keep_copies: bool = True,
-    capacity_factor: float = 1.25,
-    ffn: Callable[[jax.Array, Any, jax.Array], jax.Array] | None = None,
-    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
-    solver: Solver = "auto",
-    transport: transports.TokenTransport = "auto",
-    gemm: Gemm = "auto",
-    comm: Comm | None = None,
-    in_place: Literal[False] = False,
-    n_nodes: int | None = None,
-    tile: int | str | None = None,
-    base_load: Any = None,
-) -> tuple[jax.Array, Traffic]: ...
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["out", "traffic", "experts"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class LayerResult:
+    """What `moe_layer` gives.
 
+    It unpacks: `out, traffic = moe_layer(…)`, and where the experts have room for copies
+    `out, traffic, experts = moe_layer(…)`. As out_specs of `jax.shard_map`:
+    `LayerResult(P("ep"), P())`, or with room `LayerResult(P("ep"), P(), P("ep"))`.
 
-@overload
-def moe_layer(
-    tokens: jax.Array,
-    indices: Any,
-    gates: jax.Array,
-    experts: Any,
-    r2o: Any = None,
-    *,
-    placement: Placement,
-    axis_name: Any,
-    balance: Balance = "lplb",
-    copies: CopiesFrom = "placement",
-    fan_out: int | None = None,
-    keep_copies: bool = True,
-    capacity_factor: float = 1.25,
-    ffn: Callable[[jax.Array, Any, jax.Array], jax.Array] | None = None,
-    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
-    solver: Solver = "auto",
-    transport: transports.TokenTransport = "auto",
-    gemm: Gemm = "auto",
-    comm: Comm | None = None,
-    in_place: Literal[True],
-    n_nodes: int | None = None,
-    tile: int | str | None = None,
-    base_load: Any = None,
-) -> tuple[jax.Array, Traffic, Any]: ...
+    Attributes:
+      out: `[tokens, hidden]`, the weighted sums of what the experts gave. Where
+        `traffic.overflow` is not 0, some choices are missing from them.
+      traffic: what went where.
+      experts: those that were given, with the copies in their room; None without room.
+    """
+
+    out: jax.Array
+    traffic: Traffic
+    experts: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from (self.out, self.traffic)
+        if self.experts is not None:
+            yield self.experts
 
 
 def moe_layer(
@@ -189,7 +163,7 @@ def moe_layer(
     n_nodes: int | None = None,
     tile: int | str | None = None,
     base_load: Any = None,
-) -> tuple[jax.Array, Traffic] | tuple[jax.Array, Traffic, Any]:
+) -> LayerResult:
     """A mixture-of-experts layer over the ranks of `axis_name`. Call it inside `jax.shard_map`.
 
     Its output and gradients are those of a layer on one device: which copy serves a token changes
@@ -201,10 +175,9 @@ def moe_layer(
       tokens: floats `[tokens, hidden]` of this rank; equally many on all ranks.
       indices: integers `[tokens, top_k]`, logical expert ids, −1 for none; see `rebalance`.
       gates: floats `[tokens, top_k]`, weights of the choices.
-      experts: `Experts` of `tokens`' dtype, or with `ffn` any pytree. `[n_local, …]`, the rank's
-        own experts in the order of its slots (without topology in home order, padded: see
-        `move_experts`): copies are fetched here, and all are copied once. Or `[slots_per_rank, …]`:
-        what `replicate_weights` gave, where you fetched them earlier. Or see `in_place`.
+      experts: `Experts` of `tokens`' dtype, or with `ffn` any pytree. As `Own`, `InSlots` or
+        `WithRoom` they say which experts a rank holds; as they are, `in_place` says that they are
+        `WithRoom`, and else their number, which of the other two they are.
       r2o: static topology, see `lplb_jax.topologies`; None for the placement's, or where it has
         none: see `Placement.from_phy2log`.
       placement: where the experts are, see `place_experts`.
@@ -233,22 +206,17 @@ def moe_layer(
       gemm: "mosaic", "xla" or "auto", see `expert_ffn`; not with `ffn`.
       comm: how `rebalance` shares its loads, and tokens travel with transport "peer", see
         `init_comm`; None for `lax.all_gather`.
-      in_place: `experts` is `[slots_per_rank, …]`, own experts first, then room, which is
-        overwritten with copies and has no gradient (with "none" there is no room). Without
-        topology, in home order; there is room for the most copies that a rank can have, which is
-        more only where n_logical is no multiple of ep_size. No copy of the
-        own weights is made where XLA may reuse their buffer: donate them to `jax.jit` and return
-        what comes out of here, before other results. It is typed as one that varies over all axes
-        that `tokens` does; where experts do not, fetch them by `replicate_weights`.
+      in_place: `experts` are `WithRoom`, also where they do not say so. What comes out is typed as
+        one that varies over all axes that `tokens` does; where experts do not, fetch them by
+        `replicate_weights`.
       n_nodes: nodes of the ranks, within which tokens stay if they can, see `rebalance`.
       tile: rows of a tile of `gemm`'s products, see `rebalance`: "mosaic" computes 192 rows at a
         time. None counts tokens.
       base_load: int32 `[ep_size]`, what every rank has to do anyway, see `rebalance`.
 
     Returns:
-      `(out, traffic)`: `[tokens, hidden]`, the weighted sums of what the experts gave; and what
-      went where. Where `traffic.overflow` is not 0, some choices are missing from the sums.
-      With `in_place`, `(out, traffic, experts)`.
+      A `LayerResult`: `.out`, `[tokens, hidden]`; `.traffic`; and of experts with room `.experts`.
+      `out, traffic = moe_layer(…)` unpacks it.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
@@ -264,7 +232,7 @@ def moe_layer(
     ...         activation=jnp.ones_like,
     ...     )
     >>> layer = jax.shard_map(
-    ...     layer, mesh=mesh, in_specs=spec("ep"), out_specs=(spec("ep"), spec())
+    ...     layer, mesh=mesh, in_specs=spec("ep"), out_specs=moe.LayerResult(spec("ep"), spec())
     ... )
     >>> experts = moe.Experts(jnp.ones((2, 1, 2)), jnp.array([2.0, 3.0]).reshape(2, 1, 1))
     >>> tokens, indices = jnp.array([[1.0], [2.0], [3.0], [4.0]]), jnp.array([[0], [0], [0], [1]])
@@ -296,13 +264,16 @@ def moe_layer(
             f"gates: expected the shape of indices, [tokens, top_k], with top_k of at least 1, got "
             f"{list(gates.shape)} for indices {list(indices.shape)}"
         )
-    network = _network(ffn, activation, gemm, experts, tokens)
+    network = _network(ffn, activation, gemm, unwrapped(experts), tokens)
     check_reverse("tokens", (tokens, gates, experts))
-    along_topology = problem.r2o.shape[1] > 0
-    n_experts = len(jax.tree.leaves(experts)[0])
-    _check_number(n_experts, placement, balance, in_place, of_batch)
-    own_only = n_experts == rows_per_rank(placement) and not in_place
-    if not (keep_copies or (own_only and balance != "none" and not along_topology)):
+    along_topology, uses_copies = problem.r2o.shape[1] > 0, balance != "none"
+    weights = as_weights(
+        experts, placement, in_place=in_place, uses_copies=uses_copies, of_batch=of_batch
+    )
+    held = weights.experts
+    own_only = isinstance(weights, Own)
+    fetches = uses_copies and isinstance(weights, Own | WithRoom)
+    if not keep_copies and (not own_only or not uses_copies or along_topology):
         raise ValueError(
             "keep_copies: expected True where no copies are fetched here, or they are fetched in "
             "place or along a topology, got False; wrap the layer in jax.checkpoint"
@@ -339,26 +310,26 @@ def moe_layer(
         status = lower_bound = jnp.zeros(n_groups, jnp.int32)
 
     capacity = capacity_for(indices.size, problem.ep_size, capacity_factor)
-    fetches = balance != "none" and (own_only or in_place)
+    check_dispatch(tokens, gates, assignment, axis_name, capacity)
+    carrier = transports.choose_for_tokens(
+        transport,
+        tokens,
+        gates,
+        axis_name=axis_name,
+        n_ranks=problem.ep_size,
+        capacity=capacity,
+        comm=comm,
+    )
     order = None
-    if balance == "none":
+    if not uses_copies:
         order = home_slots(placement)
     elif fetches and not along_topology:
         order = slots_by_row(placement)
-    check_dispatch(tokens, gates, assignment, axis_name, capacity)
-    by_peers = transports.choose_for_tokens(transport, problem.ep_size) == "peer"
-    of_weights = transports.choose("auto" if by_peers else transport, problem.ep_size)
     tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
-    if by_peers:
-        rows, row_gates, plan = dispatched(
-            tokens, gates, assignment, axis_name, capacity, comm, order
-        )
-    else:
-        rows, row_gates = tokens, gates  # Until they have travelled, below.
-        plan = make_plan(assignment, axis_name, capacity, of_weights, order)
-    fetch, refetch = None, None
-    if balance != "none":
-        experts = varying_as(experts, tokens)
+    counted = carrier.counted(assignment, axis_name, capacity, order)
+    if uses_copies:
+        held = varying_as(held, tokens)
+    fetch: AnyFetch | None = None
     if fetches and along_topology:
         fetch = Fetch(problem.r2o, axis_name, placement.redundants_per_rank)
     elif fetches and order is not None and room_for(placement):
@@ -366,36 +337,23 @@ def moe_layer(
             placement,
             order,
             axis_name,
-            of_weights,
-            slot_loads=plan.slot_loads,
+            transports.for_weights(carrier, problem.ep_size),
+            slot_loads=counted.slot_loads,
             fan_out=fan_out,
         )
+    refetch = None
     if fetch is not None and own_only:
         roomy = functools.partial(with_room, n_copies=fetch.n_copies)
         if keep_copies:
-            experts = jax.tree.map(roomy, experts)
+            held = jax.tree.map(roomy, held)
         else:
             of_slots = functools.partial(filled, fetch)
             refetch = functools.partial(jax.tree.map, lambda weights: of_slots(roomy(weights)))
             fetch = None
-    waits = balance != "none" and refetch is None  # gradients of copies, for those of the tokens
-    if isinstance(plan, PeerPlan):
-        if waits:
-            rows, experts = transfers.beside(fetch, rows, experts)
-    else:
-        if waits:
-            sent, experts = transfers.send_tokens(fetch, tokens, plan.sent, experts)
-        else:
-            sent = copy(tokens, plan.sent)
-        received = exchange(sent, plan.lists, "there")
-        if refetch is not None:
-            received, experts = transfers.after(received, experts)
-        row_gates = exchange(copy(gates, plan.sent), plan.lists, "there").reshape(-1)
-        rows, row_gates, experts = transfers.expand_rows(
-            fetch, received, row_gates, plan.received, experts
-        )
-        row_gates = copy(row_gates, plan.choices)
-    sums = applied(network, rows, experts, plan.group_sizes, row_gates, plan.summed, refetch)
+    again = refetch is not None
+    beside = Beside(held, fetch, waits=uses_copies and not again, follows=again)
+    rows, row_gates, held, plan = carrier.dispatch(tokens, gates, assignment, counted, beside)
+    sums = applied(network, rows, held, plan.group_sizes, row_gates, plan.summed, refetch)
     traffic = Traffic(
         plan.slot_loads,
         jnp.int32(capacity),
@@ -406,7 +364,9 @@ def moe_layer(
         metrics.expert_loads(plan.slot_loads, placement),
     )
     out = plan.home(sums)[:n_tokens]
-    return (out, traffic, experts) if in_place else (out, traffic)
+    if not isinstance(weights, WithRoom):
+        return LayerResult(out, traffic)
+    return LayerResult(out, traffic, WithRoom(held) if experts is weights else held)
 
 
 def _network(ffn: Any, activation: Any, gemm: str, experts: Any, tokens: jax.Array) -> Network:
@@ -421,26 +381,6 @@ def _network(ffn: Any, activation: Any, gemm: str, experts: Any, tokens: jax.Arr
             )
     check_tree(experts)
     return network_of(ffn)
-
-
-def _check_number(
-    n_experts: int, placement: Placement, balance: str, in_place: bool, of_batch: bool
-) -> None:
-    """Raises where there are neither as many experts as a rank owns nor as many as its slots."""
-    n_local, slots_per_rank = rows_per_rank(placement), placement.n_physical // placement.ep_size
-    own, slots = f"{n_local} own experts of a rank", f"{slots_per_rank} slots"
-    if in_place and balance != "none":
-        room = room_for(placement)
-        wanted = {n_local + room: f"{own} and room for {room} copies"}
-    elif balance == "none" or of_batch:
-        wanted = {n_local: own}
-    else:
-        wanted = {n_local: own, slots_per_rank: "its " + slots}
-    if n_experts not in wanted:
-        raise ValueError(
-            f"experts: expected the {' or '.join(wanted.values())}, got "
-            f"{n_experts}{', with in_place=True' if in_place else ''}"
-        )
 
 
 def _assign_alone(

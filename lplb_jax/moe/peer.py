@@ -26,7 +26,17 @@ from lplb_jax.assignment import Assignment
 from lplb_jax.comm import Comm, check_comm
 from lplb_jax.loads import sync_loads
 from lplb_jax.moe.copies import numbers
-from lplb_jax.moe.plan import Counted, by_group, fitting, is_first, rows_of_choices, starts
+from lplb_jax.moe.plan import (
+    Counted,
+    Plan,
+    Transport,
+    by_group,
+    fitting,
+    is_first,
+    rows_of_choices,
+    starts,
+)
+from lplb_jax.moe.transfers import ALONE, Beside, beside_rows
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -80,25 +90,21 @@ class Routing:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["routing", "came", "counts", "order"],
+    data_fields=["counts", "order", "routing", "came"],
     meta_fields=["capacity", "axis_name"],
 )
 @dataclasses.dataclass(frozen=True)
-class PeerPlan(Counted):
-    """Where the tokens of one batch went, and come back from.
+class PeerPlan(Plan):
+    """Of tokens that ranks write into one another's memory.
 
     Attributes:
+      counts, order, capacity, axis_name: see `Plan`.
       routing: where this rank's tokens go.
       came: what came here: the rows of every token, and how many from every rank.
-      counts, order, capacity, axis_name: see `Counted`.
     """
 
     routing: Routing
     came: tuple[jax.Array, jax.Array]
-    counts: jax.Array
-    order: jax.Array | None
-    capacity: int
-    axis_name: Any
 
     def summed(self, rows: jax.Array) -> jax.Array:
         """The sums of all ranks' rows of this rank's tokens: they travel as they are made."""
@@ -109,45 +115,81 @@ class PeerPlan(Counted):
         return sums
 
 
-def dispatched(
-    tokens: jax.Array,
-    gates: jax.Array,
-    assignment: Assignment,
-    axis_name: Any,
-    capacity: int,
-    comm: Comm | None,
-    order: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, PeerPlan]:
-    """`dispatch` of checked arguments."""
-    n_ranks = lax.axis_size(axis_name)
-    n_slots = len(assignment.counts) // n_ranks
-    checked = _check_comm(tokens, gates, axis_name, capacity, comm)
-    counts = _gathered(assignment.counts, axis_name, checked)
-    counts = counts.reshape(n_ranks, n_ranks, n_slots)
-    routing = _routing(assignment, counts, order, axis_name, capacity, checked)
-    tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
-    rows, row_gates, came_rows, sizes = _there(tokens, gates, routing)
-    plan = PeerPlan(routing, (came_rows, sizes), counts, order, capacity, axis_name)
-    return rows, row_gates, plan
+@dataclasses.dataclass(frozen=True)
+class Peer(Transport):
+    """The GPUs' own way, over the windows of a communicator."""
+
+    name = "peer"
+    comm: Comm | None
+
+    def why_not(
+        self, tokens: jax.Array, gates: jax.Array, axis_name: Any, capacity: int
+    ) -> str | None:
+        """Windows have room for so much, and kernels move some types."""
+        comm = self.comm
+        if comm is None or comm.window is None:
+            return (
+                "transport: 'peer' expects a comm with windows: pass max_tokens and hidden_bytes "
+                "to init_comm, " + ("got comm=None" if comm is None else f"got {comm}")
+            )
+        check_comm(comm, axis_name, 1)
+        for name, array in (("tokens", tokens), ("gates", gates)):
+            if array.dtype.name not in _DTYPES:
+                return (
+                    f"{name}: expected one of {', '.join(_DTYPES)} with transport 'peer', got "
+                    f"{array.dtype.name}"
+                )
+        row_bytes = tokens.shape[1] * tokens.dtype.itemsize
+        if row_bytes % 16:
+            return (
+                f"tokens: expected a hidden size of a multiple of 16 bytes with transport 'peer', "
+                f"got {tokens.dtype.name} {list(tokens.shape)}"
+            )
+        n_tokens, top_k = gates.shape
+        others = comm.size - 1
+        needed = max(min(others * n_tokens, capacity), n_tokens * min(others, top_k))
+        window = comm.window
+        if needed > window.n_tokens or row_bytes > window.row_bytes or top_k > window.top_k:
+            return (
+                f"comm: its windows have room for {window.n_tokens} tokens of {window.row_bytes} "
+                f"bytes and top_k up to {window.top_k}, and this call needs {needed} of "
+                f"{row_bytes} bytes with top_k = {top_k}; raise max_tokens, hidden_bytes, top_k or "
+                f"capacity_factor in init_comm"
+            )
+        return None
+
+    def gathered(self, counts: jax.Array, axis_name: Any) -> jax.Array:
+        """By the communicator, which takes as many counts at a time as it has experts."""
+        assert self.comm is not None
+        step = self.comm.max_experts
+        parts = [
+            sync_loads(counts[i : i + step], axis_name, comm=self.comm)
+            for i in range(0, len(counts), step)
+        ]
+        return jnp.concatenate(parts, axis=1)
+
+    def dispatch(
+        self,
+        tokens: jax.Array,
+        gates: jax.Array,
+        assignment: Assignment,
+        counted: Counted,
+        beside: Beside = ALONE,
+    ) -> tuple[jax.Array, jax.Array, Any, Plan]:
+        """The experts' copies travel meanwhile, and wait for nothing."""
+        assert self.comm is not None
+        routing = _routing(assignment, counted, self.comm)
+        rows, row_gates, *came = _there(tokens, gates, routing)
+        plan = PeerPlan(**vars(counted), routing=routing, came=tuple(came))
+        experts = beside.experts
+        if beside.waits:
+            rows, experts = beside_rows(beside.fetch, rows, experts)
+        return rows, row_gates, experts, plan
 
 
-def _gathered(counts: jax.Array, axis_name: Any, comm: Comm) -> jax.Array:
-    """`sync_loads` of more counts than there are experts, as slots are."""
-    parts = [
-        sync_loads(counts[i : i + comm.max_experts], axis_name, comm=comm)
-        for i in range(0, len(counts), comm.max_experts)
-    ]
-    return jnp.concatenate(parts, axis=1)
-
-
-def _routing(
-    assignment: Assignment,
-    counts: jax.Array,
-    groups: jax.Array | None,
-    axis_name: Any,
-    capacity: int,
-    comm: Comm,
-) -> Routing:
+def _routing(assignment: Assignment, counted: Counted, comm: Comm) -> Routing:
+    counts, groups = counted.counts, counted.order
+    axis_name, capacity = counted.axis_name, counted.capacity
     me, n_ranks = lax.axis_index(axis_name), len(counts)
     rank, row = rows_of_choices(assignment, counts, groups, me, capacity)
     n_tokens = len(row)
@@ -165,41 +207,6 @@ def _routing(
     lists = jnp.stack([sizes, there[me], there[:, me], home[:, me], home[me]])
     n_received = min((n_ranks - 1) * n_tokens, capacity)
     return Routing(row, order, lists, capacity, n_received, axis_name, comm.identifier, comm.sms)
-
-
-def _check_comm(
-    tokens: jax.Array, gates: jax.Array, axis_name: Any, capacity: int, comm: Comm | None
-) -> Comm:
-    if comm is None or comm.window is None:
-        raise ValueError(
-            "transport: 'peer' expects a comm with windows: pass max_tokens and hidden_bytes to "
-            "init_comm, " + ("got comm=None" if comm is None else f"got {comm}")
-        )
-    check_comm(comm, axis_name, 1)
-    for name, array in (("tokens", tokens), ("gates", gates)):
-        if array.dtype.name not in _DTYPES:
-            raise ValueError(
-                f"{name}: expected one of {', '.join(_DTYPES)} with transport 'peer', got "
-                f"{array.dtype.name}"
-            )
-    row_bytes = tokens.shape[1] * tokens.dtype.itemsize
-    if row_bytes % 16:
-        raise ValueError(
-            f"tokens: expected a hidden size of a multiple of 16 bytes with transport 'peer', got "
-            f"{tokens.dtype.name} {list(tokens.shape)}"
-        )
-    n_tokens, top_k = gates.shape
-    others = comm.size - 1
-    needed = max(min(others * n_tokens, capacity), n_tokens * min(others, top_k))
-    window = comm.window
-    if needed > window.n_tokens or row_bytes > window.row_bytes or top_k > window.top_k:
-        raise ValueError(
-            f"comm: its windows have room for {window.n_tokens} tokens of {window.row_bytes} bytes "
-            f"and top_k up to {window.top_k}, and this call needs {needed} of {row_bytes} bytes "
-            f"with top_k = {top_k}; raise max_tokens, hidden_bytes, top_k or capacity_factor in "
-            f"init_comm"
-        )
-    return comm
 
 
 @jax.custom_vjp

@@ -1,8 +1,16 @@
-"""What a plan knows however tokens travel: the counts of all ranks, and the rows that follow."""
+"""How tokens travel: what every transport does, and what it knows of a batch.
+
+A transport is a class. It is asked whether it can carry a batch (`why_not`), it gathers the counts
+of all ranks, from which every row follows, and it sends the tokens. What comes back from that is a
+`Plan`, which brings the results home. Derivatives are made of the same parts.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import abc
+import dataclasses
+import functools
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +18,24 @@ from jax import lax
 
 from lplb_jax._axes import varying_as
 from lplb_jax.assignment import Assignment
+from lplb_jax.loads import sync_loads
 from lplb_jax.moe.copies import numbers
+from lplb_jax.moe.transfers import ALONE, Beside
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["counts", "order"],
+    meta_fields=["capacity", "axis_name"],
+)
+@dataclasses.dataclass(frozen=True)
 class Counted:
-    """Properties of plans, which have these attributes.
+    """What all ranks know of a batch before any token has travelled.
 
     Attributes:
       counts: int32 `[ep_size, ep_size, slots_per_rank]`: rows from a source for a rank's slot.
-      order: see `Plan`.
+      order: int32 `[ep_size, groups]`: the slot whose rows each group of a rank has, slots_per_rank
+        for none; None for all slots one after the other.
       capacity: rows that a rank has room for (static).
       axis_name: the expert-parallel mesh axis (static).
     """
@@ -45,6 +62,67 @@ class Counted:
         me = lax.axis_index(self.axis_name)
         counts = by_group(self.counts, self.order)
         return fitting(counts, self.capacity)[:, me].sum(axis=0, dtype=jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Counted, abc.ABC):
+    """Where the tokens of one batch went, and come back from. `combine` takes it.
+
+    Attributes:
+      counts: int32 `[ep_size, ep_size, slots_per_rank]`: rows from a source for a rank's slot.
+      order: int32 `[ep_size, groups]`: the slot whose rows each group of a rank has, slots_per_rank
+        for none; None for all slots one after the other.
+      capacity: rows that a rank has room for (static).
+      axis_name: the expert-parallel mesh axis (static).
+    """
+
+    @abc.abstractmethod
+    def summed(self, rows: jax.Array) -> jax.Array:
+        """The sums of this rank's rows, token by token, where `home` expects them."""
+
+    @abc.abstractmethod
+    def home(self, sums: jax.Array) -> jax.Array:
+        """Those sums, on their tokens' ranks and added up there: `[tokens, …]`."""
+
+
+class Transport(abc.ABC):
+    """A way for tokens to the ranks of their slots and back.
+
+    Attributes:
+      name: what users call it.
+    """
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def why_not(
+        self, tokens: jax.Array, gates: jax.Array, axis_name: Any, capacity: int
+    ) -> str | None:
+        """Why it cannot carry these to rows of such capacity, or None where it can."""
+
+    def gathered(self, counts: jax.Array, axis_name: Any) -> jax.Array:
+        """Everybody's counts: int32 `[n_physical]` -> `[ep_size, n_physical]`."""
+        return sync_loads(counts, axis_name)
+
+    def counted(
+        self, assignment: Assignment, axis_name: Any, capacity: int, order: jax.Array | None = None
+    ) -> Counted:
+        """What follows from the counts of all ranks; `order` as in `Counted`."""
+        n_ranks = lax.axis_size(axis_name)
+        counts = self.gathered(assignment.counts, axis_name)
+        return Counted(counts.reshape(n_ranks, n_ranks, -1), order, capacity, axis_name)
+
+    @abc.abstractmethod
+    def dispatch(
+        self,
+        tokens: jax.Array,
+        gates: jax.Array,
+        assignment: Assignment,
+        counted: Counted,
+        beside: Beside = ALONE,
+    ) -> tuple[jax.Array, jax.Array, Any, Plan]:
+        """The rows of this rank's groups, `[capacity, hidden]`, the gate of each, the experts with
+        the copies that came beside them, and the way back."""
 
 
 def rows_of_choices(

@@ -27,7 +27,7 @@ def replicate_weights(
     placement: Placement | None = None,
     redundants_per_rank: int | None = None,
     in_place: bool = False,
-    transport: transports.Transport = "auto",
+    transport: transports.WeightTransport = "auto",
 ) -> Any:
     """Fetches the weights of this rank's redundant slots from the ranks that own them.
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lplb_jax._axes import varying_as
+from lplb_jax.moe.collectives import Collective
 from lplb_jax.moe.copies import add_received, numbers
 from lplb_jax.moe.moves import home_rows, home_slots, rows_per_rank
 from lplb_jax.placement import Placement
@@ -85,7 +86,7 @@ class FetchAnywhere:
       most: copies of an expert that its home sends (static).
       n_received: room for the gradients that come home (static).
       axis_name: the expert-parallel mesh axis (static).
-      transport: "ragged" or "padded" (static). With "padded", all is sent by homes, in one round.
+      transport: what moves them (static). If not exact in size, homes send all, in one round.
     """
 
     round: jax.Array
@@ -98,7 +99,7 @@ class FetchAnywhere:
     most: int
     n_received: int
     axis_name: Any
-    transport: str
+    transport: Collective
 
     @property
     def n_copies(self) -> int:
@@ -111,7 +112,7 @@ class FetchAnywhere:
 
     def delivered(self, wanted: jax.Array) -> jax.Array:
         """The copies that this rank gets, `[room, …]`; 0 where there is none."""
-        if self.transport == "padded":
+        if not self.transport.exact:
             me = lax.axis_index(self.axis_name)
             sent = (self.round == 0) & (self.peer == me)
             received = self._swap(_where(sent, wanted[jnp.where(sent, self.row, 0)]))
@@ -129,7 +130,7 @@ class FetchAnywhere:
     def sent_home(self, ct: jax.Array) -> jax.Array:
         """Of the gradients of all rows, the copies', where homes receive them."""
         of_copies = ct[self.n_local :]
-        if self.transport == "padded":
+        if not self.transport.exact:
             me = lax.axis_index(self.axis_name)
             home = self._travels(me, 0) & (self.peer[me][None] == numbers(len(self.peer))[:, None])
             received = self._swap(_where(home, of_copies[None]))
@@ -187,7 +188,7 @@ def fetch_anywhere(
     placement: Placement,
     slots: jax.Array,
     axis_name: Any,
-    transport: str,
+    transport: Collective,
     *,
     slot_loads: jax.Array | None = None,
     fan_out: int | None = None,
@@ -219,7 +220,7 @@ def fetch_anywhere(
     nth = (same & earlier).sum(axis=1, dtype=jnp.int32)
     n_rounds, span = 1, jnp.ones_like(nth)
     turn = jnp.where(moves & (nth < most), 0, -1)
-    if transport == "padded":
+    if not transport.exact:
         peer, child, place, n_received = owner, nth, number, len(number)
     else:
         while _FIRST**n_rounds < most:

@@ -11,16 +11,57 @@ sees nothing to do between the beginning of their transfer and its end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax import lax
 
 from lplb_jax.moe.copies import Copies, add, copy
-from lplb_jax.moe.replicas import Fetch
-from lplb_jax.moe.slots import FetchAnywhere
 
-AnyFetch = Fetch | FetchAnywhere
+
+class AnyFetch(Protocol):
+    """Who sends which weights to whom, along a topology or anywhere. Methods take one array."""
+
+    @property
+    def n_copies(self) -> int:
+        """Room for copies on each rank."""
+        ...
+
+    def wanted(self, weights: jax.Array) -> Any:
+        """What others fetch of this rank's weights."""
+
+    def delivered(self, wanted: Any) -> Any:
+        """What this rank gets when all have sent what is `wanted` of them."""
+
+    def write_into(self, weights: jax.Array, delivered: Any) -> jax.Array:
+        """The weights, whose room is overwritten with the copies."""
+        ...
+
+    def sent_home(self, ct: jax.Array) -> Any:
+        """Of the gradients of all slots, the copies', on their owners' ranks."""
+
+    def accumulate(self, ct: jax.Array, home: Any) -> jax.Array:
+        """The gradients of all slots, with what came home added to the owners'; none in room."""
+        ...
+
+
+class Beside(NamedTuple):
+    """What becomes of the experts while the tokens travel to them.
+
+    Attributes:
+      experts: a pytree of arrays `[n, …]`.
+      fetch: how the copies among them come meanwhile; None where none do.
+      waits: whether, backwards, the gradients of all slots wait for those of the tokens.
+      follows: whether what is fetched of the experts later waits for the tokens' arrival.
+    """
+
+    experts: Any = ()
+    fetch: AnyFetch | None = None
+    waits: bool = False
+    follows: bool = False
+
+
+ALONE = Beside()  # tokens without experts
 
 # For `jax.jit(step, compiler_options=moe.COMPILER_OPTIONS)`, of use on GPUs: XLA starts transfers
 # early and ends them late, so that they hide behind computation, many at a time; and between GPUs
@@ -143,7 +184,7 @@ after.defvjp(
 
 
 @jax.custom_vjp
-def beside(fetch: AnyFetch | None, rows: jax.Array, experts: Any) -> tuple[jax.Array, Any]:
+def beside_rows(fetch: AnyFetch | None, rows: jax.Array, experts: Any) -> tuple[jax.Array, Any]:
     """Rows that no exchange of XLA's brings, as they are, and experts with the copies that are to
     be fetched, which wait for nothing. Backwards, the gradients of all slots wait for those of the
     rows, and the copies' go home while these travel."""
@@ -157,7 +198,7 @@ def beside(fetch: AnyFetch | None, rows: jax.Array, experts: Any) -> tuple[jax.A
 def _beside_forward(
     fetch: AnyFetch | None, rows: jax.Array, experts: Any
 ) -> tuple[tuple[jax.Array, Any], AnyFetch | None]:
-    return beside(fetch, rows, experts), fetch
+    return beside_rows(fetch, rows, experts), fetch
 
 
 def _beside_backward(
@@ -172,4 +213,4 @@ def _beside_backward(
     return None, of_rows, put_back(list(map(fetch.accumulate, of_slots, home)))
 
 
-beside.defvjp(_beside_forward, _beside_backward)
+beside_rows.defvjp(_beside_forward, _beside_backward)

@@ -1,0 +1,232 @@
+"""Tokens by one of XLA's collectives: a list of them from every rank to every other.
+
+A source knows everybody's counts, and from `Assignment.position` the row of each of its choices: it
+sends the numbers of the rows beside the token. The exchanges there and back are each other's
+transposes, as copying and adding up are: derivatives are made of the same parts.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lplb_jax.assignment import Assignment
+from lplb_jax.loads import sync_loads
+from lplb_jax.moe import transfers
+from lplb_jax.moe.copies import Copies, add, choice_at, copy, custom_vjp, numbers
+from lplb_jax.moe.plan import Counted, Plan, Transport, is_first, rows_of_choices
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sizes"],
+    meta_fields=["n_sent", "n_received", "axis_name", "transport"],
+)
+@dataclasses.dataclass(frozen=True)
+class SendLists:
+    """Lists of tokens, one from every rank to every other.
+
+    Attributes:
+      sizes: int32 `[ep_size, ep_size]`: tokens from a source to a rank.
+      n_sent: room for what a source sends, rank by rank (static).
+      n_received: room for what a rank receives, source by source (static).
+      axis_name: the expert-parallel mesh axis (static).
+      transport: what moves them, and says where they begin (static).
+    """
+
+    sizes: jax.Array
+    n_sent: int
+    n_received: int
+    axis_name: Any
+    transport: Collective
+
+
+class Collective(Transport):
+    """A transport that moves arrays of any kind, weights too.
+
+    Attributes:
+      exact: whether what there is travels, and no more; else equal room for every pair of ranks.
+    """
+
+    exact: ClassVar[bool]
+
+    @abc.abstractmethod
+    def why_not_over(self, n_ranks: int) -> str | None:
+        """Why it does not run over so many ranks, or None where it does."""
+
+    @abc.abstractmethod
+    def rooms(self, n_tokens: int, top_k: int, n_ranks: int, capacity: int) -> tuple[int, int]:
+        """`n_sent` and `n_received` of `SendLists`."""
+
+    @abc.abstractmethod
+    def starts_sent(self, lists: SendLists) -> jax.Array:
+        """Of the shape of sizes: where a list begins in what its source sends."""
+
+    @abc.abstractmethod
+    def arrived(self, lists: SendLists, rank: Any) -> jax.Array:
+        """bool `[n_received]`: where in what a rank receives there are tokens."""
+
+    @abc.abstractmethod
+    def moved(self, array: jax.Array, lists: SendLists, way: str) -> jax.Array:
+        """`exchange`, without its derivative."""
+
+    def why_not(
+        self, tokens: jax.Array, gates: jax.Array, axis_name: Any, capacity: int
+    ) -> str | None:
+        """All batches are alike to it."""
+        del tokens, gates, capacity
+        return self.why_not_over(lax.axis_size(axis_name))
+
+    def dispatch(
+        self,
+        tokens: jax.Array,
+        gates: jax.Array,
+        assignment: Assignment,
+        counted: Counted,
+        beside: transfers.Beside = transfers.ALONE,
+    ) -> tuple[jax.Array, jax.Array, Any, Plan]:
+        """The experts' copies travel while received tokens are put in rows, see `transfers`."""
+        plan = _planned(self, assignment, counted)
+        experts = beside.experts
+        if beside.waits:
+            sent, experts = transfers.send_tokens(beside.fetch, tokens, plan.sent, experts)
+        else:
+            sent = copy(tokens, plan.sent)
+        received = exchange(sent, plan.lists, "there")
+        if beside.follows:
+            received, experts = transfers.after(received, experts)
+        row_gates = exchange(copy(gates, plan.sent), plan.lists, "there").reshape(-1)
+        rows, row_gates, experts = transfers.expand_rows(
+            beside.fetch, received, row_gates, plan.received, experts
+        )
+        return rows, copy(row_gates, plan.choices), experts, plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Padded(Collective):
+    """`lax.all_to_all`: lists of equal room, on all backends."""
+
+    name = "padded"
+    exact = False
+
+    def why_not_over(self, n_ranks: int) -> str | None:
+        """It runs everywhere."""
+        del n_ranks
+
+    def rooms(self, n_tokens: int, top_k: int, n_ranks: int, capacity: int) -> tuple[int, int]:
+        """For every rank, as many as a source can have for it."""
+        del top_k
+        room = n_ranks * min(n_tokens, capacity)
+        return room, room
+
+    def starts_sent(self, lists: SendLists) -> jax.Array:
+        """Equally far apart."""
+        n_ranks = len(lists.sizes)
+        room = lists.n_sent // n_ranks
+        return jnp.broadcast_to(room * numbers(n_ranks)[None], lists.sizes.shape)
+
+    def arrived(self, lists: SendLists, rank: Any) -> jax.Array:
+        """At the beginning of every list."""
+        sizes = lists.sizes[:, rank]
+        room = lists.n_received // len(sizes)
+        return (numbers(room)[None] < sizes[:, None]).reshape(-1)
+
+    def moved(self, array: jax.Array, lists: SendLists, way: str) -> jax.Array:
+        """The same both ways."""
+        del way
+        return lax.all_to_all(array, lists.axis_name, 0, 0, tiled=True)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["counts", "order", "lists", "sent", "row_of", "choice_of"],
+    meta_fields=["capacity", "axis_name"],
+)
+@dataclasses.dataclass(frozen=True)
+class ListPlan(Plan):
+    """Of tokens that travel in lists.
+
+    Attributes:
+      counts, order, capacity, axis_name: see `Plan`.
+      lists: what goes from rank to rank.
+      sent: the tokens' places in what this rank sends.
+      row_of: int32 `[n_received, top_k]`, the row of every choice of the tokens that it receives;
+        capacity for those that are others' or none.
+      choice_of: int32 `[capacity]`, the choice, numbered token by token, that a row serves; of no
+        meaning past the last row.
+    """
+
+    lists: SendLists
+    sent: Copies
+    row_of: jax.Array
+    choice_of: jax.Array
+
+    @property
+    def received(self) -> Copies:
+        """The rows of the tokens that this rank receives."""
+        return Copies(self.choice_of // self.row_of.shape[1], self.row_of)
+
+    @property
+    def choices(self) -> Copies:
+        """The rows of those tokens' choices, one each at most."""
+        return Copies(self.choice_of, self.row_of.reshape(-1, 1))
+
+    def summed(self, rows: jax.Array) -> jax.Array:
+        """The sums of this rank's rows of every token that it received."""
+        return add(rows, self.received)
+
+    def home(self, sums: jax.Array) -> jax.Array:
+        """Those sums, on their tokens' ranks and added up there."""
+        return add(exchange(sums, self.lists, "back"), self.sent)
+
+
+def _planned(transport: Collective, assignment: Assignment, counted: Counted) -> ListPlan:
+    """Exchanges the numbers of tokens, and of their rows."""
+    axis_name, capacity, n_ranks = counted.axis_name, counted.capacity, len(counted.counts)
+    me = lax.axis_index(axis_name)
+    rank, row = rows_of_choices(assignment, counted.counts, counted.order, me, capacity)
+
+    goes = jnp.where(row < 0, n_ranks, rank)[..., None] == numbers(n_ranks)[None, None]
+    goes = goes.any(axis=1).astype(jnp.int32)
+    sizes = sync_loads(goes.sum(axis=0, dtype=jnp.int32), axis_name)
+    n_tokens, top_k = row.shape
+    n_sent, n_received = transport.rooms(n_tokens, top_k, n_ranks, capacity)
+    lists = SendLists(sizes, n_sent, n_received, axis_name, transport)
+    before = jnp.cumsum(goes, axis=0, dtype=jnp.int32) - goes
+    place = jnp.take_along_axis(transport.starts_sent(lists)[me][None] + before, rank, axis=1)
+    place = jnp.where(is_first(rank, row >= 0), place, n_sent)
+    sent = Copies(choice_at(place, n_sent) // top_k, place)
+
+    # A rank serves those choices of a received token whose rows are its own.
+    row = exchange(copy(row, sent), lists, "there") - me * capacity
+    here = transport.arrived(lists, me)[:, None] & (row >= 0) & (row < capacity)
+    row = jnp.where(here, row, capacity)
+    return ListPlan(
+        **vars(counted), lists=lists, sent=sent, row_of=row, choice_of=choice_at(row, capacity)
+    )
+
+
+@custom_vjp(2)
+def exchange(array: jax.Array, lists: SendLists, way: str) -> jax.Array:
+    """`[n_sent, …]` of sources to `[n_received, …]` of ranks ("there"), or the other way ("back").
+
+    Where there are no tokens there is anything.
+    """
+    return lists.transport.moved(array, lists, way)
+
+
+def _exchange_forward(array: jax.Array, lists: SendLists, way: str) -> tuple[jax.Array, SendLists]:
+    return exchange(array, lists, way), lists
+
+
+def _exchange_backward(way: str, lists: SendLists, ct: jax.Array) -> tuple[jax.Array, None]:
+    return exchange(ct, lists, "back" if way == "there" else "there"), None
+
+
+exchange.defvjp(_exchange_forward, _exchange_backward)
