@@ -2,35 +2,65 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+
+GRACE_S = 20.0  # for the others, when one has failed
 
 
-def run(n: int, file: str, *arguments: str, **environment: str) -> list[str]:
-    """Outputs of `python file COORDINATOR n i *arguments` for every process i; all must exit 0."""
+def run(
+    n: int, file: str, *arguments: str, limit_s: float = 600.0, **environment: str
+) -> list[str]:
+    """Outputs of `python file COORDINATOR n i *arguments` for every process i; all must exit 0.
+
+    Within `limit_s`, and soon where one fails: then none is left, and all outputs are in the error.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     # -P: not the source tree, which has no native modules; what tests import is beside this file.
     path = [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **environment}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-P", file, address, str(n), str(i), *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(n)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
+        # Files: a pipe that nobody reads stops its writer, and with it all who wait for that one.
+        logs = [pathlib.Path(folder) / f"{i}.log" for i in range(n)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-P", file, address, str(n), str(i), *arguments],
+                env=environment,
+                stdout=files.enter_context(log.open("wb")),
+                stderr=subprocess.STDOUT,
+            )
+            for i, log in enumerate(logs)
+        ]
+        try:
+            codes = _exit_codes(processes, limit_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        outputs = [log.read_text(errors="replace") for log in logs]
+    told = [
+        f"process {i}: {'no end' if code is None else f'exit code {code}'}\n{output}"
+        for i, (code, output) in enumerate(zip(codes, outputs, strict=True))
     ]
-    try:
-        outputs = [process.communicate()[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    assert codes == [0] * n, "\n".join(told)
     return outputs
+
+
+def _exit_codes(processes: list[subprocess.Popen[bytes]], limit_s: float) -> list[int | None]:
+    """None for those that run on at the end of the time."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        codes = [process.poll() for process in processes]
+        if None not in codes or time.monotonic() > deadline:
+            return codes
+        if any(codes):
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        time.sleep(0.05)

@@ -2,13 +2,18 @@
 
 python ragged_checks.py COORDINATOR N_PROCESSES PROCESS SEED
 
-One GPU per process. A newer NCCL than the installed one: LD_PRELOAD=…/libnccl.so.2.
+One GPU per process, with memory preallocated. A newer NCCL than the installed one:
+LD_PRELOAD=…/libnccl.so.2.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
+import itertools
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +28,28 @@ from lplb_jax import moe, topologies
 from lplb_jax.moe import ragged
 
 EXPERTS = (96, 256)
-SIZES = (256, 128)  # hidden and width, for the fast matrix products
-N_CALLS, N_TOKENS, N_LAYERS = 4, 2048, 3
+HOW = tuple(itertools.product(EXPERTS, (False, True)))  # and whether with COMPILER_OPTIONS
 
 
-def model(mesh, case, transport):
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a check; these are for the fast matrix products."""
+
+    hidden: int = 256
+    width: int = 128
+    tokens: int = 2048  # of a rank
+    layers: int = 3
+    calls: int = 4
+    dtype: Any = jnp.bfloat16
+
+
+def model(mesh, case, transport, n_layers):
     """Layers in a row, as a scheduler has collectives of several to choose from."""
     layer = moe_checks.layer_over(mesh, case, transport=transport, **moe_checks.ROOM)
 
     def run(tokens, gates, experts, ids, placement):
         traffic = []
-        for i in range(N_LAYERS):
+        for i in range(n_layers):
             out, seen = layer(tokens, gates, experts, jnp.roll(ids, i, axis=1), placement)
             tokens = tokens + out
             traffic.append(seen)
@@ -42,11 +58,13 @@ def model(mesh, case, transport):
     return moe_checks.with_slopes(run)
 
 
-def batch(rng, mesh, case):
+def batch(rng, mesh, case, sizes):
     """A new one, as every process sees it."""
-    n_tokens = N_TOKENS * case.ep_size
+    n_tokens = sizes.tokens * case.ep_size
     routing = rng.choice([moe_checks.balanced, moe_checks.skewed, moe_checks.half_silent])
-    floats, ids, placement = moe_checks.problem(rng, case, routing, n_tokens, jnp.bfloat16, SIZES)
+    floats, ids, placement = moe_checks.problem(
+        rng, case, routing, n_tokens, sizes.dtype, (sizes.hidden, sizes.width)
+    )
     tokens, gates, experts = floats
     upstream = rng.normal(0, 1, tokens.shape).astype(np.float32)
     by_rank = (tokens, gates, moe_checks.in_slots(experts, placement)), upstream, ids
@@ -68,6 +86,43 @@ def differences(got, expected) -> list[str]:
     return found
 
 
+def check(mesh, rng, sizes, how=HOW) -> None:
+    """Prints what differs, and raises at the end if anything does."""
+    cases = {n: Case(topologies.ring(mesh.size), n // mesh.size, combined=8) for n in EXPERTS}
+    given = {n: batch(rng, mesh, case, sizes)[1] for n, case in cases.items()}
+    start = time.perf_counter()
+
+    def compiled(key):
+        (n_experts, hides), transport = key
+        run = jax.jit(
+            model(mesh, cases[n_experts], transport, sizes.layers),
+            compiler_options=moe.COMPILER_OPTIONS if hides else None,
+        )
+        return run.lower(*given[n_experts]).compile()
+
+    keys = list(itertools.product(how, ("ragged", "padded")))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        runs = dict(zip(keys, pool.map(compiled, keys), strict=True))
+    print(f"compiled {len(runs)} programs: {time.perf_counter() - start:.1f} s", flush=True)
+    wrong = 0
+    for n_experts, hides in how:
+        label = f"{n_experts} experts, {'COMPILER_OPTIONS' if hides else 'no options'}"
+        for call in range(sizes.calls):
+            routing, arguments = batch(rng, mesh, cases[n_experts], sizes)
+            results, seconds = {}, {}
+            for transport in ("ragged", "padded"):
+                start = time.perf_counter()
+                run = runs[(n_experts, hides), transport]
+                results[transport] = jax.block_until_ready(run(*arguments))
+                seconds[transport] = time.perf_counter() - start
+            found = differences(results["ragged"], results["padded"])
+            wrong += len(found)
+            times = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in seconds.items())
+            told = found or "same bits"
+            print(f"{label}, call {call}, {routing}: {told} ({times})", flush=True)
+    assert not wrong, f"{wrong} arrays differ"
+
+
 def main() -> None:
     coordinator, n_processes, process, seed = sys.argv[1:]
     process = int(process)
@@ -79,30 +134,7 @@ def main() -> None:
     if reason is not None:
         print(f"not run: {reason}")
         return
-    rng = np.random.default_rng(int(seed))
-    wrong = 0
-    for n_experts in EXPERTS:
-        ring = topologies.ring(mesh.size)
-        case = Case(ring, n_experts // mesh.size, combined=8)
-        for options in (None, moe.COMPILER_OPTIONS):
-            label = f"{n_experts} experts, {'COMPILER_OPTIONS' if options else 'no options'}"
-            runs = {
-                transport: jax.jit(model(mesh, case, transport), compiler_options=options)
-                for transport in ("ragged", "padded")
-            }
-            for call in range(N_CALLS):
-                routing, given = batch(rng, mesh, case)
-                results, seconds = {}, {}
-                for transport, run in runs.items():
-                    start = time.perf_counter()
-                    results[transport] = jax.block_until_ready(run(*given))
-                    seconds[transport] = time.perf_counter() - start
-                found = differences(results["ragged"], results["padded"])
-                wrong += len(found)
-                times = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in seconds.items())
-                print(f"{label}, call {call}, {routing}: {found or 'same bits'} ({times})")
-            sys.stdout.flush()
-    assert not wrong, f"{wrong} arrays differ"
+    check(mesh, np.random.default_rng(int(seed)), Sizes())
     print("all passed", flush=True)
 
 

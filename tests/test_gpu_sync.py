@@ -292,7 +292,8 @@ def test_nvshmem_killed_rank(request, n_processes):
 def test_ragged_all_to_all_between_processes(request):
     """Gradients are those of the padded transport, at 96 and 256 experts, hidden or not."""
     n_gpus, seed = len(jax.devices()), str(request.config.option.seed)
-    memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # A pool from the start: see lplb_jax/moe/ragged.py.
+    memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".3"}
     outputs = processes.run(n_gpus, ragged_checks.__file__, seed, **memory)
     print(outputs[0])
     if "not run" in outputs[0]:

@@ -9,6 +9,7 @@ import jaxlib.version
 import moe_checks
 import numpy as np
 import pytest
+import ragged_checks
 from cases import Case, random_topology
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -790,6 +791,14 @@ def test_who_fetches_the_copies_and_where_to(rng, mesh, balance):
         jax.tree.map(np.testing.assert_array_equal, (out, (*slopes, of_own)), want)
         copies = jax.tree.map(lambda array: array[placement.phy2log], experts)
         jax.tree.map(np.testing.assert_array_equal, filled, None if early else copies)
+
+
+@pytest.mark.parametrize("how", [ragged_checks.HOW[0], ragged_checks.HOW[-1]])
+def test_both_collectives_give_the_same_bits(rng, cpu_devices, monkeypatch, how):
+    """With 96 and 256 experts, gradients too. On GPUs of several processes: test_gpu_sync.py."""
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    sizes = ragged_checks.Sizes(hidden=16, width=8, tokens=32, layers=1, calls=1, dtype=np.float32)
+    ragged_checks.check(Mesh(cpu_devices[:2], "ep"), rng, sizes, how=[how])
 
 
 @pytest.mark.parametrize("kind", [moe.Own, moe.InSlots, moe.WithRoom])

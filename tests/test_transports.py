@@ -19,7 +19,7 @@ HOSTS_OF_TWO = [types.SimpleNamespace(slice_index=i // 2) for i in range(4)]
 @pytest.fixture
 def between(monkeypatch):
     """Several processes with all that ragged_all_to_all needs, but for what is given."""
-    for name in ragged._WITHOUT_WINDOWS:
+    for name in (*ragged._WITHOUT_WINDOWS, *ragged._WITHOUT_POOL):
         monkeypatch.delenv(name, raising=False)
 
     def make(*, backend="gpu", jaxlib_="0.11.1", nccl=(2, 29, 7), devices=HOSTS_OF_ONE, here=1):
@@ -65,9 +65,14 @@ def test_without_something_it_is_refused(between, name):
         ("NCCL_CUMEM_ENABLE", "0", False),
         ("NCCL_CUMEM_ENABLE", "1", True),
         ("NCCL_WIN_ENABLE", "0", False),
+        ("XLA_PYTHON_CLIENT_PREALLOCATE", "false", False),
+        ("XLA_PYTHON_CLIENT_PREALLOCATE", "0", False),
+        ("XLA_PYTHON_CLIENT_PREALLOCATE", "true", True),
+        ("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async", False),
+        ("XLA_PYTHON_CLIENT_ALLOCATOR", "default", True),
     ],
 )
-def test_settings_of_nccl(between, monkeypatch, name, value, runs):
+def test_settings_of_nccl_and_xla(between, monkeypatch, name, value, runs):
     between()
     monkeypatch.setenv(name, value)
     reason = Ragged().why_not_over(4)
@@ -78,9 +83,11 @@ def test_settings_of_nccl(between, monkeypatch, name, value, runs):
 @pytest.mark.parametrize("nccl", [(2, 29, 7), (2, 32, 3), (3, 0, 0)])
 def test_with_everything_it_is_ragged(between, version, nccl):
     between(jaxlib_=version, nccl=nccl)
-    for asked in ("ragged", "auto"):
-        assert transports.choose(asked, 32) == Ragged()
+    assert transports.choose("ragged", 32) == Ragged()
     assert transports.choose("padded", 4) == Padded()
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="since .*asked for .transport='ragged'.*may hang"):
+        assert transports.choose("auto", 32) == Padded()
 
 
 def test_on_cpus_it_is_padded(between):

@@ -70,8 +70,8 @@ def dispatch(
         2.29.7, at most 32 ranks). "padded": `lax.all_to_all` of as many for every pair as a source
         could send; for all backends. "peer": the GPUs write to one another's memory themselves,
         in one process or several of one host; needs `comm`. "auto": "peer" where `comm` has windows
-        with room for these tokens, "ragged" where it runs, else "padded"; on GPUs a warning says
-        once why it is not a faster one.
+        with room for these tokens; else "ragged" on GPUs of one process, and "padded" elsewhere. A
+        warning says once why it is a slower one.
       comm: for "peer", from `init_comm` with `max_tokens` and `hidden_bytes`.
 
     Returns:

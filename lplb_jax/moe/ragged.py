@@ -31,6 +31,13 @@ _WITHOUT_WINDOWS = {
     "NCCL_CUMEM_ENABLE": "0",
     "NCCL_WIN_ENABLE": "0",
 }
+# XLA registers the memory of results as windows, together with all ranks, and remembers it by its
+# address. Only in one pool that is taken at the start do ranks agree on what is registered already;
+# else one waits forever for another that sees no need to: openxla/xla issues 45406 and 47406.
+_WITHOUT_POOL = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": ("false", "False", "0"),
+    "XLA_PYTHON_CLIENT_ALLOCATOR": ("platform", "cuda_async", "vmm", "address"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +69,9 @@ class Ragged(Collective):
         for name, value in _WITHOUT_WINDOWS.items():
             if os.environ.get(name) is not None and value in (None, os.environ[name]):
                 return f"NCCL has no windows with {name}={os.environ[name]}"
+        for name, values in _WITHOUT_POOL.items():
+            if os.environ.get(name) in values:
+                return f"with {name}={os.environ[name]} ranks may wait for each other forever"
         return None
 
     def rooms(self, n_tokens: int, top_k: int, n_ranks: int, capacity: int) -> tuple[int, int]:
