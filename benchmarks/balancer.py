@@ -19,15 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import record
-from cuda.bindings import runtime
-from graph import check, microseconds, pointer
+from graph import check, microseconds, pointer, runtime
 from rebalance_call import RebalanceCall
 from wall import median_seconds
 
 from lplb_jax import place_experts, rebalance, topologies
 from lplb_jax.data import load_traces
+from lplb_jax.topologies import Topology
 
 N_LOGICAL = 256
+
 TARGETS = {  # µs on an H200: (topology, indices) -> at most
     ("cube", 1024): 5.2,
     ("cube", 8192): 5.5,
@@ -45,7 +46,7 @@ TOPOLOGIES = {
 }
 
 
-def kernel_time(r2o: np.ndarray, indices: np.ndarray) -> float:
+def kernel_time(r2o: Topology | np.ndarray, indices: np.ndarray) -> float:
     """µs of one rebalance of int32 `indices`; the result must reach its bound."""
     ep_size, n_columns = r2o.shape
     placement = place_experts(
@@ -99,7 +100,8 @@ def layers_times(n_layers: int = 60, n_tokens: int = 32768) -> tuple[float, floa
                 state = program(indices, state)
             jax.block_until_ready(state)
             measured.append((time.perf_counter() - start) / runs)
-    return tuple(float(np.median(measured)) * 1e6 / n_layers for measured in times.values())
+    in_a_row, alone = (float(np.median(each)) * 1e6 / n_layers for each in times.values())
+    return in_a_row, alone
 
 
 def argsort_times(n_tokens: int = 32768) -> tuple[float, float]:
@@ -124,9 +126,10 @@ def argsort_times(n_tokens: int = 32768) -> tuple[float, float]:
 
         return jax.jit(lambda ids: jax.lax.scan(body, ids, None, length=20)[1])
 
-    return tuple(
+    by_sort, by_us = (
         median_seconds(chained(step), indices, repeats=50) * 1e6 / 20 for step in (sort, whole)
     )
+    return by_sort, by_us
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ import argparse
 import functools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -80,7 +81,7 @@ def unknown(rng: np.random.Generator) -> Iterator[Instance]:
 
 def judge(instance: Instance, n_ranks: int, n_slots: int) -> np.ndarray:
     """Figures of every held-out batch in the order of `COLUMNS`."""
-    sizes = {"n_logical": EXPERTS, "ep_size": n_ranks}
+    sizes: dict[str, Any] = {"n_logical": EXPERTS, "ep_size": n_ranks}
     total = instance.history.sum(axis=0)
     packed = place_experts(total, **sizes, redundants_per_rank=0, method="eplb")
     table = packed.phy2log.reshape(n_ranks, -1)

@@ -38,7 +38,9 @@ from lplb_jax import (
     sync_loads,
     topologies,
 )
+from lplb_jax.comm import Transport
 from lplb_jax.data import load_traces
+from lplb_jax.topologies import Topology
 
 N_LOGICAL = 256
 N_CALLS = 200  # in one program
@@ -86,9 +88,7 @@ def medians(programs: dict[str, Program], runs: int = 10, repeats: int = 20) -> 
         for name, run in programs.items():
             jax.block_until_ready(run())
             start = time.perf_counter()
-            for _ in range(runs):
-                state = run()
-            jax.block_until_ready(state)
+            jax.block_until_ready([run() for _ in range(runs)][-1])
             if repeat >= 2:
                 times[name].append((time.perf_counter() - start) / runs)
     return {name: float(np.median(all_times)) for name, all_times in times.items()}
@@ -168,10 +168,14 @@ def kernel_times(ranks: VirtualRanks) -> dict[str, float]:
     return seconds
 
 
-def placements(size: int) -> dict[str, tuple[np.ndarray | None, Placement]]:
+def placements(size: int) -> dict[str, tuple[Topology | None, Placement]]:
     """Experts along a topology in the given order, and on any ranks, by the routing's loads."""
     r2o = topologies.cube() if size == 8 else topologies.ring(size)
-    sizes = {"n_logical": N_LOGICAL, "ep_size": size, "redundants_per_rank": r2o.shape[1]}
+    sizes: dict[str, Any] = {
+        "n_logical": N_LOGICAL,
+        "ep_size": size,
+        "redundants_per_rank": r2o.shape[1],
+    }
     loads = np.bincount(routing(size, 0).ravel(), minlength=N_LOGICAL)
     return {
         "topology": (r2o, place_experts(None, r2o, **sizes)),
@@ -217,13 +221,13 @@ def layers_programs(mesh: Mesh, comm: Comm) -> dict[str, Program]:
     }
 
 
-def measure(transport: str, n_gpus: int | None) -> dict[str, Any]:
+def measure(transport: Transport, n_gpus: int | None) -> dict[str, Any]:
     mesh = Mesh(np.array(jax.devices()[:n_gpus]), "ep")
     size = mesh.devices.size
     with init_comm(mesh, max_experts=N_LOGICAL, transport=transport) as comm:
         programs = sync_programs(mesh, comm)
         rows = [np.asarray(run().addressable_shards[0].data) for run in programs.values()][1:]
-        np.testing.assert_array_equal(*rows)
+        np.testing.assert_array_equal(rows[0], rows[1])
         syncs = {name: t / N_CALLS for name, t in medians(programs).items()}
         programs = layers_programs(mesh, comm)
         layers = {name: t / N_LAYERS for name, t in medians(programs).items()}
@@ -237,7 +241,7 @@ def measure(transport: str, n_gpus: int | None) -> dict[str, Any]:
     if comm.transport == "p2p":
         figures["kernels"] = {}
         for n_ranks in sorted({size, *(n for n in (4, 8) if size < n <= 4 * size)}):
-            with VirtualRanks(mesh.devices.ravel(), n_ranks, N_LOGICAL) as ranks:
+            with VirtualRanks(mesh.devices.ravel().tolist(), n_ranks, N_LOGICAL) as ranks:
                 figures["kernels"][f"{n_ranks} ranks"] = {
                     name: t * 1e6 for name, t in kernel_times(ranks).items()
                 }
@@ -257,7 +261,8 @@ def report(figures: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--transport", choices=["p2p", "nvshmem", "nvshmem_put"], default="p2p")
+    transports: list[Transport] = ["p2p", "nvshmem", "nvshmem_put"]
+    parser.add_argument("--transport", choices=transports, default="p2p")
     parser.add_argument("--gpus", type=int, metavar="N", help="the first N only")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     arguments = parser.parse_args()

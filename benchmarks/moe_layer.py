@@ -51,6 +51,7 @@ from lplb_jax import (
     topologies,
 )
 from lplb_jax.data import AUX_LOSSES, load_traces
+from lplb_jax.topologies import Topology
 
 TOP_K = 8
 
@@ -129,7 +130,7 @@ def main() -> None:
 Sources = Iterator[tuple[str, list[np.ndarray]]]
 
 
-def traced(options: Any, r2o: np.ndarray, n_ranks: int) -> Sources:
+def traced(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
     """Every layer of every trace, its experts placed by the loads of an earlier step."""
     for aux_loss in AUX_LOSSES:
         for layer, (chosen, history) in enumerate(zip(*load_traces(aux_loss), strict=True)):
@@ -138,7 +139,9 @@ def traced(options: Any, r2o: np.ndarray, n_ranks: int) -> Sources:
             yield f"balancing loss {aux_loss}, layer {layer}", [renumbered(ids, order)[None]]
 
 
-def placed(history: np.ndarray, options: Any, r2o: np.ndarray, n_ranks: int) -> np.ndarray:
+def placed(
+    history: np.ndarray, options: Any, r2o: Topology | np.ndarray, n_ranks: int
+) -> np.ndarray:
     """The experts rank by rank, from earlier loads."""
     placement = place_experts(
         history, r2o, n_logical=len(history), ep_size=n_ranks,
@@ -147,7 +150,7 @@ def placed(history: np.ndarray, options: Any, r2o: np.ndarray, n_ranks: int) -> 
     return placement.phy2log.reshape(n_ranks, -1)[:, : len(history) // n_ranks].ravel()
 
 
-def moving(options: Any, r2o: np.ndarray, n_ranks: int) -> Sources:
+def moving(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
     """Batches of other loads than the ones that the experts are placed by, and than one another."""
     traces = load_traces()
     merged, history = merged_by_load(traces.history[0], options.experts)
@@ -171,7 +174,7 @@ def moving(options: Any, r2o: np.ndarray, n_ranks: int) -> Sources:
     yield "Zipf 1, the hot experts drawn anew", [np.stack(batches)]
 
 
-def arranged(options: Any, r2o: np.ndarray, n_ranks: int) -> Sources:
+def arranged(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
     """One trace, its experts arranged to the given imbalances."""
     ids = routing(n_ranks * options.tokens, options.experts)
     loads = np.bincount(ids.ravel(), minlength=options.experts)
@@ -253,7 +256,9 @@ class Case:
 
     names = ("none", "eplb", "lplb", "batch")
 
-    def __init__(self, mesh: Mesh, r2o: np.ndarray, options: Any, batches: np.ndarray) -> None:
+    def __init__(
+        self, mesh: Mesh, r2o: Topology | np.ndarray, options: Any, batches: np.ndarray
+    ) -> None:
         self.mesh, self.r2o, self.ids = mesh, r2o, batches
         self.sharding = NamedSharding(mesh, P("ep"))
         n_local, columns = options.experts // mesh.size, r2o.shape[1]
@@ -286,8 +291,8 @@ class Case:
         }
         # Of all ranks: what a step moves.
         n_chosen = np.mean([np.sum(np.asarray(copies.phy2log) >= 0) for copies in chosen])
-        self.copies = dict.fromkeys(("eplb", "lplb"), n_ranks * n_copies)
-        self.copies |= {"none": 0, "batch": float(n_chosen) - n_logical}
+        self.copies = {"none": 0.0, "batch": float(n_chosen) - n_logical}
+        self.copies |= dict.fromkeys(("eplb", "lplb"), float(n_ranks * n_copies))
         self.imbalance = {
             name: [float(metrics.imbalance(metrics.rank_loads(quota, n_ranks))) for quota in each]
             for name, each in quotas.items()
@@ -330,7 +335,7 @@ class Case:
         assert len(experts.down) == n_slots
         return experts
 
-    def layer(self, name: str, tokens: jax.Array, gates: jax.Array, experts: Any, ids: Any) -> Any:
+    def layer(self, name: Any, tokens: jax.Array, gates: jax.Array, experts: Any, ids: Any) -> Any:
         """One rank's forward pass: output, and what is left of it."""
         of_batch = name == "batch"
         result = moe.moe_layer(
@@ -351,7 +356,7 @@ class Case:
 
         def step(experts: moe.Experts, batch: Batch) -> Any:
             out, pull, (experts, traffic) = jax.vjp(
-                lambda *floats: self.layer(name, *floats, batch.ids),
+                lambda tokens, gates, experts: self.layer(name, tokens, gates, experts, batch.ids),
                 batch.tokens, batch.gates, experts, has_aux=True,
             )  # fmt: skip
             # In a model, what comes back depends on what went out.
@@ -401,7 +406,7 @@ class Case:
 def measure(label: str, turns: list[Case], repeats: int) -> dict[str, Any]:
     """Memory of a step, and its time, averaged over the turns; no time without repeats."""
     times = step_times(turns, repeats) if repeats else {}
-    case, result = turns[0], {"case": label}
+    case, result = turns[0], dict[str, Any](case=label)
     print(label)
     for name in case.names:
         imbalance, possible = (float(np.mean(case.imbalance[key])) for key in (name, "none"))
@@ -453,7 +458,7 @@ def close(got: jax.Array, want: jax.Array) -> jax.Array:
     return jnp.sqrt(((got - want) ** 2).sum() / (want**2).sum()) < 1e-2
 
 
-def rebalance_time(mesh: Mesh, case: Case, copies: str, n_layers: int = 50) -> float:
+def rebalance_time(mesh: Mesh, case: Case, copies: Any, n_layers: int = 50) -> float:
     """ms of one `rebalance`, the exchange of loads included: of many layers in one program."""
 
     def rank(ids: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import record
@@ -105,7 +105,11 @@ def synthetic(rng: np.random.Generator) -> Iterator[Instance]:
 
 def judge(instance: Instance, n_ranks: int, n_slots: int) -> list[float]:
     """The imbalance of the held-out batches in the order of `COLUMNS`."""
-    sizes = {"n_logical": EXPERTS, "ep_size": n_ranks, "redundants_per_rank": n_slots}
+    sizes: dict[str, Any] = {
+        "n_logical": EXPERTS,
+        "ep_size": n_ranks,
+        "redundants_per_rank": n_slots,
+    }
     total, history = instance.history.sum(axis=0), instance.history[None]
     fitting = topologies.named(n_ranks).values()
     r2o = max(
@@ -114,7 +118,7 @@ def judge(instance: Instance, n_ranks: int, n_slots: int) -> list[float]:
     )
     tokens = instance.held_out.astype(np.int64)
     eplb = place_experts(total, **sizes, method="eplb")
-    no_copies = place_experts(total, **sizes | {"redundants_per_rank": 0}, method="eplb")
+    no_copies = place_experts(total, **{**sizes, "redundants_per_rank": 0}, method="eplb")
     exact = (eplb, place_experts(total, r2o, **sizes), place_experts(history, **sizes))
     return [
         even(no_copies, tokens),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from graph import microseconds, pointer
 
 from lplb_jax import Placement, _bench
 from lplb_jax.assignment import workspace_shape
+from lplb_jax.topologies import Topology
 
 
 class Results(NamedTuple):
@@ -39,10 +40,10 @@ class RebalanceCall:
 
     def __init__(
         self,
-        r2o: np.ndarray,
+        r2o: Topology | np.ndarray,
         placement: Placement,
         indices: np.ndarray,
-        device: jax.Device | None = None,
+        device: Any = None,
         fan_out: int = 0,
     ) -> None:
         n_tokens, n_physical = indices.size, placement.n_physical
@@ -66,14 +67,20 @@ class RebalanceCall:
             [pointer(a) for a in of] for of in (self._operands, self.results, self.tables)
         )
         choice = fan_out, width, tables
-        self.arguments = ([*sizes, max_copies], n_tokens, tiles, read, written, *choice)
+        self.arguments = (
+            [*sizes, max_copies],
+            n_tokens,
+            tiles,
+            read,
+            written,
+            *choice,
+        )
 
     def time(self, *, replays: int = 20) -> float:
         """Median µs of one launch, see `microseconds`; its results must reach the bound."""
         problem, *rest = self.arguments
-        median = microseconds(
-            lambda stream: _bench.launch_rebalance(problem, 1, *rest, stream), replays=replays
-        )
+        launch: Any = _bench.launch_rebalance
+        median = microseconds(lambda stream: launch(problem, 1, *rest, stream), replays=replays)
         got = jax.tree.map(np.asarray, self.results)
         assert got.status == 0
         assert got.max_load == got.lower_bound

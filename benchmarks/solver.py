@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import functools
 import sys
+from typing import Any
 
 import graph
 import jax
@@ -29,6 +30,7 @@ import record
 import lplb_jax
 from lplb_jax import _bench, _cuda, place_experts, topologies
 from lplb_jax.reference.ipm import interior_point, inverse
+from lplb_jax.topologies import Topology
 
 # name: topology, experts per rank, redundant slots per rank
 TOPOLOGIES = {
@@ -89,7 +91,7 @@ FAMILIES = [mild, skewed, zipf, one_hot, zeros_mixed, tiny, huge, half_empty]
 class Bench:
     """One topology's placement and device buffers, for `most` elements of a batch."""
 
-    r2o: np.ndarray
+    r2o: Topology | np.ndarray
     n_local: int
     n_redundant: int
     most: int
@@ -113,7 +115,7 @@ class Bench:
             np.asarray(place.log2phy).shape[1],
         )
 
-        def repeated(array, dtype=np.int32):
+        def repeated(array, dtype: Any = np.int32):
             array = np.asarray(array, dtype)
             return jnp.asarray(np.broadcast_to(array, (self.most, *array.shape)))
 
@@ -140,7 +142,7 @@ class Bench:
             self.sizes, sources, options, batch, ipm_in, out, stream
         )
 
-    def check(self, loads: np.ndarray) -> dict[str, float]:
+    def check(self, loads: np.ndarray) -> dict[str, Any]:
         """Solves all instances through JAX; the worst gaps, and whether anything is not optimal."""
 
         def run(dtype, **options):
@@ -192,7 +194,7 @@ def main() -> None:
     properties = graph.check(graph.runtime.cudaGetDeviceProperties(0))
     machine = f"{properties.name.decode().rstrip(chr(0))}, jax {jax.__version__}"
     empty = graph.microseconds(_bench.launch_empty)
-    results = {"machine": machine, "empty kernel": round(empty, 3)}
+    results: dict[str, Any] = {"machine": machine, "empty kernel": round(empty, 3)}
     print(f"{machine}; an empty kernel: {empty:.2f} µs")
     names = ["exact", "ipm", "ipm, repaired"]
     if _cuda.has_cusolverdx():

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ SHAPES = ((4096, 1536), (7168, 2048))  # hidden, width
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--tile", type=int, default=128)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--tokens", type=int, nargs="+", default=[32, 128, 512, 4096])
@@ -72,7 +73,11 @@ def instances(n_ranks: int, n_tokens: int):
 
 
 def placed(history: np.ndarray, n_ranks: int):
-    sizes = {"n_logical": EXPERTS, "ep_size": n_ranks, "redundants_per_rank": REDUNDANTS}
+    sizes: dict[str, Any] = {
+        "n_logical": EXPERTS,
+        "ep_size": n_ranks,
+        "redundants_per_rank": REDUNDANTS,
+    }
     return place_experts(history, **sizes)
 
 
@@ -139,7 +144,7 @@ def solves(ranks: list[int], tokens: list[int], tile: int) -> None:
 
 
 def solve_times(placement, loads: np.ndarray, tile: int, n: int = 512) -> list[float]:
-    loads = jnp.asarray(np.resize(loads, (n, EXPERTS)))
+    batch = jnp.asarray(np.resize(loads, (n, EXPERTS)))
     placement = jax.tree.map(jnp.asarray, placement)
 
     @functools.partial(jax.jit, static_argnames="tile")
@@ -151,7 +156,7 @@ def solve_times(placement, loads: np.ndarray, tile: int, n: int = 512) -> list[f
         taken = []
         for _ in range(12):
             start = time.perf_counter()
-            jax.block_until_ready(run(loads, placement, which))
+            jax.block_until_ready(run(batch, placement, which))
             taken.append(time.perf_counter() - start)
         medians.append(float(np.median(taken[2:])) / n * 1e6)
     return medians

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from cuda.bindings import runtime
 from exchange_batch import ExchangeBatch
-from graph import check, pointer
+from graph import check, pointer, runtime
 from rebalance_call import RebalanceCall
 
 from lplb_jax import Placement, _bench, _native
 from lplb_jax.comm import Windows
+from lplb_jax.topologies import Topology
 
 
 class VirtualRanks:
@@ -32,13 +33,13 @@ class VirtualRanks:
 
     def __init__(
         self,
-        gpus: Sequence[jax.Device],
+        gpus: Sequence[Any],
         size: int,
         max_experts: int,
         timeout_s: float = 20.0,
         windows: Windows | None = None,
     ) -> None:
-        self._native = native = _native.cuda()
+        self._native = native = _native.built_cuda()
         self.ids = [10_000 + rank for rank in range(size)]
         self.devices = [gpus[rank % len(gpus)] for rank in range(size)]
         self._ordinals = [device.local_hardware_id for device in self.devices]
@@ -74,14 +75,14 @@ class VirtualRanks:
         for stream in self._streams:
             check(runtime.cudaStreamDestroy(stream))
 
-    def put(self, rank: int, array: np.ndarray) -> jax.Array:
+    def put(self, rank: int, array: Any) -> jax.Array:
         """The array on the rank's GPU."""
         return jax.block_until_ready(jax.device_put(array, self.devices[rank]))
 
     def call(
         self,
         rank: int,
-        r2o: np.ndarray,
+        r2o: Topology | np.ndarray,
         placement: Placement,
         indices: np.ndarray,
         fan_out: int = 0,
@@ -105,9 +106,8 @@ class VirtualRanks:
     def rebalance(self, rank: int, call: RebalanceCall, stream: int | None = None) -> None:
         """Launches `rebalance` as this rank."""
         claimed = pointer(self._claimed[rank])
-        _bench.launch_synced_rebalance(
-            *self._who(rank), claimed, *call.arguments, self._on(rank, stream)
-        )
+        launch: Any = _bench.launch_synced_rebalance
+        launch(*self._who(rank), claimed, *call.arguments, self._on(rank, stream))
 
     def there(self, rank: int, batch: ExchangeBatch, stream: int | None = None) -> None:
         """Launches the way there of `batch` as this rank."""

@@ -67,6 +67,20 @@ def assign(
 ) -> Assignment: ...
 
 
+@overload
+def assign(
+    indices: Any,
+    loads: Any,
+    split: Split,
+    r2o: Any = None,
+    *,
+    placement: Placement | None = None,
+    axis_name: Any = None,
+    positions: bool,
+    n_nodes: int | None = None,
+) -> jax.Array | Assignment: ...
+
+
 def assign(
     indices: Any,
     loads: Any,

@@ -117,6 +117,26 @@ def rebalance(
 ) -> tuple[Assignment, Split, Placement]: ...
 
 
+@overload
+def rebalance(
+    indices: Any,
+    loads: Any,
+    r2o: Any = None,
+    *,
+    placement: Placement | None = None,
+    axis_name: Any = None,
+    comm: Comm | None = None,
+    solver: Solver = "auto",
+    rank_weights: Any = None,
+    positions: bool = False,
+    copies: CopiesFrom = "placement",
+    fan_out: int | None = None,
+    n_nodes: int | None = None,
+    tile: int | str | None = None,
+    base_load: Any = None,
+) -> tuple[Any, ...]: ...
+
+
 def rebalance(
     indices: Any,
     loads: Any,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
@@ -65,6 +65,51 @@ class TileSplit(NamedTuple):
     lower_bound: jax.Array
     status: jax.Array
     max_tokens: jax.Array
+
+
+@overload
+def solve(
+    loads: Any,
+    r2o: Any = None,
+    *,
+    placement: Placement | None = None,
+    solver: Solver = "auto",
+    rank_weights: Any = None,
+    repair: bool = True,
+    factor: Factor = "elimination",
+    tile: None = None,
+    base_load: Any = None,
+) -> Split: ...
+
+
+@overload
+def solve(
+    loads: Any,
+    r2o: Any = None,
+    *,
+    placement: Placement | None = None,
+    solver: Solver = "auto",
+    rank_weights: Any = None,
+    repair: bool = True,
+    factor: Factor = "elimination",
+    tile: int,
+    base_load: Any = None,
+) -> TileSplit: ...
+
+
+@overload
+def solve(
+    loads: Any,
+    r2o: Any = None,
+    *,
+    placement: Placement | None = None,
+    solver: Solver = "auto",
+    rank_weights: Any = None,
+    repair: bool = True,
+    factor: Factor = "elimination",
+    tile: int | None,
+    base_load: Any = None,
+) -> Split | TileSplit: ...
 
 
 def solve(

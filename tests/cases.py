@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from lplb_jax import Placement, place_experts, topologies
+from lplb_jax.topologies import Topology
 
 INT32_MAX = 2**31 - 1
 
@@ -17,7 +18,7 @@ INT32_MAX = 2**31 - 1
 class Case:
     """Sizes of one problem: `combined` experts per column, `n_local` experts per rank."""
 
-    r2o: np.ndarray
+    r2o: Topology | np.ndarray
     n_local: int
     n_groups: int = 1
     combined: int = 1

@@ -16,7 +16,7 @@ CHIPS = {
 
 
 def chip(capability, shared_bytes, largest_cluster, dependent_launch):
-    return _native.cuda().Device(
+    return _native.built_cuda().Device(
         capability=capability,
         shared_bytes=shared_bytes,
         largest_cluster=largest_cluster,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ def everywhere(mesh: Mesh, array: np.ndarray, spec: P = RANKS) -> jax.Array:
     )
 
 
-def per_rank(function, mesh: Mesh, n_inputs: int = 1, axis: str = "ep"):
+def per_rank(function, mesh: Mesh, n_inputs: int = 1, axis: Any = "ep"):
     """jit of shard_map; every rank's outputs get a leading axis, so that each one is seen."""
 
     def rank(*operands):
@@ -29,6 +31,11 @@ def per_rank(function, mesh: Mesh, n_inputs: int = 1, axis: str = "ep"):
             rank, mesh=mesh, in_specs=(P(axis),) * n_inputs, out_specs=P(axis), check_vma=False
         )
     )
+
+
+def n_compiled(run: Any) -> int:
+    """How many programs jit has compiled of a function."""
+    return run._cache_size()
 
 
 def assert_equal(got, expected) -> None:

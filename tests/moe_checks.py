@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from meshes import everywhere
 from lplb_jax import Placement, moe, topologies
 
 HIDDEN, WIDTH, TOP_K = 16, 12, 3
-ROOM = {"capacity_factor": 8.0}  # so much that nothing can overflow
+ROOM: dict[str, Any] = {"capacity_factor": 8.0}  # so much that nothing can overflow
 
 
 def case_of(n_ranks):

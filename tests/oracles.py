@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import scipy.optimize
 import scipy.sparse
 from cases import Case
 
 from lplb_jax import Placement, Split
+
+Values = np.ndarray | jax.Array
 
 
 def slots_of(placement: Placement) -> list[list[int]]:
@@ -131,7 +134,7 @@ def assert_feasible(loads: np.ndarray, split: Split, case: Case, placement: Plac
     np.testing.assert_array_equal(served, loads)
     ranks = quota.reshape(case.n_groups, len(case.r2o), -1).astype(np.int64).sum(axis=2)
     np.testing.assert_array_equal(split.max_load, ranks.max(axis=1))
-    copies_itself = (case.r2o == np.arange(len(case.r2o))[:, None])[:, :, None]
+    copies_itself = (np.asarray(case.r2o) == np.arange(len(case.r2o))[:, None])[:, :, None]
     columns = quota.reshape(case.n_groups, len(case.r2o), -1)[:, :, case.n_local :]
     columns = columns.reshape(case.n_groups, len(case.r2o), case.combined, -1).swapaxes(2, 3)
     assert not (columns * copies_itself).any(), "a rank's copy of its own expert is used"
@@ -149,7 +152,7 @@ def assert_optimal(loads: np.ndarray, split: Split, case: Case, placement: Place
 
 
 def assign_slowly(
-    indices: np.ndarray, quota: np.ndarray, case: Case, placement: Placement
+    indices: np.ndarray, quota: Values, case: Case, placement: Placement
 ) -> np.ndarray:
     """Token by token: the home rank's tokens first, then by source, the replica's rank last."""
     slots_per_rank = placement.n_physical // placement.ep_size
@@ -179,26 +182,25 @@ def proportional_keep(count: int, stay: int, load: int, rank: int, ep_size: int)
     return (count * stay + offset) // load
 
 
-def tokens_at_slots(physical: np.ndarray, n_physical: int) -> np.ndarray:
+def tokens_at_slots(physical: Values, n_physical: int) -> np.ndarray:
     """How many tokens every slot got."""
-    physical = np.asarray(physical).reshape(-1)
-    return np.bincount(physical[physical >= 0], minlength=n_physical)
+    slots = np.asarray(physical).reshape(-1)
+    return np.bincount(slots[slots >= 0], minlength=n_physical)
 
 
-def assert_hosted(indices: np.ndarray, physical: np.ndarray, placement: Placement) -> None:
+def assert_hosted(indices: Values, physical: Values, placement: Placement) -> None:
     """Every token is at a slot that holds its expert, and those without an expert at none."""
-    indices = np.asarray(indices).astype(np.int64)
-    physical = np.asarray(physical)
-    known = (indices >= 0) & (indices < placement.n_logical)
-    np.testing.assert_array_equal(physical[~known], -1)
-    np.testing.assert_array_equal(np.asarray(placement.phy2log)[physical[known]], indices[known])
+    experts, slots = np.asarray(indices).astype(np.int64), np.asarray(physical)
+    known = (experts >= 0) & (experts < placement.n_logical)
+    np.testing.assert_array_equal(slots[~known], -1)
+    np.testing.assert_array_equal(np.asarray(placement.phy2log)[slots[known]], experts[known])
 
 
-def assert_positions(physical: np.ndarray, position: np.ndarray, counts: np.ndarray) -> None:
+def assert_positions(physical: Values, position: Values, counts: Values) -> None:
     """Of each row, a slot's tokens are numbered 0, 1, … in their order, and counted."""
     rows = np.asarray(physical).reshape(-1, np.shape(physical)[-1])
-    counts = np.asarray(counts).reshape(len(rows), -1)
-    for slots, places, lengths in zip(rows, np.reshape(position, rows.shape), counts, strict=True):
+    of_rows = np.asarray(position).reshape(rows.shape), np.asarray(counts).reshape(len(rows), -1)
+    for slots, places, lengths in zip(rows, *of_rows, strict=True):
         assert (places[slots < 0] == -1).all()
         order = np.argsort(slots, kind="stable")[(slots < 0).sum() :]
         np.testing.assert_array_equal(lengths, tokens_at_slots(slots, len(lengths)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,12 @@ def check_layer(
 ):
     """Value and gradients are those of one device."""
     case = moe_checks.case_of(mesh.size)
-    how = {"comm": comm, "transport": "peer", "balance": balance, "check_vma": check_vma}
+    how: dict[str, Any] = {
+        "comm": comm,
+        "transport": "peer",
+        "balance": balance,
+        "check_vma": check_vma,
+    }
     layer = moe_checks.layer_over(mesh, case, **how, **moe_checks.ROOM)
     with jax.default_matmul_precision("highest"):
         run = jax.jit(moe_checks.with_slopes(layer), compiler_options=options)
@@ -66,7 +72,7 @@ def check_parts(mesh, comm, rng, n_rounds=4, dtypes=("float32",)):
     n_ranks = mesh.size
 
     def both_ways(transport, capacity):
-        options = {"axis_name": "ep", "capacity": capacity, "transport": transport}
+        options: dict[str, Any] = {"axis_name": "ep", "capacity": capacity, "transport": transport}
         if transport == "peer":
             options["comm"] = comm
 
@@ -144,7 +150,12 @@ def exchange_until_error(mesh, comm, on_call=lambda i: None) -> tuple[str, float
     n_ranks = mesh.size
 
     def rank(tokens, ids):
-        options = {"axis_name": "ep", "capacity": 64, "transport": "peer", "comm": comm}
+        options: dict[str, Any] = {
+            "axis_name": "ep",
+            "capacity": 64,
+            "transport": "peer",
+            "comm": comm,
+        }
         gates = jnp.ones(ids.shape, jnp.float32)
         rows, _, plan = moe.dispatch(tokens, gates, assigned(ids, n_ranks), **options)
         return moe.combine(rows, plan)

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+from typing import Any
 
 import any_cases
 import jax
@@ -84,7 +85,7 @@ def check_rebalance(mesh, comm, rng) -> None:
         ids = everywhere(mesh, ids.astype(dtype))
 
         def step(ids, comm=None, r2o=r2o, placement=placement, copies=copies):
-            options = {"placement": placement, "axis_name": "ep", "positions": True}
+            options: dict[str, Any] = {"placement": placement, "axis_name": "ep", "positions": True}
             return rebalance(ids, None, r2o, comm=comm, copies=copies, **options)
 
         assert_equal(per_rank(lambda ids: step(ids, comm), mesh)(ids), per_rank(step, mesh)(ids))
@@ -98,7 +99,7 @@ def check_ipm(mesh, comm, rng) -> None:
     ids = everywhere(mesh, rng.integers(0, 16 * size, size * 500).astype(np.int32))
 
     def step(ids, comm=None):
-        options = {"placement": placement, "axis_name": "ep", "comm": comm}
+        options: dict[str, Any] = {"placement": placement, "axis_name": "ep", "comm": comm}
         return rebalance(ids, None, r2o, solver="ipm", **options)
 
     assert_equal(per_rank(lambda ids: step(ids, comm), mesh)(ids), per_rank(step, mesh)(ids))
@@ -115,7 +116,7 @@ def check_programs(mesh, comm, rng) -> None:
         @jax.checkpoint
         def layer(x):
             chosen = (ids + x.sum().astype(jnp.int32)) % n_logical
-            options = {"placement": placement, "axis_name": "ep", "comm": comm}
+            options: dict[str, Any] = {"placement": placement, "axis_name": "ep", "comm": comm}
             physical, split = rebalance(chosen, None, r2o, **options)
             weight = 1 + physical.sum() % 7
             return lax.psum(x * weight, "ep") % 5, split.quota
@@ -237,7 +238,7 @@ def failed_status(mesh, comm) -> int:
     size = mesh.devices.size
     r2o = topologies.ring(size)
     placement = place_experts(None, r2o, n_logical=size, ep_size=size, redundants_per_rank=1)
-    options = {"placement": placement, "axis_name": "ep", "comm": comm}
+    options: dict[str, Any] = {"placement": placement, "axis_name": "ep", "comm": comm}
     run = per_rank(lambda ids: rebalance(ids, None, r2o, **options), mesh)
     physical, split = run(everywhere(mesh, np.zeros(size * 5, np.int32)))
     for part in physical.addressable_shards:
@@ -269,14 +270,14 @@ def main() -> None:
         assert "DEADLINE_EXCEEDED" in error
         assert "counts of rank 1" in error
         assert seconds < 3 + 2
-        assert "counts of rank 1" in comm.failure()
+        assert "counts of rank 1" in (comm.failure() or "")
         comm.close()
         os._exit(0)  # Without the process that is gone nothing can end in order.
     with init_comm(mesh, "ep", max_experts=512, transport=scenario) as comm:
         assert comm.transport == {"auto": "nvshmem"}.get(scenario, scenario), comm
         for check in CHECKS:
             # Processes that share a GPU take turns on it, of milliseconds.
-            options = {"n_calls": 1000} if shared and check is check_many else {}
+            options: dict[str, Any] = {"n_calls": 1000} if shared and check is check_many else {}
             start = time.perf_counter()
             check(mesh, comm, rng, **options)
             print(f"{check.__name__}: {time.perf_counter() - start:.1f} s", flush=True)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,7 +49,7 @@ def test_figures_are_those_of_an_oracle(rng):
     loads = drawn(rng)
     advice = lplb_jax.advise(loads, ep_size=N_RANKS, redundants=[1, 3])
     ring = topologies.ring(N_RANKS)
-    sizes = {"n_logical": N_LOGICAL, "ep_size": N_RANKS}
+    sizes: dict[str, Any] = {"n_logical": N_LOGICAL, "ep_size": N_RANKS}
 
     def placed(kind, n, history):
         if kind == GIVEN:
@@ -89,7 +90,7 @@ def test_figures_are_those_of_an_oracle(rng):
 def test_groups_smaller_than_all_ranks(rng, n_ranks, n_nodes, along):
     """Judged by the oracle, each; experts have copies in their own group only."""
     loads = drawn(rng, n_layers=1, n_logical=4 * n_ranks)
-    given = {"ep_size": n_ranks, "n_nodes": n_nodes}
+    given: dict[str, Any] = {"ep_size": n_ranks, "n_nodes": n_nodes}
     advice = lplb_jax.advise(loads, redundants=[1, 2, 3], **given)
     found = {kind for kind, _ in figures(advice)} - {GIVEN, PACKED, EVEN, ANY, BATCH}
     assert found == along
@@ -130,7 +131,7 @@ def test_copies_per_batch(rng):
     """Chosen for every batch anew, over the homes that are packed by load."""
     loads = drawn(rng, n_layers=1)
     advice = lplb_jax.advise(loads, ep_size=N_RANKS, redundants=[2])
-    sizes = {"n_logical": N_LOGICAL, "ep_size": N_RANKS, "redundants_per_rank": 0}
+    sizes: dict[str, Any] = {"n_logical": N_LOGICAL, "ep_size": N_RANKS, "redundants_per_rank": 0}
     homes = jax.tree.map(lambda array: array[0], place_experts(loads[:, :3], **sizes)).phy2log
     table = np.pad(homes.reshape(N_RANKS, -1), [(0, 0), (0, 2)], constant_values=-1)
     placement = Placement.from_phy2log(table, ep_size=N_RANKS)
@@ -172,8 +173,13 @@ def test_times_are_near_measured_ones(hidden, width, imbalance, n, before, after
 
 def test_what_costs_are_made_of():
     """Reading weights limits small batches, copies hide behind products, and nodes are slower."""
-    sizes = {"hidden": 1000, "parameters": 1e6, "bytes_per_expert": 2e6, "inference": True}
-    rates = {"flops": 1e12, "link": 1e9, "node_link": 1e8, "memory": 1e9}
+    sizes: dict[str, Any] = {
+        "hidden": 1000,
+        "parameters": 1e6,
+        "bytes_per_expert": 2e6,
+        "inference": True,
+    }
+    rates: dict[str, Any] = {"flops": 1e12, "link": 1e9, "node_link": 1e8, "memory": 1e9}
     small = Costs(2, 1, ep_size=1, n_nodes=1, **sizes, **rates)
     assert small.layer(1.0, 10, 0) == pytest.approx(10 * 2e6 / 1e9)
     large = Costs(1e6, 1, ep_size=1, n_nodes=1, **sizes, **rates)
@@ -192,7 +198,7 @@ def test_models(model):
     advice = lplb_jax.advise(model, ep_size=8, redundants=[1], most_layers=1)
     best, first = advice.recommended, advice.choices[0]
     assert best.mean < first.mean
-    assert best.seconds < first.seconds
+    assert (best.seconds or np.inf) < (first.seconds or 0)
     sizes = MODELS[model]
     memory = 6 * sizes.hidden * sizes.width * sizes.n_layers
     assert figures(advice)[ANY, 1].memory == memory
@@ -208,7 +214,12 @@ def test_inference_fetches_only_copies_of_the_batch():
 def test_a_budget(rng):
     """Of 2 copies of 100 bytes in each of two layers, where more would be better."""
     loads = drawn(rng)
-    given = {"ep_size": N_RANKS, "redundants": [1, 2, 3], "bytes_per_expert": 100, "hidden": 8}
+    given: dict[str, Any] = {
+        "ep_size": N_RANKS,
+        "redundants": [1, 2, 3],
+        "bytes_per_expert": 100,
+        "hidden": 8,
+    }
     advice = lplb_jax.advise(loads, memory_budget=400, **given)
     assert [choice.fits for choice in advice.choices] == [c.redundants < 3 for c in advice.choices]
     assert advice.recommended.redundants <= 2
@@ -221,13 +232,17 @@ def test_age(rng):
     """Placed once and anew, for batches that drift."""
     logs = np.cumsum(rng.normal(0, 0.4, (24, N_LOGICAL)), axis=0)
     loads = np.round(np.exp(6 + logs)).astype(int)[None]
-    given = {"ep_size": N_RANKS, "redundants": [1], "topology": "ring"}
+    given: dict[str, Any] = {"ep_size": N_RANKS, "redundants": [1], "topology": "ring"}
     advice = lplb_jax.advise(loads, **given)
     assert advice.ageing[:3] == ("ring", 1, [1.5, 3.5, 5.5, 7.5, 9.5, 11.5])
 
     def judged(end, span):
         """A placement from the twelve batches before `end`, by two later ones."""
-        sizes = {"n_logical": N_LOGICAL, "ep_size": N_RANKS, "redundants_per_rank": 1}
+        sizes: dict[str, Any] = {
+            "n_logical": N_LOGICAL,
+            "ep_size": N_RANKS,
+            "redundants_per_rank": 1,
+        }
         history = loads[0, end - 12 : end].sum(axis=0)
         table = place_experts(history, topologies.ring(N_RANKS), **sizes).phy2log
         return np.mean([optimum(table, batch) for batch in loads[0, span : span + 2]])
@@ -281,7 +296,7 @@ def test_a_type_full_of_experts(rng):
 def test_types_of_loads(rng, dtype):
     loads = drawn(rng)
     np.savez("own.npz", loads=loads.astype(dtype))
-    given = {"ep_size": N_RANKS, "redundants": [1]}
+    given: dict[str, Any] = {"ep_size": N_RANKS, "redundants": [1]}
     from_file = lplb_jax.advise("own.npz", **given)
     assert from_file.choices == lplb_jax.advise(loads, **given).choices
 
@@ -289,7 +304,7 @@ def test_types_of_loads(rng, dtype):
 def test_shares_of_loads(rng):
     """Frequencies in the place of tokens: nothing but the rounding differs."""
     loads = drawn(rng)
-    given = {"ep_size": N_RANKS, "redundants": [1]}
+    given: dict[str, Any] = {"ep_size": N_RANKS, "redundants": [1]}
     a_token = N_RANKS / loads.sum(axis=2).min()
     shares = lplb_jax.advise(loads / 1024, **given)
     for choice, expected in zip(

@@ -1,6 +1,7 @@
 """The interior point on placements of any kind: legal, proven, and as good as HiGHS's."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from any_cases import SIZES, AnyCase, Sizes, loads_for
 from cases import INT32_MAX, layers
+from meshes import n_compiled
 from oracles import assert_hosted, host_matrix, linear_program, tokens_at_slots, weighted_optimum
 from steps import assert_same
 
@@ -148,7 +150,7 @@ def test_agrees_with_the_specification(rng, name, floats):
         loads[2::7, 0, 1] = np.inf
     weights = jnp.asarray(some_weights(rng, sizes.ep_size))
     r2o = np.zeros((sizes.ep_size, 0), np.int32)
-    static = {"ep_size": sizes.ep_size, "weighted": 1, "repair": 1, "cusolverdx": 0}
+    static: dict[str, Any] = {"ep_size": sizes.ep_size, "weighted": 1, "repair": 1, "cusolverdx": 0}
 
     def native(*one):
         return _native.call("lplb_ipm", reference.ipm, *one, r2o, weights, **static)
@@ -239,7 +241,7 @@ def test_rebalance_by_weights(rng):
         best = weighted_optimum(counts, host_matrix(placement), mean_one(weights))
         assert split.status.tolist() == [0]
         np.testing.assert_allclose(split.max_load, best, rtol=2e-6)
-    assert run._cache_size() == 1
+    assert n_compiled(run) == 1
 
 
 def test_two_hosts_each_are_a_topology(rng):

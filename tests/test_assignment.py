@@ -1,6 +1,7 @@
 """assign: exact to the token, in the documented order, judged by the outputs alone."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ def test_equals_the_specification(rng, name, proportional):
     other = rng.integers(0, 40, (3, placement.n_physical))
     quota = np.concatenate([fitting[None], other]).astype(np.int32)
     operands = (*repeated((ids, loads), 4), quota, repeated(placement, 4))
-    options = {"proportional": proportional, "positions": bool(rng.integers(2))}
+    options: dict[str, Any] = {"proportional": proportional, "positions": bool(rng.integers(2))}
     assert_same(native_assign(*operands, **options), spec_assign(*operands, **options))
 
 
@@ -154,7 +155,7 @@ def test_positions_keep_the_shape(rng):
     case = Case(topologies.ring(2), 3)
     ids = tokens(rng, case, 24)[0]
     split = solve(count_loads(ids, 6), case.r2o)
-    options = {"placement": case.placement(), "positions": True}
+    options: dict[str, Any] = {"placement": case.placement(), "positions": True}
     folded = assign(ids.reshape(4, 3, 2), None, split, case.r2o, **options)
     flat = assign(ids, None, split, case.r2o, **options)
     assert_same(jax.tree.map(jnp.ravel, folded), flat)
@@ -165,7 +166,7 @@ def test_positions_sort_into_expert_order(rng):
     case = Case(topologies.cube(), 8)
     ids = tokens(rng, case, 200, absent=0)[0]
     split = solve(count_loads(ids, 64), case.r2o)
-    options = {"placement": case.placement(), "positions": True}
+    options: dict[str, Any] = {"placement": case.placement(), "positions": True}
     physical, position, counts = assign(ids, None, split, case.r2o, **options)
     start = np.cumsum(counts) - counts
     row = np.empty(200, int)

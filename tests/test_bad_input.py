@@ -1,6 +1,7 @@
 """Every error is raised at trace time and names the argument, what was expected and what came."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -161,7 +162,7 @@ def test_r2o(r2o, error, words):
     refused(error, words, lambda: solve(LOADS, r2o))
     refused(error, words, lambda: rebalance(IDS, LOADS, r2o))
     refused(error, words, lambda: assign(IDS, LOADS, SPLIT, r2o))
-    sizes = {"n_logical": 16, "ep_size": 4, "redundants_per_rank": 1}
+    sizes: dict[str, Any] = {"n_logical": 16, "ep_size": 4, "redundants_per_rank": 1}
     refused(error, words, lambda: place_experts(None, r2o, **sizes))
 
 

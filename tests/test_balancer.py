@@ -1,5 +1,7 @@
 """rebalance: all ways to give loads, what it composes, and input at its limits."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +93,7 @@ def test_given_statistics(rng, name):
 def test_positions(rng, name):
     """In every mode the same slots, and the place of every token in its slot's list."""
     case = CASES[name](rng)
-    options = {"placement": case.placement(rng)}
+    options: dict[str, Any] = {"placement": case.placement(rng)}
     ids = tokens(rng, case, 80)
     loads = counts_of(ids, case.n_logical)
     for given in (None, loads, loads.sum(axis=0, dtype=np.int32)):
@@ -133,7 +135,7 @@ def test_default_placement(rng):
 def test_is_its_steps_composed(rng, solver):
     case = Case(topologies.torus(2, 3), 4)
     placement = case.placement(rng)
-    options = {"placement": placement}
+    options: dict[str, Any] = {"placement": placement}
     ids = tokens(rng, case, 200)
     physical, split = rebalance(ids, None, case.r2o, solver=solver, **options)
     assert_same(split, solve(count_loads(ids, 24), case.r2o, solver=solver, **options))

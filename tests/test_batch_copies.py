@@ -1,6 +1,7 @@
 """Copies chosen for a batch: against the method told once more in Python's integers."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -338,7 +339,12 @@ def test_rebalance(rng, given):
     counts = counts_of(ids, sizes.n_logical)
     total = counts.sum(axis=0, dtype=np.int32)
     loads = {"none": total, "counts": counts, "estimates": 3 * total}[given]
-    options = {"placement": placement, "copies": "batch", "fan_out": 2, "positions": True}
+    options: dict[str, Any] = {
+        "placement": placement,
+        "copies": "batch",
+        "fan_out": 2,
+        "positions": True,
+    }
     result = rebalance(ids, None if given == "none" else loads, **options)
     known = None if given == "none" else loads
     assert_same(result, step_by_step(ids, loads, placement, known, fan_out=2))

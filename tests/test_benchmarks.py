@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import compare
 import pytest
@@ -14,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*_h200*.json"))
 
 
-def place(tree, path):
+def place(tree: Any, path: str) -> Any:
     """The container of a figure, and its key there."""
     *above, last = path.split(":")
     for key in above:
@@ -47,7 +48,7 @@ def test_a_regression_is_found_by_its_name(rng, path):
         (1.17, False, True), (float("nan"), False, True), (1.0, True, True),
     ):  # fmt: skip
         new = copy.deepcopy(committed)
-        container, key = place(new, name)
+        container, key = place(new, name)  # a list or a dict
         if missing:
             del container[key]
         else:

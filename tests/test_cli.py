@@ -4,6 +4,7 @@ import io
 import os
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,7 +193,7 @@ def refused(capsys, run, flag, words):
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments(capsys, rng, name):
     given, flag, words = BAD[name]
-    given = given(rng) if callable(given) else given
+    given: Any = given(rng) if callable(given) else given
     before = sorted(os.listdir())
     refused(capsys, lambda: cli.main(["demo", *given]), flag, words)
     assert sorted(os.listdir()) == before

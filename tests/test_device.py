@@ -66,14 +66,16 @@ def test_large_chips_get_the_fastest_shapes(rng, sizes, quotas, name):
     for last, cluster, threads in shapes:
         for n_tokens in {first, last, *rng.integers(first, last, 5).tolist(), min(first + 1, last)}:
             rounds = max(-(-n_tokens // (cluster * threads)), 1) if cluster else 0
-            got = _native.cuda().route_shape(sizes, quotas, False, n_tokens, chip(*CHIPS[name]))
+            got = _native.built_cuda().route_shape(
+                sizes, quotas, False, n_tokens, chip(*CHIPS[name])
+            )
             assert tuple(got[:3]) == (cluster, threads, rounds), n_tokens
         first = last + 1
 
 
 def shape_or_refusal(sizes, quotas, n_tokens, device, chooses=False):
     try:
-        return _native.cuda().route_shape(sizes, quotas, chooses, n_tokens, device)
+        return _native.built_cuda().route_shape(sizes, quotas, chooses, n_tokens, device)
     except ValueError as refusal:
         return str(refusal)
 
@@ -156,10 +158,10 @@ def test_large_problems_on_small_chips(name, sizes, quotas, expected):
 
 def solver_bytes(solver, sizes, device, options=(False, False, False)):
     if solver == "exact":
-        return _native.cuda().solve_bytes(sizes, device)
+        return _native.built_cuda().solve_bytes(sizes, device)
     if solver == "copies":
-        return _native.cuda().copies_bytes(sizes, device)
-    return _native.cuda().ipm_bytes(sizes, (*options, False), device)
+        return _native.built_cuda().copies_bytes(sizes, device)
+    return _native.built_cuda().ipm_bytes(sizes, (*options, False), device)
 
 
 @pytest.mark.parametrize("solver", ["exact", "interior point"])
@@ -219,4 +221,4 @@ def test_the_workspace_is_as_large_as_the_kernels_take_it(rng):
     for n_logical in [1, 256, *rng.integers(1, 2049, 20).tolist()]:
         n_tiles, n_words = workspace_shape(int(rng.integers(0, 1 << 24)), n_logical)
         assert n_tiles >= 1
-        assert n_words == _native.cuda().workspace_words(n_logical)
+        assert n_words == _native.built_cuda().workspace_words(n_logical)

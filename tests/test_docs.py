@@ -75,7 +75,7 @@ def test_every_public_name_has_a_docstring(name):
 def test_sections_of_a_functions_docstring(name):
     """Arguments with their types, what comes back, errors where it checks, and an example."""
     function = FUNCTIONS[name]
-    documented = inspect.getdoc(function)
+    documented = inspect.getdoc(function) or ""
     parameters = inspect.signature(function).parameters
     for section in [*(["Args:"] if parameters else []), "Returns:", ">>> "]:
         assert section in documented, section
@@ -106,7 +106,7 @@ RESULTS = [
 
 @pytest.mark.parametrize("result", RESULTS)
 def test_fields_are_documented(result):
-    documented = inspect.getdoc(result)
+    documented = inspect.getdoc(result) or ""
     fields = getattr(result, "_fields", None) or result.__dataclass_fields__
     for field in fields:
         assert re.search(rf"^  {field}: ", documented, re.M), field

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def test_any_number_of_layers(rng):
     program = written_and_read(jax.vmap(counted), shape(4, n), shape(4, 16), stacked)
     for count in (1, 3):
         history = rng.random((count, 16))
-        options = {"n_logical": 16, "ep_size": 4, "redundants_per_rank": 1}
+        options: dict[str, Any] = {"n_logical": 16, "ep_size": 4, "redundants_per_rank": 1}
         placements = place_experts(history, CASE.r2o, **options)
         ids = np.stack([tokens(rng, CASE, 50) for _ in range(count)])
         operands = ids, np.zeros((count, 4, 16), np.int32), placements
@@ -146,7 +147,7 @@ def test_in_another_process(rng, cpu_devices, tmp_path, n_ranks):
         def over_ranks(ids, placement):
             return rebalance(ids, None, case.r2o, placement=placement, axis_name="ep")
 
-        specs = {"in_specs": (P("ep"), P()), "out_specs": (P("ep"), P())}
+        specs: dict[str, Any] = {"in_specs": (P("ep"), P()), "out_specs": (P("ep"), P())}
         step = jax.shard_map(over_ranks, mesh=mesh, **specs)
 
     made = export.export(jax.jit(step), disabled_checks=export_checks())(

@@ -9,6 +9,7 @@ import pytest
 from cases import Case
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from meshes import n_compiled
 from moe_checks import (
     HIDDEN,
     ROOM,
@@ -218,7 +219,7 @@ def assert_equals_one_device(rng, mesh, case, network, **options):
             # Sums of several numbers of four bits.
             tolerance = 0.2 if slope.dtype.itemsize == 1 else 1e-5
             assert_close(jax.tree_util.keystr(path), slope, expected, tolerance)
-    assert run._cache_size() == 1
+    assert n_compiled(run) == 1
 
 
 def assert_close(name, got, want, tolerance=1e-5):

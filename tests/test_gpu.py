@@ -82,7 +82,7 @@ def test_results_are_on_the_gpu():
     ids = np.zeros((8, 5), np.int32)
     for array in jax.tree.leaves(run(ids)):
         assert {device.platform for device in array.devices()} == {"gpu"}
-    text = run.lower(ids).compile().as_text()
+    text = str(run.lower(ids).compile().as_text())
     for target in ("lplb_count", "lplb_solve", "lplb_assign", "lplb_rebalance"):
         assert target in text
     assert "while(" not in text
@@ -231,7 +231,7 @@ def test_ipm_with_cusolverdx(rng):
     case = SHAPES["32x4"](rng)
     loads, stacked = batch(rng, case)
     loads = loads.astype(np.float32)
-    if not _native.cuda().has_cusolverdx():
+    if not _native.built_cuda().has_cusolverdx():
         with pytest.raises(ValueError, match=r"factor: .* built without cuSolverDx"):
             solve(np.ones(16, np.float32), topologies.cube(), factor="cusolverdx")
         pytest.skip("built without cuSolverDx")
@@ -445,7 +445,7 @@ def test_too_large_groups_are_refused():
 
 def test_the_device_is_asked():
     """Not assumed: what the driver says of this GPU."""
-    device = _native.cuda().current_device()
+    device = _native.built_cuda().current_device()
     major, minor = jax.devices()[0].compute_capability.split(".")
     assert device.capability == 10 * int(major) + int(minor)
     if device.capability in (80, 90):  # All of the chip, not a part of it.
@@ -457,12 +457,12 @@ def test_the_device_is_asked():
 @pytest.fixture
 def assume():
     """Has the launches chosen as if the first GPU were a smaller chip."""
-    real = _native.cuda().current_device()
+    real = _native.built_cuda().current_device()
 
     def choose(capability, shared_bytes, largest_cluster, dependent_launch):
         # What XLA has recorded in command buffers it plays again without asking anybody.
         jax.clear_caches()
-        _native.cuda().assume_device(
+        _native.built_cuda().assume_device(
             chip(
                 capability,
                 min(shared_bytes, real.shared_bytes),
@@ -472,7 +472,7 @@ def assume():
         )
 
     yield choose
-    _native.cuda().assume_device(None)
+    _native.built_cuda().assume_device(None)
     jax.clear_caches()
 
 

@@ -41,7 +41,7 @@ def virtual_ranks():
                 pytest.skip(f"needs {n_gpus} GPUs")
             windows = Windows(size, n_tokens, top_k, row_bytes)
             gpus = jax.devices()[:n_gpus]
-            return stack.enter_context(VirtualRanks(gpus, size, 8, timeout_s, windows))
+            return stack.enter_context(VirtualRanks(gpus, size, 8, timeout_s, windows))  # pyright: ignore[reportPossiblyUnboundVariable]
 
         yield make
 
@@ -63,7 +63,7 @@ def random_batch(rng, ranks, size):
     hidden = 8 * int(rng.integers(1, 65))
     blocks = int(rng.integers(1, 9))
     options = {"dtype": str(dtype), "blocks": (blocks, int(rng.integers(1, blocks + 1)))}
-    return ExchangeBatch(ranks.put, ranks_of, capacity, hidden, rng, **options)
+    return ExchangeBatch(ranks.put, ranks_of, capacity, hidden, rng, **options)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 @pytest.mark.parametrize(("n_gpus", "size"), [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (2, 8)])
@@ -93,7 +93,7 @@ def test_a_missing_rank_is_reported(rng, virtual_ranks, n_gpus):
     """Within the timeout, by name; nothing that came is a result, and nobody waits any more."""
     ranks = virtual_ranks(n_gpus, 3, 480, 2, 256, timeout_s=0.5)
     ranks_of = rng.integers(0, 3, (3, 50, 2))
-    batch = ExchangeBatch(ranks.put, ranks_of, 300, 128, rng)
+    batch = ExchangeBatch(ranks.put, ranks_of, 300, 128, rng)  # pyright: ignore[reportPossiblyUnboundVariable]
     start = time.perf_counter()
     for rank in (0, 2):
         ranks.there(rank, batch)

@@ -2,6 +2,7 @@
 
 import functools
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +143,7 @@ def test_agrees_with_the_specification(rng, name, floats):
     loads, stacked = batch(rng, case)
     loads = loads[:, None].astype(np.float32 if floats else np.int32)
     operands = (loads, stacked.phy2log, stacked.log2phy)
-    static = {"ep_size": case.ep_size, "weighted": 1, "repair": 1, "cusolverdx": 0}
+    static: dict[str, Any] = {"ep_size": case.ep_size, "weighted": 1, "repair": 1, "cusolverdx": 0}
     weights = jnp.asarray(some_weights(rng, case))
 
     def native(*one):

@@ -1,5 +1,7 @@
 """n_nodes along a topology: tokens stay on their rank and node as far as the quotas allow."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -35,7 +37,7 @@ def test_own_rank_then_own_node_then_the_rest(rng, name):
     ids = tokens(rng, case, 90)
     loads = counts_of(ids, case.n_logical)
     split = solve(loads, case.r2o, placement=placement)
-    options = {"placement": placement, "positions": True, "n_nodes": n_nodes}
+    options: dict[str, Any] = {"placement": placement, "positions": True, "n_nodes": n_nodes}
     assigned = assign(ids, loads, split, case.r2o, **options)
     assert_same(rebalance(ids, loads, case.r2o, **options), (assigned, split))
     physical, quota = np.asarray(assigned.physical_indices), np.asarray(split.quota)
@@ -78,7 +80,7 @@ def test_inside_shard_map_and_without_other_ranks(rng, cpu_devices):
     @jax.jit
     @jax.shard_map(mesh=mesh, in_specs=axes, out_specs=(axes, Split(*[same] * 4)))
     def route(ids):
-        options = {"placement": placement, "axis_name": "ep", "n_nodes": 2}
+        options: dict[str, Any] = {"placement": placement, "axis_name": "ep", "n_nodes": 2}
         return rebalance(ids, None, case.r2o, **options)
 
     loads = counts_of(ids, case.n_logical)

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def over_ranks(function):
 
     def run(ids, loads, placement):
         mesh = Mesh(np.array(jax.devices("cpu")[:4]), "ep")
-        specs = {"in_specs": (P("ep"), P()), "out_specs": (P("ep"), P())}
+        specs: dict[str, Any] = {"in_specs": (P("ep"), P()), "out_specs": (P("ep"), P())}
         return jax.shard_map(function, mesh=mesh, **specs)(ids, placement)
 
     return run
@@ -181,7 +182,7 @@ def test_types_of_indices(operands, names, dtype):
 @ALL_MODES
 def test_placing_experts(rng, names):
     history = rng.random((2, CASE.n_logical))
-    sizes = {"n_logical": 16, "ep_size": 4, "redundants_per_rank": 1}
+    sizes: dict[str, Any] = {"n_logical": 16, "ep_size": 4, "redundants_per_rank": 1}
     expected = place_experts(history, CASE.r2o, **sizes)
     with modes(names):
         assert_same(place_experts(history, CASE.r2o, **sizes), expected)

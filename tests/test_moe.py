@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import ragged_checks
 from cases import Case, random_topology
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from meshes import n_compiled
 from moe_checks import (
     HIDDEN,
     NAMES,
@@ -72,7 +74,7 @@ MODES = {
     "strict ranks": lambda: jax.numpy_rank_promotion("raise"),
 }
 
-PORTABLE = {"transport": "padded", "gemm": "xla"}
+PORTABLE: dict[str, Any] = {"transport": "padded", "gemm": "xla"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -92,7 +94,7 @@ def test_equals_one_device(rng, mesh, name):
         received = np.asarray(metrics.rank_loads(traffic.slot_loads, case.ep_size))
         busiest = received.reshape(case.n_groups, -1).max(axis=1)
         np.testing.assert_array_equal(busiest, traffic.lower_bound)
-    assert run._cache_size() == 1
+    assert n_compiled(run) == 1
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -100,7 +102,7 @@ def test_equals_one_device(rng, mesh, name):
 def test_every_balance_is_the_same_mathematics(rng, mesh, balance, check_vma):
     case = CASES["cube"](rng)
     floats, ids, placement = problem(rng, case, skewed)
-    options = {"balance": balance, "check_vma": check_vma}
+    options: dict[str, Any] = {"balance": balance, "check_vma": check_vma}
     run = with_slopes(layer_over(mesh, case, **options, **PORTABLE, **ROOM))
     traffic = assert_equals_plain_mathematics(run, mesh, floats, ids, placement, rng, 1e-5)
     loads = np.bincount(ids[ids >= 0], minlength=case.n_logical).astype(np.int32)
@@ -149,7 +151,7 @@ def test_weights_for_the_slots_of_any_placement(rng, cpu_devices, monkeypatch, s
             summed = np.zeros_like(array)
             np.add.at(summed, placement.phy2log[filled], of_slots[name][filled])
             np.testing.assert_array_equal(slopes[name], in_slots(summed, placement))
-    assert run._cache_size() == 1
+    assert n_compiled(run) == 1
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -235,7 +237,7 @@ def test_any_placement_equals_one_device(rng, mesh, sizes, balance):
             in_slots(floats[2], placement), placement, new := case.placement(rng)
         )
         jax.tree.map(np.testing.assert_array_equal, moved, in_slots(floats[2], new))
-    assert run._cache_size() == 1
+    assert n_compiled(run) == 1
 
 
 def test_any_placements_by_layer_in_a_scan(rng, mesh):
@@ -362,6 +364,7 @@ def test_what_is_sent_and_where_it_stands(rng, mesh, name):
         rows, row_gates, plan = moe.dispatch(
             tokens, gates, assigned, axis_name="ep", capacity=capacity, transport="padded"
         )
+        assert isinstance(plan, moe.Plan)
         return assigned.physical_indices, rows, row_gates, plan.group_sizes, plan.lists.sizes
 
     run = jax.shard_map(
@@ -869,7 +872,7 @@ def test_the_layer_does_what_its_parts_do(rng, mesh):
     """In another order, but with the same bits: value and gradients."""
     case = CASES["cube"](rng)
     (tokens, gates, experts), ids, placement = problem(rng, case, skewed)
-    where = {"placement": placement, "axis_name": "ep"}
+    where: dict[str, Any] = {"placement": placement, "axis_name": "ep"}
 
     def parts(tokens, gates, experts, ids):
         experts = moe.replicate_weights(experts, case.r2o, **where)

@@ -1,5 +1,7 @@
 """The layer with copies chosen for the batch at hand: nothing but speed depends on them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from cases import Case
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from meshes import n_compiled
 from moe_checks import (
     HIDDEN,
     ROOM,
@@ -26,7 +29,7 @@ from moe_checks import (
 from lplb_jax import Placement, metrics, moe, place_copies, topologies
 
 CASE = AnyCase(8, 4, 19)
-BATCH = {"copies": "batch", "transport": "padded", "gemm": "xla", **ROOM}
+BATCH: dict[str, Any] = {"copies": "batch", "transport": "padded", "gemm": "xla", **ROOM}
 
 
 @pytest.fixture
@@ -135,7 +138,7 @@ def test_equals_one_device(rng, mesh, monkeypatch, transport, again):
         floats, ids, placement = problem(rng, CASE, routing)
         traffic = assert_equals_plain_mathematics(run, mesh, floats, ids, placement, rng, 1e-5)
         assert_chosen(traffic, ids, placement)
-    assert run._cache_size() == 1
+    assert n_compiled(run) == 1
 
 
 def test_of_a_placement_along_a_topology(rng, mesh):

@@ -1,5 +1,7 @@
 """place_experts without a topology: legal, even homes, and as good as what it is measured by."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -108,7 +110,7 @@ def test_many_copies_of_a_hot_expert(rng):
 
 def test_layers_and_batches(rng):
     history = np.stack([history_for(rng, 24, 5) for _ in range(3)])
-    sizes = {"n_logical": 24, "ep_size": 8, "redundants_per_rank": 1}
+    sizes: dict[str, Any] = {"n_logical": 24, "ep_size": 8, "redundants_per_rank": 1}
     stacked = place_experts(history, **sizes)
     assert stacked.phy2log.shape == (3, 32)
     for layer, batches in enumerate(history):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pickle
+from typing import Any
 
 import jax
 import jax.export
@@ -174,7 +175,7 @@ def test_no_history_keeps_the_given_order():
 
 def test_layers_are_placed_one_by_one(rng):
     history = rng.lognormal(3, 1, (5, 16))
-    sizes = {"n_logical": 16, "ep_size": 4, "redundants_per_rank": 2, "n_nodes": 2}
+    sizes: dict[str, Any] = {"n_logical": 16, "ep_size": 4, "redundants_per_rank": 2, "n_nodes": 2}
     stacked = place_experts(history, topologies.ring(4), **sizes)
     assert stacked.phy2log.shape == (5, 24)
     assert (stacked.n_logical, stacked.n_physical, stacked.redundants_per_rank) == (16, 24, 2)
@@ -193,7 +194,7 @@ def test_placement_is_a_pytree_of_int32_with_static_ep_size():
 
 def test_what_is_static_in_a_placement():
     """Placements of one topology share compiled code, however it was given."""
-    sizes = {"n_logical": 32, "ep_size": 8, "redundants_per_rank": 2}
+    sizes: dict[str, Any] = {"n_logical": 32, "ep_size": 8, "redundants_per_rank": 2}
 
     def structure(r2o=CUBE, history=None, **change):
         return jax.tree.structure(place_experts(history, r2o, **sizes | change))
@@ -318,7 +319,7 @@ def test_jax_rebuilds_placements_with_any_leaves():
     assert shapes.phy2log.shape == made.phy2log.shape
 
 
-GOOD = {"n_logical": 16, "ep_size": 8, "redundants_per_rank": 2}
+GOOD: dict[str, Any] = {"n_logical": 16, "ep_size": 8, "redundants_per_rank": 2}
 
 
 @pytest.mark.parametrize(
@@ -382,7 +383,12 @@ def test_sizes_are_integers(name, value):
 
 @pytest.mark.parametrize("topology", [CUBE, None])
 def test_exported_programs_keep_what_is_static(rng, topology):
-    sizes = {"n_logical": 16, "ep_size": np.int64(8), "redundants_per_rank": 2, "n_nodes": 2}
+    sizes: dict[str, Any] = {
+        "n_logical": 16,
+        "ep_size": np.int64(8),
+        "redundants_per_rank": 2,
+        "n_nodes": 2,
+    }
     placement = dataclasses.replace(place_experts(None, CUBE, **sizes), topology=topology)
     loads = rng.integers(0, 1000, 16).astype(np.int32)
     step = jax.jit(lambda loads, r2o, placement: solve(loads, r2o, placement=placement))
@@ -459,7 +465,7 @@ def test_stacked_placements_under_vmap_and_scan(rng):
 @pytest.mark.parametrize("n_layers", [None, 2])
 def test_arrays_and_back(rng, along, n_layers):
     """What is static comes along; also from JAX arrays and in any order."""
-    given = {"n_logical": 16, "ep_size": 8, "redundants_per_rank": 2, "n_nodes": 2}
+    given: dict[str, Any] = {"n_logical": 16, "ep_size": 8, "redundants_per_rank": 2, "n_nodes": 2}
     history = rng.integers(0, 99, (n_layers or 1, 16))
     placement = place_experts(
         history if n_layers else history[0], topologies.cube() if along else None, **given

@@ -1,5 +1,7 @@
 """place_experts(previous=…): few experts move, and next to nothing is lost."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -35,9 +37,13 @@ def check_in_old_slots(old: Placement, new: Placement):
             assert has[list(had).index(expert)] == expert
 
 
-def sizes_and_r2o(case, along):
+def sizes_and_r2o(case, along) -> dict[str, Any]:
     n_logical, ep_size, redundants = MOST[case]
-    sizes = {"n_logical": n_logical, "ep_size": ep_size, "redundants_per_rank": redundants}
+    sizes: dict[str, Any] = {
+        "n_logical": n_logical,
+        "ep_size": ep_size,
+        "redundants_per_rank": redundants,
+    }
     if along and n_logical % ep_size:
         pytest.skip("along a topology experts divide by ranks")
     fitting = [t for t in topologies.named(ep_size).values() if redundants % t.n_columns == 0]
@@ -111,7 +117,7 @@ def test_all_sizes(rng, case):
 def test_any_placement_may_be_in_force(rng, name):
     """Duplicates on a rank, empty slots, homes that are as uneven as can be."""
     of = ANY_SIZES[name]
-    sizes = {"n_logical": of.n_logical, "ep_size": of.ep_size}
+    sizes: dict[str, Any] = {"n_logical": of.n_logical, "ep_size": of.ep_size}
     for _ in range(4):
         table = of.phy2log(rng)
         previous = Placement.from_phy2log(table, ep_size=of.ep_size, n_logical=of.n_logical)
@@ -136,7 +142,7 @@ def test_from_a_topology_to_any_placement(rng):
 
 def test_eplbs_placement_in_force(rng):
     """Its even homes stay where they are."""
-    sizes = {"n_logical": 64, "ep_size": 8, "redundants_per_rank": 2}
+    sizes: dict[str, Any] = {"n_logical": 64, "ep_size": 8, "redundants_per_rank": 2}
     loads = FAMILIES["uniform"](rng, 64)
     previous = place_experts(loads, **sizes, method="eplb")
     fetched, homes = moves(previous, place_experts(loads, **sizes, previous=previous))
@@ -157,7 +163,7 @@ def test_layers_are_kept_one_by_one(rng, along):
 
 def test_nodes_are_renumbered_as_a_whole(rng):
     """Where all changes, ranks still keep the company of their node."""
-    sizes = {"n_logical": 64, "ep_size": 16, "redundants_per_rank": 0, "n_nodes": 4}
+    sizes: dict[str, Any] = {"n_logical": 64, "ep_size": 16, "redundants_per_rank": 0, "n_nodes": 4}
     previous = place_experts(FAMILIES["lognormal"](rng, 64), **sizes)
     loads = FAMILIES["lognormal"](rng, 64)
     kept = place_experts(loads, **sizes, previous=previous)
@@ -167,7 +173,7 @@ def test_nodes_are_renumbered_as_a_whole(rng):
 
 
 def placed(**changes):
-    sizes = {"n_logical": 16, "ep_size": 4, "redundants_per_rank": 1} | changes
+    sizes: dict[str, Any] = {"n_logical": 16, "ep_size": 4, "redundants_per_rank": 1} | changes
     return place_experts(np.ones((sizes.pop("layers"), 16)) if "layers" in sizes else None, **sizes)
 
 

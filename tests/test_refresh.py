@@ -1,6 +1,7 @@
 """Histories of loads, and whether placing anew is worth it: against loops and the solver."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ from lplb_jax import (
 )
 
 N_RANKS, N_LOGICAL, N_LAYERS, N_BATCHES = 4, 16, 3, 8
-SIZES = {"n_logical": N_LOGICAL, "ep_size": N_RANKS, "redundants_per_rank": 1}
-COSTS = {"row_s": 1e-7, "bytes_per_expert": 1e7, "link": 1e10, "steps": 1000}
+SIZES: dict[str, Any] = {"n_logical": N_LOGICAL, "ep_size": N_RANKS, "redundants_per_rank": 1}
+COSTS: dict[str, Any] = {"row_s": 1e-7, "bytes_per_expert": 1e7, "link": 1e10, "steps": 1000}
 
 
 def drawn(rng, n_batches=N_BATCHES):

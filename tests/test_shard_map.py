@@ -1,5 +1,7 @@
 """Inside shard_map over virtual devices, against the global view of the same tokens."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ CASES_OF_EIGHT = {
 }
 
 
-def expert_parallel(function, mesh, *, axes="ep", out_specs, check_vma=True, n_inputs=1):
+def expert_parallel(function, mesh, *, axes: Any = "ep", out_specs, check_vma=True, n_inputs=1):
     """jit of shard_map with the ranks along the leading axis of every input."""
     return jax.jit(
         jax.shard_map(

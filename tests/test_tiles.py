@@ -1,5 +1,7 @@
 """Tiles and base loads: proven against integer programs, and the specification's bits."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,7 +198,7 @@ def test_tokens_arrive_by_the_tiles(rng):
     ids = rng.choice(32, (8, 50), p=weight / weight.sum()).astype(np.int32)
     loads, base = counts_of(ids, 32), some_base(rng, 8)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]), ("ep",)) if _eight() else None
-    options = {"placement": placement, "tile": 8, "base_load": base}
+    options: dict[str, Any] = {"placement": placement, "tile": 8, "base_load": base}
     split = solve(loads, **options)
     tiles = metrics.rank_loads(tiles_of(split.quota, 8), 8) + base
     assert tiles.max() == split.max_load

@@ -24,7 +24,7 @@ CHOLESKY = {"potrf": mathdx.POTRF, "potrs": mathdx.POTRS, "posv": mathdx.POSV}
 
 
 def link(inputs: list[tuple[int, bytes, str]]) -> bytes:
-    import nvidia.cu13
+    import nvidia.cu13  # pyright: ignore[reportMissingImports] with the packages above
 
     folder = pathlib.Path(nvidia.cu13.__path__[0]) / "lib"
     jit = ctypes.CDLL(str(next(folder.glob("libnvJitLink.so*"))))
@@ -55,13 +55,14 @@ def link(inputs: list[tuple[int, bytes, str]]) -> bytes:
 
 def main() -> None:
     generator = mathdx.MathDx()
-    inputs = []
+    inputs, universal = [], b""
     for n, all_threads in THREADS.items():
         suggested = {}
         for threads in all_threads:
             for stem, function in CHOLESKY.items():
                 name = f"{stem}_{n}_{threads}"
                 code = generator.cholesky(function, n, threads, name)
+                universal = code.universal_fatbin()
                 suggested[stem] = code.suggested_threads()
                 inputs.append((NVJITLINK_LTOIR, code.ltoir(), name))
             for k in (8, n):
@@ -71,7 +72,7 @@ def main() -> None:
                 if n == 8:
                     break
         print(f"{n} ranks: threads tried {all_threads}, suggested {suggested}", flush=True)
-    inputs.append((NVJITLINK_FATBIN, code.universal_fatbin(), "cusolverdx"))
+    inputs.append((NVJITLINK_FATBIN, universal, "cusolverdx"))
     with tempfile.TemporaryDirectory() as folder:
         ir = pathlib.Path(folder) / "factor.ltoir"
         subprocess.run(
