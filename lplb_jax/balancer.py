@@ -36,6 +36,8 @@ from lplb_jax.placement import Placement
 from lplb_jax.solver import Split, solve_checked
 from lplb_jax.status import Status
 
+_MANY = 1 << 30  # indices, for which no cluster of blocks suffices
+
 
 @overload
 def rebalance(
@@ -244,7 +246,9 @@ def rebalance(
     at_once = comm.fuses if comm is not None else axis_name is None
     # Kernels that do it at once count tokens, and along a topology home ranks come first.
     plain = not (problem.along_topology and problem.node_size) and not costs.asked
-    if loads is None and method == "exact" and at_once and plain:
+    at_once = at_once and plain and loads is None and method == "exact"
+    chooses = limit is not None
+    if at_once and _fits(problem, indices.size, chooses=chooses, synced=comm is not None):
         assigned, split, chosen = _rebalance_at_once(
             indices, problem, axis_name, comm, positions, limit
         )
@@ -270,6 +274,28 @@ def rebalance(
 @jax.jit
 def _with_invalid(status: jax.Array, own: jax.Array) -> jax.Array:
     return status | jnp.where(own[-1] > 0, jnp.int32(Status.INVALID_INDEX), 0)
+
+
+def _fits(problem: Problem, n_tokens: Any, *, chooses: bool, synced: bool) -> bool:
+    """Whether the GPU has the shared memory to do all steps in one launch; step by step takes less.
+
+    True where there is no GPU to ask: then native code says what it needs when the program runs.
+    """
+    extension = _native.cuda()
+    if extension is None or jax.default_backend() != "gpu":
+        return True
+    placement = problem.placement
+    most_slots = placement.log2phy.shape[-1]
+    sizes = *problem.r2o.shape, placement.n_logical, placement.n_physical, most_slots
+    quotas = "synced" if synced else "solved"
+    if not isinstance(n_tokens, int):  # Symbolic, under jax.export.
+        n_tokens = _MANY
+    device = extension.current_device()
+    try:
+        extension.route_shape((placement.ep_size, *sizes), quotas, chooses, n_tokens, device)
+    except ValueError:
+        return False
+    return True
 
 
 def _rebalance_at_once(

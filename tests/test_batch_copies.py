@@ -1,6 +1,7 @@
 """Copies chosen for a batch: against the method told once more in Python's integers."""
 
 import functools
+import types
 from typing import Any
 
 import jax
@@ -291,6 +292,39 @@ def test_a_module_without_this_target_runs_the_reference(rng, monkeypatch, recwa
     assert "lplb_place_copies" not in run.lower(loads[0], one).as_text()
     assert_same(run(loads[0], one), expected)
     assert not recwarn.list
+
+
+def test_steps_where_a_gpu_has_no_room_for_one_launch(rng, monkeypatch):
+    """The same bits as at once; what does not choose copies still goes at once, if it fits."""
+
+    def refused_if_it_chooses(problem, quotas, chooses, n_tokens, device):
+        assert (problem, n_tokens) == ((8, 8, 0, 19, 32, width), 64 * 3)
+        assert (quotas, device) == ("solved", "the GPU")
+        if chooses:
+            raise ValueError("the tables need more")
+
+    sizes = Sizes(8, 4, 19)
+    placement = homes_somewhere(rng, sizes)
+    width = placement.log2phy.shape[1]
+    ids = rng.integers(-1, 19, (64, 3)).astype(np.int32)
+
+    def run(copies):
+        function = functools.partial(rebalance, placement=placement, positions=True, copies=copies)
+        program = str(jax.make_jaxpr(lambda ids: function(ids, None))(ids))
+        return function(ids, None), "lplb_rebalance" in program, "lplb_solve" in program
+
+    want, *at_once = run("batch")
+    assert at_once == [True, False]
+    fake = types.SimpleNamespace(
+        current_device=lambda: "the GPU", route_shape=refused_if_it_chooses
+    )
+    monkeypatch.setattr(_native, "cuda", lambda: fake)
+    assert run("batch")[1:] == (True, False)  # Nobody asks: there is no GPU.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    got, *at_once = run("batch")
+    assert at_once == [False, True]
+    assert_same(jax.tree.leaves(got), jax.tree.leaves(want))
+    assert run("placement")[1:] == (True, False)
 
 
 def test_bad_arguments():

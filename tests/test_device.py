@@ -1,11 +1,15 @@
 """What the kernels ask of a chip, for chips that are made up: it takes the CUDA module, no GPU."""
 
 import re
+import types
 
+import jax
+import numpy as np
 import pytest
 from chips import CHIPS, chip
 
-from lplb_jax import _native
+from lplb_jax import Placement, _native, balancer
+from lplb_jax._problem import anywhere
 from lplb_jax.assignment import workspace_shape
 
 pytestmark = pytest.mark.skipif(
@@ -13,11 +17,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 QUOTAS = ["given", "solved", "synced"]
+# And with copies chosen for the batch, which may be on any ranks.
+KINDS = [(quotas, False) for quotas in QUOTAS] + [("solved", True), ("synced", True)]
 
 
-def sizes_of(ep_size, group_size, n_columns, n_local, n_redundant, quotas="solved"):
-    """As the module takes them; assign has no r2o."""
-    group = (0, 0) if quotas == "given" else (group_size, n_columns)
+def sizes_of(ep_size, group_size, n_columns, n_local, n_redundant, quotas="solved", chooses=False):
+    """As the module takes them; assign has no r2o, and copies of the batch no columns."""
+    group = (0, 0) if quotas == "given" else (ep_size, 0) if chooses else (group_size, n_columns)
     return (ep_size, *group, ep_size * n_local, ep_size * (n_local + n_redundant), 2)
 
 
@@ -80,15 +86,15 @@ def shape_or_refusal(sizes, quotas, n_tokens, device, chooses=False):
         return str(refusal)
 
 
-@pytest.mark.parametrize("quotas", QUOTAS)
+@pytest.mark.parametrize(("quotas", "chooses"), KINDS)
 @pytest.mark.parametrize("name", CHIPS)
-def test_every_shape_fits_its_chip(rng, name, quotas):
+def test_every_shape_fits_its_chip(rng, name, quotas, chooses):
     """And every problem without a shape gets a sentence with the sizes, the limit and a remedy."""
     capability, shared_bytes, largest_cluster, _ = CHIPS[name]
     for _ in range(300):
-        sizes = sizes_of(*random_sizes(rng), quotas)
+        sizes = sizes_of(*random_sizes(rng), quotas, chooses)
         n_tokens = int(rng.integers(0, 2 ** rng.integers(1, 24)))
-        got = shape_or_refusal(sizes, quotas, n_tokens, chip(*CHIPS[name]))
+        got = shape_or_refusal(sizes, quotas, n_tokens, chip(*CHIPS[name]), chooses)
         if isinstance(got, str):
             assert f"n_logical = {sizes[3]}" in got
             assert f"n_physical = {sizes[4]}" in got
@@ -103,30 +109,35 @@ def test_every_shape_fits_its_chip(rng, name, quotas):
         assert cluster.bit_count() <= 1
         assert threads.bit_count() == 1
         assert 64 <= threads <= 512
-        if cluster == 0:
+        if chooses:
+            assert threads >= 256  # Those that the solver of any placement has at most.
+        elif cluster == 0:
             assert threads >= sizes[1]  # A thread for every rank of a group.
-        else:
+        if cluster > 0:
             # A lane has room for 16 tokens, and no round is empty.
             assert 1 <= rounds <= 16
             assert cluster * threads * rounds >= n_tokens
             assert rounds == 1 or cluster * threads * (rounds - 1) < n_tokens
 
 
-@pytest.mark.parametrize("quotas", QUOTAS)
-def test_the_bytes_of_a_refusal_are_the_least(rng, quotas):
+@pytest.mark.parametrize(("quotas", "chooses"), KINDS)
+def test_the_bytes_of_a_refusal_are_the_least(rng, quotas, chooses):
     """A chip with as many takes the problem, and one with a byte less does not."""
+    # The blocks of a cluster share the choice of copies: then one alone does not take the least.
+    cluster = 0 if chooses else 16
     for _ in range(100):
-        sizes = sizes_of(*random_sizes(rng), quotas)
+        sizes = sizes_of(*random_sizes(rng), quotas, chooses)
         n_tokens = int(rng.integers(0, 2 ** rng.integers(1, 24)))
-        refusal = shape_or_refusal(sizes, quotas, n_tokens, chip(90, 0, 16, True))
+        refusal = shape_or_refusal(sizes, quotas, n_tokens, chip(90, 0, cluster, True), chooses)
         if "at most 2048 experts" in refusal:
             assert sizes[3] > 2048
             continue
         least = int(re.search(r"need (\d+) bytes", refusal)[1])
-        shape = shape_or_refusal(sizes, quotas, n_tokens, chip(90, least, 16, True))
+        shape = shape_or_refusal(sizes, quotas, n_tokens, chip(90, least, cluster, True), chooses)
         assert not isinstance(shape, str)
         assert shape[3] == least
-        assert shape_or_refusal(sizes, quotas, n_tokens, chip(90, least - 1, 16, True)) == (
+        smaller = chip(90, least - 1, cluster, True)
+        assert shape_or_refusal(sizes, quotas, n_tokens, smaller, chooses) == (
             refusal.replace("has 0", f"has {least - 1}")
         )
 
@@ -154,6 +165,33 @@ def test_large_problems_on_small_chips(name, sizes, quotas, expected):
         assert re.search(expected, got)
     else:
         assert tuple(got[:2]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "quotas"),
+    [
+        ("L40", (64, 64, 0, 8, 2), "solved"),
+        ("A100", (64, 64, 0, 16, 2), "solved"),
+        ("H100", (256, 256, 0, 4, 2), "synced"),
+    ],
+)
+def test_copies_of_the_batch_step_by_step(monkeypatch, name, sizes, quotas):
+    """Where one launch has no room to choose them, each step has, and `rebalance` takes those."""
+    device, placed = chip(*CHIPS[name]), sizes_of(*sizes, quotas)
+    assert "use fewer experts" in shape_or_refusal(placed, quotas, 16_384, device, True)
+    assert not isinstance(shape_or_refusal(placed, quotas, 16_384, device), str)
+    assert solver_bytes("exact", placed, device) <= device.shared_bytes
+    assert solver_bytes("copies", placed, device) <= device.shared_bytes
+    table = np.full((sizes[0], sizes[3] + sizes[4]), -1)
+    table[:, : sizes[3]] = np.arange(placed[3]).reshape(sizes[0], -1)
+    problem = anywhere(Placement.from_phy2log(table, ep_size=sizes[0]))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    fake = types.SimpleNamespace(
+        current_device=lambda: device, route_shape=_native.cuda().route_shape
+    )
+    monkeypatch.setattr(_native, "cuda", lambda: fake)
+    assert not balancer._fits(problem, 16_384, chooses=True, synced=quotas == "synced")
+    assert balancer._fits(problem, 16_384, chooses=False, synced=quotas == "synced")
 
 
 def solver_bytes(solver, sizes, device, options=(False, False, False)):

@@ -27,6 +27,7 @@ from steps import (
 )
 
 from lplb_jax import (
+    Placement,
     Status,
     _native,
     assign,
@@ -503,6 +504,23 @@ def test_launches_of_other_chips(rng, assume, case, n_tokens, name):
     operands = (ids[None], loads, solved[0], stacked)
     assigned = native_assign(*operands, proportional=False)
     assert_same(assigned, on_cpu(native_assign)(*operands, proportional=False))
+
+
+@pytest.mark.parametrize("name", CHIPS)
+@pytest.mark.parametrize("ep_size", [8, 64])
+def test_copies_of_the_batch_on_other_chips(rng, assume, ep_size, name):
+    """At once, or step by step where a block has no room to choose among 512 experts."""
+    table = np.full((ep_size, 512 // ep_size + 2), -1, np.int32)
+    table[:, :-2] = rng.permutation(512).reshape(ep_size, -1)
+    placement = Placement.from_phy2log(table, ep_size=ep_size)
+    ids = np.minimum(rng.zipf(1.3, (ep_size * 100, 4)), 512).astype(np.int32) - 1
+
+    def balance(ids):
+        return rebalance(ids, None, placement=placement, positions=True, copies="batch")
+
+    want = on_cpu(balance)(ids)
+    assume(*CHIPS[name])
+    assert_same(jax.tree.leaves(jax.jit(balance)(ids)), jax.tree.leaves(want))
 
 
 def test_what_a_chip_has_no_room_for_is_refused(assume):

@@ -83,12 +83,14 @@ Refusal RefuseSolve(const Problem& p, int64_t bytes, const cuda::Device& device)
                      "use fewer columns or experts, a larger GPU, or the CPU");
 }
 
-Refusal RefuseRoute(const Problem& p, cuda::Quotas quotas, bool chooses,
+Refusal RefuseRoute(const Problem& p, cuda::Quotas quotas, bool chooses, int64_t n_tokens,
                     const cuda::Device& device) {
   if (p.node_size > 0) {
     if (const Refusal refusal = TooManyRanks(p); !refusal.empty()) return refusal;
   }
   if (const Refusal refusal = TooManySlots(p); !refusal.empty()) return refusal;
+  // The blocks of a cluster share the choice of copies, so each may take less than one alone.
+  if (cuda::ChooseShape(p, quotas, chooses, n_tokens, device).threads > 0) return "";
   return NeedsMemory("the tables of " + SizesOf(p) + " on " + Number(p.ep_size) + " ranks",
                      cuda::LeastSharedBytes(p, quotas, chooses), device,
                      "use fewer experts or redundant slots, a larger GPU, or the CPU");
@@ -169,7 +171,8 @@ ffi::Error CheckRouteFits(const cuda::RouteArguments& arguments, cuda::Quotas qu
                    Number(arguments.n_tiles) + ", " + Number(arguments.workspace_words) + "]");
   }
   return Check([&](const cuda::Device& device) {
-    return RefuseRoute(arguments.problem, quotas, arguments.copies.fan_out > 0, device);
+    return RefuseRoute(arguments.problem, quotas, arguments.copies.fan_out > 0,
+                       arguments.tokens.n_tokens, device);
   });
 }
 
@@ -208,12 +211,13 @@ void DefineLimits(nb::module_& m) {
       },
       nb::arg().none());
   // Blocks of a cluster (0: tiles), threads, rounds, bytes; a ValueError where nothing fits.
-  // `chooses`: copies for the batch come first.
+  // `chooses`: copies for the batch come first. Without a topology all ranks are one node, unless
+  // there is no group either, as in assign along one.
   m.def("route_shape", [](Sizes sizes, const std::string& quotas, bool chooses, int64_t n_tokens,
                           const cuda::Device& device) {
     Problem problem = ProblemOf(sizes);
-    if (chooses) problem.node_size = problem.ep_size;
-    ThrowIf(RefuseRoute(problem, QuotasOf(quotas), chooses, device));
+    if (IsAnywhere(problem) && problem.group_size > 0) problem.node_size = problem.ep_size;
+    ThrowIf(RefuseRoute(problem, QuotasOf(quotas), chooses, n_tokens, device));
     const auto shape = cuda::ChooseShape(problem, QuotasOf(quotas), chooses, n_tokens, device);
     return std::array<int32_t, 4>{shape.cluster, shape.threads, shape.rounds, shape.shared_bytes};
   });
