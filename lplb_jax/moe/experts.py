@@ -110,8 +110,15 @@ def applied(
     return run(rows, experts, gates)
 
 
-def gated_units(activation: Callable[[jax.Array], jax.Array], gemm: str) -> Network:
-    """The network of `Experts`."""
+def gated_units(
+    activation: Callable[[jax.Array], jax.Array], gemm: str, *, rows_last: bool = False
+) -> Network:
+    """The network of `Experts`.
+
+    Its last product but one, backwards, is that of the rows, so that these travel while the last
+    weights' gradients are computed; or, if `rows_last`, the last one, so that the gradients of the
+    copies do.
+    """
 
     def run(
         rows: jax.Array, experts: Experts, group_sizes: jax.Array, gates: jax.Array
@@ -119,7 +126,7 @@ def gated_units(activation: Callable[[jax.Array], jax.Array], gemm: str) -> Netw
         _, width, hidden = experts.down.shape
         products = choose(gemm, rows.dtype, hidden=hidden, width=width)
         experts, gates, group_sizes = varying_as((experts, gates, group_sizes), rows)
-        return _ffn(activation, products, rows, experts, gates, group_sizes)
+        return _ffn(activation, products, rows_last, rows, experts, gates, group_sizes)
 
     return run
 
@@ -149,6 +156,7 @@ def network_of(ffn: Callable[[jax.Array, Any, jax.Array], jax.Array]) -> Network
 def _ffn_forward(
     activation: Callable[[jax.Array], jax.Array],
     products: Products,
+    rows_last: bool,
     rows: jax.Array,
     experts: Experts,
     gates: jax.Array,
@@ -165,6 +173,7 @@ def _ffn_forward(
 def _ffn_backward(
     activation: Callable[[jax.Array], jax.Array],
     products: Products,
+    rows_last: bool,
     saved: tuple[Any, ...],
     ct: jax.Array,
 ) -> tuple[Any, ...]:
@@ -175,10 +184,16 @@ def _ffn_backward(
         lambda gate_up, gates: _gated(activation, gate_up, gates, group_sizes), gate_up, gates
     )
     of_gate_up, of_gates = pull(of_hidden)
+    first = products.of_weights(rows, of_gate_up, group_sizes)
+    if rows_last:
+        first, hidden = lax.optimization_barrier((first, hidden))
+        last = products.of_weights(hidden, ct, group_sizes)
+        first, last, of_gate_up = lax.optimization_barrier((first, last, of_gate_up))
+        of_rows = products.of_rows(of_gate_up, experts.gate_up, group_sizes, transposed=True)
+        return of_rows, Experts(first, last), of_gates, None
     # The last product does not need the tokens' way back, which XLA may put beside it. The copies'
     # gradients leave after that product: a kernel of NCCL that waits for its peer would hold
     # multiprocessors back from it, and a persistent product that lacks one takes twice as long.
-    first = products.of_weights(rows, of_gate_up, group_sizes)
     first, of_gate_up = lax.optimization_barrier((first, of_gate_up))
     of_rows = products.of_rows(of_gate_up, experts.gate_up, group_sizes, transposed=True)
     of_rows, hidden = lax.optimization_barrier((of_rows, hidden))
@@ -187,7 +202,7 @@ def _ffn_backward(
     return of_rows, Experts(first, last), of_gates, None
 
 
-_ffn = jax.custom_vjp(lambda *arguments: _ffn_forward(*arguments)[0], nondiff_argnums=(0, 1))
+_ffn = jax.custom_vjp(lambda *arguments: _ffn_forward(*arguments)[0], nondiff_argnums=(0, 1, 2))
 _ffn.defvjp(_ffn_forward, _ffn_backward)
 
 

@@ -23,7 +23,6 @@ from lplb_jax.moe import transports
 from lplb_jax.moe.copies import check_reverse
 from lplb_jax.moe.exchange import capacity_for, check_dispatch
 from lplb_jax.moe.experts import (
-    Network,
     applied,
     check_experts,
     check_tree,
@@ -264,7 +263,7 @@ def moe_layer(
             f"gates: expected the shape of indices, [tokens, top_k], with top_k of at least 1, got "
             f"{list(gates.shape)} for indices {list(indices.shape)}"
         )
-    network = _network(ffn, activation, gemm, unwrapped(experts), tokens)
+    _check_network(ffn, activation, gemm, unwrapped(experts), tokens)
     check_reverse("tokens", (tokens, gates, experts))
     along_topology, uses_copies = problem.r2o.shape[1] > 0, balance != "none"
     weights = as_weights(
@@ -331,7 +330,8 @@ def moe_layer(
         held = varying_as(held, tokens)
     fetch: AnyFetch | None = None
     if fetches and along_topology:
-        fetch = Fetch(problem.r2o, axis_name, placement.redundants_per_rank)
+        n_copies, by_engines = placement.redundants_per_rank, carrier.beside_engines
+        fetch = Fetch(problem.r2o, axis_name, n_copies, by_engines=by_engines)
     elif fetches and order is not None and room_for(placement):
         fetch = fetch_anywhere(
             placement,
@@ -350,6 +350,8 @@ def moe_layer(
             of_slots = functools.partial(filled, fetch)
             refetch = functools.partial(jax.tree.map, lambda weights: of_slots(roomy(weights)))
             fetch = None
+    rows_last = fetch is not None and fetch.by_engines
+    network = network_of(ffn) if ffn else gated_units(activation, gemm, rows_last=rows_last)
     again = refetch is not None
     beside = Beside(held, fetch, waits=uses_copies and not again, follows=again)
     rows, row_gates, held, plan = carrier.dispatch(tokens, gates, assignment, counted, beside)
@@ -369,18 +371,17 @@ def moe_layer(
     return LayerResult(out, traffic, WithRoom(held) if experts is weights else held)
 
 
-def _network(ffn: Any, activation: Any, gemm: str, experts: Any, tokens: jax.Array) -> Network:
-    """What the experts compute; raises where they do not fit it."""
+def _check_network(ffn: Any, activation: Any, gemm: str, experts: Any, tokens: jax.Array) -> None:
+    """Raises where the experts do not fit what is to be computed with them."""
     if ffn is None:
         check_experts(experts, tokens.shape[-1], tokens.dtype)
-        return gated_units(activation, gemm)
+        return
     for name, value, default in (("activation", activation, jax.nn.silu), ("gemm", gemm, "auto")):
         if value is not default:
             raise ValueError(
                 f"{name}: expected none where ffn is given, got {value!r}; choose it in ffn"
             )
     check_tree(experts)
-    return network_of(ffn)
 
 
 def _assign_alone(

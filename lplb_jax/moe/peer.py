@@ -122,6 +122,10 @@ class Peer(Transport):
     name = "peer"
     comm: Comm | None
 
+    @property
+    def beside_engines(self) -> bool:
+        return self.comm is not None and self.comm.transport == "p2p"
+
     def why_not(
         self, tokens: jax.Array, gates: jax.Array, axis_name: Any, capacity: int
     ) -> str | None:
@@ -176,7 +180,7 @@ class Peer(Transport):
         counted: Counted,
         beside: Beside = ALONE,
     ) -> tuple[jax.Array, jax.Array, Any, Plan]:
-        """The experts' copies travel meanwhile, and wait for nothing."""
+        """The experts' copies travel meanwhile."""
         assert self.comm is not None
         routing = _routing(assignment, counted, self.comm)
         rows, row_gates, *came = _there(tokens, gates, routing)

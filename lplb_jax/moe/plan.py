@@ -94,6 +94,11 @@ class Transport(abc.ABC):
 
     name: ClassVar[str]
 
+    @property
+    def beside_engines(self) -> bool:
+        """Whether copy engines fetch weights along a topology beside it, as within a process."""
+        return False
+
     @abc.abstractmethod
     def why_not(
         self, tokens: jax.Array, gates: jax.Array, axis_name: Any, capacity: int

@@ -156,11 +156,18 @@ class Fetch:
 
     Attributes:
       n_copies: redundant slots of each rank.
+      by_engines: whether copy engines move them, under `COMPILER_OPTIONS`, and no kernels.
     """
 
     def __init__(
-        self, r2o: Topology | np.ndarray, axis_name: Any, redundants_per_rank: int | None
+        self,
+        r2o: Topology | np.ndarray,
+        axis_name: Any,
+        redundants_per_rank: int | None,
+        *,
+        by_engines: bool = False,
     ) -> None:
+        self.by_engines = by_engines
         group_size, n_columns = r2o.shape
         axis_size = check_axis(axis_name)
         if axis_size % group_size:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,8 @@ class FetchAnywhere:
     n_received: int
     axis_name: Any
     transport: Collective
+
+    by_engines: ClassVar[bool] = False  # Who sends what is known on the device alone.
 
     @property
     def n_copies(self) -> int:

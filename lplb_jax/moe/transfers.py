@@ -27,6 +27,11 @@ class AnyFetch(Protocol):
         """Room for copies on each rank."""
         ...
 
+    @property
+    def by_engines(self) -> bool:
+        """Whether copy engines move them, which leave the multiprocessors to others."""
+        ...
+
     def wanted(self, weights: jax.Array) -> Any:
         """What others fetch of this rank's weights."""
 
@@ -186,12 +191,15 @@ after.defvjp(
 @jax.custom_vjp
 def beside_rows(fetch: AnyFetch | None, rows: jax.Array, experts: Any) -> tuple[jax.Array, Any]:
     """Rows that no exchange of XLA's brings, as they are, and experts with the copies that are to
-    be fetched, which wait for nothing. Backwards, the gradients of all slots wait for those of the
-    rows, and the copies' go home while these travel."""
+    be fetched, which wait for nothing. Copy engines fetch them while the rows come; backwards, they
+    move the copies' gradients while those of the rows are computed, see `gated_units`. Kernels
+    would take multiprocessors from both: the gradients then leave after those of the rows."""
     if fetch is None:
         return rows, experts
     leaves, tree = jax.tree.flatten(experts)
     delivered = [fetch.delivered(fetch.wanted(weights)) for weights in leaves]
+    if fetch.by_engines:
+        rows, delivered = lax.optimization_barrier((rows, delivered))
     return rows, tree.unflatten(map(fetch.write_into, leaves, delivered))
 
 
@@ -206,10 +214,14 @@ def _beside_backward(
 ) -> tuple[None, jax.Array, Any]:
     of_rows, of_experts = cts
     of_slots, put_back = _of_floats(of_experts)
-    of_rows, of_slots = lax.optimization_barrier((of_rows, of_slots))
+    engines = fetch is not None and fetch.by_engines
+    if not engines:
+        of_rows, of_slots = lax.optimization_barrier((of_rows, of_slots))
     if fetch is None:
         return None, of_rows, put_back(of_slots)
     home = [fetch.sent_home(ct) for ct in of_slots]
+    if engines:
+        of_rows, home = lax.optimization_barrier((of_rows, home))
     return None, of_rows, put_back(list(map(fetch.accumulate, of_slots, home)))
 
 
