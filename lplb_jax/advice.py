@@ -31,17 +31,17 @@ from lplb_jax.placement import check_nodes
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """What `advise` found.
+    """The result of `advise`.
 
     Attributes:
-      choices: all that was tried.
-      recommended: one of them.
+      choices: everything that was tried.
+      recommended: the best of them.
       code: Python that makes the recommended placement and uses it.
-      ageing: of the recommended placement, or, where copies are chosen per batch, of the one on any
-        ranks in its place; None where there are too few batches in order of time.
-      before: tokens of every rank in one batch, in the given order.
-      after: the same as recommended.
-      notes: what the figures rest on, in sentences.
+      ageing: how the recommended placement ages, or, if copies are chosen per batch, the placement
+        on any ranks instead; None if there are too few batches in chronological order.
+      before: tokens of every rank in one batch, with experts in the given order.
+      after: the same with the recommended choice.
+      notes: assumptions behind the figures, in sentences.
     """
 
     choices: list[Choice]
@@ -53,7 +53,7 @@ class Advice:
     notes: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it in types that JSON has."""
+        """All fields in types that JSON supports."""
         return {
             "choices": [choice._asdict() for choice in self.choices],
             "recommended": self.recommended._asdict(),
@@ -133,7 +133,7 @@ def _in_time(best: Choice, ageing: Ageing) -> str:
     if ageing.refresh_after is None:
         lasts = f"is as good as a fresh one for {ageing.age[-1]:.0f} batches"
     else:
-        lasts = f"should be placed anew every {ageing.refresh_after} batches"
+        lasts = f"should be updated every {ageing.refresh_after} batches"
     if best.placement == ageing.placement:
         return f"It {lasts}."
     return f"It does not age; a placement on {ageing.placement} {lasts}."
@@ -168,50 +168,50 @@ def advise(
     most_layers: int = 4,
     progress: Callable[[float], None] | None = None,
 ) -> Advice:
-    """Says which placement to take for a workload, with how many redundant slots, and why.
+    """Recommends a placement and a number of redundant slots for a workload.
 
-    Placements are made from the earlier batches and balanced on the later ones, exactly. Times are
-    estimates: the busiest rank's matrix products (or reading its weights, if that takes longer),
-    then the exchange of tokens; the transfer of copies hides behind the products as far as it is
-    shorter. Recommended is what takes least time, or, with 0.5 % more, fewer redundant slots.
+    Placements are made from the earlier batches and balanced exactly on the later ones. Times are
+    estimates: the busiest rank's GEMMs (or reading its weights, if that takes longer), then the
+    exchange of tokens; the transfer of copies overlaps with the GEMMs. The recommendation is the
+    fastest choice, or one with fewer redundant slots that is at most 0.5 % slower.
 
     Args:
       workload: a path of an .npz file, or the name of a model, see `lplb_jax._models.MODELS`, whose
         routing is then synthetic; `lplb_jax.data.Traces`; or an array like the file's `loads`. The
         file has `loads`, numbers `[layers, batches, n_logical]`, `[layers, n_logical]` or
         `[n_logical]`, or `indices`, integers `[layers, tokens, top_k]`, −1 or an unsigned type's
-        maximum for none; and maybe `history`, like loads, of earlier batches.
+        maximum for none; and optionally `history`, like loads, of earlier batches.
       ep_size: ranks.
       n_nodes: nodes of `ep_size / n_nodes` ranks each.
-      redundants: numbers of redundant slots per rank to try; None for 1, 2, 4 and 8, as far as
-        they make sense.
+      redundants: numbers of redundant slots per rank to try; None for 1, 2, 4 and 8, if
+        they fit.
       topology: the only one to try, one of `topologies.NAMED`; None for all that fit all ranks, the
-        ranks of a node or, where there is none of all ranks, groups of fewer.
+        ranks of a node or, if none fits all ranks, smaller groups.
       n_logical: experts, for ids without loads; None for the largest id + 1.
-      top_k: experts of a token, for loads; None for 1, with which the exchange is overestimated.
-      tokens_per_rank: tokens of a rank in a batch. Indices are cut into batches of that size; None
-        takes all tokens of a layer as one batch (or, without history, two).
-      hidden: width of a token; without it there are no times.
+      top_k: experts per token, for loads; None for 1, which overestimates the exchange.
+      tokens_per_rank: tokens per rank and batch. Indices are cut into batches of that size; None
+        makes one batch of all tokens of a layer (or, without history, two).
+      hidden: size of a token; without it no times are estimated.
       width: inner width of the experts, `[hidden, 2 · width]` and `[width, hidden]`.
-      bytes_per_expert: weights of an expert; None for 16-bit floats. Without this and `width`, no
-        memory, traffic and times.
+      bytes_per_expert: weights of an expert; None for 16-bit floats. Without this and `width`,
+        memory, traffic and times are not estimated.
       memory_budget: bytes that the copies of all layers may take on a rank.
-      inference: forward alone; copies are fetched once. Else they are fetched in every step, and
-        their gradients sent back.
-      flops: floating-point operations per second that a rank's products reach. The defaults of all
-        rates but node_link were measured on H200s.
+      inference: forward only; copies are fetched once. Otherwise they are fetched in every step
+        and their gradients are returned.
+      flops: floating-point operations per second that a rank's GEMMs reach. The defaults of all
+        rates except node_link were measured on H200s.
       link: bytes per second from a rank to others of its node.
       node_link: the same to other nodes.
-      memory_rate: bytes of weights that a rank reads per second.
+      memory_rate: bytes per second at which a rank reads weights.
       most_layers: layers to look at, evenly spaced.
-      progress: called with the share that is done, between 0 and 1.
+      progress: called with the completed fraction, between 0 and 1.
 
     Returns:
       An `Advice`; `print` shows it as a table.
 
     Raises:
       OSError: the file cannot be read.
-      TypeError, ValueError: an argument is not as above; the message begins with its name.
+      TypeError, ValueError: an argument is not as above; the message starts with its name.
 
     >>> history = np.array([[[90, 10, 10, 10]] * 4])  # one layer, four batches
     >>> advice = advise(history, ep_size=2)

@@ -92,15 +92,15 @@ def assign(
     positions: bool = False,
     n_nodes: int | None = None,
 ) -> jax.Array | Assignment:
-    """Turns logical expert indices into physical ones so that every slot gets its quota.
+    """Maps logical expert indices to physical ones so that every slot gets its quota.
 
-    The tokens of an expert are taken in a fixed order, exact to the token and without further
-    exchange. Along a topology: source ranks with the expert's home rank first and its replica's
-    rank last, tokens of a rank in the order of `indices`; the first `quota[home]` go home and the
-    rest to the replica. Without one, or where `n_nodes` is given: a rank that hosts the expert
-    keeps its first tokens, up to its quota; what is left meets the left quotas of its node, each in
-    the order of the ranks, and then those of all nodes. No other rule with these quotas keeps more
-    tokens on their own rank, nor, then, on their own node.
+    The tokens of an expert are assigned in a fixed order, exact to the token and without further
+    exchange. Along a topology, the order is by source, with the expert's home rank first and its
+    replica's rank last, and within a source that of `indices`; the first `quota[home]` tokens go
+    home and the rest to the replica. Without a topology, or if `n_nodes` is given, a rank that
+    hosts the expert keeps its first tokens, up to its quota; the rest fill the remaining quotas of
+    the node, both in the order of ranks, and then those of all nodes. No other rule with these
+    quotas keeps more tokens on their own rank or, after that, on their own node.
 
     Args:
       indices: int32, int64, uint8 or uint16 of any shape: logical expert ids of this source rank.
@@ -108,14 +108,14 @@ def assign(
       loads: the tokens per expert that `split` was solved for. int32 `[ep_size, n_logical]`: the
         counts of every source rank; without `axis_name`, `indices` then has a leading axis of
         ep_size, one row per source rank. int32 `[n_logical]`: estimates; each source then splits
-        its own tokens in proportion. None: `indices` are all tokens there are.
+        its own tokens in proportion. None: `indices` are all the tokens.
       split: result of `solve`.
       r2o: static topology, see `lplb_jax.topologies`; None for the placement's, or for none.
       placement: where the experts are; None for the given order along r2o.
-      axis_name: the expert-parallel mesh axis inside `jax.shard_map`; tells which source this is.
-      positions: also return every token's place in its slot's list.
+      axis_name: the expert-parallel mesh axis inside `jax.shard_map`; its index is this source.
+      positions: also return every token's position in its slot's list.
       n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each, for the order above, also
-        along a topology; None for the placement's where it has no topology.
+        along a topology; None for the placement's if it has no topology.
 
     Returns:
       int32 of `indices`' shape: physical slots 0 … n_physical − 1, or −1. With `positions`, an
@@ -140,7 +140,7 @@ def assign(
         )
     if loads is None and axis_name is not None:
         raise ValueError(
-            "loads: expected the gathered counts [ep_size, n_logical] where axis_name is given, "
+            "loads: expected the gathered counts [ep_size, n_logical] with axis_name, "
             "got None; pass sync_loads(count_loads(indices, n_logical), axis_name)"
         )
     check_sources(indices, loads, problem, axis_name)
@@ -157,14 +157,14 @@ def assign_tokens(
     own: jax.Array | None = None,
     positions: bool = False,
 ) -> Assignment:
-    """`assign` of checked arguments; `own` are the counts of `indices` where they are known."""
+    """`assign` of checked arguments; `own` are the counts of `indices` if known."""
     placement = problem.placement
     proportional = loads is not None and loads.ndim == 1
     if proportional:
         own = count(indices, problem.n_logical) if own is None else own
         counts = own[None]
     elif loads is None:
-        # One source holds everything: nobody comes before it, and its counts do not matter.
+        # A single source: no tokens come before its own, and its counts do not matter.
         counts = np.zeros((1, problem.n_logical), np.int32)
     else:
         counts = loads

@@ -156,7 +156,7 @@ def rebalance(
     tile: int | str | None = None,
     base_load: Any = None,
 ) -> Any:
-    """Routes tokens to replicas so that the busiest rank of every group gets the fewest possible.
+    """Routes tokens to replicas so that the busiest rank of each group gets the fewest possible.
 
     Args:
       indices: int32, int64, uint8 or uint16 of any shape: the logical expert ids that this rank's
@@ -166,44 +166,44 @@ def rebalance(
         None: counted from `indices`, and gathered over `axis_name` if that is given.
         int32 `[ep_size, n_logical]`: the counts of every source rank. Without `axis_name`,
         `indices` then has a leading axis of ep_size, one row per source rank.
-        int32 `[n_logical]`: given statistics; each source keeps its proportional share.
+        int32 `[n_logical]`: estimates; each source keeps its proportional share.
       r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`; None for the
         placement's. ep_size is a multiple of group_size; each group of consecutive ranks is solved
         on its own. If the placement carries none either, all ranks are one group, and an expert's
         tokens may go to any of its slots.
       placement: where the experts are, see `place_experts` and `Placement.from_phy2log`; None
-        for the given order with one redundant slot per column (not where `loads` is None: it tells
-        the number of experts).
+        for the given order with one redundant slot per column (not if `loads` is None: it
+        defines the number of experts).
       axis_name: the expert-parallel mesh axis (or a tuple of axes) inside `jax.shard_map`; None
-        where there is no other rank.
+        if there is no other rank.
       comm: from `init_comm`: the counts are shared within the kernels that count and solve, in one
         launch or two. None: by `lax.all_gather`. See `sync_loads`.
       solver: "exact", "ipm" or "auto", see `solve`.
       rank_weights: float `[group_size]`, how fast every rank of a group is, see `solve`.
-      positions: return an `Assignment` in the place of the physical indices: with every token's
-        place in its slot's list and the lists' lengths, so that a permutation into expert order is
-        a scatter.
+      positions: return an `Assignment` instead of the physical indices: it adds every token's
+        position in its slot's list and the lists' lengths, so that permuting tokens into expert
+        order is a scatter.
       copies: "placement": the redundant slots hold what `placement` says. "batch": they are filled
-        for these tokens, see `place_copies`; of `placement` the homes and the number of slots
-        count. Then `r2o` is None, and all ranks are one group.
-      fan_out: for copies="batch", how many copies of its experts a rank may send at most; None for
-        any number.
+        for these tokens, see `place_copies`; only the homes and the number of slots of `placement`
+        are used. Then `r2o` is None, and all ranks are one group.
+      fan_out: for copies="batch", the most copies of its experts that a rank may send; None for no
+        limit.
       n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each. A source's tokens then stay on
         their own rank, then on their own node, as far as the quotas allow, see `assign`. None: the
-        placement's where it has no topology; along one, home ranks come first.
-      tile: rows of a tile of the experts' grouped matrix products, static, see `solve`; None counts
-        tokens. "auto": 128 where a slot has fewer than four such tiles in the mean over all tokens
-        of `indices` (of all ranks of `axis_name`), which is known before the program runs, else
-        None; the split is a `TileSplit` if tiles count.
-      base_load: int32 `[ep_size]`, what every rank has to do anyway, see `solve`.
+        placement's if it has no topology; along a topology, home ranks come first.
+      tile: rows of a tile of the experts' grouped GEMMs, static, see `solve`; None balances
+        tokens. "auto": 128 if slots have fewer than four such tiles on average, by the number of
+        `indices` (of all ranks of `axis_name`), which is known at trace time; otherwise None. If
+        tiles are balanced, the split is a `TileSplit`.
+      base_load: int32 `[ep_size]`, work that each rank has in any case, see `solve`.
 
     Returns:
       `(physical_indices, split)`: int32 of `indices`' shape, slots 0 … n_physical − 1 or −1, and
       the `Split`. Unless loads are `[n_logical]`, the tokens at every slot, summed over the
-      sources, are exactly `split.quota`. With `loads=None`, `split` is equal on all ranks; where
-      loads are given, `split.status` also holds what this rank saw in its own indices.
-      With copies="batch", `(physical_indices, split, placement)`: also the `Placement` that was
-      chosen and that the slots are of. It is equal on all ranks where the loads are.
+      sources, are exactly `split.quota`. With `loads=None`, `split` is equal on all ranks; if
+      loads are given, `split.status` also reports this rank's own indices.
+      With copies="batch", `(physical_indices, split, placement)`: also the chosen
+      `Placement`, whose slots these are. It is equal on all ranks if the loads are.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
@@ -218,7 +218,7 @@ def rebalance(
     >>> split.max_load.tolist()
     [3]
 
-    Most tokens choose expert 2; now rank 0 copies that, and rank 1 nothing.
+    Most tokens choose expert 2; now rank 0 gets a copy of it, and rank 1 none.
 
     >>> ids = jnp.array([2, 2, 2, 2, 0, 3])
     >>> _, split, chosen = rebalance(ids, None, placement=placement, copies="batch")

@@ -19,37 +19,37 @@ COPIES = get_args(CopiesFrom)
 def place_copies(loads: Any, placement: Placement, *, fan_out: int | None = None) -> Placement:
     """Fills a placement's redundant slots with the copies that the batch at hand needs.
 
-    For a layer whose copies' weights are fetched in every step anyway, as in training: then nothing
-    has to be known of earlier batches. With one copy or two per rank, the busiest rank gets 1.00 to
-    1.04 times the mean, whatever the loads are. Homes stay where they are, so parameters and their
-    gradients do not move. Works inside `jax.jit`, where `loads` and `placement` are traced, and
-    under `vmap`, with a layer's placement for each of them.
+    Intended for layers that fetch their copies' weights in every step anyway, as in training. It
+    needs no history. With one or two copies per rank, the busiest rank gets 1.00 to 1.04 times the
+    mean, for any loads. Homes stay, so parameters and their gradients do not move. Works inside
+    `jax.jit` with traced `loads` and `placement`, and under `vmap` over layers with one placement
+    each.
 
     The busiest rank hands its hottest expert to the emptiest rank with a free slot until no rank is
-    above a target. Of 32 targets between the mean and the largest load the lowest that can be had
-    is taken, or one at most 1/512 of the mean above it that needs fewer copies. All is integers in
-    a fixed order: ranks with equal loads choose equal copies, on every backend.
+    above a target. Of 32 targets between the mean and the largest load, the lowest feasible one
+    is used, or one at most 1/512 of the mean above it that needs fewer copies. The arithmetic is on
+    integers in a fixed order: equal loads give equal copies on every rank and backend.
 
     Args:
       loads: int32 tokens per expert, `[n_logical]` or, by source rank, `[ep_size, n_logical]`.
-        Negative loads count as 0. Where all together pass 2³¹ − 1, no copies are chosen.
-      placement: any one. Its homes, `log2phy[:, 0]`, are kept in their slots. All its other slots
-        are filled anew, whatever they hold; −1, empty, where no copy helps.
-      fan_out: how many copies of its experts a rank may send at most; None for any number. Hot
-        experts may need up to `ep_size − 1`, and a limit then costs balance.
+        Negative loads count as 0. If their sum exceeds 2³¹ − 1, no copies are chosen.
+      placement: any placement. Its homes, `log2phy[:, 0]`, keep their slots. All other slots are
+        refilled, whatever they hold; they stay empty, −1, if no copy helps.
+      fan_out: the most copies of its experts that a rank may send; None for no limit. Hot experts
+        may need up to `ep_size − 1`, and then a limit costs balance.
 
     Returns:
       A `Placement` without topology, for `solve`, `assign` and `moe.moe_layer`, with `log2phy`
       `[n_logical, width]`, where `width` is the least of `ep_size`, `fan_out` + 1 and the number of
-      redundant slots + 1. No expert is twice on a rank. The largest load that `solve` finds for it
-      is never above that without copies. Where a traced placement contradicts itself, the result
-      does, and `Split.status` tells; so it does of negative loads.
+      redundant slots + 1. No expert is twice on a rank. The largest load that `solve` finds on it
+      never exceeds that without copies. If a traced placement contradicts itself, so does the
+      result, and `Split.status` reports it, as it reports negative loads.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
 
-    Source: the method and its order in `lplb_jax.reference`; UltraEP and MoonEP choose copies per
-    batch, too.
+    Source: `lplb_jax.reference` specifies the method and its order; UltraEP and MoonEP also choose
+    copies per batch.
 
     Example: two ranks with two experts and a redundant slot each; expert 0 is hot.
 
@@ -68,7 +68,7 @@ def place_copies(loads: Any, placement: Placement, *, fan_out: int | None = None
 
 
 def copies_for(loads: jax.Array, placement: Placement, fan_out: int) -> Placement:
-    """`place_copies` of checked arguments; rows may carry a last place for ids without expert."""
+    """`place_copies` of checked arguments; rows may have an extra entry for invalid ids."""
     tables = _native.call(
         "lplb_place_copies",
         reference.place_copies,
@@ -90,7 +90,7 @@ def with_copies(placement: Placement, tables: Sequence[jax.Array]) -> Placement:
 def check_copies(copies: str, r2o: Any, fan_out: Any, placement: Placement | None) -> int | None:
     """How many copies a rank may send if they are chosen for the batch; None if they are not.
 
-    Raises where other arguments do not fit that.
+    Raises if other arguments are inconsistent with that.
     """
     if copies not in COPIES:
         raise ValueError(f"copies: expected one of {', '.join(COPIES)}, got {copies!r}")
@@ -110,7 +110,7 @@ def check_copies(copies: str, r2o: Any, fan_out: Any, placement: Placement | Non
 
 
 def check_fan_out(fan_out: Any, placement: Any) -> int:
-    """`fan_out`, or a number that is no limit; raises where there is no placement to refill."""
+    """`fan_out`, or a number that does not limit; raises if there is no placement to refill."""
     if not isinstance(placement, Placement):
         raise TypeError(
             f"placement: expected a lplb_jax.Placement, whose homes and number of slots are kept, "

@@ -1,4 +1,4 @@
-"""verify(): whether a result is legal and optimal, found by other means than the solvers'."""
+"""verify(): whether a result is valid and optimal, checked independently of the solvers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def verify(
     tile: int | None = None,
     base_load: Any = None,
 ) -> list[str]:
-    """Says what is wrong with a `Split` of whole tokens and, if given, with where they were sent.
+    """Checks a `Split` of whole tokens and, if given, the assignment of tokens to slots.
 
-    It shares nothing with the solvers: on the host, in Python's integers, from `phy2log` alone, it
-    finds the fewest tokens that the busiest rank can have and a set of ranks that proves it.
-    Milliseconds at 8 ranks, a second at hundreds. For splits over equally fast ranks.
+    It shares no code with the solvers. On the host, in Python integers and from `phy2log` alone, it
+    computes the fewest tokens that the busiest rank can have and a set of ranks that proves it. It
+    takes milliseconds for 8 ranks and a second for hundreds. Only for ranks of equal speed.
 
     Args:
       loads: integers `[n_logical]`, or `[ep_size, n_logical]` by source rank, as given to `solve`.
@@ -38,17 +38,17 @@ def verify(
       split: result of `solve` or `rebalance` for these loads, of one layer.
       r2o: static topology `[group_size, n_columns]`; None for the placement's.
       placement: where the experts are; None for the given order.
-      indices: integers of any shape, the logical ids of all source ranks, where their routing is to
-        be verified too. Ids that name no expert get slot −1.
-      physical_indices: the slots that they were given, of the same shape.
+      indices: integers of any shape, the logical ids of all source ranks, to verify their routing
+        as well. Ids that name no expert get slot −1.
+      physical_indices: the slots assigned to them, of the same shape.
       tile: as given to `solve`. Then `max_load` and `lower_bound` are verified in tiles, and
-        `max_tokens` to be what it says, but not to be the least with these tiles.
+        `max_tokens` against the quotas, but not that it is minimal for these tiles.
       base_load: integers `[ep_size]`, as given to `solve`.
 
     Returns:
-      One sentence per fault; an empty list if the quotas are legal, the busiest rank of each group
-      has the fewest tokens possible, `lower_bound` proves it, status is 0, and every slot gets its
-      quota of tokens, all of its expert.
+      One sentence per fault. The list is empty if the quotas are valid, the busiest rank of each
+      group has the fewest tokens possible, `lower_bound` proves it, status is 0, and every slot
+      gets its quota of tokens of its own expert.
 
     Raises:
       TypeError, ValueError: an argument is traced, of another type or of another shape.
@@ -66,12 +66,12 @@ def verify(
     group 0: the busiest rank has 7 tokens, 6 are possible
     """
     if (indices is None) != (physical_indices is None):
-        raise ValueError("physical_indices: expected the slots of indices, got one without other")
+        raise ValueError("physical_indices: expected the slots of indices, got only one of the two")
     placement, group_size, tokens = _operands(loads, indices, r2o, placement)
     n_groups = placement.ep_size // group_size
     quota, *found = _of_split(split, placement.n_physical, n_groups)
     if (tile is None) == isinstance(split, TileSplit):
-        raise ValueError(f"tile: expected what solve was given, got {tile!r}")
+        raise ValueError(f"tile: expected the tile that solve was called with, got {tile!r}")
     base, tile = _base_load(base_load, placement.ep_size), tile or 1
     phy2log = jax.device_get(placement.phy2log)
 

@@ -60,7 +60,7 @@ class Windows:
 
 
 class Comm:
-    """What `init_comm` makes; pass it as `comm=`. A context manager that closes it at the end.
+    """The result of `init_comm`, to pass as `comm=`. As a context manager it closes itself.
 
     Attributes:
       transport: "xla", "p2p", "nvshmem" or "nvshmem_put".
@@ -69,7 +69,7 @@ class Comm:
       max_experts: the largest n_logical it can be used with.
       timeout_s: how long a rank waits for the others before the call fails.
       identifier: the same in all processes.
-      window: room for tokens that ranks exchange, or None where there is none.
+      window: memory for tokens that ranks exchange, or None.
       sms: SMs that may move tokens, 0 for all.
       closed: whether `close` was called.
     """
@@ -117,19 +117,19 @@ class Comm:
         return self.transport in ("p2p", "nvshmem")
 
     def failure(self) -> str | None:
-        """What has gone wrong on this process's devices so far, or None.
+        """The failure on this process's devices, if any.
 
         After a failure every later program that uses the communicator raises the same message
-        (`DEADLINE_EXCEEDED`); this asks without running one.
+        (`DEADLINE_EXCEEDED`); this method does not need to run one.
         """
         if self.closed or self.transport == "xla":
             return None
         return _native.built_cuda().comm_failure(self.identifier) or None
 
     def close(self) -> None:
-        """Waits for the devices and frees the buffers; programs that use it then raise.
+        """Waits for the devices and frees the buffers. Programs that use it afterwards raise.
 
-        With NVSHMEM all processes must call it, unless it has failed: then its memory is kept.
+        With NVSHMEM all processes must call it. After a failure its memory is not freed.
         """
         if not self.closed:
             failed = self.failure() is not None
@@ -151,38 +151,38 @@ def init_comm(
     capacity_factor: float = 1.25,
     sms: int = 0,
 ) -> Comm:
-    """Prepares the ranks of a mesh axis to share their counts within the kernels of `rebalance`.
+    """Connects the ranks of a mesh axis, so that the kernels of `rebalance` exchange counts.
 
-    Runs at once, not under `jax.jit`; every process of the mesh must call it, in the same order
-    where there are several communicators. Each row of the mesh along `axis` is its own group.
+    Call it outside `jax.jit`, in every process of the mesh, and in the same order if there are
+    several communicators. Each row of the mesh along `axis` is its own group.
 
     | transport | for |
     |---|---|
     | "p2p" | one process with several GPUs that can write to each other's memory |
     | "nvshmem" | one process per GPU, see `jax.distributed`; needs nvidia-nvshmem-cu13 |
-    | "nvshmem_put" | the same through NVSHMEM's put with signal, in a kernel of its own; "nvshmem"
-      becomes it where a GPU cannot map another one's memory, as on another host |
+    | "nvshmem_put" | the same through NVSHMEM's put with signal, in a separate kernel; used for
+      "nvshmem" if a GPU cannot map another one's memory, as on another host |
     | "xla" | everything else: `lax.all_gather` |
-    | "auto" | on GPUs the first that works, else "xla" with a warning that names the reason |
+    | "auto" | on GPUs the first that works, otherwise "xla" with a warning that says why |
 
     Args:
       mesh: the `jax.sharding.Mesh` that the programs will run on.
       axis: the expert-parallel axis, or a tuple of axes (the last one fastest).
       max_experts: the largest number of logical experts it will be used with. Every rank gets a
         buffer of 16 bytes · ranks · (max_experts + 1).
-      transport: one of the above. Where it cannot be had, "auto" takes "xla" and others raise; all
-        processes take the same decision.
+      transport: one of the above. If none is available, "auto" uses "xla"; other values raise. All
+        processes make the same choice.
       timeout_s: seconds after which a rank gives up waiting for the others, here and in a kernel.
         A kernel that gives up sets `Status.SYNC_FAILED`, and the next use of the communicator
-        raises `DEADLINE_EXCEEDED` with the ranks that waited and that were missing.
-      max_tokens: tokens of a rank that `moe` may exchange by transport "peer", at most; 0 for none.
-        Every rank then has memory for twice what it can receive from others or send to them:
-        2 · max_tokens · min(ranks − 1, ⌈top_k · capacity_factor⌉) · hidden_bytes, and some per cent
-        more. "nvshmem_put" and "xla" have none.
-      hidden_bytes: bytes of a token, at most; with bfloat16 twice the hidden size.
-      top_k: choices of a token, at most; up to 32.
-      capacity_factor: the largest that `moe_layer` will be given.
-      sms: SMs that may move tokens; 0 for all. Some 32 fill NVLink; what computes beside them has
+        raises `DEADLINE_EXCEEDED` which names the waiting and the missing ranks.
+      max_tokens: the most tokens per rank that `moe` exchanges with transport "peer"; 0 for none.
+        Every rank then allocates twice what it can receive from or send to others:
+        2 · max_tokens · min(ranks − 1, ⌈top_k · capacity_factor⌉) · hidden_bytes, plus a few per
+        cent. "nvshmem_put" and "xla" allocate nothing.
+      hidden_bytes: the most bytes of a token; with bfloat16 twice the hidden size.
+      top_k: the most choices of a token; up to 32.
+      capacity_factor: the largest one that `moe_layer` will be called with.
+      sms: SMs that may move tokens; 0 for all. About 32 saturate NVLink; concurrent kernels get
         the others.
 
     Returns:
@@ -190,11 +190,11 @@ def init_comm(
 
     Raises:
       TypeError, ValueError: an argument is not as described.
-      RuntimeError: `transport` cannot be had; the message says why and what to do.
-      TimeoutError: another process did not come.
+      RuntimeError: `transport` is not available; the message says why and what to do.
+      TimeoutError: another process did not respond.
 
-    The protocol is that of a one-shot all-gather by remote writes of (epoch, count) words, as in
-    NCCL's LL protocol; `cuda/sync.h` says why two slots suffice.
+    Source: a one-shot all-gather by remote writes of (epoch, count) words, as in NCCL's LL
+    protocol; `cuda/sync.h` explains why two slots suffice.
 
     >>> mesh = jax.sharding.Mesh(jax.devices()[:1], "ep")
     >>> with init_comm(mesh, "ep", max_experts=256, transport="xla") as comm:
@@ -242,9 +242,9 @@ def init_comm(
         except _CannotConnect as error:
             reason = str(error)
     if transport != "auto":
-        raise RuntimeError(f"transport: {transport!r} cannot be had: {reason}")
+        raise RuntimeError(f"transport: {transport!r} is not available: {reason}")
     warnings.warn(
-        f"loads are shared by lax.all_gather, which is slower, since {reason}", stacklevel=2
+        f"comm: loads are exchanged by lax.all_gather, which is slower: {reason}", stacklevel=2
     )
     return comm("xla")
 
@@ -256,7 +256,10 @@ def _windows(
         raise ValueError(f"max_tokens: expected a number of tokens, or 0, got {max_tokens!r}")
     if max_tokens == 0:
         if hidden_bytes:
-            raise ValueError(f"max_tokens: expected it with hidden_bytes = {hidden_bytes!r}, got 0")
+            raise ValueError(
+                f"max_tokens: expected a positive number with hidden_bytes = {hidden_bytes!r}, "
+                f"got 0"
+            )
         return None
     hidden_bytes, top_k = check_count("hidden_bytes", hidden_bytes), check_count("top_k", top_k)
     if top_k > _MOST_CHOICES:

@@ -1,4 +1,4 @@
-"""LoadHistory: the loads of the last batches, kept beside a model's state."""
+"""LoadHistory: the loads of the last batches, kept in the training state."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from lplb_jax._problem import check_count
 class LoadHistory:
     """The loads of the last batches: a small pytree for the training state, updated inside `jit`.
 
-    Nothing leaves the device before `batches` or `refresh` asks for it.
+    Nothing is copied to the host until `batches` or `refresh` is called.
 
     Attributes:
-      loads: int32 `[layers, n_batches, n_logical]`, a ring: batch i is in place i mod n_batches.
-      n_seen: int32 scalar, batches so far.
+      loads: int32 `[layers, n_batches, n_logical]`, a ring buffer: batch i is at index
+        i mod n_batches.
+      n_seen: int32 scalar, the number of batches so far.
 
     >>> history = LoadHistory.empty(n_layers=1, n_logical=3, n_batches=2)
     >>> for loads in ([5, 1, 0], [6, 0, 0], [7, 0, 2]):
@@ -39,7 +40,7 @@ class LoadHistory:
 
     @classmethod
     def empty(cls, *, n_layers: int, n_logical: int, n_batches: int = 16) -> LoadHistory:
-        """A history of no batch yet.
+        """A history without batches.
 
         Args:
           n_layers: layers with experts.
@@ -47,21 +48,21 @@ class LoadHistory:
           n_batches: how many batches to keep.
 
         Raises:
-          ValueError: a size is no positive integer.
+          ValueError: a size is not a positive integer.
         """
         sizes = {"n_layers": n_layers, "n_batches": n_batches, "n_logical": n_logical}
         shape = tuple(check_count(name, size) for name, size in sizes.items())
         return cls(jnp.zeros(shape, jnp.int32), jnp.int32(0))
 
     def update(self, loads: Any) -> LoadHistory:
-        """The history with one more batch, in the place of the oldest where it is full.
+        """The history with one more batch, which replaces the oldest one if it is full.
 
         Args:
           loads: int32 `[layers, n_logical]`, tokens per expert of the whole batch; see
             `metrics.expert_loads` for loads by slot.
 
         Raises:
-          TypeError, ValueError: loads of another type or shape.
+          TypeError, ValueError: the loads have another dtype or shape.
         """
         loads = jnp.asarray(loads)
         n_layers, n_batches, n_logical = self.loads.shape

@@ -19,8 +19,8 @@ def count_loads(indices: Any, n_logical: int) -> jax.Array:
 
     Args:
       indices: int32, int64, uint8 or uint16 of any shape: logical expert ids. −1, or the largest
-        value of an unsigned type where it is no id, means no expert; other ids outside
-        0 … n_logical − 1 are skipped too.
+        value of an unsigned type unless that is an id, means no expert; other ids outside
+        0 … n_logical − 1 are skipped as well.
       n_logical: logical experts.
 
     Returns:
@@ -43,18 +43,19 @@ def sync_loads(counts: jax.Array, axis_name: Any, *, comm: Comm | None = None) -
     Args:
       counts: int32 `[n]`, this rank's tokens per expert.
       axis_name: the expert-parallel mesh axis (or a tuple of axes).
-      comm: from `init_comm`, several times faster than `lax.all_gather`, which None means. As with
-        any collective all ranks must make the same calls in the same order, so not under a
-        `lax.cond` on which they disagree; `vmap` over it raises.
+      comm: from `init_comm`, several times faster than `lax.all_gather`, which is used for None. As
+        with any collective, all ranks must make the same calls in the same order, so not under a
+        `lax.cond` whose predicate differs between ranks; `vmap` over it raises.
 
     Returns:
-      int32 `[ep_size, n]`, equal on all ranks (`shard_map` knows: `out_specs=P()` passes). Where a
-      rank did not come within `comm.timeout_s`, −1 everywhere, and comm's next use raises.
+      int32 `[ep_size, n]`, equal on all ranks (`shard_map` knows that: `out_specs=P()` passes). If
+      a rank does not arrive within `comm.timeout_s`, all entries are −1, and the next use of comm
+      raises.
 
     Raises:
-      TypeError: `counts` is no int32 array, or comm no Comm.
-      ValueError: `axis_name` is not in scope or not comm's; comm is closed or made for fewer
-        experts.
+      TypeError: `counts` is not an int32 array, or comm is not a Comm.
+      ValueError: `axis_name` is not in scope or differs from comm's; comm is closed or was made for
+        fewer experts.
 
     >>> mesh = jax.sharding.Mesh(jax.devices()[:1], "ep")
     >>> spec = jax.sharding.PartitionSpec
@@ -87,5 +88,5 @@ def all_gather_counts(counts: jax.Array, axis_name: Any, comm: Comm | None) -> j
 
 
 def count(indices: jax.Array, n_logical: int) -> jax.Array:
-    """Counts `[n_logical + 1]` of checked indices; in the last place, ids that name no expert."""
+    """Counts `[n_logical + 1]` of checked indices; the last entry counts invalid ids."""
     return _native.call("lplb_count", reference.count, indices.reshape(-1), n_logical=n_logical)

@@ -1,4 +1,4 @@
-"""Pure functions that say how well a batch is balanced. All work under `jit`."""
+"""Pure functions that measure how well a batch is balanced. All work under `jit`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rank_loads(quota: ArrayLike, ep_size: int) -> jax.Array:
       int32 `[..., ep_size]`.
 
     Raises:
-      ValueError: n_physical is no multiple of `ep_size`.
+      ValueError: n_physical is not a multiple of `ep_size`.
 
     >>> rank_loads(jnp.array([1, 2, 3, 4]), 2).tolist()
     [3, 7]
@@ -44,7 +44,7 @@ def rank_loads(quota: ArrayLike, ep_size: int) -> jax.Array:
 
 
 def home_quota(loads: ArrayLike, placement: Placement) -> jax.Array:
-    """The quotas when no replica is used: every token goes to its expert's first slot.
+    """The quotas without replicas: every token goes to its expert's first slot.
 
     Args:
       loads: int32 `[..., n_logical]`, tokens per expert.
@@ -54,7 +54,7 @@ def home_quota(loads: ArrayLike, placement: Placement) -> jax.Array:
       int32 `[..., n_physical]`.
 
     Raises:
-      ValueError: loads do not have the placement's experts, or its layers.
+      ValueError: the shape of loads does not match the placement's experts or layers.
 
     >>> from lplb_jax import place_experts, topologies
     >>> placement = place_experts(
@@ -73,17 +73,17 @@ def _home_quota(loads: jax.Array, placement: Placement) -> jax.Array:
 
 
 def even_quota(loads: ArrayLike, placement: Placement) -> jax.Array:
-    """The quotas when every expert's tokens are split evenly over its slots (what EPLB does).
+    """The quotas if every expert's tokens are split evenly over its slots, as EPLB does.
 
     Args:
       loads: int32 `[..., n_logical]`, tokens per expert.
       placement: where the experts are. Stacked, its layers are those of the first axis of loads.
 
     Returns:
-      int32 `[..., n_physical]`; of an odd token, the earlier slot gets one more.
+      int32 `[..., n_physical]`; earlier slots get the remainder, one token each.
 
     Raises:
-      ValueError: loads do not have the placement's experts, or its layers.
+      ValueError: the shape of loads does not match the placement's experts or layers.
 
     >>> from lplb_jax import place_experts, topologies
     >>> placement = place_experts(
@@ -118,10 +118,10 @@ def expert_loads(slot_loads: ArrayLike, placement: Placement) -> jax.Array:
         slot_loads.
 
     Returns:
-      int32 `[..., n_logical]`, as `place_experts` and `LoadHistory.update` take them.
+      int32 `[..., n_logical]`, for `place_experts` and `LoadHistory.update`.
 
     Raises:
-      ValueError: slot_loads do not have the placement's slots, or its layers.
+      ValueError: the shape of slot_loads does not match the placement's slots or layers.
 
     >>> from lplb_jax import Placement
     >>> placement = Placement.from_phy2log([[0, 1, 2], [2, 3, -1]], ep_size=2)
@@ -138,7 +138,7 @@ def _expert_loads(slot_loads: jax.Array, placement: Placement) -> jax.Array:
 
 
 def imbalance(loads_of_ranks: ArrayLike) -> jax.Array:
-    """Largest load over mean load: 1.0 is perfect balance, and 1.0 where there is no load.
+    """Largest load over mean load: 1.0 is perfect balance; 1.0 if there is no load.
 
     Args:
       loads_of_ranks: `[..., n_ranks]`, tokens per rank.
@@ -160,14 +160,14 @@ def _imbalance(loads: jax.Array) -> jax.Array:
 
 
 def gain(loads_before: ArrayLike, loads_after: ArrayLike) -> jax.Array:
-    """How many times shorter the busiest rank's work became.
+    """The factor by which the busiest rank's work shrank.
 
     Args:
       loads_before: `[..., n_ranks]`, tokens per rank.
       loads_after: the same after balancing.
 
     Returns:
-      float32 `[...]`: largest load before over largest load after; 1.0 where there is no load.
+      float32 `[...]`: largest load before over largest load after; 1.0 if there is no load.
 
     >>> float(gain(jnp.array([6, 2]), jnp.array([4, 4])))
     1.5
@@ -183,7 +183,7 @@ def _gain(before: jax.Array, after: jax.Array) -> jax.Array:
 
 
 def gap(split: Split) -> jax.Array:
-    """Distance to the proven bound, relative: 0.0 is proven optimal.
+    """Relative distance to the proven bound: 0.0 is proven optimal.
 
     Args:
       split: result of `solve` or `rebalance`.
@@ -206,21 +206,21 @@ def _gap(max_load: jax.Array, lower_bound: jax.Array) -> jax.Array:
 
 
 def mean_gap(split: Split, ep_size: int) -> jax.Array:
-    """Distance to perfect balance, relative: what is lost because of where the copies are.
+    """Relative distance to perfect balance: the loss due to where the copies are.
 
-    No placement brings the busiest rank below ⌈all tokens / ranks⌉. `gap` measures the solver
-    against the copies that there are, this measures the copies: slots, or `fan_out`, that ran out
-    (see `place_copies`), or a placement that was made for other loads.
+    No placement brings the busiest rank below ⌈all tokens / ranks⌉. `gap` measures the solver on
+    the given copies; this measures the copies themselves: too few slots, a small `fan_out` (see
+    `place_copies`), or a placement made for other loads.
 
     Args:
-      split: result of `solve` or `rebalance`, of loads in tokens.
+      split: result of `solve` or `rebalance`, for loads in tokens.
       ep_size: ranks.
 
     Returns:
       float32 scalar: (the largest rank load − ⌈all tokens / ep_size⌉) / max(the latter, 1).
 
     Raises:
-      ValueError: the quotas do not divide by `ep_size`.
+      ValueError: the number of quotas is not a multiple of `ep_size`.
 
     >>> import lplb_jax
     >>> empty = lplb_jax.Placement.from_phy2log([[0, -1], [1, -1]], ep_size=2)
@@ -232,7 +232,7 @@ def mean_gap(split: Split, ep_size: int) -> jax.Array:
     0.0
     """
     loads = rank_loads(split.quota, ep_size)
-    # Quotients and remainders apart: the sum of the loads may pass 2³¹.
+    # Quotients and remainders separately: the sum of the loads may exceed 2³¹.
     rest = (loads % ep_size).sum(axis=-1, dtype=loads.dtype)
     mean = (loads // ep_size).sum(axis=-1, dtype=loads.dtype) + -(-rest // ep_size)
     excess = (loads.max(axis=-1) - mean).astype(jnp.float32)
@@ -250,7 +250,7 @@ def tokens_moved(quota: ArrayLike, placement: Placement) -> jax.Array:
       int32 `[...]`.
 
     Raises:
-      ValueError: quota does not have the placement's slots, or its layers.
+      ValueError: the shape of quota does not match the placement's slots or layers.
 
     >>> from lplb_jax import place_experts, topologies
     >>> placement = place_experts(
@@ -268,18 +268,18 @@ def _tokens_moved(quota: jax.Array, placement: Placement) -> jax.Array:
 
 
 def experts_fetched(old: Placement, new: Placement) -> jax.Array:
-    """Experts whose weights a rank must fetch when `new` takes the place of `old`.
+    """Experts whose weights each rank must fetch when `new` replaces `old`.
 
     Args:
-      old: the placement in force.
-      new: the next one, of as many experts, ranks and, if stacked, layers.
+      old: the current placement.
+      new: the next one, with the same numbers of experts, ranks and layers, if stacked.
 
     Returns:
       int32 `[..., ep_size]`: experts with a slot on the rank in `new`, and none in `old`. An expert
       that gets slots on two more ranks counts on both.
 
     Raises:
-      TypeError, ValueError: an argument is no `Placement`, or they differ in size.
+      TypeError, ValueError: an argument is not a `Placement`, or the sizes differ.
 
     >>> from lplb_jax import Placement
     >>> old = Placement.from_phy2log([[0, 1, 2], [2, 3, 0]], ep_size=2)
@@ -303,17 +303,17 @@ def _hosts(placement: Placement) -> jax.Array:
 
 
 def homes_moved(old: Placement, new: Placement) -> jax.Array:
-    """Experts whose home is on another rank, so that an optimiser's state moves with them.
+    """Experts whose home moves to another rank, and their optimizer state with it.
 
     Args:
-      old: the placement in force.
-      new: the next one, of as many experts, ranks and, if stacked, layers.
+      old: the current placement.
+      new: the next one, with the same numbers of experts, ranks and layers, if stacked.
 
     Returns:
       int32 `[...]`.
 
     Raises:
-      TypeError, ValueError: an argument is no `Placement`, or they differ in size.
+      TypeError, ValueError: an argument is not a `Placement`, or the sizes differ.
 
     >>> from lplb_jax import Placement
     >>> old = Placement.from_phy2log([[0, 1], [2, 3]], ep_size=2)

@@ -18,7 +18,7 @@ from lplb_jax._keep import keep
 from lplb_jax._portfolio import Sizes, Table, best_table
 from lplb_jax.topologies import Topology
 
-# What a checkpoint has of a placement, by name; and r2o, where it has a topology.
+# The arrays of a placement in a checkpoint; with a topology also r2o.
 _ARRAYS = "phy2log", "log2phy", "logcnt", "ep_size", "n_nodes"
 Method = Literal["auto", "eplb"]
 
@@ -30,7 +30,7 @@ Method = Literal["auto", "eplb"]
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placement:
-    """Which logical expert every physical slot holds; a pytree, so a new one needs no recompiling.
+    """Which logical expert each physical slot holds; a pytree, so a new one needs no recompilation.
 
     Slots are numbered rank by rank: rank `p // (n_physical / ep_size)` hosts slot p. Along a
     topology, on each rank its own logical experts come first, then its redundant slots; redundant
@@ -39,15 +39,15 @@ class Placement:
     `vmap`.
 
     Attributes:
-      phy2log: int32 `[n_physical]`, the logical expert in each slot; −1, in a placement without
-        topology, where it is empty.
+      phy2log: int32 `[n_physical]`, the logical expert in each slot; −1 if a slot is empty,
+        which only a placement without a topology allows.
       log2phy: int32 `[n_logical, max_replicas]`, the slots of each expert, its home first, padded
         with −1.
       logcnt: int32 `[n_logical]`, slots per expert, at least 1.
       ep_size: ranks of the expert-parallel axis (static).
       topology: the `Topology` along which the redundant slots copy, or None (static). Functions
-        that take `r2o` use it where `r2o` is None; if both are, all ranks are one group and an
-        expert's tokens may go to any of its slots.
+        with an argument `r2o` use it if `r2o` is None. If both are None, all ranks are one group
+        and an expert's tokens may go to any of its slots.
       n_nodes: nodes, each with `ep_size / n_nodes` consecutive ranks (static).
 
     Raises:
@@ -98,18 +98,17 @@ class Placement:
     ) -> Placement:
         """A placement of any kind: any number of copies of an expert, on any ranks.
 
-        Every expert gets a home among its slots, so that the ranks are home of as even a number of
-        experts as the table allows. An expert that is twice on a rank is served there by its first
-        slot.
+        One slot of every expert becomes its home, so that the numbers of homes on the ranks are as
+        even as the table allows. If an expert has two slots on a rank, only the first is used.
 
         Args:
-          phy2log: integers, the logical expert in each slot, −1 where it is empty:
-            `[ep_size, slots_per_rank]`, or flat, `[n_physical]`, or for a placement per layer
-            `[layers, ep_size, slots_per_rank]`. May be traced; then the values are checked when
-            they are used, and a wrong table sets `Status.BAD_PLACEMENT`.
+          phy2log: integers, the logical expert in each slot, −1 for an empty slot:
+            `[ep_size, slots_per_rank]`, or flat, `[n_physical]`, or with one placement per
+            layer `[layers, ep_size, slots_per_rank]`. May be traced; then the values are checked
+            when they are used, and an inconsistent table sets `Status.BAD_PLACEMENT`.
           ep_size: ranks; n_physical is a multiple of it.
           n_logical: experts, at most n_physical; it need not be a multiple of ep_size. None: the
-            largest id + 1 (not where phy2log is traced).
+            largest id + 1 (not if phy2log is traced).
           n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each: a token that cannot stay
             on its rank stays on its node if it can.
 
@@ -132,7 +131,7 @@ class Placement:
         return cls(tables, log2phy, logcnt, int(ep_size), None, int(n_nodes))
 
     def to_arrays(self) -> dict[str, Any]:
-        """All of it as NumPy arrays by name, what is static included: for a checkpoint.
+        """All fields as NumPy arrays by name, including the static ones: for a checkpoint.
 
         A pytree restored without a target is a dict of arrays, in which there is nothing static.
 
@@ -194,52 +193,52 @@ def place_experts(
 ) -> Placement:
     """Places experts on ranks from past loads, on the host.
 
-    Along a topology `r2o`, experts are packed onto groups, whose tokens cannot leave them, then
-    onto the nodes within a group, then onto ranks, so that the packs' loads are even (EPLB's
-    hierarchical reordering, without its replication: heaviest expert first, each onto the lightest
-    pack that has room). If nodes hold several groups, groups are packed onto nodes in the same way.
-    The experts of a rank are sorted by load and the heaviest `redundants_per_rank` are replicated
-    along `r2o`.
+    Along a topology `r2o`, experts are packed onto groups (tokens cannot leave their group), then
+    onto the nodes of a group, then onto ranks, to even out the loads. This is EPLB's hierarchical
+    packing without its replication: heaviest expert first, each onto the lightest pack with room.
+    If nodes hold several groups, groups are packed onto nodes in the same way. The experts of a
+    rank are sorted by load, and the heaviest `redundants_per_rank` are replicated along `r2o`.
 
-    Without `r2o`, an expert may have any number of copies on any ranks, and each rank is home of
-    equally many experts. Method "auto" makes such placements in several ways (EPLB's numbers of
-    copies, second copies for many experts, links between distant ranks, topologies that fit) and
-    takes the one with the least largest rank load, balanced exactly, in the mean over the history's
-    batches and over what may become of them. Copies stay on their expert's node where that costs
-    nothing. Method "eplb" places experts as EPLB's `rebalance_experts` does: every redundant slot
-    goes to the expert with the most load per copy, and the copies are packed onto ranks. If
-    `n_groups` is a multiple of `n_nodes`, groups of consecutive experts are packed onto nodes
-    first, and no copy leaves its node. Homes are then as even as the table allows.
+    Without `r2o`, an expert may have any number of copies on any ranks, and each rank is the home
+    of equally many experts. Method "auto" constructs several candidates (EPLB's numbers of copies,
+    second copies for many experts, links between distant ranks, topologies that fit). It chooses
+    the one with the smallest largest rank load, balanced exactly, averaged over the history's
+    batches and perturbations of them. Copies stay on their expert's node if that costs nothing.
+    Method "eplb" places experts like EPLB's `rebalance_experts`: each redundant slot goes to the
+    expert with the most load per copy, and the copies are packed onto ranks. If `n_groups` is a
+    multiple of `n_nodes`, groups of consecutive experts are packed onto nodes first, and no copy
+    leaves its node. Homes are then as even as the table allows.
 
-    With `previous`, the placement in force, experts and copies stay where they are as far as that
-    costs almost nothing: step by step a copy is replaced, or two experts change places, until the
-    largest rank load, balanced exactly, is within 1 % of what a placement made anew has, and within
-    5 % on loads like these. If that takes too many steps, homes stay and copies are placed anew;
-    and if that is not enough, all are, on ranks numbered so that they keep what they can. Along
-    `r2o`, experts change places or all are placed anew. Without it, what stays on a rank stays in
-    its slot. `metrics.experts_fetched` and `homes_moved` count what does not stay.
+    With `previous`, the current placement, few experts and copies move. Step by step a copy is
+    replaced or two experts are swapped, until the largest rank load, balanced exactly, is within
+    1 % of that of a new placement, and within 5 % on similar loads. If that takes too many steps,
+    homes stay and all copies are placed again. If that is not enough, everything is placed again,
+    with ranks numbered so that they keep as much as possible. Along `r2o`, experts are swapped or
+    everything is placed again. Without `r2o`, experts that stay on a rank keep their slot.
+    `metrics.experts_fetched` and `homes_moved` count what moves.
 
     Args:
       history: loads `[n_logical]`, or `[layers, n_logical]` for a placement per layer, or, without
         `r2o`, `[layers, batches, n_logical]`; finite and not negative, any unit. None keeps the
-        given order along `r2o`, and stands for equal loads without.
+        given order along `r2o`, and means equal loads without `r2o`.
       r2o: topology `[group_size, n_columns]`, see `lplb_jax.topologies`, or None.
       n_logical: experts; with `r2o` a multiple of `ep_size`.
       ep_size: ranks; with `r2o` a multiple of `group_size`, groups are consecutive ranks.
       redundants_per_rank: redundant slots of each rank. With `r2o` a multiple of `n_columns`, at
-        most `n_logical / ep_size`; without at least 0, beside ⌈n_logical / ep_size⌉ other slots.
-      n_physical: in the place of `redundants_per_rank`, without `r2o`: all slots, a multiple of
+        most `n_logical / ep_size`; without `r2o` at least 0, besides
+        ⌈n_logical / ep_size⌉ slots.
+      n_physical: instead of `redundants_per_rank`, without `r2o`: all slots, a multiple of
         `ep_size`, at least `n_logical`.
       n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each.
       n_groups: groups of experts for method "eplb", a divisor of `n_logical`.
       method: "auto" or "eplb"; with `r2o` there is no choice.
-      previous: the placement in force, of as many experts, ranks and slots, with layers if and only
-        if `history` has some, in NumPy or JAX arrays; with `r2o` one along it. Not for method
-        "eplb".
+      previous: the current placement, with the same numbers of experts, ranks and slots, stacked by
+        layer if and only if `history` is, in NumPy or JAX arrays; with `r2o`, a placement along
+        it. Not for method "eplb".
 
     Returns:
-      A `Placement` of NumPy arrays, with a leading axis where `history` has one. It carries `r2o`;
-      without, it is one like those of `Placement.from_phy2log`.
+      A `Placement` of NumPy arrays, with a layer axis if `history` has one. It carries `r2o`;
+      without `r2o` it is like the result of `Placement.from_phy2log`.
 
     Raises:
       TypeError, ValueError: an argument is not as above; the message names it.
@@ -270,7 +269,7 @@ def place_experts(
         sizes = Sizes(int(n_logical), int(ep_size), slots_per_rank, int(n_nodes))
         if method == "eplb":
             if previous is not None:
-                raise ValueError("previous: expected None with method 'eplb', which keeps nothing")
+                raise ValueError("previous: expected None with method 'eplb', which ignores it")
             place = functools.partial(_place_as_eplb, sizes=sizes, n_groups=n_groups)
         else:
             place = functools.partial(_place_anywhere, sizes=sizes)
@@ -351,7 +350,7 @@ def _along_fitting(loads: np.ndarray, sizes: Sizes) -> Iterator[Table]:
 
 @functools.lru_cache(maxsize=64)
 def _widest_topology(group_size: int, redundants_per_rank: int) -> Topology | None:
-    """The one with the most columns that divide the redundant slots, if there is any."""
+    """The topology with the most columns that divide the redundant slots, or None."""
     named = topologies.named(group_size).values()
     fitting = [topology for topology in named if redundants_per_rank % topology.n_columns == 0]
     return max(fitting, key=lambda topology: topology.n_columns, default=None)
@@ -378,7 +377,7 @@ def _layer(stacked: Placement, i: int) -> Placement:
 def _kept(
     previous: Any, loads: np.ndarray, sizes: Sizes, topology: Topology | None
 ) -> Placement | None:
-    """`previous` in NumPy arrays, if it is one that these loads may change, or what is wrong."""
+    """`previous` in NumPy arrays, if it is one that these loads may change, or raises."""
     if previous is None:
         return None
     if not isinstance(previous, Placement):
@@ -413,7 +412,7 @@ def _kept(
 
 
 def _loads_of(history: Any, n_logical: int, most_axes: int) -> np.ndarray:
-    """`history` as float64 with one to `most_axes` axes, or what is wrong with it."""
+    """`history` as float64 with one to `most_axes` axes; raises if it is something else."""
     try:
         loads = np.asarray(jax.device_get(history)).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError) as error:  # ragged, traced, or no real numbers
@@ -439,7 +438,7 @@ def _slots_along(topology: Topology, n_logical: int, ep_size: int, redundants: A
 
 
 def _slots_per_rank(n_logical: int, ep_size: int, redundants_per_rank: Any, n_physical: Any) -> int:
-    """Slots of a rank without topology, from what says how many there are."""
+    """Slots of a rank without a topology, from either of the two sizes."""
     check_integers(n_logical=n_logical)
     if n_logical < 1:
         raise ValueError(f"n_logical: expected at least 1 expert, got {n_logical}")
@@ -463,7 +462,7 @@ def _slots_per_rank(n_logical: int, ep_size: int, redundants_per_rank: Any, n_ph
 
 
 def _check_method(method: Any, n_logical: int, n_groups: Any) -> None:
-    """Raises where there is no such method, or groups do not divide the experts."""
+    """Raises if there is no such method or groups do not divide the experts."""
     if method not in get_args(Method):
         raise ValueError(f"method: expected 'auto' or 'eplb', got {method!r}")
     check_integers(n_groups=n_groups)
@@ -482,7 +481,7 @@ def given_order(topology: Topology, n_logical: int, ep_size: int) -> Placement:
 
 
 def choose_topology(r2o: Any, placement: Placement | None) -> Topology:
-    """`r2o`, or where that is None the topology that `placement` carries."""
+    """`r2o`, or if that is None the topology that `placement` carries."""
     if placement is not None and not isinstance(placement, Placement):
         raise TypeError(
             f"placement: expected a lplb_jax.Placement or None, got {type(placement).__name__}"
@@ -506,14 +505,14 @@ def choose_topology(r2o: Any, placement: Placement | None) -> Topology:
 
 
 def check_integers(**sizes: Any) -> None:
-    """Raises `TypeError` where a size is not an integer."""
+    """Raises `TypeError` if a size is not an integer."""
     for name, size in sizes.items():
         if not isinstance(size, int | np.integer):
             raise TypeError(f"{name}: expected an integer, got {size!r}")
 
 
 def check_nodes(ep_size: Any, n_nodes: Any) -> None:
-    """Raises where ranks do not fill the nodes evenly."""
+    """Raises if ranks do not fill the nodes evenly."""
     check_integers(ep_size=ep_size, n_nodes=n_nodes)
     if ep_size < 1:
         raise ValueError(f"ep_size: expected at least 1 rank, got {ep_size}")
@@ -522,7 +521,7 @@ def check_nodes(ep_size: Any, n_nodes: Any) -> None:
 
 
 def check_sizes(r2o: Topology, n_logical: int, ep_size: int, redundants_per_rank: int) -> None:
-    """Raises `ValueError` where the sizes of a placement along `r2o` do not go together."""
+    """Raises `ValueError` if the sizes of a placement along `r2o` are inconsistent."""
     group_size, n_columns = r2o.shape
     if ep_size % group_size:
         raise ValueError(
@@ -539,7 +538,7 @@ def check_sizes(r2o: Topology, n_logical: int, ep_size: int, redundants_per_rank
 
 
 def check_fits(placement: Placement, r2o: Topology | np.ndarray) -> None:
-    """Raises where `placement` was not made for `r2o`; values are checked where they are known.
+    """Raises if `placement` was not made for `r2o`; values are checked if they are known.
 
     An `r2o` without columns is any placement.
     """
@@ -596,7 +595,7 @@ def check_fits(placement: Placement, r2o: Topology | np.ndarray) -> None:
 
 
 def check_any(placement: Placement) -> None:
-    """Raises where a placement without topology contradicts itself."""
+    """Raises if a placement without a topology contradicts itself."""
     n_logical, n_physical, ep_size = placement.n_logical, placement.n_physical, placement.ep_size
     max_replicas = placement.log2phy.shape[1]
     fits = n_logical >= 1 and n_physical >= n_logical and n_physical % ep_size == 0

@@ -1,4 +1,4 @@
-"""refresh(): whether placing experts anew is worth what moving them costs."""
+"""refresh(): whether a new placement is worth the cost of moving experts."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ class Refresh(NamedTuple):
     """What `refresh` decided, by layer.
 
     Attributes:
-      placement: the one in force from now on, stacked like the one given.
+      placement: the placement to use from now on, stacked like the given one.
       moved: bool `[layers]`, which layers have a new placement.
-      before: float `[layers]`, largest over mean rank load of the placement given, on the newest
+      before: float `[layers]`, largest over mean rank load of the given placement, on the newest
         batches.
-      after: the same of the placement in force.
-      saved_s: float `[layers]`, seconds that a new placement saves until the next refresh, less
-        what moving takes; where nothing moves, what it would.
-      fetched: int `[layers]`, experts that the rank with most of them receives; 0 where nothing
-        moves.
+      after: the same of the returned placement.
+      saved_s: float `[layers]`, seconds that a new placement saves until the next refresh, minus
+        the time to move experts; also for layers that were not changed.
+      fetched: int `[layers]`, the most experts that any rank receives; 0 if nothing moves.
       reason: the decision in words.
     """
 
@@ -57,39 +56,40 @@ def refresh(
     most_layers: int | None = None,
     most_bytes: float | None = None,
 ) -> Refresh:
-    """Places experts anew where that is worth it, on the host, with few moves.
+    """Updates the placements of layers where that pays off, on the host, with few moves.
 
-    A new placement is made from all batches but the newest quarter, on which both are balanced
-    exactly. It is taken where the tokens that the busiest rank then has less save more time until
-    the next refresh than its move takes. The layers that can gain most come first.
+    A new placement is made from all batches except the newest quarter, and both placements are
+    balanced exactly on that quarter. A layer switches if the tokens saved on its busiest rank save
+    more time until the next refresh than the move takes. The layers with the largest possible gain
+    come first.
 
     Args:
       history: a `LoadHistory`, or loads `[layers, batches, n_logical]`, the oldest first.
-      placement: the one in force, stacked, `[layers, …]`; along topologies or not.
+      placement: the current placement, stacked, `[layers, …]`; along topologies or not.
       steps: steps until the next refresh.
-      row_s: seconds that one row (a token, once for each expert it chooses) takes on its rank:
+      row_s: seconds per row (a token counts once for each expert it chooses):
         6 · parameters of an expert / FLOP/s in training, 2 · … in inference.
-      bytes_per_expert: what moves with an expert: its weights and, in training, its optimiser's
-        state.
-      inference: copies stay where they are, so that they have to be moved, too. Else only homes
-        count: copies are fetched in every step anyway.
-      link: bytes per second that a rank receives while experts move.
-      most_layers: layers to place anew in one call, at most; None for all.
-      most_bytes: bytes that a rank may receive in one call; None for any number.
+      bytes_per_expert: bytes that move with an expert: its weights and, in training, its
+        optimizer state.
+      inference: copies stay in place between steps, so they have to be moved as well. Otherwise
+        only homes count, because copies are fetched in every step.
+      link: bytes per second at which a rank receives experts.
+      most_layers: the most layers to change in one call; None for all.
+      most_bytes: the most bytes that a rank may receive in one call; None for no limit.
 
     Returns:
-      A `Refresh`. Where nothing is worth it, its placement is the one given.
+      A `Refresh`. If nothing pays off, its placement is the given one.
 
     Raises:
       TypeError, ValueError: an argument is not as above; the message names it.
 
-    Example: experts 0 and 1, both on rank 0, have become hot; to move one takes 4 ms.
+    Example: experts 0 and 1, both on rank 0, have become hot; moving one takes 4 ms.
 
     >>> placement = Placement.from_phy2log([[[0, 1], [2, 3]]], ep_size=2)
     >>> history = np.array([[[300, 300, 100, 100]] * 4])  # 600 and 200 tokens on the ranks
     >>> costs = {"row_s": 1e-7, "bytes_per_expert": 1e9, "link": 2.5e11}
     >>> refresh(history, placement, steps=100, **costs).reason
-    'no: to move experts takes longer than what is saved, or more than the limits allow'
+    'no: moving experts takes longer than it saves, or exceeds the limits'
     >>> result = refresh(history, placement, steps=1000, **costs)
     >>> result.reason, result.before.tolist(), result.after.tolist()
     ('1 of 1 layers placed anew: 0.016 s saved', [1.5], [1.0])
@@ -111,7 +111,7 @@ def refresh(
         after=np.ones(n_layers),
         saved_s=np.zeros(n_layers),
         fetched=np.zeros(n_layers, int),
-        reason="no: there is no batch yet",
+        reason="no: the history holds no batch yet",
     )
     if n_batches == 0:
         return result
@@ -121,12 +121,12 @@ def refresh(
     mean = judges.sum(axis=2).mean(axis=1) / placement.ep_size
     now = np.array([_largest(*pair) for pair in zip(_layers(placement), judges, strict=True)])
     result.before[:] = result.after[:] = now / np.where(mean > 0, mean, now + (now == 0))
-    # No placement can save more than what is above the mean. In training, new copies are free.
+    # No placement can save more than the excess over the mean. In training, new copies are free.
     most_saved = (now - mean) * seconds
     worth_a_try = most_saved > (move_s if inference else 0)
     hopeful = np.argsort(-most_saved, kind="stable")[: worth_a_try.sum()][:most_layers]
     if len(hopeful) == 0:
-        why = "no: the busiest ranks have too little above the mean to be worth a move"
+        why = "no: the busiest ranks are too little above the mean for a move to pay off"
         return result._replace(reason=why)
 
     layers, room = _layers(placement), np.inf if most_bytes is None else most_bytes
@@ -141,7 +141,7 @@ def refresh(
         layers[i] = new
         result.moved[i], result.fetched[i], result.after[i] = True, fetched, largest / mean[i]
     if not result.moved.any():
-        why = "no: to move experts takes longer than what is saved, or more than the limits allow"
+        why = "no: moving experts takes longer than it saves, or exceeds the limits"
         return result._replace(reason=why)
     saved_s = result.saved_s[result.moved].sum()
     why = f"{result.moved.sum()} of {n_layers} layers placed anew: {saved_s:.2g} s saved"
@@ -150,12 +150,12 @@ def refresh(
 
 
 class Refresher:
-    """`refresh` in a thread, beside training: `start` it, and `poll` in later steps.
+    """`refresh` in a background thread: `start` it, and `poll` in later steps.
 
-    An error of the thread is raised by the next call of either method.
+    The next call of either method raises any error of the thread.
 
     Args:
-      options: of `refresh`.
+      options: keyword arguments of `refresh`.
 
     >>> placement = Placement.from_phy2log([[[0, 1], [2, 3]]], ep_size=2)
     >>> refresher = Refresher(steps=1000, row_s=1e-7, bytes_per_expert=1e9)
@@ -170,13 +170,13 @@ class Refresher:
         self._running: concurrent.futures.Future[Refresh] | None = None
 
     def start(self, history: LoadHistory | Any, placement: Placement) -> None:
-        """Begins with loads and a placement as they are now; they may be donated afterwards.
+        """Starts with copies of the loads and the placement; both may be donated afterwards.
 
         Raises:
           RuntimeError: the last result has not been polled; and whatever `refresh` raises.
         """
         if self._running is not None:
-            self._running.exception()  # Waits: one that failed is to be seen before another runs.
+            self._running.exception()  # Waits: report a failure before starting another run.
             running, self._running = self._running, None
             running.result()
             raise RuntimeError("start: expected the last result to be polled first")
@@ -184,13 +184,13 @@ class Refresher:
         self._running = self._thread.submit(refresh, copies, _on_host(placement), **self._options)
 
     def poll(self, *, wait: bool = False) -> Refresh | None:
-        """The result, once; None where there is none yet, or nothing was started.
+        """The result, once; None if it is not ready or nothing was started.
 
         Args:
-          wait: until it is there.
+          wait: wait for the result.
 
         Raises:
-          Exception: what `refresh` raised.
+          Exception: whatever `refresh` raised.
         """
         if self._running is None or not (wait or self._running.done()):
             return None
@@ -199,7 +199,7 @@ class Refresher:
 
 
 def _on_host(placement: Placement) -> Placement:
-    """A stacked placement in NumPy arrays, as wide as a new one may be."""
+    """A stacked placement in NumPy arrays, with `log2phy` as wide as that of any new one."""
     if not isinstance(placement, Placement):
         raise TypeError(
             f"placement: expected a lplb_jax.Placement, got {type(placement).__name__}; make one "
@@ -242,7 +242,7 @@ def _batches_of(history: LoadHistory | Any, placement: Placement) -> np.ndarray:
 
 
 def _largest(placement: Placement, batches: np.ndarray) -> float:
-    """Tokens on the busiest rank, balanced exactly, in the mean over batches."""
+    """Tokens on the busiest rank, balanced exactly, averaged over batches."""
     totals = batches.sum(axis=1)
     some = batches[totals > 0]
     if len(some) == 0:
@@ -252,7 +252,7 @@ def _largest(placement: Placement, batches: np.ndarray) -> float:
 
 
 def _anew(batches: np.ndarray, previous: Placement) -> Placement:
-    """A placement for these batches that keeps what it can of the one in force; as wide."""
+    """A placement for these batches that moves few experts, as wide as the current one."""
     sizes: dict[str, Any] = {
         "n_logical": previous.n_logical,
         "ep_size": previous.ep_size,
@@ -278,7 +278,7 @@ def _anew(batches: np.ndarray, previous: Placement) -> Placement:
 
 
 def _most_fetched(old: Placement, new: Placement, copies: bool) -> int:
-    """Experts that the rank with most of them receives: homes alone, or copies, too."""
+    """The most experts that any rank receives: homes alone, or copies as well."""
 
     def hosts(placement: Placement) -> np.ndarray:
         """Whether a rank has an expert, bool `[n_logical, ep_size]`."""

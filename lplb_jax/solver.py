@@ -52,9 +52,8 @@ class TileSplit(NamedTuple):
 
     Attributes:
       quota: int32 `[n_physical]`, as in `Split`: tokens.
-      max_load: int32 `[n_groups]`, tiles of the busiest rank of every group, with those that it has
-        anyway (`base_load`).
-      lower_bound: int32 `[n_groups]`, what no split can go below, in tiles; always reached.
+      max_load: int32 `[n_groups]`, tiles of the busiest rank of each group, `base_load` included.
+      lower_bound: int32 `[n_groups]`, the least possible number of tiles; always reached.
       status: int32 `[n_groups]`, as in `Split`.
       max_tokens: int32 `[n_groups]`, tokens on the rank of every group that has most, the least
         possible with every slot's number of tiles. A tile of `base_load` counts as `tile` tokens.
@@ -124,40 +123,39 @@ def solve(
     tile: int | None = None,
     base_load: Any = None,
 ) -> Split | TileSplit:
-    """Splits every expert's tokens over its slots so that the busiest rank of each group has least.
+    """Splits every expert's tokens over its slots to minimize each group's largest rank load.
 
     Args:
       loads: int32 tokens per expert, 0 … 2³¹ − 1, `[n_logical]` or, by source rank,
         `[ep_size, n_logical]`. Negative loads count as 0 and set a status bit. float32 loads of
         any unit go to the interior point; NaN counts as 0, infinity is an overflow.
       r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`; None for the
-        placement's. Each group of group_size consecutive ranks is solved on its own. If the
+        placement's. Each group of group_size consecutive ranks is solved separately. If the
         placement carries none either, all ranks are one group, and an expert's tokens may go to any
         of its slots.
       placement: where the experts are; None for the given order with one redundant slot per column
         (and, if `loads` is `[n_logical]`, a single group).
       solver: "exact", integer waves on the replica graph; "ipm", a float32 interior point; "auto",
-        exact for int32 loads without weights, else ipm.
-      rank_weights: float `[group_size]`, positive: how fast every rank of a group is, in any unit.
-        Then the largest load / weight is what is made small. Weights below 2⁻⁴⁰ of the largest
-        count as that, and set a status bit. None: all ranks are equal.
+        exact for int32 loads without weights, otherwise ipm.
+      rank_weights: float `[group_size]`, positive: the speed of each rank of a group, in any unit.
+        Then the largest load / weight is minimized. Weights below 2⁻⁴⁰ of the largest are raised to
+        that and set a status bit. None: all ranks are equal.
       repair: what the interior point does with int32 loads after rounding its plan to tokens. True:
-        integer waves end at the optimum in whole tokens, with weights, too. False: as rounded,
-        which sets a status bit where it costs more than 1e-4.
+        integer waves continue to the optimum in whole tokens, also with weights. False: the
+        rounded plan is returned, with a status bit if rounding costs more than 1e-4.
       factor: how the interior point factors its matrix: "elimination", without subtraction, or
-        "cusolverdx", NVIDIA's Cholesky, on GPUs of compute capability 9.0 and where the library was
-        built with it. The latter is slower and does not always converge (see docs/solvers.md);
-        status tells.
-      tile: rows of a tile of the grouped matrix products, static, 1 to 2²⁰: a slot then costs
-        ⌈quota / tile⌉ tiles, and the busiest rank gets the fewest tiles possible. Of a slot's last
-        tile, as much stays empty as leaves the busiest rank the fewest tokens. None: tokens count.
-        For the exact solver.
-      base_load: int32 `[ep_size]`, equal on all ranks: what every rank has to do anyway (shared
-        experts, a part of attention), in tokens or, with `tile`, in tiles. The solver balances on
-        top of it; negative ones count as 0 and set a status bit. None: nothing.
+        "cusolverdx", NVIDIA's Cholesky, on GPUs of compute capability 9.0 if the library was built
+        with it. The latter is slower and does not always converge (see docs/solvers.md), which
+        status reports.
+      tile: rows of a tile of the grouped GEMMs, static, 1 to 2²⁰. A slot then costs ⌈quota / tile⌉
+        tiles, and the busiest rank gets the fewest tiles possible and, with the tiles of every slot
+        fixed, the fewest tokens. None: balance tokens. Only for the exact solver.
+      base_load: int32 `[ep_size]`, the same array on all ranks: work that each rank has in any case
+        (shared experts, part of attention), in tokens or, with `tile`, in tiles. The solver
+        balances on top of it; negative values count as 0 and set a status bit. None: nothing.
 
     Returns:
-      A `Split`, or with `tile` a `TileSplit`. The exact solver's is equal bit for bit on every
+      A `Split`, or with `tile` a `TileSplit`. The exact solver's result has the same bits on every
       backend.
 
     Raises:

@@ -45,7 +45,7 @@ def init(process: int, processes: list[int]) -> None:
     assert comm.size == len(processes)
     (warning,) = [str(w.message) for w in caught if "lax.all_gather" in str(w.message)]
     assert "its NVSHMEM is broken (process 1)" in warning
-    message = r"'nvshmem' cannot be had: its NVSHMEM is broken \(process 1\)"
+    message = r"'nvshmem' is not available: its NVSHMEM is broken \(process 1\)"
     with pytest.raises(RuntimeError, match=message):
         init_comm(mesh, max_experts=8, transport="nvshmem", timeout_s=FOREVER)
 
@@ -66,7 +66,7 @@ def versions(process: int, processes: list[int]) -> None:
     (warning,) = [str(w.message) for w in caught if "lax.all_gather" in str(w.message)]
     assert re.search(words, warning), warning
     for transport in ("nvshmem", "nvshmem_put"):
-        with pytest.raises(RuntimeError, match=f"'{transport}' cannot be had: .*{words}"):
+        with pytest.raises(RuntimeError, match=f"'{transport}' is not available: .*{words}"):
             init_comm(mesh, max_experts=8, transport=transport, timeout_s=FOREVER)
     assert library.allocations == library.frees == 3
 

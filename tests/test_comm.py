@@ -98,7 +98,7 @@ def test_auto_without_gpus_is_xla_and_says_nothing(mesh):
 
 @pytest.mark.parametrize("transport", ["p2p", "nvshmem"])
 def test_an_explicit_transport_raises(mesh, transport):
-    with pytest.raises(RuntimeError, match=f"transport: '{transport}' cannot be had: .*no GPUs"):
+    with pytest.raises(RuntimeError, match=f"transport: '{transport}' is not available: .*no GPUs"):
         init_comm(mesh, max_experts=8, transport=transport)
 
 
@@ -110,7 +110,7 @@ def test_auto_falls_back_with_one_warning(mesh, monkeypatch):
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert comm.transport == "xla"
-    with pytest.raises(RuntimeError, match="'p2p' cannot be had: GPU 1 has no peer access"):
+    with pytest.raises(RuntimeError, match="'p2p' is not available: GPU 1 has no peer access"):
         init_comm(mesh, max_experts=8, transport="p2p")
 
 

@@ -102,7 +102,7 @@ def test_what_has_no_room_is_refused(mesh, changed, words):
     [
         ({"max_tokens": -1}, "max_tokens: expected a number of tokens"),
         ({"max_tokens": 8}, "hidden_bytes: expected"),
-        ({"hidden_bytes": 8}, "max_tokens: expected it with hidden_bytes"),
+        ({"hidden_bytes": 8}, "max_tokens: expected a positive number with hidden_bytes"),
         ({"max_tokens": 8, "hidden_bytes": 8, "top_k": 33}, "top_k: expected at most 32, got 33"),
         ({"max_tokens": 8, "hidden_bytes": 8, "capacity_factor": 0.5}, "capacity_factor: .*0.5"),
         ({"sms": -1}, "sms: expected"),

@@ -148,9 +148,9 @@ def test_not_worth_it(rng):
     for history, costs, words in (
         (loads, {"steps": 1, "bytes_per_expert": 1e9, "inference": True}, "too little above"),
         (loads * 0 + 7, {}, "too little above"),
-        (loads[:, :0], {}, "no batch"),
+        (loads[:, :0], {}, "holds no batch"),
         (loads * 0, {}, "too little above"),
-        (loads, {"most_bytes": 1.0, "inference": True}, "more than the limits"),
+        (loads, {"most_bytes": 1.0, "inference": True}, "exceeds the limits"),
     ):
         result = refresh(history, placement, **(COSTS | costs))
         assert words in result.reason
