@@ -12,7 +12,7 @@ from lplb_jax.data import Traces, arrays_of
 
 # More layers and batches say little more, and take longer.
 _MOST_HISTORY, _MOST_JUDGED = 16, 64
-# Where nobody says how many tokens a rank has.
+# If the number of tokens per rank is not given.
 _TOKENS_PER_RANK = 4096
 _SYNTHETIC_BATCHES = 48
 
@@ -48,7 +48,7 @@ class Workload(NamedTuple):
 
     @property
     def held_out(self) -> bool:
-        """Whether placements are judged by other batches than those they are made from."""
+        """Whether placements are evaluated on other batches than they were made from."""
         return self.history is not self.batches
 
 
@@ -107,7 +107,7 @@ def _of_file(path: str | Path, *sizes: Any) -> Workload:
     except ValueError as error:
         raise ValueError(str(error).replace("path", "workload", 1)) from None
     if ("indices" in arrays) == ("loads" in arrays):
-        held = "both" if arrays.keys() >= {"indices", "loads"} else "none of them"
+        held = "both" if arrays.keys() >= {"indices", "loads"} else "neither"
         raise ValueError(
             f"workload: expected an .npz file with an array `indices` [layers, tokens, top_k] or "
             f"`loads` [layers, batches, n_experts], got {held} in {path}"
@@ -145,7 +145,7 @@ def _of_arrays(
         expected, got = (n_layers, loads.shape[-1]), (len(history), n_logical)
         if expected != got:
             raise ValueError(
-                f"workload: expected as many layers and experts in history as in the batches, "
+                f"workload: expected the same layers and experts in history as in the batches, "
                 f"{expected}, got {got} in {name}"
             )
         found = Workload(
@@ -214,8 +214,8 @@ def _checked_ids(indices: np.ndarray, n_logical: int | None, name: str) -> np.nd
     """Ids int64 `[layers, tokens, top_k]`, −1 for none."""
     if indices.dtype.kind not in "iu" or indices.ndim != 3 or indices.size == 0:
         raise ValueError(
-            f"workload: expected indices as integers [layers, tokens, top_k], no size 0, got "
-            f"{indices.dtype} {list(indices.shape)} in {name}"
+            f"workload: expected indices as integers [layers, tokens, top_k], without empty axes, "
+            f"got {indices.dtype} {list(indices.shape)} in {name}"
         )
     none = np.iinfo(indices.dtype).max if indices.dtype.kind == "u" else -1
     is_none = indices == none
@@ -229,7 +229,7 @@ def _checked_ids(indices: np.ndarray, n_logical: int | None, name: str) -> np.nd
             f"workload: expected expert ids below {most}, or {none} for none, got {wrong} in {name}"
         )
     if ids.max() < 0:
-        raise ValueError(f"workload: expected tokens that choose an expert, got none in {name}")
+        raise ValueError(f"workload: expected indices that name experts, got none in {name}")
     return ids
 
 
@@ -239,13 +239,14 @@ def _checked_loads(loads: np.ndarray, n_logical: int | None, name: str) -> np.nd
     if not good_type or not 1 <= loads.ndim <= 3 or loads.size == 0:
         raise ValueError(
             f"workload: expected loads as numbers [layers, batches, n_experts], [layers, "
-            f"n_experts] or [n_experts], no size 0, got {loads.dtype} {list(loads.shape)} in {name}"
+            f"n_experts] or [n_experts], without empty axes, got {loads.dtype} {list(loads.shape)} "
+            f"in {name}"
         )
     if loads.ndim < 3:
         loads = loads.reshape(-1, 1, loads.shape[-1])
     if n_logical is not None and loads.shape[-1] != n_logical:
         raise ValueError(
-            f"n_logical: expected {loads.shape[-1]}, as many as loads in {name} have, got "
+            f"n_logical: expected {loads.shape[-1]}, the number of experts in {name}, got "
             f"{n_logical}"
         )
     if not np.isfinite(loads).all() or loads.min() < 0 or loads.max() >= 1 << 40:

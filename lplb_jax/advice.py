@@ -336,13 +336,13 @@ def _notes(workload: Workload, ep_size: int, n_nodes: int, costs: Costs | None) 
     notes = [f"{workload.name}: {workload.n_logical} experts, {ep_size} ranks{nodes}, {looked}."]
     if workload.held_out:
         notes.append(
-            f"Placed from {n_history} earlier batch{'es' * (n_history > 1)}, judged by {n_batches} "
-            f"other{'s' * (n_batches > 1)} of {workload.rows / ep_size:,.0f} rows per rank."
+            f"Placed from {n_history} earlier batch{'es' * (n_history > 1)}, evaluated on "
+            f"{n_batches} later one{'s' * (n_batches > 1)} of {workload.rows / ep_size:,.0f} rows per rank."
         )
     else:
-        notes.append("Judged by the batch that it was placed from: there is no other.")
+        notes.append("Evaluated on the batch that it was placed from: there is no other.")
     if costs is None:
-        notes.append("No times: they need hidden and width. Gain is that of the busiest rank.")
+        notes.append("No times: they need hidden and width. The gain is that of the busiest rank.")
     else:
         what = "Inference" if costs.inference else "Training"
         notes.append(

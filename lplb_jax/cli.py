@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: those after the program's name; None for the process's own.
 
     Returns:
-      0, or 1 where a result was not what it must be.
+      0, or 1 if a result was wrong.
 
     Raises:
       SystemExit: with status 2 where the arguments are wrong or a file cannot be read or written,
@@ -126,7 +126,7 @@ def _add_demo(commands: Any) -> None:
     """The command `demo`; names as `demo.demonstrate` has them."""
     command = commands.add_parser(
         "demo",
-        help="balance the routing of a real model over 8 ranks, and check every result",
+        help="balance the routing of a real model over 8 ranks and check every result",
         description="Balances the packaged routing of a small language model over 8 "
         "expert-parallel ranks: on 8 GPUs if available, otherwise on 8 virtual CPU devices. It "
         "does so on copies along a topology, and on as many of any experts on any ranks. Prints a "
@@ -141,12 +141,12 @@ def _add_demo(commands: Any) -> None:
     command.add_argument(
         "--traces",
         metavar="PATH",
-        help="an .npz file with routing of your own instead, see lplb_jax.data.read_traces",
+        help="an .npz file with your own routing instead, see lplb_jax.data.read_traces",
     )
     command.add_argument(
         "--topology",
         choices=TOPOLOGIES,
-        help="who holds copies of whose experts (default: cube, or ring where it does not fit)",
+        help="which rank copies from which (default: cube, or ring if that does not fit)",
     )
     command.add_argument(
         FLAGS["redundants_per_rank"],
@@ -166,7 +166,7 @@ def _add_demo(commands: Any) -> None:
         "--picture",
         default="lplb_jax_demo.png",
         metavar="PATH",
-        help="where to write the picture; its ending is the format, empty is none "
+        help="file for the picture; the ending sets the format; empty for none "
         "(default: %(default)s)",
     )
     command.set_defaults(command=command, run=demo.demonstrate)
@@ -176,7 +176,7 @@ def _add_advise(commands: Any) -> None:
     """The command `advise`; names as `lplb_jax.advise` has them."""
     command = commands.add_parser(
         "advise",
-        help="which placement to take for a workload, with how many copies, and what it gains",
+        help="recommend a placement and a number of copies for a workload",
         description="Tries placements and numbers of redundant slots on loads or router choices of "
         "your own, or on synthetic ones of a published model; prints a table, a recommendation and "
         "the Python for it, and writes a picture. Exits with status 2 if it cannot.",
@@ -190,48 +190,60 @@ def _add_advise(commands: Any) -> None:
     count = at_least(1)
     positive = at_least(0, float)
     for flag, name, kind, metavar, text in (
-        ("--nodes", "n_nodes", count, "N", "nodes that share the ranks evenly (default: 1)"),
+        ("--nodes", "n_nodes", count, "N", "nodes, with equally many ranks each (default: 1)"),
         ("--experts", "n_logical", count, "N", "experts, for indices (default: largest id + 1)"),
-        ("--top-k", "top_k", count, "K", "experts of a token, for loads (default: 1)"),
-        ("--tokens-per-rank", "tokens_per_rank", count, "N", "tokens of a rank in a batch"),
-        ("--hidden", "hidden", count, "N", "width of a token; with --width, gives times"),
+        ("--top-k", "top_k", count, "K", "experts per token, for loads (default: 1)"),
+        ("--tokens-per-rank", "tokens_per_rank", count, "N", "tokens per rank and batch"),
+        ("--hidden", "hidden", count, "N", "size of a token; with --width, times are estimated"),
         ("--width", "width", count, "N", "inner width of an expert"),
-        ("--bytes-per-expert", "bytes_per_expert", positive, "N", "(default: 16-bit weights)"),
-        ("--memory-budget", "memory_budget", positive, "GIB", "for the copies of all layers"),
+        (
+            "--bytes-per-expert",
+            "bytes_per_expert",
+            positive,
+            "N",
+            "weights of an expert (default: 16-bit floats)",
+        ),
+        (
+            "--memory-budget",
+            "memory_budget",
+            positive,
+            "GIB",
+            "per rank, for the copies of all layers",
+        ),
     ):
         default = 1 if name == "n_nodes" else None
         command.add_argument(
             flag, dest=name, type=kind, metavar=metavar, default=default, help=text
         )
     command.add_argument(
-        "--ranks", dest="ep_size", type=count, required=True, metavar="N", help="how many GPUs"
+        "--ranks", dest="ep_size", type=count, required=True, metavar="N", help="number of GPUs"
     )
     command.add_argument(
         "--redundants",
         type=_counts,
         metavar="N,N,…",
-        help="redundant slots per rank to try (default: 1,2,4,8, as far as they make sense)",
+        help="redundant slots per rank to try (default: 1,2,4,8, if they fit)",
     )
     command.add_argument(
         "--topology",
         choices=tuple(topologies.NAMED),
-        help="the only one to try (default: all that fit)",
+        help="try only this one (default: all that fit)",
     )
     command.add_argument(
-        "--inference", action="store_true", help="forward alone, with weights that stay"
+        "--inference", action="store_true", help="forward only; copies stay in place"
     )
     for name, default, text in (
-        ("flops", _cost.FLOPS, "floating-point operations per second that products reach"),
+        ("flops", _cost.FLOPS, "floating-point operations per second of the GEMMs"),
         ("link", _cost.LINK, "bytes per second between ranks of a node"),
         ("node_link", _cost.NODE_LINK, "bytes per second and rank between nodes"),
-        ("memory_rate", _cost.MEMORY, "bytes per second that weights are read with"),
+        ("memory_rate", _cost.MEMORY, "bytes per second for reading weights"),
     ):
         command.add_argument(
             _flag(name),
             type=positive,
             default=default,
             metavar="X",
-            help=f"{text} (default: {default:g}, as measured on H200s)",
+            help=f"{text} (default: {default:g}{'' if name == 'node_link' else ', measured on H200s'})",
         )
     command.add_argument(
         "--layers",
@@ -239,14 +251,14 @@ def _add_advise(commands: Any) -> None:
         type=count,
         default=4,
         metavar="N",
-        help="layers to look at, evenly spaced (default: %(default)s)",
+        help="layers to consider, evenly spaced (default: %(default)s)",
     )
-    command.add_argument("--json", action="store_true", help="print JSON in the place of a table")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.add_argument(
         "--picture",
         default="lplb_jax_advice.png",
         metavar="PATH",
-        help="where to write the picture, empty is none (default: %(default)s)",
+        help="file for the picture; empty for none (default: %(default)s)",
     )
     command.set_defaults(command=command, run=advise)
 

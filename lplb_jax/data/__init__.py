@@ -85,7 +85,7 @@ def read_traces(path: str | Path) -> Traces:
     if not fits:
         raise ValueError(
             f"path: expected indices uint8 or uint16 [layers, tokens, top_k] and history int32 "
-            f"[layers, n_logical], no size 0, got {indices.dtype} {list(indices.shape)} and "
+            f"[layers, n_logical], without empty axes, got {indices.dtype} {list(indices.shape)} and "
             f"{history.dtype} {list(history.shape)} in {path}"
         )
     n_logical = history.shape[1]
@@ -112,7 +112,7 @@ def _arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def arrays_of(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those that an .npz file has. For one that is damaged NumPy has errors of many types."""
+    """The named arrays of an .npz file. NumPy raises many types of errors for damaged ones."""
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in names if name in file}
@@ -120,7 +120,7 @@ def arrays_of(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]
         raise
     except Exception:
         raise ValueError(
-            f"path: expected an .npz file as numpy.savez writes it, got {path}, which is none or "
-            f"is damaged"
+            f"path: expected an .npz file as written by numpy.savez, got {path}, which is not one "
+            f"or is damaged"
         ) from None
     return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
