@@ -337,7 +337,8 @@ def _notes(workload: Workload, ep_size: int, n_nodes: int, costs: Costs | None) 
     if workload.held_out:
         notes.append(
             f"Placed from {n_history} earlier batch{'es' * (n_history > 1)}, evaluated on "
-            f"{n_batches} later one{'s' * (n_batches > 1)} of {workload.rows / ep_size:,.0f} rows per rank."
+            f"{n_batches} later one{'s' * (n_batches > 1)} of "
+            f"{workload.rows / ep_size:,.0f} rows per rank."
         )
     else:
         notes.append("Evaluated on the batch that it was placed from: there is no other.")

@@ -238,12 +238,13 @@ def _add_advise(commands: Any) -> None:
         ("node_link", _cost.NODE_LINK, "bytes per second and rank between nodes"),
         ("memory_rate", _cost.MEMORY, "bytes per second for reading weights"),
     ):
+        measured = "" if name == "node_link" else ", measured on H200s"
         command.add_argument(
             _flag(name),
             type=positive,
             default=default,
             metavar="X",
-            help=f"{text} (default: {default:g}{'' if name == 'node_link' else ', measured on H200s'})",
+            help=f"{text} (default: {default:g}{measured})",
         )
     command.add_argument(
         "--layers",

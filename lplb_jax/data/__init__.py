@@ -85,8 +85,8 @@ def read_traces(path: str | Path) -> Traces:
     if not fits:
         raise ValueError(
             f"path: expected indices uint8 or uint16 [layers, tokens, top_k] and history int32 "
-            f"[layers, n_logical], without empty axes, got {indices.dtype} {list(indices.shape)} and "
-            f"{history.dtype} {list(history.shape)} in {path}"
+            f"[layers, n_logical], without empty axes, got {indices.dtype} {list(indices.shape)} "
+            f"and {history.dtype} {list(history.shape)} in {path}"
         )
     n_logical = history.shape[1]
     if indices.max() >= n_logical:
