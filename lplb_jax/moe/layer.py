@@ -256,23 +256,15 @@ def moe_layer(
     if of_batch:
         check_homes("placement", placement)
         problem = anywhere(placement)
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens: expected floats [tokens, hidden], got {list(tokens.shape)}")
-    if indices.ndim != 2 or gates.shape != indices.shape or indices.shape[1] < 1:
-        raise ValueError(
-            f"gates: expected the shape of indices, [tokens, top_k], with top_k of at least 1, got "
-            f"{list(gates.shape)} for indices {list(indices.shape)}"
-        )
+    _check_shapes(tokens, indices, gates)
     _check_network(ffn, activation, gemm, unwrapped(experts), tokens)
     check_reverse("tokens", (tokens, gates, experts))
     along_topology, uses_copies = problem.r2o.shape[1] > 0, balance != "none"
     weights = as_weights(
         experts, placement, in_place=in_place, uses_copies=uses_copies, of_batch=of_batch
     )
-    held = weights.experts
-    own_only = isinstance(weights, Own)
     fetches = uses_copies and isinstance(weights, Own | WithRoom)
-    if not keep_copies and (not own_only or not uses_copies or along_topology):
+    if not (keep_copies or (fetches and isinstance(weights, Own) and not along_topology)):
         raise ValueError(
             "keep_copies: expected True where no copies are fetched here, or they are fetched in "
             "place or along a topology, got False; wrap the layer in jax.checkpoint"
@@ -326,34 +318,20 @@ def moe_layer(
         order = slots_by_row(placement)
     tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
     counted = carrier.counted(assignment, axis_name, capacity, order)
-    if uses_copies:
-        held = varying_as(held, tokens)
+    held = varying_as(weights.experts, tokens) if uses_copies else weights.experts
     fetch: AnyFetch | None = None
     if fetches and along_topology:
         n_copies, by_engines = placement.redundants_per_rank, carrier.beside_engines
         fetch = Fetch(problem.r2o, axis_name, n_copies, by_engines=by_engines)
     elif fetches and order is not None and room_for(placement):
-        fetch = fetch_anywhere(
-            placement,
-            order,
-            axis_name,
-            transports.for_weights(carrier, problem.ep_size),
-            slot_loads=counted.slot_loads,
-            fan_out=fan_out,
-        )
-    refetch = None
-    if fetch is not None and own_only:
-        roomy = functools.partial(with_room, n_copies=fetch.n_copies)
-        if keep_copies:
-            held = jax.tree.map(roomy, held)
-        else:
-            of_slots = functools.partial(filled, fetch)
-            refetch = functools.partial(jax.tree.map, lambda weights: of_slots(roomy(weights)))
-            fetch = None
-    rows_last = fetch is not None and fetch.by_engines
+        by = transports.for_weights(carrier, problem.ep_size)
+        loads = counted.slot_loads
+        fetch = fetch_anywhere(placement, order, axis_name, by, slot_loads=loads, fan_out=fan_out)
+    beside, refetch = Beside(held, fetch, waits=uses_copies), None
+    if fetch is not None and isinstance(weights, Own):
+        beside, refetch = _with_room_for(fetch, held, keep_copies)
+    rows_last = beside.fetch is not None and beside.fetch.by_engines
     network = network_of(ffn) if ffn else gated_units(activation, gemm, rows_last=rows_last)
-    again = refetch is not None
-    beside = Beside(held, fetch, waits=uses_copies and not again, follows=again)
     rows, row_gates, held, plan = carrier.dispatch(tokens, gates, assignment, counted, beside)
     sums = applied(network, rows, held, plan.group_sizes, row_gates, plan.summed, refetch)
     traffic = Traffic(
@@ -369,6 +347,35 @@ def moe_layer(
     if not isinstance(weights, WithRoom):
         return LayerResult(out, traffic)
     return LayerResult(out, traffic, WithRoom(held) if experts is weights else held)
+
+
+def _check_shapes(tokens: jax.Array, indices: jax.Array, gates: jax.Array) -> None:
+    """Raises where they do not fit one another; `check_dispatch` sees the rest."""
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens: expected floats [tokens, hidden], got {list(tokens.shape)}")
+    if indices.ndim != 2 or gates.shape != indices.shape or indices.shape[1] < 1:
+        raise ValueError(
+            f"gates: expected the shape of indices, [tokens, top_k], with top_k of at least 1, got "
+            f"{list(gates.shape)} for indices {list(indices.shape)}"
+        )
+
+
+def _with_room_for(
+    fetch: AnyFetch, own: Any, keep_copies: bool
+) -> tuple[Beside, Callable[[Any], Any] | None]:
+    """Own experts with room for the copies, which come while the tokens travel; or, if they are not
+    kept, own experts as they are, and what makes the weights of all slots of them each time."""
+
+    def roomy(weights: jax.Array) -> jax.Array:
+        return with_room(weights, fetch.n_copies)
+
+    if keep_copies:
+        return Beside(jax.tree.map(roomy, own), fetch, waits=True), None
+
+    def refetch(own: Any) -> Any:
+        return jax.tree.map(lambda weights: filled(fetch, roomy(weights)), own)
+
+    return Beside(own, follows=True), refetch
 
 
 def _check_network(ffn: Any, activation: Any, gemm: str, experts: Any, tokens: jax.Array) -> None:
