@@ -1,8 +1,8 @@
 """Tokens to the ranks of their slots and back, each once, without a sort.
 
-A token goes to a rank once, however many of its choices the rank serves; there it is copied to a
-row for each. What the experts made of those rows is summed there, too, and travels back as one.
-The rows stand slot by slot, and in a slot source by source: the layout of a grouped GEMM.
+Each token is sent at most once per rank and expanded there to a row for each choice that the rank
+serves. The experts' results for these rows are summed on that rank and returned as one row. Rows
+are ordered by slot and within a slot by source: the layout of a grouped GEMM.
 """
 
 from __future__ import annotations
@@ -60,24 +60,24 @@ def dispatch(
     Args:
       tokens: `[tokens, hidden]` of this rank; equally many on all ranks.
       gates: floats `[tokens, top_k]`, the weights of a token's choices.
-      assignment: where they go, `[tokens, top_k]`: from `rebalance` or `assign` with
+      assignment: their slots, `[tokens, top_k]`: from `rebalance` or `assign` with
         `positions=True`.
       axis_name: the expert-parallel mesh axis (or a tuple of axes).
-      capacity: rows that every rank has room for, see `capacity_for`. What is above it is dropped,
-        last slots first, and counted in `Plan.overflow`. Kernels want a multiple of 8.
-      transport: "ragged": `lax.ragged_all_to_all`, exactly the tokens there are; for GPUs of one
-        process, or of several processes of one host where JAX and NCCL can (jaxlib 0.11.1, NCCL
-        2.29.7, at most 32 ranks). "padded": `lax.all_to_all` of as many for every pair as a source
-        could send; for all backends. "peer": the GPUs write to one another's memory themselves,
-        in one process or several of one host; needs `comm`. "auto": "peer" where `comm` has windows
-        with room for these tokens; else "ragged" on GPUs of one process, and "padded" elsewhere. A
-        warning says once why it is a slower one.
+      capacity: rows that fit on a rank, see `capacity_for`. Rows beyond it are dropped, last slots
+        first, and counted in `Plan.overflow`. Kernels need a multiple of 8.
+      transport: "ragged": `lax.ragged_all_to_all`, only the tokens that exist; for GPUs of one
+        process, or of several processes of one host if JAX and NCCL support it (jaxlib 0.11.1, NCCL
+        2.29.7, at most 32 ranks). "padded": `lax.all_to_all` with room for all that a source could
+        send to each rank; for all backends. "peer": kernels write directly to the memory of other
+        GPUs, in one process or several of one host; needs `comm`. "auto": "peer" if `comm` has
+        windows with room for these tokens; otherwise "ragged" on GPUs of one process and "padded"
+        elsewhere. One warning says why a slower one is used.
       comm: for "peer", from `init_comm` with `max_tokens` and `hidden_bytes`.
 
     Returns:
       `(rows, row_gates, plan)`: `[capacity, hidden]`, the rows of this rank's slots,
-      `plan.group_sizes` for each one after the other, and after them anything, also NaN; the gate
-      of every row, `[capacity]`; and what `combine` needs to send them back.
+      `plan.group_sizes` for each, consecutively, followed by undefined rows, possibly NaN; the gate
+      of every row, `[capacity]`; and what `combine` needs to return them.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
@@ -119,7 +119,7 @@ def dispatch(
 def check_dispatch(
     tokens: jax.Array, gates: jax.Array, assignment: Assignment, axis_name: Any, capacity: Any
 ) -> tuple[int, int]:
-    """The number of ranks, and the capacity; raises where the arguments do not fit."""
+    """The number of ranks, and the capacity; raises if the arguments are inconsistent."""
     n_ranks = check_axis(axis_name)
     _check_assignment(tokens, gates, assignment, n_ranks)
     return n_ranks, _check_capacity(capacity, n_ranks)
@@ -136,15 +136,15 @@ def _check_capacity(capacity: Any, n_ranks: int) -> int:
 
 
 def combine(rows: jax.Array, plan: Plan) -> jax.Array:
-    """Sends rows back to their tokens and sums them.
+    """Returns rows to their tokens and sums them.
 
     Args:
-      rows: `[capacity, hidden]`, what became of the rows that `dispatch` gave, gates included.
+      rows: `[capacity, hidden]`, the results for the rows of `dispatch`, gates included.
       plan: from `dispatch`.
 
     Returns:
       `[tokens, hidden]` of `rows`' dtype, summed in float32: first on the rank that served the
-      choices, then on the token's. Choices that went nowhere or found no room add nothing.
+      choices, then on the token's. Choices without an expert or without room add nothing.
 
     Raises:
       ValueError: at trace time; the message names the argument.

@@ -22,7 +22,7 @@ from lplb_jax.moe.products import (
     zero_past_the_end,
 )
 
-# What the backward pass takes from the forward pass, besides weights.
+# What the backward pass needs from the forward pass, besides weights.
 _PRODUCTS = ("lplb_rows", "lplb_gate_up", "lplb_hidden")
 _KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(*_PRODUCTS, PRODUCT)
 
@@ -54,20 +54,20 @@ def expert_ffn(
     """Applies every slot's expert to its rows: `(activation(x @ gate) · (x @ up)) @ down`.
 
     Args:
-      rows: floats `[n_rows, hidden]`, slot by slot. Past the last group there may be anything.
+      rows: floats `[n_rows, hidden]`, slot by slot. Rows past the last group are ignored.
       experts: weights of the slots, of `rows`' dtype.
       group_sizes: int32 `[slots]`, consecutive rows of every slot; their sum is at most n_rows.
-      gates: floats `[n_rows]` to multiply the results with, as `dispatch` gave them; None for 1.
-        It is done before the last product, where there are fewer columns than after it.
-      activation: elementwise, without traced values of its own.
-      gemm: who multiplies. "mosaic": the Pallas kernels that come with JAX for Hopper GPUs, in
+      gates: floats `[n_rows]` that multiply the results, from `dispatch`; None for 1. They are
+        applied before the last GEMM, where there are fewer columns than after it.
+      activation: elementwise; it must not close over traced values.
+      gemm: which kernels. "mosaic": the Pallas kernels that come with JAX for Hopper GPUs, in
         bfloat16 or float16 and for sizes that are multiples of 128 (needs absl-py). "xla": XLA, in
-        a loop over tiles of rows, for all backends and types; on a GPU it is many times slower.
-        "auto": "mosaic" where the default backend and the arguments allow it.
+        a loop over tiles of rows, for all backends and dtypes; on a GPU it is many times slower.
+        "auto": "mosaic" if the default backend and the arguments allow it.
 
     Returns:
-      Of `rows`' shape and dtype. Rows past the last group are undefined, and the gradients of
-      what stands there are 0. NaN and infinities stay with the rows of the expert that has them.
+      An array of `rows`' shape and dtype. Rows past the last group are undefined, and their
+      gradients are 0. NaN and infinities stay with the rows of the expert that has them.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
@@ -94,7 +94,7 @@ def applied(
     summed: Callable[[jax.Array], jax.Array],
     refetch: Callable[[Any], Any] | None = None,
 ) -> jax.Array:
-    """What `network` makes of the rows, `summed` token by token.
+    """The result of `network` on the rows, `summed` token by token.
 
     Arguments are checked; rows past the last group get any gradient, also NaN. With `refetch` the
     weights of the slots are `refetch(experts)`, here and in the backward pass again: they are not
@@ -132,7 +132,7 @@ def gated_units(
 
 
 def network_of(ffn: Callable[[jax.Array, Any, jax.Array], jax.Array]) -> Network:
-    """A network of the user's, which sees neither gates nor what stands past the last group."""
+    """The user's network, which sees neither gates nor rows past the last group."""
 
     def run(rows: jax.Array, experts: Any, group_sizes: jax.Array, gates: jax.Array) -> jax.Array:
         experts, gates, group_sizes = varying_as((experts, gates, group_sizes), rows)

@@ -1,4 +1,4 @@
-"""moe_layer(): what the public parts do, in an order that hides transfers behind computation."""
+"""moe_layer(): the public parts, in an order that overlaps transfers with computation."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ class Traffic(NamedTuple):
 
     Attributes:
       slot_loads: int32 `[n_physical]`, rows for every slot from all sources.
-      capacity: int32 scalar, the rows that every rank had room for.
-      overflow: int32 scalar, rows of all ranks that found no room and were left out; 0 is well.
-      status: int32 `[n_groups]`, bits of `lplb_jax.Status`; 0 is well.
-      lower_bound: int32 `[n_groups]`, what no routing over these replicas could bring the busiest
-        rank of a group below, in tiles if those count; 0 where `balance` is not "lplb".
-      phy2log: int32 `[n_physical]`, the expert of every slot, −1 where it is empty: as in the
-        placement, or with copies="batch" as chosen. Slots filled beyond n_logical are copies, whose
-        weights travel.
-      expert_loads: int32 `[n_logical]`, rows for every expert: what `LoadHistory.update` takes.
+      capacity: int32 scalar, the rows that fit on a rank.
+      overflow: int32 scalar, rows of all ranks that did not fit and were dropped; 0 is good.
+      status: int32 `[n_groups]`, bits of `lplb_jax.Status`; 0 is good.
+      lower_bound: int32 `[n_groups]`, the least load of a group's busiest rank that any routing
+        over these replicas can reach, in tiles with `tile`; 0 if `balance` is not "lplb".
+      phy2log: int32 `[n_physical]`, the expert of every slot, −1 for an empty one: as in the
+        placement, or with copies="batch" as chosen. Filled slots beyond n_logical are copies, whose
+        weights are fetched.
+      expert_loads: int32 `[n_logical]`, rows for every expert, for `LoadHistory.update`.
     """
 
     slot_loads: jax.Array
@@ -68,18 +68,18 @@ class Traffic(NamedTuple):
     expert_loads: jax.Array
 
     def reduced(self, axis_name: Any) -> Traffic:
-        """One for all slices of another mesh axis, such as "data", each of which has a layer alone.
+        """Reduces over another mesh axis, such as "data", whose slices each run the layer.
 
-        Call it inside `jax.shard_map`; the result is the same on all ranks, so that its out_specs
-        are `P()`. Works on stacked traffic, of several layers, too.
+        Call it inside `jax.shard_map`. The result is the same on all ranks, so its out_specs are
+        `P()`. Works on stacked traffic of several layers as well.
 
         Args:
-          axis_name: the other axis (or a tuple of axes), along which tokens are split, too.
+          axis_name: the other axis (or a tuple of axes) over which tokens are sharded.
 
         Returns:
-          Rows (`slot_loads`, `overflow`, `expert_loads`) are summed over the slices, `status` has
-          the bits of all, `capacity` and `lower_bound` are the largest of a slice, and `phy2log` is
-          −1 where copies="batch" chose different experts.
+          Rows (`slot_loads`, `overflow`, `expert_loads`) are summed over the slices, `status`
+          has all their bits, `capacity` and `lower_bound` are maxima, and `phy2log` is −1 where
+          copies="batch" chose different experts.
 
         >>> spec = jax.sharding.PartitionSpec("data")
         >>> mesh = jax.sharding.Mesh(jax.devices()[:2], "data")
@@ -115,17 +115,17 @@ class Traffic(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class LayerResult:
-    """What `moe_layer` gives.
+    """The result of `moe_layer`.
 
-    It unpacks: `out, traffic = moe_layer(…)`, and where the experts have room for copies
+    It unpacks: `out, traffic = moe_layer(…)`, or, if the experts have room for copies,
     `out, traffic, experts = moe_layer(…)`. As out_specs of `jax.shard_map`:
     `LayerResult(P("ep"), P())`, or with room `LayerResult(P("ep"), P(), P("ep"))`.
 
     Attributes:
-      out: `[tokens, hidden]`, the weighted sums of what the experts gave. Where
-        `traffic.overflow` is not 0, some choices are missing from them.
+      out: `[tokens, hidden]`, the weighted sums of the experts' results. If
+        `traffic.overflow` is not 0, some choices are missing.
       traffic: what went where.
-      experts: those that were given, with the copies in their room; None without room.
+      experts: the given experts with the copies filled in; None without room.
     """
 
     out: jax.Array
@@ -165,56 +165,56 @@ def moe_layer(
 ) -> LayerResult:
     """A mixture-of-experts layer over the ranks of `axis_name`. Call it inside `jax.shard_map`.
 
-    Its output and gradients are those of a layer on one device: which copy serves a token changes
-    nothing but the order of sums, and so the last bits. The router is yours: take `indices` and
-    `gates` from its top-k. Derivatives are those of reverse mode; `jax.jvp` raises.
-    On GPUs, compile with `moe.COMPILER_OPTIONS`, so that transfers hide behind computation.
+    Its output and gradients match a layer on one device: which copy serves a token changes only the
+    order of sums, and so the last bits. The router is not part of it: take `indices` and `gates`
+    from its top-k. Only reverse-mode derivatives exist; `jax.jvp` raises. On GPUs, compile with
+    `moe.COMPILER_OPTIONS`, so that XLA overlaps transfers with computation.
 
     Args:
       tokens: floats `[tokens, hidden]` of this rank; equally many on all ranks.
       indices: integers `[tokens, top_k]`, logical expert ids, −1 for none; see `rebalance`.
       gates: floats `[tokens, top_k]`, weights of the choices.
-      experts: `Experts` of `tokens`' dtype, or with `ffn` any pytree. As `Own`, `InSlots` or
-        `WithRoom` they say which experts a rank holds; as they are, `in_place` says that they are
-        `WithRoom`, and else their number, which of the other two they are.
-      r2o: static topology, see `lplb_jax.topologies`; None for the placement's, or where it has
-        none: see `Placement.from_phy2log`.
+      experts: `Experts` of `tokens`' dtype, or with `ffn` any pytree. The types
+        `Own`, `InSlots` and `WithRoom` say which experts a rank holds. Without a type, `in_place`
+        means `WithRoom`; otherwise the leading size distinguishes the other two.
+      r2o: static topology, see `lplb_jax.topologies`; None for the placement's, or for a
+        placement without one, see `Placement.from_phy2log`.
       placement: where the experts are, see `place_experts`.
       axis_name: the expert-parallel mesh axis (or a tuple of axes).
       balance: "lplb": `rebalance`. "eplb": every source splits an expert's tokens evenly over its
-        copies. "none": the copies are neither fetched nor used.
+        copies. "none": copies are neither fetched nor used.
       copies: "placement": those that `placement` has. "batch": chosen for these tokens, see
-        `place_copies`; `experts` then are the rank's own, and `r2o` and the experts in the
-        placement's other slots do not matter. Slots without a copy move nothing and cost no time.
-      fan_out: for copies="batch", how many copies of its experts a rank sends at most; None for any
-        number.
-      keep_copies: whether copies that are fetched here, without topology, are kept for the backward
-        pass. If not, they are fetched again there: a deep model saves the memory of all layers'
-        copies but one. The results have the same bits. Not with `in_place`.
-      capacity_factor: room for rows on every rank, over the mean, at least 1; see `capacity_for`.
-      ffn: a network of your own, called as `ffn(rows, experts, group_sizes)`: `rows` are
-        `[n_rows, hidden]`, slot by slot, `group_sizes` int32 `[slots]` of them for each, and after
-        them zeros; `experts` has the weights of the slots, `[slots, …]`, any where a slot has no
-        rows. It returns floats `[n_rows, …]`, which are multiplied with the gates; what it returns
-        past the last group does not matter. It may close over what all experts share. See
-        `grouped_dot` and `per_row`, of which it can be made. Integers among `experts` take no
-        gradient. None for that of `Experts`, `expert_ffn`.
+        `place_copies`; `experts` are then the rank's own, and `r2o` and the contents of the
+        placement's other slots are ignored. Slots without a copy move no data and cost no time.
+      fan_out: for copies="batch", the most copies of its experts that a rank sends; None for no
+        limit.
+      keep_copies: whether copies fetched here, without a topology, are kept for the backward pass.
+        If not, they are fetched again there, and a deep model needs memory for one layer's copies
+        only. The results have the same bits. Not with `in_place`.
+      capacity_factor: room for rows on a rank as a multiple of the mean, at least 1; see
+        `capacity_for`.
+      ffn: your own network, called as `ffn(rows, experts, group_sizes)`: `rows` are
+        `[n_rows, hidden]`, slot by slot, `group_sizes`, int32 `[slots]`, has their numbers, and
+        zeros follow the last group; `experts` has the weights of the slots, `[slots, …]`, arbitrary
+        for slots without rows. It returns floats `[n_rows, …]`, which are multiplied by the gates;
+        rows past the last group are ignored. It may close over values shared by all experts. Build
+        it from `grouped_dot` and `per_row`. Integers among `experts` get no gradient. None for
+        `expert_ffn`, the network of `Experts`.
       activation: of the experts, see `expert_ffn`; not with `ffn`.
       solver: see `rebalance`.
       transport: "ragged", "padded", "peer" or "auto", see `dispatch`.
       gemm: "mosaic", "xla" or "auto", see `expert_ffn`; not with `ffn`.
-      comm: how `rebalance` shares its loads, and tokens travel with transport "peer", see
-        `init_comm`; None for `lax.all_gather`.
-      in_place: `experts` are `WithRoom`, also where they do not say so. What comes out is typed as
-        one that varies over all axes that `tokens` does; where experts do not, fetch them by
-        `replicate_weights`.
-      n_nodes: nodes of the ranks, within which tokens stay if they can, see `rebalance`.
-      tile: rows of a tile of `gemm`'s products, see `rebalance`: "mosaic" computes 192 rows at a
-        time. None counts tokens.
-      base_load: int32 `[ep_size]`, what every rank has to do anyway, see `rebalance`.
+      comm: from `init_comm`; exchanges the loads, and the tokens with transport "peer". None: loads
+        by `lax.all_gather`.
+      in_place: `experts` are `WithRoom`, even without that type. The result varies over all axes
+        that `tokens` vary over; if the experts do not, fetch them with `replicate_weights`.
+      n_nodes: number of nodes; tokens stay on their node if possible, see `rebalance`.
+      tile: rows of a tile of `gemm`, see `rebalance`; "mosaic" computes 192 rows at a time. None
+        balances tokens.
+      base_load: int32 `[ep_size]`, work that each rank has in any case, see `rebalance`.
 
     Returns:
-      A `LayerResult`: `.out`, `[tokens, hidden]`; `.traffic`; and of experts with room `.experts`.
+      A `LayerResult`: `.out`, `[tokens, hidden]`; `.traffic`; and for experts with room `.experts`.
       `out, traffic = moe_layer(…)` unpacks it.
 
     Raises:
@@ -266,13 +266,13 @@ def moe_layer(
     fetches = uses_copies and isinstance(weights, Own | WithRoom)
     if not (keep_copies or (fetches and isinstance(weights, Own) and not along_topology)):
         raise ValueError(
-            "keep_copies: expected True where no copies are fetched here, or they are fetched in "
+            "keep_copies: expected True if no copies are fetched here, or they are fetched in "
             "place or along a topology, got False; wrap the layer in jax.checkpoint"
         )
 
     n_tokens = len(tokens)
     if n_tokens == 0 and indices.size == 0:
-        # The same program and types as ever, for one token that chooses no expert.
+        # The same program and types, for one token that chooses no expert.
         tokens, gates = (jnp.pad(array, [(0, 1), (0, 0)]) for array in (tokens, gates))
         indices = varying_as(jnp.full(gates.shape, -1, jnp.int32), indices)
     if balance == "lplb":

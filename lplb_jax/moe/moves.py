@@ -24,29 +24,29 @@ def move_experts(
     *,
     where: Callable[[tuple[Any, ...]], bool] | None = None,
 ) -> Any:
-    """Moves experts from where `old` has them to where `new` does, bit for bit.
+    """Moves experts from their places in `old` to those in `new`, bit for bit.
 
     Call it on global arrays, outside `jax.shard_map`, whenever a placement changes: on the experts'
-    weights and on whatever an optimiser keeps for them. Works under `jit` and `vmap`.
+    weights and on their optimizer state. Works under `jit` and `vmap`.
 
     Args:
       weights: a pytree of arrays `[n_rows, …]` in home order: the experts whose home, the first of
         their slots, is on rank 0, slot by slot, then those of rank 1, … Each rank has
         n_local = ⌈n_logical / ep_size⌉ rows, and n_rows = ep_size · n_local; rows without an expert
         are the last of their rank. With stacked placements, `[layers, n_rows, …]`. Single numbers,
-        such as an optimiser's step count, stay as they are, and so do those of each layer with
+        such as an optimizer's step count, stay as they are, and so do those of each layer with
         stacked placements.
-      old: the placement that the arrays are in; stacked where it has a leading layer axis.
-      new: the placement wanted, of as many layers, experts and ranks.
-      where: says of a leaf's path, as `jax.tree_util.tree_map_with_path` gives it, whether the leaf
-        belongs to experts; others stay as they are. So a whole training state can be moved. None
-        for all leaves.
+      old: the placement of the arrays; stacked if it has a leading layer axis.
+      new: the new placement, with the same numbers of layers, experts and ranks.
+      where: whether a leaf belongs to experts, by its path as in
+        `jax.tree_util.tree_map_with_path`; other leaves stay as they are, so that a whole training
+        state can be moved. None for all leaves.
 
     Returns:
       The pytree in the order of `new`, sharded as before. Rows without an expert are 0.
 
     Raises:
-      TypeError: old or new is no Placement.
+      TypeError: old or new is not a Placement.
       ValueError: the placements differ in size, the home of an expert holds another one, a rank is
         home of more than n_local, or an array is not as above. The values of traced placements are
         not checked; rows that get no expert then are NaN if all should have one.
@@ -79,19 +79,19 @@ def to_home_order(
     *,
     where: Callable[[tuple[Any, ...]], bool] | None = None,
 ) -> Any:
-    """Brings fresh or imported weights from the order of experts' ids into home order.
+    """Converts fresh or imported weights from the order of expert ids to home order.
 
     Call it on global arrays, outside `jax.shard_map`. Works under `jit` and `vmap`.
 
     Args:
       weights: a pytree of arrays `[n_logical, …]`, or with stacked placements `[layers, n_logical,
         …]`. Single numbers stay as they are, see `move_experts`.
-      placement: the one in force from now on, for any number of ranks.
+      placement: the placement to use, for any number of ranks.
       where: which leaves belong to experts, see `move_experts`.
 
     Returns:
       The pytree with `[n_rows, …]` instead, in home order, see `move_experts`: shard it over the
-      ranks, and `moe_layer` takes a rank's part. Rows without an expert are 0. Arrays are sharded
+      ranks, and pass a rank's part to `moe_layer`. Rows without an expert are 0. Arrays are sharded
       as before, as far as their new size allows it.
 
     Raises:

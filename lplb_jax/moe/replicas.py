@@ -31,31 +31,31 @@ def replicate_weights(
 ) -> Any:
     """Fetches the weights of this rank's redundant slots from the ranks that own them.
 
-    Along a topology, by one `lax.ppermute` per column; for any other placement, by an exchange
+    Along a topology it uses one `lax.ppermute` per column; for any other placement an exchange
     whose rows are experts, so that a new placement needs no recompilation.
 
     Call it inside `jax.shard_map`, once per step and as early as possible: the transfer needs no
-    tokens, so it can hide behind attention. Its derivative sends the gradients of the copies home
+    tokens, so it can overlap with attention. Its derivative returns the gradients of the copies
     and adds them to the owner's.
 
     Args:
       local_weights: a pytree of arrays `[n_local, …]`, the rank's own experts in the order of its
         slots. With `in_place`: `[n_local + redundants_per_rank, …]`, own experts first, then room
-        for the copies, which is overwritten and has no gradient. Where the placement has no
+        for the copies, which is overwritten and has no gradient. If the placement has no
         topology, in home order, padded: see `move_experts`.
       r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`; None for the
         placement's.
       axis_name: the expert-parallel mesh axis (or a tuple of axes).
-      placement: where the experts are; not needed where `r2o` is given. One without topology may
+      placement: where the experts are; not needed if `r2o` is given. Without a topology it may
         have any number of copies on any ranks.
       redundants_per_rank: redundant slots of each rank, a multiple of the columns; None for the
         placement's, or without one a single slot per column.
-      in_place: the arrays have room for the copies. No copy of the own weights is made where XLA
-        may reuse their buffer: donate them to `jax.jit` and return what comes out of here. Only
-        along a topology.
-      transport: of a placement without topology. "ragged": exactly the copies there are, by
-        `lax.ragged_all_to_all`. "padded": `lax.all_to_all` of as many for every pair of ranks as a
-        rank has copies. "auto" chooses as in `dispatch`.
+      in_place: the arrays have room for the copies. The own weights are not copied if XLA may reuse
+        their buffer: donate them to `jax.jit` and return the result of this function. Only along a
+        topology.
+      transport: for a placement without a topology. "ragged": only the copies that exist, by
+        `lax.ragged_all_to_all`. "padded": `lax.all_to_all` with room for all copies of a rank
+        between each pair of ranks. "auto" chooses as in `dispatch`.
 
     Returns:
       The same pytree of `[slots_per_rank, …]`: the weights of all slots. Empty ones are 0.
@@ -109,7 +109,7 @@ def _anywhere(
     in_place: bool,
     transport: str,
 ) -> Any:
-    """`replicate_weights` for a placement without topology."""
+    """`replicate_weights` for a placement without a topology."""
     n_ranks, n_local = check_axis(axis_name), rows_per_rank(placement)
     if n_ranks != placement.ep_size:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Experts as a rank holds them: its own, all its slots', or its own and room for copies."""
+"""What a rank holds: its own experts, all its slots, or its own experts and room for copies."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class InSlots(NamedTuple):
 
 
 class WithRoom(NamedTuple):
-    """A rank's own experts, and behind them room, which `moe_layer` overwrites with copies.
+    """A rank's own experts, followed by room that `moe_layer` overwrites with copies.
 
-    No copy of the own weights is made where XLA may reuse their buffer: donate them to `jax.jit`
-    and return the `LayerResult`'s before other results. Room has no gradient.
+    The own weights are not copied if XLA may reuse their buffer: donate them to `jax.jit` and
+    return the `LayerResult`'s before other results. The room has no gradient.
 
     Attributes:
-      experts: a pytree of arrays `[n_local + room, …]`, own experts as in `Own`. Room is for the
-        redundant slots, which makes slots_per_rank; without topology, where n_logical is no
-        multiple of ep_size, for the most copies that a rank can have, which is more. With
-        balance="none" there is none.
+      experts: a pytree of arrays `[n_local + room, …]`, own experts as in `Own`. The room
+        is for the redundant slots, so the sum is slots_per_rank. Without a topology, if n_logical
+        is not a multiple of ep_size, it is for the most copies that a rank can have, which is
+        more. With balance="none" there is no room.
     """
 
     experts: Any
@@ -54,9 +54,9 @@ Weights: TypeAlias = Own | InSlots | WithRoom
 def as_weights(
     experts: Any, placement: Placement, *, in_place: bool, uses_copies: bool, of_batch: bool
 ) -> Weights:
-    """`experts` as one of the three; raises where there are not as many as that says.
+    """`experts` as one of the three types; raises if the leading size does not match.
 
-    `in_place` says that what is none of them is `WithRoom`; else their number tells.
+    Without a type, `in_place` means `WithRoom`; otherwise the leading size decides.
     """
     typed = isinstance(experts, Own | InSlots | WithRoom)
     if in_place and typed and not isinstance(experts, WithRoom):
@@ -75,7 +75,7 @@ def as_weights(
         kinds = {kind: expected for kind, expected in kinds.items() if kind is type(experts)}
     if not kinds:
         raise ValueError(
-            "experts: expected Own or WithRoom where copies are chosen for the batch or not used, "
+            "experts: expected Own or WithRoom if copies are chosen for the batch or not used, "
             "got InSlots"
         )
     n_experts = len(jax.tree.leaves(experts)[0])
@@ -89,5 +89,5 @@ def as_weights(
 
 
 def unwrapped(experts: Any) -> Any:
-    """The weights themselves, whether or not they come as one of the three."""
+    """The bare weights, with or without one of the three types."""
     return experts.experts if isinstance(experts, Own | InSlots | WithRoom) else experts
