@@ -74,7 +74,7 @@ __device__ __forceinline__ void CopyPiece(const ExchangeCall& call, const char* 
 // and gates.
 __device__ __forceinline__ void SendToken(const Exchange& exchange, const ExchangeCall& call,
                                           const ThereArguments& in, const Pieces& pieces,
-                                          const int32_t* lists, int32_t item, const Choice& choice,
+                                          int32_t item, const Choice& choice,
                                           PendingFlags* pending) {
   const WindowShape& shape = exchange.shape;
   const Piece piece = PieceOf(pieces, item);
@@ -86,8 +86,8 @@ __device__ __forceinline__ void SendToken(const Exchange& exchange, const Exchan
   char* target = nullptr;
   int64_t entry = 0;
   if (sends) {
-    slot = SlotOf(exchange, choice.rank, call.epoch);
-    const int64_t place = lists[kStartsThere * shape.n_ranks + choice.rank] + choice.order;
+    slot = SlotOf(exchange, call, choice.rank);
+    const int64_t place = call.ListAt(exchange, kStartsThere, choice.rank) + choice.order;
     target = slot.rows + place * shape.row_bytes;
     entry = place * pieces.n_pieces + piece.number;
   }
@@ -114,7 +114,7 @@ __device__ __forceinline__ void SendToken(const Exchange& exchange, const Exchan
 
 __device__ __forceinline__ void SendTokens(const Exchange& exchange, const ExchangeCall& call,
                                            const ThereArguments& in, const Pieces& pieces,
-                                           const int32_t* lists, int32_t n_senders) {
+                                           int32_t n_senders) {
   const int32_t n_items = in.routing.n_tokens * pieces.n_pieces;
   const int32_t n_warps = n_senders * static_cast<int32_t>(blockDim.x / 32);
   int32_t item = Warp(call);
@@ -123,7 +123,7 @@ __device__ __forceinline__ void SendTokens(const Exchange& exchange, const Excha
   for (; item < n_items; item += n_warps) {
     const Choice choice = next.Unpacked(in.routing);
     next = LoadChoice(in.routing, (item + n_warps) / pieces.n_pieces);
-    SendToken(exchange, call, in, pieces, lists, item, choice, &pending);
+    SendToken(exchange, call, in, pieces, item, choice, &pending);
   }
   pending.Raise(call);
 }
@@ -176,8 +176,7 @@ __device__ __forceinline__ bool ExpandReceived(const Exchange& exchange, const E
 
 // Own tokens first: there is no need to wait for them.
 __device__ __forceinline__ void ReceiveTokens(const Exchange& exchange, const ExchangeCall& call,
-                                              const ThereArguments& in, const Pieces& pieces,
-                                              const int32_t* lists, int32_t* sizes) {
+                                              const ThereArguments& in, const Pieces& pieces) {
   __shared__ int32_t longest;
   if (threadIdx.x == 0) longest = 0;
   const int32_t n_ranks = exchange.shape.n_ranks;
@@ -189,17 +188,17 @@ __device__ __forceinline__ void ReceiveTokens(const Exchange& exchange, const Ex
   }
   __syncthreads();
   const bool begun = AwaitHeaders(exchange, call, [&](int32_t source, int32_t size) {
-    sizes[source] = size;
+    call.sizes[source] = size;
     atomicMax(&longest, size);
     if (call.part == 0) in.sizes[source] = size;
   });
   if (!begun) return;
   const int64_t n_items = int64_t{longest} * (n_ranks - 1) * pieces.n_pieces;
-  const Slot slot = SlotOf(exchange, exchange.peers.rank, call.epoch);
+  const Slot slot = SlotOf(exchange, call, exchange.peers.rank);
   for (item -= n_own; item < n_items; item = items.Take() - n_own) {
-    const Received received = ReceivedToken(exchange, sizes, item / pieces.n_pieces);
+    const Received received = ReceivedToken(exchange, call, item / pieces.n_pieces);
     if (!received.exists) continue;
-    const int64_t place = lists[kStartsHere * n_ranks + received.source] + received.order;
+    const int64_t place = call.ListAt(exchange, kStartsHere, received.source) + received.order;
     if (!ExpandReceived(exchange, call, in, pieces, PieceOf(pieces, item), slot, received.source,
                         place)) {
       return;
@@ -210,13 +209,14 @@ __device__ __forceinline__ void ReceiveTokens(const Exchange& exchange, const Ex
 __global__ void __launch_bounds__(kThreadsThere, 1)
     ThereKernel(const Exchange exchange, const ThereArguments in, const Pieces pieces,
                 int32_t n_senders) {
-  extern __shared__ int32_t lists[];
-  const ExchangeCall call = BeginExchange(exchange, in.routing, lists);
+  extern __shared__ char* memory[];
+  const ExchangeCall call = BeginExchange(exchange, in.routing, memory);
   if (!call.failed) {
-    if (call.part == 0) SendHeaders(exchange, call, lists + kSizesSent * exchange.shape.n_ranks);
-    if (call.part < n_senders) SendTokens(exchange, call, in, pieces, lists, n_senders);
-    int32_t* sizes = lists + kLists * exchange.shape.n_ranks;
-    ReceiveTokens(exchange, call, in, pieces, lists, sizes);
+    if (call.part == 0) {
+      SendHeaders(exchange, call, call.lists + kSizesSent * exchange.shape.n_ranks);
+    }
+    if (call.part < n_senders) SendTokens(exchange, call, in, pieces, n_senders);
+    ReceiveTokens(exchange, call, in, pieces);
   }
   if (FinishExchange(exchange, call)) {
     FillOnes(in.rows, static_cast<int64_t>(in.routing.capacity) * in.row_bytes);
@@ -340,7 +340,7 @@ __device__ __forceinline__ void SendSum(const Exchange& exchange, const Exchange
                                         int32_t row, PendingFlags* pending) {
   const WindowShape& shape = exchange.shape;
   const int64_t entry = place * pieces.n_pieces + piece.number;
-  const Slot slot = SlotOf(exchange, rank, call.epoch);
+  const Slot slot = SlotOf(exchange, call, rank);
   char* to = slot.rows + place * shape.row_bytes;
   const uint32_t rows = __ballot_sync(kFullWarp, row >= 0);
   uint64_t gate = 0;
@@ -366,19 +366,18 @@ __device__ __forceinline__ void SendSum(const Exchange& exchange, const Exchange
 template <typename T>
 __device__ __forceinline__ void SendSums(const Exchange& exchange, const ExchangeCall& call,
                                          const BackArguments& in, const Pieces& pieces,
-                                         const int32_t* lists, const int32_t* sizes,
                                          int32_t n_senders) {
   const int32_t n_ranks = exchange.shape.n_ranks;
   int32_t longest = 0;
-  for (int32_t rank = 0; rank < n_ranks; ++rank) longest = max(longest, sizes[rank]);
+  for (int32_t rank = 0; rank < n_ranks; ++rank) longest = max(longest, call.sizes[rank]);
   const int32_t n_items = longest * (n_ranks - 1) * pieces.n_pieces;
   const int32_t n_warps = n_senders * static_cast<int32_t>(blockDim.x / 32);
   const auto place_of = [&](const Received& received, List list) {
-    return static_cast<int64_t>(lists[list * n_ranks + received.source]) + received.order;
+    return int64_t{call.ListAt(exchange, list, received.source)} + received.order;
   };
   const auto received_of = [&](int32_t item) {
     if (item >= n_items) return Received{0, 0, false};
-    return ReceivedToken(exchange, sizes, item / pieces.n_pieces);
+    return ReceivedToken(exchange, call, item / pieces.n_pieces);
   };
   const auto row_of = [&](const Received& received) {
     return LoadNumber(in.routing, in.numbers, received, place_of(received, kStartsHere));
@@ -404,7 +403,7 @@ __device__ __forceinline__ void SendSums(const Exchange& exchange, const Exchang
 template <typename T>
 __device__ __forceinline__ bool ReceiveSums(const Exchange& exchange, const ExchangeCall& call,
                                             const BackArguments& in, const Pieces& pieces,
-                                            const int32_t* lists, const Slot& slot, int32_t item) {
+                                            const Slot& slot, int32_t item) {
   const Routing& routing = in.routing;
   const WindowShape& shape = exchange.shape;
   const Piece piece = PieceOf(pieces, item);
@@ -416,7 +415,7 @@ __device__ __forceinline__ bool ReceiveSums(const Exchange& exchange, const Exch
   const int first = __ffs(__match_any_sync(kFullWarp, choice.rank)) - 1;
   const int32_t order = __shfl_sync(kFullWarp, choice.order, first);
   int32_t place = 0;
-  if (remote) place = lists[kStartsReturn * shape.n_ranks + choice.rank] + order;
+  if (remote) place = call.ListAt(exchange, kStartsReturn, choice.rank) + order;
   const uint32_t own_rows = __ballot_sync(kFullWarp, own);
   const uint32_t firsts = __ballot_sync(kFullWarp, choice.rank >= 0 && Lane() == first);
   for (uint32_t rest = firsts & ~own_rows; rest != 0; rest &= rest - 1) {
@@ -456,20 +455,16 @@ template <typename T>
 __global__ void __launch_bounds__(kThreadsBack, 1)
     BackKernel(const Exchange exchange, const BackArguments in, const Pieces pieces,
                int32_t n_senders) {
-  extern __shared__ int32_t lists[];
-  int32_t* sizes = lists + kLists * exchange.shape.n_ranks;
-  for (int32_t i = threadIdx.x; i < exchange.shape.n_ranks; i += blockDim.x) sizes[i] = in.sizes[i];
-  const ExchangeCall call = BeginExchange(exchange, in.routing, lists);
+  extern __shared__ char* memory[];
+  const ExchangeCall call = BeginExchange(exchange, in.routing, memory, in.sizes);
   if (!call.failed) {
-    if (call.part == 0) SendHeaders(exchange, call, sizes);
-    if (call.part < n_senders) {
-      SendSums<T>(exchange, call, in, pieces, lists, sizes, n_senders);
-    }
-    const Slot slot = SlotOf(exchange, exchange.peers.rank, call.epoch);
+    if (call.part == 0) SendHeaders(exchange, call, call.sizes);
+    if (call.part < n_senders) SendSums<T>(exchange, call, in, pieces, n_senders);
+    const Slot slot = SlotOf(exchange, call, exchange.peers.rank);
     const int32_t n_items = in.routing.n_tokens * pieces.n_pieces;
     Items items(&exchange.state->next_received);
     for (int32_t i = items.Take(); i < n_items; i = items.Take()) {
-      if (!ReceiveSums<T>(exchange, call, in, pieces, lists, slot, i)) break;
+      if (!ReceiveSums<T>(exchange, call, in, pieces, slot, i)) break;
     }
     // See WindowShape: also of ranks that send nothing.
     if (call.part == 0) AwaitHeaders(exchange, call, [](int32_t, int32_t) {});
@@ -510,7 +505,7 @@ Pieces PiecesOf(const Routing& routing, int32_t n_ranks, int32_t row_bytes) {
 
 LaunchShape ShapeOf(const Exchange& exchange, const ExchangeOptions& options, int32_t threads) {
   LaunchShape shape = {dim3(options.n_blocks), threads};
-  shape.shared_bytes = int64_t{exchange.shape.n_ranks} * (kLists + 1) * sizeof(int32_t);
+  shape.shared_bytes = ExchangeCall::SharedBytes(exchange.shape.n_ranks);
   return shape;
 }
 

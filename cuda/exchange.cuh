@@ -16,11 +16,22 @@ namespace lplb::cuda {
 constexpr int32_t kMostWarps = 32;  // of a block
 constexpr int32_t kWord = 16;       // bytes that a lane moves at once
 
-// One exchange, as the threads of a block see it.
+// One exchange, as the threads of a block see it. What it points to is in shared memory.
 struct ExchangeCall {
   uint32_t epoch;
-  int32_t part;  // of this block: how many have started before it
-  bool failed;   // before, or since the program takes this rank for another one
+  int32_t part;          // of this block: how many have started before it
+  bool failed;           // before, or since the program takes this rank for another one
+  char** windows;        // [n_ranks]
+  const int32_t* lists;  // [kLists, n_ranks], see Routing
+  int32_t* sizes;        // [n_ranks], tokens that come from each rank
+
+  static int64_t SharedBytes(int64_t n_ranks) {
+    return n_ranks * (sizeof(char*) + (kLists + 1) * sizeof(int32_t));
+  }
+  __device__ __forceinline__ int32_t ListAt(const Exchange& exchange, List list,
+                                            int32_t rank) const {
+    return lists[list * exchange.shape.n_ranks + rank];
+  }
 };
 
 struct Slot {
@@ -31,9 +42,10 @@ struct Slot {
   uint32_t* flags;
 };
 
-__device__ __forceinline__ Slot SlotOf(const Exchange& exchange, int32_t rank, uint32_t epoch) {
+__device__ __forceinline__ Slot SlotOf(const Exchange& exchange, const ExchangeCall& call,
+                                       int32_t rank) {
   const WindowShape& shape = exchange.shape;
-  char* begin = exchange.windows[rank] + (epoch & 1) * shape.SlotBytes();
+  char* begin = call.windows[rank] + (call.epoch & 1) * shape.SlotBytes();
   return {begin, reinterpret_cast<uint64_t*>(begin + shape.GatesAt()),
           reinterpret_cast<uint64_t*>(begin + shape.HeadersAt()),
           reinterpret_cast<int32_t*>(begin + shape.NumbersAt()),
@@ -42,9 +54,6 @@ __device__ __forceinline__ Slot SlotOf(const Exchange& exchange, int32_t rank, u
 
 __device__ __forceinline__ void StoreRelaxed(uint32_t* word, uint32_t value) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
-}
-__device__ __forceinline__ void StoreReleased(uint64_t* word, uint64_t value) {
-  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
 __device__ __forceinline__ uint32_t LoadAcquired(const uint32_t* word) {
   uint32_t value;
@@ -71,6 +80,7 @@ __device__ __forceinline__ void StoreWide(char* address, const uint4& value) {
 }
 
 __device__ __forceinline__ uint64_t LoadGate(const void* gates, int64_t i, int32_t bytes) {
+  if (bytes == 0) return 0;
   if (bytes == 2) return static_cast<const uint16_t*>(gates)[i];
   if (bytes == 4) return static_cast<const uint32_t*>(gates)[i];
   return static_cast<const uint64_t*>(gates)[i];
@@ -80,7 +90,7 @@ __device__ __forceinline__ void StoreGate(void* gates, int64_t i, int32_t bytes,
     static_cast<uint16_t*>(gates)[i] = static_cast<uint16_t>(gate);
   } else if (bytes == 4) {
     static_cast<uint32_t*>(gates)[i] = static_cast<uint32_t>(gate);
-  } else {
+  } else if (bytes == 8) {
     static_cast<uint64_t*>(gates)[i] = gate;
   }
 }
@@ -131,13 +141,19 @@ __device__ __forceinline__ Piece PieceOf(const Pieces& pieces, int32_t item) {
   return {number, begin, min(pieces.piece_bytes, pieces.row_bytes - begin)};
 }
 
-// Reads the lists into shared memory, and takes part.
+// Reads lists and addresses into shared memory, sizes if they are known, and takes part.
 __device__ __forceinline__ ExchangeCall BeginExchange(const Exchange& exchange,
-                                                      const Routing& routing, int32_t* lists) {
+                                                      const Routing& routing, char** windows,
+                                                      const int32_t* known_sizes = nullptr) {
   __shared__ ExchangeCall call;
-  for (int32_t i = threadIdx.x; i < kLists * exchange.shape.n_ranks; i += blockDim.x) {
-    lists[i] = routing.lists[i];
+  const int32_t n_ranks = exchange.shape.n_ranks;
+  auto* lists = reinterpret_cast<int32_t*>(windows + n_ranks);
+  int32_t* sizes = lists + kLists * n_ranks;
+  for (int32_t i = threadIdx.x; i < n_ranks; i += blockDim.x) {
+    windows[i] = exchange.windows[i];
+    if (known_sizes != nullptr) sizes[i] = known_sizes[i];
   }
+  for (int32_t i = threadIdx.x; i < kLists * n_ranks; i += blockDim.x) lists[i] = routing.lists[i];
   if (threadIdx.x == 0) {
     const bool wrong = *routing.rank != exchange.peers.rank;
     const volatile uint32_t* epoch = &exchange.state->epoch;
@@ -145,6 +161,9 @@ __device__ __forceinline__ ExchangeCall BeginExchange(const Exchange& exchange,
     call.epoch = *epoch + 1;
     call.part = static_cast<int32_t>(atomicAdd(&exchange.state->started, 1u));
     call.failed = wrong || *failed != 0;
+    call.windows = windows;
+    call.lists = lists;
+    call.sizes = sizes;
     if (wrong) Report(exchange.peers, SyncFailure::kWrongRank, call.epoch, *routing.rank);
   }
   __syncthreads();
@@ -152,13 +171,13 @@ __device__ __forceinline__ ExchangeCall BeginExchange(const Exchange& exchange,
 }
 
 // Tells every other rank that this one has begun, and how many tokens come from here. By all
-// threads of one block.
+// threads of one block. What was read before was read by other kernels, which are done.
 __device__ __forceinline__ void SendHeaders(const Exchange& exchange, const ExchangeCall& call,
                                             const int32_t* sizes) {
   for (int32_t peer = threadIdx.x; peer < exchange.shape.n_ranks; peer += blockDim.x) {
     if (peer == exchange.peers.rank) continue;
-    StoreReleased(SlotOf(exchange, peer, call.epoch).headers + exchange.peers.rank,
-                  static_cast<uint64_t>(call.epoch) << 32 | static_cast<uint32_t>(sizes[peer]));
+    StoreWord(SlotOf(exchange, call, peer).headers + exchange.peers.rank,
+              static_cast<uint64_t>(call.epoch) << 32 | static_cast<uint32_t>(sizes[peer]));
   }
 }
 
@@ -197,7 +216,7 @@ __device__ __forceinline__ bool AwaitFlag(const Exchange& exchange, const Exchan
 template <typename Use>
 __device__ __forceinline__ bool AwaitHeaders(const Exchange& exchange, const ExchangeCall& call,
                                              const Use& use) {
-  const uint64_t* headers = SlotOf(exchange, exchange.peers.rank, call.epoch).headers;
+  const uint64_t* headers = SlotOf(exchange, call, exchange.peers.rank).headers;
   bool lasts = true;
   for (int32_t source = threadIdx.x; source < exchange.shape.n_ranks && lasts;
        source += blockDim.x) {
@@ -258,12 +277,12 @@ struct Received {
   int32_t order;  // in the source's list
   bool exists;
 };
-__device__ __forceinline__ Received ReceivedToken(const Exchange& exchange, const int32_t* sizes,
-                                                  int32_t token) {
+__device__ __forceinline__ Received ReceivedToken(const Exchange& exchange,
+                                                  const ExchangeCall& call, int32_t token) {
   const int32_t n_others = exchange.shape.n_ranks - 1;
   const int32_t order = token / n_others;
   const int32_t source = (exchange.peers.rank + 1 + token % n_others) % exchange.shape.n_ranks;
-  return {source, order, order < sizes[source]};
+  return {source, order, order < call.sizes[source]};
 }
 
 __device__ __forceinline__ void FillOnes(void* memory, int64_t bytes) {

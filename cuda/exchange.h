@@ -112,7 +112,7 @@ struct ThereArguments {
   int32_t* numbers;
   int32_t* sizes;
   int32_t row_bytes;
-  int32_t gate_bytes;  // 2, 4 or 8
+  int32_t gate_bytes;  // 2, 4 or 8; 0 where there are no gates
 };
 
 // Rows to tokens, the transpose: sums in float32 (float64 of float64), first of a rank's rows,

@@ -4,7 +4,7 @@
 in its list to another rank, at its first choice that goes there; −1 elsewhere. `lists` has, by
 rank: tokens that go there, where their list begins in that rank's window and where that rank's
 begins in this one's; and, on the way back, where this rank's begins in that one's window and that
-one's here.
+one's here. Rows need not have gates: then both `gates` and `row_gates` are empty.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIZES_SENT, STARTS_THERE, STARTS_HERE, STARTS_HOME, STARTS_RETURN = range(5)
 
 def there(
     tokens: Float[Array, "tokens hidden"],
-    gates: Float[Array, "tokens top_k"],
+    gates: Float[Array, "tokens top_k_or_0"],
     row: Int32[Array, "tokens top_k"],
     order: Int32[Array, "tokens top_k"],
     lists: Int32[Array, "lists ep_size"],
@@ -33,7 +33,7 @@ def there(
     sms: int,
 ) -> tuple[
     Float[Array, "capacity hidden"],
-    Float[Array, " capacity"],
+    Float[Array, " capacity_or_0"],
     Int32[Array, "n_received top_k"],
     Int32[Array, " ep_size"],
 ]:
@@ -50,8 +50,9 @@ def there(
     place = jnp.where(local < 0, capacity, local).reshape(-1)
     copies = jnp.repeat(of_all(tokens).reshape(-1, tokens.shape[1]), top_k, axis=0)
     rows = jnp.zeros((capacity, tokens.shape[1]), tokens.dtype).at[place].set(copies, mode="drop")
-    row_gates = jnp.zeros(capacity, gates.dtype)
-    row_gates = row_gates.at[place].set(of_all(gates).reshape(-1), mode="drop")
+    row_gates = jnp.zeros(capacity if gates.size else 0, gates.dtype)
+    if gates.size:
+        row_gates = row_gates.at[place].set(of_all(gates).reshape(-1), mode="drop")
 
     first = jnp.where(local >= 0, of_all(order), -1).max(axis=2)  # [ep_size, tokens]
     slot = lists[STARTS_HERE][:, None] + first
@@ -63,7 +64,7 @@ def there(
 
 def back(
     rows: Float[Array, "capacity hidden"],
-    row_gates: Float[Array, " capacity"],
+    row_gates: Float[Array, " capacity_or_0"],
     row: Int32[Array, "tokens top_k"],
     order: Int32[Array, "tokens top_k"],
     lists: Int32[Array, "lists ep_size"],
@@ -76,7 +77,7 @@ def back(
     n_received: int,
     comm: int,
     sms: int,
-) -> tuple[Float[Array, "tokens hidden"], Float[Array, "tokens top_k"]]:
+) -> tuple[Float[Array, "tokens hidden"], Float[Array, "tokens top_k_or_0"]]:
     """Sums of a token's rows, first on each rank, rounded, then of the ranks; and its gates."""
     del order, lists, rank, numbers, sizes, n_received, comm, sms
     wide = jnp.promote_types(rows.dtype, jnp.float32)
@@ -96,5 +97,7 @@ def back(
 
     zero = jnp.zeros((n_tokens, rows.shape[1]), wide) + 0 * everyones[0, 0].astype(wide)
     total, _ = lax.scan(of_rank, zero, jnp.arange(len(everyones), dtype=jnp.int32))
-    gates = pick(lax.all_gather(row_gates, axis_name), row.reshape(-1)).reshape(row.shape)
+    gates = jnp.zeros((n_tokens, 0), row_gates.dtype)
+    if row_gates.size:
+        gates = pick(lax.all_gather(row_gates, axis_name), row.reshape(-1)).reshape(row.shape)
     return total.astype(rows.dtype), gates

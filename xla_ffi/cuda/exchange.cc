@@ -39,6 +39,8 @@ struct ExchangeCall {
   Size n_lists = {"lists", cuda::kLists};
   Size capacity = {"capacity"};
   Size n_received = {"n_received"};
+  Size gates_each = {"top_k or 0"};      // of a token
+  Size n_row_gates = {"capacity or 0"};  // none where there are none of tokens
   cuda::Routing routing = {};
   int32_t row_bytes = 0;
   int32_t gate_bytes = 0;
@@ -67,6 +69,11 @@ struct ExchangeCall {
     }
     row_bytes = static_cast<int32_t>(bytes);
     gate_bytes = BytesOf(gate_type);
+    if (gates_each.value == 0 && n_row_gates.value == 0) {
+      gate_bytes = 0;
+    } else if (gates_each.value != top_k.value || n_row_gates.value != capacity.value) {
+      frame.Fail("gates: expected as many as choices and rows, or none");
+    }
   }
 };
 
@@ -75,10 +82,10 @@ struct ThereCall : ExchangeCall {
 
   explicit ThereCall(Frame& frame) : ExchangeCall(frame) {
     const auto rows = frame.Operand("tokens", kFloats, {&n_tokens, &hidden}, &arguments.tokens);
-    const auto gates = frame.Operand("gates", kFloats, {&n_tokens, &top_k}, &arguments.gates);
+    const auto gates = frame.Operand("gates", kFloats, {&n_tokens, &gates_each}, &arguments.gates);
     ReadRouting(frame);
     frame.Result("rows", {rows}, {&capacity, &hidden}, &arguments.rows);
-    frame.Result("row_gates", {gates}, {&capacity}, &arguments.row_gates);
+    frame.Result("row_gates", {gates}, {&n_row_gates}, &arguments.row_gates);
     frame.Result("numbers", {&n_received, &top_k}, &arguments.numbers);
     frame.Result("sizes", {&n_ranks}, &arguments.sizes);
     Finish(frame, rows, gates);
@@ -93,12 +100,12 @@ struct BackCall : ExchangeCall {
 
   explicit BackCall(Frame& frame) : ExchangeCall(frame) {
     const auto rows = frame.Operand("rows", kFloats, {&capacity, &hidden}, &arguments.rows);
-    const auto gates = frame.Operand("row_gates", kFloats, {&capacity}, &arguments.row_gates);
+    const auto gates = frame.Operand("row_gates", kFloats, {&n_row_gates}, &arguments.row_gates);
     ReadRouting(frame);
     frame.Operand("numbers", {&n_received, &top_k}, &arguments.numbers);
     frame.Operand("sizes", {&n_ranks}, &arguments.sizes);
     frame.Result("tokens", {rows}, {&n_tokens, &hidden}, &arguments.tokens);
-    frame.Result("gates", {gates}, {&n_tokens, &top_k}, &arguments.gates);
+    frame.Result("gates", {gates}, {&n_tokens, &gates_each}, &arguments.gates);
     Finish(frame, rows, gates);
     arguments.routing = routing;
     arguments.row_bytes = row_bytes;
