@@ -112,6 +112,11 @@ class Comm:
         self.close()
 
     @property
+    def most_slots(self) -> int:
+        """The most slots whose counts are exchanged by the kernel that plans an exchange."""
+        return _most_counts(self.max_experts, self.window)
+
+    @property
     def fuses(self) -> bool:
         """Whether the kernels of `rebalance` exchange counts themselves."""
         return self.transport in ("p2p", "nvshmem")
@@ -169,7 +174,7 @@ def init_comm(
       mesh: the `jax.sharding.Mesh` that the programs will run on.
       axis: the expert-parallel axis, or a tuple of axes (the last one fastest).
       max_experts: the largest number of logical experts it will be used with. Every rank gets a
-        buffer of 16 bytes · ranks · (max_experts + 1).
+        buffer of 16 bytes · ranks · (max_experts + 1), twice that with max_tokens.
       transport: one of the above. If none is available, "auto" uses "xla"; other values raise. All
         processes make the same choice.
       timeout_s: seconds after which a rank gives up waiting for the others, here and in a kernel.
@@ -236,7 +241,8 @@ def init_comm(
     )
     reason = rendezvous.first_reason(probe(groups) if on_gpus else "the mesh has no GPUs")
     if reason is None:
-        inboxes = _Inboxes(identifier, groups.shape[1], max_experts + 1, float(timeout_s), windows)
+        stride = _most_counts(max_experts, windows) + 1
+        inboxes = _Inboxes(identifier, groups.shape[1], stride, float(timeout_s), windows)
         try:
             return comm(*connect(groups, inboxes, rendezvous, chosen))
         except _CannotConnect as error:
@@ -247,6 +253,11 @@ def init_comm(
         f"comm: loads are exchanged by lax.all_gather, which is slower: {reason}", stacklevel=2
     )
     return comm("xla")
+
+
+def _most_counts(max_experts: int, windows: Windows | None) -> int:
+    """Of experts, or where tokens are exchanged, too, of slots."""
+    return max_experts if windows is None else 2 * max_experts
 
 
 def _windows(

@@ -20,7 +20,8 @@ from lplb_jax.assignment import Assignment
 from lplb_jax.loads import sync_loads
 from lplb_jax.moe import transfers
 from lplb_jax.moe.copies import Copies, add, choice_at, copy, custom_vjp, numbers
-from lplb_jax.moe.plan import Counted, Plan, Transport, is_first, rows_of_choices
+from lplb_jax.moe.plan import Counted, Plan, Transport, planned
+from lplb_jax.reference.plan import is_first
 
 
 @functools.partial(
@@ -45,6 +46,23 @@ class SendLists:
     n_received: int
     axis_name: Any
     transport: Collective
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["group_sizes", "slot_loads", "overflow", "row"],
+    meta_fields=["capacity", "axis_name"],
+)
+@dataclasses.dataclass(frozen=True)
+class Numbered(Counted):
+    """Of a batch whose rows are known.
+
+    Attributes:
+      group_sizes, slot_loads, overflow, capacity, axis_name: see `Counted`.
+      row: int32 `[tokens, top_k]`, rank · capacity + row of this source's choices; −1 for none.
+    """
+
+    row: jax.Array
 
 
 class Collective(Transport):
@@ -83,16 +101,24 @@ class Collective(Transport):
         del tokens, gates, capacity
         return self.why_not_over(lax.axis_size(axis_name))
 
+    def counted(
+        self, assignment: Assignment, axis_name: Any, capacity: int, order: jax.Array | None = None
+    ) -> Numbered:
+        """The counts are gathered."""
+        row, _, _, *known = planned(assignment, axis_name, capacity, order)
+        return Numbered(*known, capacity, axis_name, row)
+
     def dispatch(
         self,
         tokens: jax.Array,
         gates: jax.Array,
         assignment: Assignment,
-        counted: Counted,
+        counted: Numbered,
         beside: transfers.Beside = transfers.ALONE,
     ) -> tuple[jax.Array, jax.Array, Any, Plan]:
         """The experts' copies travel while received tokens are put in rows, see `transfers`."""
-        plan = _planned(self, assignment, counted)
+        del assignment
+        plan = _planned(self, counted)
         experts = beside.experts
         if beside.waits:
             sent, experts = transfers.send_tokens(beside.fetch, tokens, plan.sent, experts)
@@ -145,7 +171,15 @@ class Padded(Collective):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["counts", "order", "lists", "sent", "row_of", "choice_of"],
+    data_fields=[
+        "group_sizes",
+        "slot_loads",
+        "overflow",
+        "lists",
+        "sent",
+        "row_of",
+        "choice_of",
+    ],
     meta_fields=["capacity", "axis_name"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +187,7 @@ class ListPlan(Plan):
     """Of tokens that travel in lists.
 
     Attributes:
-      counts, order, capacity, axis_name: see `Plan`.
+      group_sizes, slot_loads, overflow, capacity, axis_name: see `Plan`.
       lists: what goes from rank to rank.
       sent: the tokens' places in what this rank sends.
       row_of: int32 `[n_received, top_k]`, the row of every choice of the tokens that it receives;
@@ -186,11 +220,11 @@ class ListPlan(Plan):
         return add(exchange(sums, self.lists, "back"), self.sent)
 
 
-def _planned(transport: Collective, assignment: Assignment, counted: Counted) -> ListPlan:
+def _planned(transport: Collective, counted: Numbered) -> ListPlan:
     """Exchanges the numbers of tokens, and of their rows."""
-    axis_name, capacity, n_ranks = counted.axis_name, counted.capacity, len(counted.counts)
-    me = lax.axis_index(axis_name)
-    rank, row = rows_of_choices(assignment, counted.counts, counted.order, me, capacity)
+    axis_name, capacity, row = counted.axis_name, counted.capacity, counted.row
+    me, n_ranks = lax.axis_index(axis_name), lax.axis_size(axis_name)
+    rank = jnp.maximum(row, 0) // capacity
 
     goes = jnp.where(row < 0, n_ranks, rank)[..., None] == numbers(n_ranks)[None, None]
     goes = goes.any(axis=1).astype(jnp.int32)
@@ -208,7 +242,7 @@ def _planned(transport: Collective, assignment: Assignment, counted: Counted) ->
     here = transport.arrived(lists, me)[:, None] & (row >= 0) & (row < capacity)
     row = jnp.where(here, row, capacity)
     return ListPlan(
-        **vars(counted), lists=lists, sent=sent, row_of=row, choice_of=choice_at(row, capacity)
+        **counted.known, lists=lists, sent=sent, row_of=row, choice_of=choice_at(row, capacity)
     )
 
 

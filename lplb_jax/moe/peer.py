@@ -6,8 +6,9 @@ back the same way. There is no send buffer and no kernel between, and a rank's w
 tokens as it can receive, whatever the number of ranks. `cuda/exchange.h` says why nobody overwrites
 what another one still reads.
 
-Where a list of tokens begins in a window follows from the counts that all ranks know: between two
-ranks there are at most as many tokens as rows, and as the source has.
+Where a list of tokens begins in a window, and every row, follows from the counts of all ranks. One
+kernel exchanges them and computes it all, `lplb_jax.reference.synced_plan` in a launch: of few
+tokens, a dozen of XLA's would take longer than the exchange.
 """
 
 from __future__ import annotations
@@ -24,18 +25,7 @@ from lplb_jax import _native, reference
 from lplb_jax._axes import varying_over
 from lplb_jax.assignment import Assignment
 from lplb_jax.comm import Comm, check_comm
-from lplb_jax.loads import sync_loads
-from lplb_jax.moe.copies import numbers
-from lplb_jax.moe.plan import (
-    Counted,
-    Plan,
-    Transport,
-    by_group,
-    fitting,
-    is_first,
-    rows_of_choices,
-    starts,
-)
+from lplb_jax.moe.plan import Counted, Plan, Transport, planned
 from lplb_jax.moe.transfers import ALONE, Beside, beside_rows
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -90,7 +80,24 @@ class Routing:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["counts", "order", "routing", "came"],
+    data_fields=["group_sizes", "slot_loads", "overflow", "routing"],
+    meta_fields=["capacity", "axis_name"],
+)
+@dataclasses.dataclass(frozen=True)
+class Routed(Counted):
+    """Of a batch whose plan is made.
+
+    Attributes:
+      group_sizes, slot_loads, overflow, capacity, axis_name: see `Counted`.
+      routing: where this rank's tokens go.
+    """
+
+    routing: Routing
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["group_sizes", "slot_loads", "overflow", "routing", "came"],
     meta_fields=["capacity", "axis_name"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +105,7 @@ class PeerPlan(Plan):
     """Of tokens that ranks write into one another's memory.
 
     Attributes:
-      counts, order, capacity, axis_name: see `Plan`.
+      group_sizes, slot_loads, overflow, capacity, axis_name: see `Plan`.
       routing: where this rank's tokens go.
       came: what came here: the rows of every token, and how many from every rank.
     """
@@ -162,55 +169,32 @@ class Peer(Transport):
             )
         return None
 
-    def gathered(self, counts: jax.Array, axis_name: Any) -> jax.Array:
-        """By the communicator, which takes as many counts at a time as it has experts."""
+    def counted(
+        self, assignment: Assignment, axis_name: Any, capacity: int, order: jax.Array | None = None
+    ) -> Routed:
+        """The counts are exchanged by the kernel that makes the plan."""
         assert self.comm is not None
-        step = self.comm.max_experts
-        parts = [
-            sync_loads(counts[i : i + step], axis_name, comm=self.comm)
-            for i in range(0, len(counts), step)
-        ]
-        return jnp.concatenate(parts, axis=1)
+        row, place, lists, *known = planned(assignment, axis_name, capacity, order, self.comm)
+        n_received = min((self.comm.size - 1) * len(row), capacity)
+        options = (capacity, n_received, axis_name, self.comm.identifier, self.comm.sms)
+        return Routed(*known, capacity, axis_name, Routing(row, place, lists, *options))
 
     def dispatch(
         self,
         tokens: jax.Array,
         gates: jax.Array,
         assignment: Assignment,
-        counted: Counted,
+        counted: Routed,
         beside: Beside = ALONE,
     ) -> tuple[jax.Array, jax.Array, Any, Plan]:
         """The experts' copies travel meanwhile."""
-        assert self.comm is not None
-        routing = _routing(assignment, counted, self.comm)
-        rows, row_gates, *came = _there(tokens, gates, routing)
-        plan = PeerPlan(**vars(counted), routing=routing, came=tuple(came))
+        del assignment
+        rows, row_gates, *came = _there(tokens, gates, counted.routing)
+        plan = PeerPlan(**counted.known, routing=counted.routing, came=tuple(came))
         experts = beside.experts
         if beside.waits:
             rows, experts = beside_rows(beside.fetch, rows, experts)
         return rows, row_gates, experts, plan
-
-
-def _routing(assignment: Assignment, counted: Counted, comm: Comm) -> Routing:
-    counts, groups = counted.counts, counted.order
-    axis_name, capacity = counted.axis_name, counted.capacity
-    me, n_ranks = lax.axis_index(axis_name), len(counts)
-    rank, row = rows_of_choices(assignment, counts, groups, me, capacity)
-    n_tokens = len(row)
-    goes = jnp.where((row < 0) | (rank == me), n_ranks, rank)
-    goes = (goes[..., None] == numbers(n_ranks)[None, None]).any(axis=1).astype(jnp.int32)
-    before = jnp.cumsum(goes, axis=0, dtype=jnp.int32) - goes
-    first = is_first(rank, (row >= 0) & (rank != me))
-    order = jnp.where(first, jnp.take_along_axis(before, rank, axis=1), -1)
-
-    others = numbers(n_ranks)[:, None] != numbers(n_ranks)[None]
-    rows = fitting(by_group(counts, groups), capacity).sum(axis=2, dtype=jnp.int32)
-    room = jnp.where(others, jnp.minimum(rows, n_tokens), 0)  # from a source to a rank
-    there, home = starts(room, axis=0), starts(room, axis=1)
-    sizes = goes.sum(axis=0, dtype=jnp.int32)
-    lists = jnp.stack([sizes, there[me], there[:, me], home[:, me], home[me]])
-    n_received = min((n_ranks - 1) * n_tokens, capacity)
-    return Routing(row, order, lists, capacity, n_received, axis_name, comm.identifier, comm.sms)
 
 
 @jax.custom_vjp
@@ -222,7 +206,7 @@ def _there(
 
 @jax.custom_vjp
 def _back(rows: jax.Array, routing: Routing, came: tuple[jax.Array, jax.Array]) -> jax.Array:
-    gates = varying_over(jnp.zeros(routing.capacity, jnp.float32), routing.axis_name)
+    gates = varying_over(jnp.zeros(0, jnp.float32), routing.axis_name)
     return routing.call("lplb_back", reference.back, rows, gates, *came)[0]
 
 
@@ -242,7 +226,7 @@ def _back_forward(rows: jax.Array, routing: Routing, came: Any) -> Any:
 
 
 def _back_backward(routing: Routing, ct: jax.Array) -> tuple[jax.Array, None, None]:
-    gates = varying_over(jnp.zeros(routing.row.shape, jnp.float32), routing.axis_name)
+    gates = varying_over(jnp.zeros((len(routing.row), 0), jnp.float32), routing.axis_name)
     return routing.call("lplb_there", reference.there, ct, gates)[0], None, None
 
 

@@ -18,7 +18,7 @@ from lplb_jax._axes import varying_as
 from lplb_jax._native import as_numbers
 from lplb_jax.moe.collectives import Collective, SendLists
 from lplb_jax.moe.copies import numbers
-from lplb_jax.moe.plan import starts
+from lplb_jax.reference.plan import starts
 
 # What XLA's one-shot kernel over NCCL's windows needs, its only fast way between processes. It asks
 # NCCL for the NVLink domain by calls that are there since 2.29.7.

@@ -15,6 +15,7 @@ import jax
 
 from lplb_jax.reference import assignment, balancer, batch_copies, exchange, loads, solver
 from lplb_jax.reference import ipm as interior_point
+from lplb_jax.reference import plan as exchange_plan
 
 __all__ = [
     "assign",
@@ -23,10 +24,12 @@ __all__ = [
     "ipm",
     "ipm_costs",
     "place_copies",
+    "plan",
     "rebalance",
     "solve",
     "solve_costs",
     "sync",
+    "synced_plan",
     "synced_rebalance",
     "there",
 ]
@@ -57,5 +60,7 @@ place_copies = _with_default_promotion(batch_copies.place_copies)
 assign = _with_default_promotion(assignment.assign)
 rebalance = _with_default_promotion(balancer.rebalance)
 synced_rebalance = _with_default_promotion(balancer.synced_rebalance)
+plan = _with_default_promotion(exchange_plan.plan)
+synced_plan = _with_default_promotion(exchange_plan.synced_plan)
 there = _with_default_promotion(exchange.there)
 back = _with_default_promotion(exchange.back)

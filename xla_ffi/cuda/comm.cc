@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/exchange_plan.h"
 #include "cuda/route.h"
 #include "xla_ffi/cuda/handler.h"
 
@@ -218,6 +219,7 @@ void AttachWindows(int64_t id, int device, const std::vector<uintptr_t>& windows
                    const std::array<int32_t, 4>& shape) {
   const DeviceScope scope(device);
   ThrowIf(cuda::PreloadExchange(), "loading the kernels");
+  ThrowIf(cuda::PreloadPlan(), "loading the kernels");
   static_assert(sizeof(cuda::ExchangeState) <= kStateBytes);
   const uintptr_t memory = Allocate(device, kStateBytes + windows.size() * sizeof(uintptr_t));
   const std::lock_guard<std::mutex> lock(mutex);

@@ -1,0 +1,161 @@
+"""Where the rows of a batch stand on their ranks, and which tokens go to which rank.
+
+Rows stand group by group, and in a group source by source; a group has the rows of one slot. What
+finds no room on its rank comes last there. `counts` are int32 `[ep_size, ep_size, slots]`: rows
+from a source for a rank's slot; `groups` int32 `[ep_size, groups]`: the slot of each group of a
+rank, as many as there are slots for none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Int32
+
+from lplb_jax._axes import varying_as
+from lplb_jax.reference import loads
+
+Choices = Int32[Array, "tokens top_k"]
+Counts = Int32[Array, "ep_size ep_size slots"]
+
+
+def plan(
+    slot: Choices,
+    position: Choices,
+    counts: Counts,
+    groups: Int32[Array, "ep_size groups"],
+    me: Int32[Array, ""],
+    *,
+    capacity: int,
+) -> tuple[
+    Choices,
+    Choices,
+    Int32[Array, "lists ep_size"],
+    Int32[Array, " groups"],
+    Int32[Array, " n_physical"],
+    Int32[Array, ""],
+]:
+    """What an exchange takes as `row`, `order` and `lists`, and what else follows from the counts.
+
+    Those are the rows of this rank's groups that have room, the rows of all slots whether or not
+    they have, and how many have none.
+    """
+    n_ranks, n_tokens = len(counts), len(slot)
+    ranks = jnp.arange(n_ranks, dtype=jnp.int32)
+    rank, row = rows_of_choices(slot, position, counts, groups, me, capacity)
+    leaves = (row >= 0) & (rank != me)
+    goes = (jnp.where(leaves, rank, n_ranks)[..., None] == ranks).any(axis=1).astype(jnp.int32)
+    before = starts(goes, axis=0)
+    first = is_first(rank, leaves)
+    order = jnp.where(first, jnp.take_along_axis(before, rank, axis=1), -1)
+
+    # Between two ranks there are at most as many tokens as rows, and as the source has.
+    fits = fitting(by_group(counts, groups), capacity)
+    room = jnp.minimum(fits.sum(axis=2, dtype=jnp.int32), n_tokens)
+    room = jnp.where(ranks[:, None] != ranks, room, 0)
+    there, home = starts(room, axis=0), starts(room, axis=1)
+    sizes = goes.sum(axis=0, dtype=jnp.int32)
+    lists = jnp.stack([sizes, there[me], there[:, me], home[:, me], home[me]])
+    group_sizes = fits[:, me].sum(axis=0, dtype=jnp.int32)
+    return row, order, lists, group_sizes, slot_loads(counts), overflow(counts, capacity)
+
+
+def synced_plan(
+    slot: Choices,
+    position: Choices,
+    counts: Int32[Array, " n_physical"],
+    groups: Int32[Array, "ep_size groups"],
+    me: Int32[Array, ""],
+    *,
+    axis_name: Any,
+    capacity: int,
+    comm: int,
+) -> tuple[
+    Choices,
+    Choices,
+    Int32[Array, "lists ep_size"],
+    Int32[Array, " groups"],
+    Int32[Array, " n_physical"],
+    Int32[Array, ""],
+]:
+    """`plan`, of this rank's counts."""
+    everyones = loads.sync(counts, me, axis_name=axis_name, comm=comm)
+    everyones = everyones.reshape(len(groups), len(groups), -1)
+    return plan(slot, position, everyones, groups, me, capacity=capacity)
+
+
+def rows_of_choices(
+    slot: Choices,
+    position: Choices,
+    counts: Counts,
+    groups: Int32[Array, "ep_size groups"] | None,
+    me: Array,
+    capacity: int,
+) -> tuple[Choices, Choices]:
+    """The rank that serves every choice of this source, and the choice's row there.
+
+    Rows are numbered over all ranks, `capacity` on each; −1 where there is none. Without `groups`,
+    these are all slots one after the other.
+    """
+    used = jnp.maximum(slot, 0)
+    rank = used // counts.shape[2]
+    grouped = by_group(counts, groups)
+    n_fitting, first = (
+        _by_slot(of_groups[me], groups, counts.shape[2]).reshape(-1)[used]
+        for of_groups in (fitting(grouped, capacity), _row_starts(grouped))
+    )
+    arrives = (slot >= 0) & (position < n_fitting)
+    return rank, jnp.where(arrives, rank * capacity + first + position, -1)
+
+
+def is_first(rank: Choices, arrives: Bool[Array, "tokens top_k"]) -> Bool[Array, "tokens top_k"]:
+    """Whether a choice is its token's first that arrives on its rank: it has the token's place."""
+    top_k = rank.shape[1]
+    same = arrives[:, None] & (rank[:, None] == rank[..., None])  # [tokens, top_k, top_k]
+    return arrives & ~(same & jnp.tril(jnp.ones((1, top_k, top_k), bool), -1)).any(axis=2)
+
+
+def slot_loads(counts: Counts) -> Int32[Array, " n_physical"]:
+    """Rows for every slot from all sources, those without room included."""
+    return counts.sum(axis=0, dtype=jnp.int32).reshape(-1)
+
+
+def overflow(counts: Counts, capacity: int) -> Int32[Array, ""]:
+    """Rows of all ranks that found no room."""
+    received = counts.sum(axis=(0, 2), dtype=jnp.int32)
+    return jnp.maximum(received - capacity, 0).sum(dtype=jnp.int32)
+
+
+def fitting(counts: Counts, capacity: int) -> Counts:
+    """The counts without the rows that find no room: those that come last."""
+    return jnp.clip(capacity - _row_starts(counts), 0, counts)
+
+
+def by_group(counts: Counts, groups: Array | None) -> Int32[Array, "ep_size ep_size groups"]:
+    """From the order of a rank's slots, which are the last axis, to that of its groups."""
+    if groups is None:
+        return counts
+    rank = jnp.arange(len(groups), dtype=jnp.int32)[:, None]
+    return counts.at[:, rank, groups].get(mode="fill", fill_value=0)
+
+
+def _by_slot(of_groups: Array, groups: Array | None, n_slots: int) -> Array:
+    """`[ep_size, groups]` -> `[ep_size, n_slots]`; 0 for slots without a group."""
+    if groups is None:
+        return of_groups
+    empty = varying_as(jnp.zeros((len(groups), n_slots), of_groups.dtype), of_groups)
+    rank = jnp.arange(len(groups), dtype=jnp.int32)[:, None]
+    return empty.at[rank, groups].set(of_groups, mode="drop")
+
+
+def _row_starts(counts: Counts) -> Counts:
+    """Where rows start on their rank, slot by slot and source by source."""
+    rows = counts.transpose(1, 2, 0)
+    return starts(rows.reshape(len(counts), -1), axis=1).reshape(rows.shape).transpose(2, 0, 1)
+
+
+def starts(sizes: Array, axis: int) -> Array:
+    """Where each begins if they stand one after the other along `axis`."""
+    return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes
