@@ -4,12 +4,14 @@
 
 16,384 tokens of 4,096 bfloat16 a rank, each to another rank (top-1), and top-8 of all ranks, from
 where they lie to their rows, and sums of rows back. Kernels without XLA, in step; medians. Then
-small batches of 7,168, and as many ranks as share the GPUs.
+small batches of 7,168, and as many ranks as share the GPUs. Last, what a layer of such batches
+takes besides its products, forward, its copies being there: --layers for nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import functools
 import json
 import os
@@ -27,7 +29,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from virtual_ranks import VirtualRanks
 
-from lplb_jax.comm import Windows
+from lplb_jax import init_comm, moe, place_experts, topologies
+from lplb_jax.comm import Comm, Windows
 from lplb_jax.moe.collectives import SendLists, exchange
 from lplb_jax.moe.ragged import Ragged
 
@@ -120,20 +123,116 @@ def by_xla(mesh: Mesh) -> dict[str, float]:
     return figures
 
 
+class SmallLayer:
+    """moe_layer of a small batch, forward: 32 experts of 7,168 × 2,048, top-8, two copies a rank.
+
+    Attributes:
+      programs: by name, what is compiled: the layer N_CALLS times in a row, and its products.
+    """
+
+    experts, width, top_k, copies = 32, 2048, 8, 2
+
+    def __init__(self, mesh: Mesh, comm: Comm, n_tokens: int, weights: moe.Experts) -> None:
+        size = mesh.size
+        self.sharding = NamedSharding(mesh, P("ep"))
+        self.placement = place_experts(
+            None, topologies.complete(size), n_logical=self.experts, ep_size=size,
+            redundants_per_rank=self.copies,
+        )  # fmt: skip
+        rng = np.random.default_rng(0)
+        share = np.log(1 / np.arange(1, self.experts + 1))
+        keys = rng.gumbel(size=(size * n_tokens, self.experts)) + rng.permutation(share)
+        ids = np.argpartition(-keys, self.top_k, axis=1)[:, : self.top_k].astype(np.int32)
+        tokens = rng.normal(0, 1, (size * n_tokens, SMALL_HIDDEN)).astype(jnp.bfloat16)
+        gates = rng.random(ids.shape).astype(np.float32) / self.top_k
+        self.batch = jax.device_put((tokens, gates, ids), self.sharding)
+        self.weights = weights
+        capacity = moe.capacity_for(n_tokens * self.top_k, size, 1.25)
+
+        @functools.partial(jax.jit, static_argnums=0)  # Lowered once, not N_CALLS times.
+        def layer(transport: str, tokens: jax.Array, gates: Any, ids: Any, weights: Any) -> Any:
+            return moe.moe_layer(
+                tokens, ids, gates, weights, placement=self.placement, axis_name="ep", comm=comm,
+                transport=transport,
+            )  # fmt: skip
+
+        def layers(transport: str, tokens: jax.Array, *given: Any) -> jax.Array:
+            for _ in range(N_CALLS):
+                tokens = layer(transport, tokens, *given).out
+            return tokens
+
+        def products(tokens: jax.Array, gates: Any, ids: Any, weights: Any) -> jax.Array:
+            loads = layer("peer", tokens, gates, ids, weights).traffic.slot_loads
+            sizes = loads.reshape(size, -1)[lax.axis_index("ep")]
+            rows = jnp.resize(tokens, (capacity, SMALL_HIDDEN))
+            row_gates = jnp.resize(gates, capacity)
+            network = jax.jit(moe.expert_ffn)
+            for _ in range(N_CALLS):
+                rows = network(rows, weights, sizes, gates=row_gates)
+            return rows
+
+        ways = {name: functools.partial(layers, name) for name in ("peer", "ragged")}
+        self.programs = {name: self._compiled(mesh, way) for name, way in ways.items()}
+        self.programs["products"] = self._compiled(mesh, products)
+
+    def _compiled(self, mesh: Mesh, function: Any) -> Any:
+        run = jax.shard_map(function, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+        run = jax.jit(run, compiler_options=moe.COMPILER_OPTIONS)
+        return run.lower(*self.batch, self.weights).compile()
+
+    def microseconds(self) -> dict[str, float]:
+        """Of one call of each, medians of interleaved repeats; and the rest of a layer."""
+        times: dict[str, list[float]] = {name: [] for name in self.programs}
+        for _ in range(25):  # The first five warm up.
+            for name, run in self.programs.items():
+                start = time.perf_counter()
+                jax.block_until_ready(run(*self.batch, self.weights))
+                times[name].append((time.perf_counter() - start) / N_CALLS * 1e6)
+        medians = {name: float(np.median(of_name[5:])) for name, of_name in times.items()}
+        rest = {f"{n} − products": medians[n] - medians["products"] for n in ("peer", "ragged")}
+        return medians | rest
+
+
+def by_layers(mesh: Mesh) -> dict[str, Any]:
+    """Small layers' times, by tokens of a rank."""
+    sharding = NamedSharding(mesh, P("ep"))
+    n = mesh.size * (SmallLayer.experts // mesh.size + SmallLayer.copies)
+
+    def normal(*shape: int) -> jax.Array:
+        make = jax.jit(
+            lambda key: jax.random.normal(key, shape, jnp.bfloat16) / shape[1] ** 0.5,
+            out_shardings=sharding,
+        )
+        return make(jax.random.key(len(shape)))
+
+    width = SmallLayer.width
+    weights = moe.Experts(normal(n, SMALL_HIDDEN, 2 * width), normal(n, width, SMALL_HIDDEN))
+    room = {"max_tokens": SMALL[-1], "hidden_bytes": 2 * SMALL_HIDDEN}
+    with init_comm(mesh, "ep", max_experts=SmallLayer.experts, **room) as comm:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            layers = list(pool.map(lambda t: SmallLayer(mesh, comm, t, weights), SMALL))
+        return {str(t): layer.microseconds() for t, layer in zip(SMALL, layers, strict=True)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--layers", action="store_true", help="only the layers of small batches")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     arguments = parser.parse_args()
     devices = jax.devices()
     n = len(devices)
     figures: dict[str, Any] = {"device": f"{n} × {devices[0].device_kind}", "jax": jax.__version__}
-    for top_k in (1, 8):
-        figures[f"top-{top_k}"] = by_kernels(n, n, N_TOKENS, HIDDEN, top_k, SMS)
-    figures["xla, ms"] = by_xla(Mesh(np.array(devices), "ep"))
-    figures["small"] = {str(t): by_kernels(n, n, t, SMALL_HIDDEN, 8, (32, 132)) for t in SMALL}
-    figures["ranks that share"] = {
-        str(size): by_kernels(n, size, 2048, HIDDEN, 8, (16,)) for size in (2 * n, 4 * n)
-    }
+    mesh = Mesh(np.array(devices), "ep")
+    figures["layers, µs"] = by_layers(mesh)
+    if not arguments.layers:
+        for top_k in (1, 8):
+            figures[f"top-{top_k}"] = by_kernels(n, n, N_TOKENS, HIDDEN, top_k, SMS)
+        figures["xla, ms"] = by_xla(mesh)
+        small = {str(t): by_kernels(n, n, t, SMALL_HIDDEN, 8, (32, 132)) for t in SMALL}
+        figures["small"] = small
+        figures["ranks that share"] = {
+            str(size): by_kernels(n, size, 2048, HIDDEN, 8, (16,)) for size in (2 * n, 4 * n)
+        }
     print(json.dumps(figures, indent=1))
     if arguments.json:
         record.write(arguments.json, figures)

@@ -63,20 +63,27 @@ class ExchangeBatch:
         # Sums of small integers are exact in every type and order.
         self.tokens = rng.integers(-8, 8, (n_ranks, n_tokens, hidden), np.int8).astype(self.dtype)
         self.gates = rng.random(ranks_of.shape).astype(np.float32)
-        self._ranks = []
+        self._put, self._ranks = put, []
         for r in range(n_ranks):
             lists = np.stack([self.sent[r], there[r], there[:, r], home[:, r], home[r]])
             routing = [put(r, array) for array in (self.row[r], order[r], lists.astype(np.int32))]
             given = [put(r, self.tokens[r]), put(r, self.gates[r])]
-            out = [
-                np.zeros((capacity, hidden), self.dtype),
-                np.zeros(capacity, np.float32),
-                np.full((max(n_received, 1), top_k), -7, np.int32),
-                np.zeros(n_ranks, np.int32),
-            ]
-            home_again = [np.zeros_like(self.tokens[r]), np.zeros_like(self.gates[r])]
-            results = [[put(r, array) for array in arrays] for arrays in (out, home_again)]
-            self._ranks.append((routing, given, *results))
+            self._ranks.append((routing, given, [], []))
+        self.clear()
+
+    def clear(self) -> None:
+        """New memory for all results: what is right in it was written since."""
+        (n_tokens, top_k, capacity, n_received), n_ranks = self.sizes, len(self.row)
+        out = [
+            np.zeros((capacity, self.tokens.shape[2]), self.dtype),
+            np.zeros(capacity, np.float32),
+            np.full((max(n_received, 1), top_k), -7, np.int32),
+            np.zeros(n_ranks, np.int32),
+        ]
+        home = [np.zeros_like(self.tokens[0]), np.zeros((n_tokens, top_k), np.float32)]
+        for rank, (_, _, *results) in enumerate(self._ranks):
+            for of_way, arrays in zip(results, (out, home), strict=True):
+                of_way[:] = [self._put(rank, array) for array in arrays]
 
     def of(
         self, rank: int, claimed: jax.Array

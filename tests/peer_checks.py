@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import everywhere, per_rank
 
 from lplb_jax import init_comm, moe
+from lplb_jax._axes import varying_over
 from lplb_jax.assignment import Assignment
 
 HIDDEN, TOP_K = moe_checks.HIDDEN, moe_checks.TOP_K
@@ -112,6 +113,78 @@ def check_parts(mesh, comm, rng, n_rounds=4, dtypes=("float32",)):
                     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
+def check_many(mesh, comm, rng, n_batches=100):
+    """Batches of all kinds in one program, ranks delayed at random: every row, gate and sum.
+
+    A batch is made from its key on all ranks alike, so each knows what must come. One rank gets
+    everything, or ranks are silent; there is room for half of all rows.
+    """
+    n_ranks, hidden = mesh.size, 8 * int(rng.integers(1, 65))
+    n_tokens, top_k = int(rng.integers(1, 33)), int(rng.integers(1, TOP_K + 1))
+    shape = n_ranks, n_tokens, top_k
+    capacity = max(1, n_ranks * n_tokens * top_k // 2)
+    options = {"axis_name": "ep", "capacity": capacity, "transport": "peer", "comm": comm}
+
+    def choices(key):
+        kind, some, one = jax.random.split(key, 3)
+        any_of = jax.random.randint(some, shape, -1, n_ranks, jnp.int32)
+        silent = (jnp.arange(n_ranks) % 2 == 0)[:, None, None]
+        return lax.switch(
+            jax.random.randint(kind, (), 0, 4),
+            [
+                lambda: any_of,
+                lambda: jnp.full(shape, jax.random.randint(one, (), 0, n_ranks, jnp.int32)),
+                lambda: jnp.where(silent, -1, any_of),
+                lambda: jnp.full(shape, -1, jnp.int32),
+            ],
+        )
+
+    def rank(keys):
+        me = lax.axis_index("ep")
+
+        def one(wrong, key):
+            of_ids, of_tokens, of_gates, of_delay = jax.random.split(key, 4)
+            ids = choices(of_ids)
+            tokens = jax.random.randint(of_tokens, (n_ranks, n_tokens, hidden), -8, 9)
+            tokens, gates = tokens.astype(jnp.bfloat16), jax.random.uniform(of_gates, shape)
+            rounds = jax.random.randint(jax.random.fold_in(of_delay, me), (), 0, 300)
+            late = lax.fori_loop(0, rounds, lambda i, x: jnp.sin(x + i), me.astype(jnp.float32))
+            given, _ = lax.optimization_barrier((tokens[me], late))
+            slots = assigned(ids[me], n_ranks)
+            rows, row_gates, plan = moe.dispatch(given, gates[me], slots, **options)
+            sums = moe.combine(rows, plan)
+
+            goes = ids.reshape(-1, 1) == jnp.arange(n_ranks)
+            place = jnp.cumsum(goes, axis=0) - 1
+            fits = goes & (place < capacity)
+            at = jnp.where(fits[:, me], place[:, me], capacity)
+            want = (
+                jnp.zeros((capacity, hidden), tokens.dtype)
+                .at[at]
+                .set(jnp.repeat(tokens.reshape(-1, hidden), top_k, axis=0), mode="drop")
+            )
+            want_gates = jnp.zeros(capacity).at[at].set(gates.reshape(-1), mode="drop")
+            used = jnp.arange(capacity) < fits[:, me].sum()
+            times = fits.any(axis=1).reshape(shape)[me].sum(axis=1)
+            wrong += (used & ((rows != want).any(axis=1) | (row_gates != want_gates))).sum()
+            wrong += (sums != tokens[me] * times[:, None].astype(tokens.dtype)).any(axis=1).sum()
+            return wrong, None
+
+        return lax.scan(one, varying_over(jnp.int32(0), "ep"), keys)[0][None]
+
+    run = jax.jit(jax.shard_map(rank, mesh=mesh, in_specs=P(), out_specs=P("ep")))
+    keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), n_batches)
+    wrong = run(everywhere(mesh, jax.random.key_data(keys), P()))
+    for part in wrong.addressable_shards:
+        np.testing.assert_array_equal(part.data, 0)
+
+
+def check_ten_thousand(mesh, comm, rng):
+    """In two programs of other sizes."""
+    for _ in range(2):
+        check_many(mesh, comm, rng, n_batches=5000)
+
+
 def check_scan(mesh, comm, rng):
     """Layers replayed in a scan's backward pass, another collective between: as without comm."""
     case = moe_checks.case_of(mesh.size)
@@ -187,7 +260,7 @@ def check_dtypes(mesh, comm, rng):
     check_parts(mesh, comm, rng, n_rounds=3, dtypes=("bfloat16", "float16", "float32"))
 
 
-CHECKS = [check_options, check_anywhere, check_dtypes, check_scan]
+CHECKS = [check_options, check_anywhere, check_dtypes, check_scan, check_ten_thousand]
 
 
 def main() -> None:

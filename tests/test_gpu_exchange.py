@@ -7,6 +7,7 @@ import time
 import jax
 import numpy as np
 import peer_checks
+import plan_cases
 import processes
 import pytest
 from jax.sharding import Mesh
@@ -29,6 +30,20 @@ needs_nvshmem = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def on_gpu():
     assert jax.default_backend() == "gpu"
+
+
+# Tokens of one tile and of many, of several rounds and of none that is full; and few choices.
+@pytest.mark.parametrize(
+    ("n_ranks", "n_slots", "n_tokens", "top_k"),
+    [
+        (1, 3, 5, 2), (2, 20, 32, 8), (2, 20, 2048, 8), (8, 40, 16384, 8), (64, 6, 1000, 8),
+        (5, 90, 333, 32), (32, 1, 5000, 1), (3, 500, 4097, 7),
+    ],
+)  # fmt: skip
+def test_the_plan(rng, n_ranks, n_slots, n_tokens, top_k):
+    for _ in range(3):
+        case = plan_cases.random_case(rng, n_ranks, n_slots, n_tokens, top_k)
+        plan_cases.check(case.run(), case)
 
 
 @pytest.fixture
@@ -71,21 +86,21 @@ def test_virtual_ranks(rng, virtual_ranks, n_gpus, size):
     """Thousands of exchanges in bursts, of random batches in turn: every row, gate and sum."""
     ranks = virtual_ranks(n_gpus, size, 480, 8, 2080)
     batches = [random_batch(rng, ranks, size) for _ in range(6)]
-    n_calls = 1700  # there and back each
-    which = rng.integers(0, len(batches), n_calls)
-    done = [0] * size
-    while min(done) < n_calls:
-        rank = rng.choice([rank for rank in range(size) if done[rank] < n_calls])
-        most = min(n_calls, min(done) + 100)
-        for call in range(done[rank], min(done[rank] + rng.integers(1, 30), most)):
-            batch = batches[which[call]]
-            ranks.there(rank, batch)
-            ranks.back(rank, batch)
-            done[rank] = call + 1
-    ranks.wait()
-    assert not any(ranks.failures())
-    for i in np.unique(which):
-        batches[i].check()
+    for _ in range(85):
+        which = rng.integers(0, len(batches), 20)  # there and back each
+        done = np.zeros(size, int)
+        while done.min() < len(which):
+            rank = rng.choice(np.flatnonzero(done < len(which)))
+            end = min(done[rank] + rng.integers(1, 20), len(which))
+            for call in range(done[rank], end):
+                ranks.there(rank, batches[which[call]])
+                ranks.back(rank, batches[which[call]])
+            done[rank] = end
+        ranks.wait()
+        assert not any(ranks.failures())
+        for i in np.unique(which):
+            batches[i].check()
+            batches[i].clear()
 
 
 @pytest.mark.parametrize("n_gpus", [1, 2])

@@ -23,10 +23,11 @@ def mesh(cpu_devices):
     return Mesh(cpu_devices[:4], "ep")
 
 
-def comm_of(size, *, max_tokens=64, hidden_bytes=64, top_k=3, capacity_factor=8.0):
+def comm_of(size, *, max_experts=64, max_tokens=64, hidden_bytes=64, top_k=3, capacity_factor=8.0):
     """A communicator without GPUs: its calls run the specification."""
     window = _windows(size, max_tokens, hidden_bytes, top_k, capacity_factor)
-    return Comm("p2p", "ep", size, max_experts=64, timeout_s=1.0, identifier=1, window=window)
+    options = {"max_experts": max_experts, "timeout_s": 1.0, "identifier": 1, "window": window}
+    return Comm("p2p", "ep", size, **options)
 
 
 def test_the_layer_equals_one_device(rng, mesh):
@@ -47,6 +48,10 @@ def test_the_parts_equal_those_of_padded(rng, mesh):
     peer_checks.check_parts(mesh, comm_of(4), rng, n_rounds=2)
 
 
+def test_many_batches(rng, mesh):
+    peer_checks.check_many(mesh, comm_of(4, max_tokens=256, hidden_bytes=1024), rng)
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -59,6 +64,7 @@ def test_the_parts_equal_those_of_padded(rng, mesh):
         ({"hidden_bytes": 32}, "of 32 bytes.*of 64 bytes"),
         ({"top_k": 2}, "top_k up to 2.*top_k = 3"),
         ({"capacity_factor": 1.0, "max_tokens": 16}, None),
+        ({"max_experts": 1}, None),  # and more slots than counts that its kernels exchange
         ({"dtype": "float8_e4m3fn"}, "tokens: expected one of bfloat16"),
         ({"hidden": 3}, "multiple of 16 bytes"),
     ],
