@@ -208,6 +208,19 @@ def test_links_of_a_page(page):
             assert anchor in slugs, target
 
 
+def test_every_public_name_is_on_the_api_page():
+    page = (ROOT / "docs" / "api.md").read_text()
+    names = [*lplb_jax.__all__, *lplb_jax.moe.__all__]
+    for module in PUBLIC_MODULES.values():
+        names += [
+            name
+            for name, value in vars(module).items()
+            if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
+        ]
+    missing = [name for name in names if not re.search(rf"`[^`]*\b{name}\b[^`]*`", page)]
+    assert not missing
+
+
 def test_readme_is_two_screens():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 110
