@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,10 @@ class FetchAnywhere:
     axis_name: Any
     transport: Collective
 
-    by_engines: ClassVar[bool] = False  # Who sends what is known on the device alone.
+    @property
+    def by_engines(self) -> bool:
+        """No: only the device knows who sends what."""
+        return False
 
     @property
     def n_copies(self) -> int:
