@@ -8,10 +8,40 @@ back, beside which nothing is done.
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 # What two H200s reach in docs/moe.md and README.md: products of 16-bit floats, rows of tokens
 # between GPUs of one host, memory that is read; and 400 Gb/s per GPU between hosts, at 90 %.
 FLOPS, LINK, NODE_LINK, MEMORY = 5.5e14, 2.7e11, 4.5e10, 2.7e12
+
+
+def passes(inference: bool) -> int:
+    """Products of the size of the forward ones: with gradients, three times as many."""
+    return 1 if inference else 3
+
+
+def ways(inference: bool) -> int:
+    """How often a copy's bytes travel: as weights, and as gradients back."""
+    return 1 if inference else 2
+
+
+def forward_seconds(rows: Any, parameters: float, flops: float) -> Any:
+    """Seconds of the products of so many rows with an expert's weights."""
+    return rows * 2 * parameters / flops
+
+
+def check_positive(values: dict[str, float | None]) -> None:
+    """Raises where a number is not finite or not above 0; None is no number."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
+            raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +74,11 @@ class Costs:
     node_link: float = NODE_LINK
     memory: float = MEMORY
 
-    @property
-    def passes(self) -> int:
-        """Products of the size of the forward ones: with gradients, three times as many."""
-        return 1 if self.inference else 3
-
     def products(self, imbalance: float, slots_per_rank: int) -> float:
         """Seconds of the busiest rank's products."""
-        compute = imbalance * self.rows * 2 * self.parameters / self.flops
+        compute = forward_seconds(imbalance * self.rows, self.parameters, self.flops)
         reading = slots_per_rank * self.bytes_per_expert / self.memory
-        return self.passes * max(compute, reading)
+        return passes(self.inference) * max(compute, reading)
 
     def exchange(self, imbalance: float) -> float:
         """Seconds of the tokens' way there and back, and of their gradients'."""
@@ -68,9 +93,8 @@ class Costs:
 
     def traffic(self, n_copies: int, per_batch: bool) -> float:
         """Bytes of copies that a rank receives, and of their gradients that it sends, per step."""
-        if self.inference:
-            return n_copies * self.bytes_per_expert * per_batch
-        return 2 * n_copies * self.bytes_per_expert
+        travels = per_batch or not self.inference  # In inference, static copies are there.
+        return ways(self.inference) * n_copies * self.bytes_per_expert * travels
 
     def layer(self, imbalance: float, slots_per_rank: int, traffic: float) -> float:
         """Seconds of a layer."""

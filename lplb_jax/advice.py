@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lplb_jax import _cost
 from lplb_jax._cost import Costs
 from lplb_jax._problem import check_count
@@ -233,7 +231,9 @@ def advise(
         if size is not None:
             check_count(name, size)
     rates = {"flops": flops, "link": link, "node_link": node_link, "memory_rate": memory_rate}
-    _check_positive(rates | {"bytes_per_expert": bytes_per_expert, "memory_budget": memory_budget})
+    _cost.check_positive(
+        rates | {"bytes_per_expert": bytes_per_expert, "memory_budget": memory_budget}
+    )
     found = find_workload(
         workload,
         ep_size=ep_size,
@@ -268,14 +268,6 @@ def advise(
         study.ranks(best),
         _notes(found, ep_size, n_nodes, costs),
     )
-
-
-def _check_positive(values: dict[str, float | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < np.inf:
-            raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
 
 
 def _of_an_expert(

@@ -8,6 +8,7 @@ import jax.export
 
 from lplb_jax import _native
 from lplb_jax.assignment import Assignment
+from lplb_jax.metrics import CopyTimes, CopyTraffic
 from lplb_jax.moe import Experts, Traffic
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split, TileSplit
@@ -40,7 +41,7 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     return [jax.export.DisabledSafetyCheck.custom_call(target) for target in sorted(targets)]
 
 
-for result in (Assignment, Split, TileSplit, Experts, Traffic):
+for result in (Assignment, Split, TileSplit, Experts, Traffic, CopyTraffic, CopyTimes):
     jax.export.register_namedtuple_serialization(
         result, serialized_name=f"lplb_jax.{result.__name__}"
     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lplb_jax import _native
-from lplb_jax.placement import Placement
+from lplb_jax import _cost, _native, _relays
+from lplb_jax.placement import Placement, check_nodes
 from lplb_jax.solver import Split
 
 
@@ -265,6 +265,174 @@ def tokens_moved(quota: ArrayLike, placement: Placement) -> jax.Array:
 def _tokens_moved(quota: jax.Array, placement: Placement) -> jax.Array:
     at_home = quota[placement.log2phy[:, 0]]
     return quota.sum(dtype=jnp.int32) - at_home.sum(dtype=jnp.int32)
+
+
+class CopyTraffic(NamedTuple):
+    """Copies of experts whose weights travel for one batch, counted by rank, and what they save.
+
+    Times the bytes of an expert's weights, which may be more than int32 holds, it is what goes over
+    a rank's links. The copies' gradients go back over the same ones.
+
+    Attributes:
+      sent: int32 `[..., ep_size]`, copies that a rank sends, those that it passes on included.
+      received: int32 `[..., ep_size]`, copies that it gets.
+      sent_abroad: int32 `[..., ep_size]`, of those sent, the ones to ranks of other nodes.
+      received_abroad: int32 `[..., ep_size]`, of those received, the ones from other nodes.
+      rows_saved: int32 `[...]`, rows that the busiest rank has less than without copies.
+    """
+
+    sent: jax.Array
+    received: jax.Array
+    sent_abroad: jax.Array
+    received_abroad: jax.Array
+    rows_saved: jax.Array
+
+
+def copy_traffic(
+    quota: ArrayLike, placement: Placement, *, n_nodes: int | None = None
+) -> CopyTraffic:
+    """Which copies `moe.moe_layer` moves for a batch: known before anything moves.
+
+    Of a placement without topology, such as one chosen for the batch, those that serve tokens. They
+    are passed on from rank to rank, and go to another node once (transport "ragged" or "peer"; with
+    "padded" every rank sends the room of all others, whatever is in it). Along a topology, all of
+    them, from their homes.
+
+    Args:
+      quota: int32 `[..., n_physical]`, tokens per physical slot: a `Split.quota`, or counted.
+      placement: where the experts are. Stacked, its layers are those of the first axis of quota.
+      n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each; None for the placement's.
+
+    Returns:
+      A `CopyTraffic`; see `copy_times` for what it takes.
+
+    Raises:
+      ValueError: quota does not have the placement's slots, or its layers, or n_nodes is no divisor
+        of ep_size.
+
+    >>> import lplb_jax
+    >>> empty = lplb_jax.Placement.from_phy2log([[0, 1, -1], [2, 3, -1]], ep_size=2)
+    >>> ids = jnp.array([0] * 9 + [1, 2, 3])
+    >>> _, split, chosen = lplb_jax.rebalance(ids, None, placement=empty, copies="batch")
+    >>> copies = copy_traffic(split.quota, chosen)
+    >>> copies.sent.tolist(), copies.received.tolist(), int(copies.rows_saved)
+    ([1, 0], [0, 1], 4)
+    """
+    if n_nodes is None:
+        n_nodes = placement.n_nodes
+    check_nodes(placement.ep_size, n_nodes)
+    return _by_layer(_copy_traffic(n_nodes), "quota", quota, placement, placement.n_physical)
+
+
+@functools.cache
+def _copy_traffic(n_nodes: int) -> Callable[[jax.Array, Placement], CopyTraffic]:
+    """One function for each number, so that JAX compiles it once."""
+
+    def counted(quota: jax.Array, placement: Placement) -> CopyTraffic:
+        ep_size, n_slots = placement.ep_size, placement.n_physical // placement.ep_size
+        expert, slot = placement.phy2log, jnp.arange(placement.n_physical, dtype=jnp.int32)
+        rank, home = slot // n_slots, placement.log2phy[:, 0][expert]
+        owner, moves = home // n_slots, (expert >= 0) & (slot != home)
+        most = max(1, min(placement.log2phy.shape[1], ep_size) - 1)
+        if placement.topology is not None:
+            limits = _relays.direct(ep_size, placement.n_physical)
+        else:
+            moves &= (quota > 0) & (rank != owner)
+            limits = _relays.limits(ep_size, n_nodes, most)
+        turn, parent, _ = _relays.journeys(expert, rank, owner, moves, limits)
+        sender = jnp.where(parent < 0, owner, rank[parent])
+        moved, node_size = turn >= 0, ep_size // n_nodes
+        abroad = moved & (sender // node_size != rank // node_size)
+        ranks = jnp.arange(ep_size, dtype=jnp.int32)[:, None]
+
+        def count(copies: jax.Array, at: jax.Array) -> jax.Array:
+            return (copies[None] & (at[None] == ranks)).sum(axis=1, dtype=jnp.int32)
+
+        alone = _home_quota(_expert_loads(quota, placement), placement)
+        busiest = (rank_loads(tokens, ep_size).max() for tokens in (alone, quota))
+        return CopyTraffic(
+            count(moved, sender),
+            count(moved, rank),
+            count(abroad, sender),
+            count(abroad, rank),
+            next(busiest) - next(busiest),
+        )
+
+    return counted
+
+
+class CopyTimes(NamedTuple):
+    """Estimated seconds, float32 `[...]` each.
+
+    Attributes:
+      fetch: what the copies take on the busiest link, and in training their gradients.
+      saved: by how much the busiest rank's matrix products are shorter with the copies.
+    """
+
+    fetch: jax.Array
+    saved: jax.Array
+
+
+def copy_times(
+    copies: CopyTraffic,
+    *,
+    parameters: float,
+    bytes_per_expert: float | None = None,
+    inference: bool = False,
+    flops: float = _cost.FLOPS,
+    link: float = _cost.LINK,
+    node_link: float = _cost.NODE_LINK,
+) -> CopyTimes:
+    """Whether copies are worth their way: what they take and what they save, at the rates given.
+
+    Where `fetch` is larger than `saved`, as in small batches, the layer is faster without copies,
+    unless the transfer hides behind computation: then only what of it is longer than that counts.
+    The costs are those of `advise`; the latency of a round of transfers is not among them.
+
+    Args:
+      copies: from `copy_traffic`, or `moe.Traffic.copies`.
+      parameters: of one expert; 3 · hidden · width for `moe.Experts`.
+      bytes_per_expert: its weights as they travel; None for 16-bit floats.
+      inference: forward alone. Else gradients travel back, and there are three times as many
+        products.
+      flops: floating-point operations per second that a rank's products reach. The defaults of all
+        rates but node_link were measured on H200s.
+      link: bytes per second from a rank to others of its node, and as many to it.
+      node_link: the same to other nodes.
+
+    Returns:
+      A `CopyTimes`.
+
+    Raises:
+      ValueError: a number is not finite or not above 0.
+
+    A copy of an expert, there and back, takes as long as 1,358 rows, however large experts are:
+
+    >>> one, none = jnp.array([1, 0]), jnp.array([0, 0])
+    >>> copies = CopyTraffic(one, one[::-1], none, none, jnp.int32(1358))
+    >>> times = copy_times(copies, parameters=3 * 4096 * 1536)
+    >>> [round(1e6 * float(seconds)) for seconds in times]
+    [280, 280]
+    """
+    given = {"parameters": parameters, "flops": flops, "link": link, "node_link": node_link}
+    if bytes_per_expert is None:
+        bytes_per_expert = 2.0 * parameters
+    _cost.check_positive(given | {"bytes_per_expert": bytes_per_expert})
+    sent, received, sent_abroad, received_abroad, rows = (
+        jnp.asarray(leaf, jnp.float32) for leaf in copies
+    )
+    seconds = [
+        n.max(axis=-1) * (bytes_per_expert / rate)
+        for n, rate in (
+            (sent - sent_abroad, link),
+            (received - received_abroad, link),
+            (sent_abroad, node_link),
+            (received_abroad, node_link),
+        )
+    ]
+    fetch = _cost.ways(inference) * functools.reduce(jnp.maximum, seconds)
+    saved = _cost.passes(inference) * _cost.forward_seconds(rows, parameters, flops)
+    return CopyTimes(fetch, saved)
 
 
 def experts_fetched(old: Placement, new: Placement) -> jax.Array:

@@ -17,6 +17,7 @@ from moe_checks import (
     WIDTH,
     AnyCase,
     assert_equals_plain_mathematics,
+    balanced,
     in_slots,
     layer_over,
     plainly,
@@ -55,6 +56,16 @@ def assert_chosen(traffic, ids, placement, fan_out=None):
     assert not traffic.slot_loads[~filled].any()
     loads = metrics.rank_loads(traffic.slot_loads, placement.ep_size)
     assert loads.max() == traffic.lower_bound[0]
+    n_slots = placement.n_physical // placement.ep_size
+    home = placement.log2phy[:, 0] // n_slots
+    alone = np.bincount(home, counts, placement.ep_size)
+    assert traffic.copies.rows_saved == alone.max() - loads.max()
+    used = traffic.slot_loads > 0
+    away = used & (home[traffic.phy2log] != np.arange(len(used)) // n_slots)
+    np.testing.assert_array_equal(
+        traffic.copies.received, away.reshape(placement.ep_size, -1).sum(1)
+    )
+    assert traffic.copies.sent.sum() == away.sum()
     assert not traffic.status.any()
     assert traffic.overflow == 0
 
@@ -126,12 +137,17 @@ def test_in_place(rng, mesh, monkeypatch, transport, of_copies):
             assert not ours[:, n_local:].any()
 
 
-@pytest.mark.parametrize(("transport", "again"), [("ragged", "copies"), ("padded", "layer")])
-def test_equals_one_device(rng, mesh, monkeypatch, transport, again):
+@pytest.mark.parametrize(
+    ("transport", "again", "n_nodes"),
+    [("ragged", "copies", None), ("padded", "layer", None), ("ragged", "layer", 4)],
+)
+def test_equals_one_device(rng, mesh, monkeypatch, transport, again, n_nodes):
     """All routings, ranks without tokens among them, and placements through one program, whose
-    backward pass fetches the copies again, or even chooses them again."""
+    backward pass fetches the copies again, or even chooses them again; copies that pass through
+    one rank of a node."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
-    options = {**BATCH, "transport": transport, "keep_copies": again == "layer"}
+    options = {"transport": transport, "keep_copies": again == "layer", "n_nodes": n_nodes}
+    options = {**BATCH, **options}
     layer = layer_over(mesh, CASE, check_vma=transport == "padded", **options)
     run = with_slopes(jax.checkpoint(layer) if again == "layer" else layer)
     for routing in ROUTINGS:
@@ -139,6 +155,34 @@ def test_equals_one_device(rng, mesh, monkeypatch, transport, again):
         traffic = assert_equals_plain_mathematics(run, mesh, floats, ids, placement, rng, 1e-5)
         assert_chosen(traffic, ids, placement)
     assert n_compiled(run) == 1
+
+
+def check_full_room(rng, mesh, **options):
+    """All other ranks have copies of everything that rank 0 owns, and all are used: as many
+    gradients come home as ever can."""
+    n_ranks, n_local = mesh.size, 6
+    table = np.full((n_ranks, 2 * n_local), -1, np.int32)
+    table[:, :n_local] = np.arange(n_ranks * n_local).reshape(n_ranks, n_local)
+    table[1:, n_local:] = table[0, :n_local]
+    placement = Placement.from_phy2log(table, ep_size=n_ranks)
+    case = AnyCase(n_ranks, 2 * n_local, n_ranks * n_local)
+    floats, ids, _ = problem(rng, case, balanced, 256 * n_ranks)
+    run = with_slopes(layer_over(mesh, case, balance="eplb", gemm="xla", **ROOM, **options))
+    traffic = assert_equals_plain_mathematics(run, mesh, floats, ids, placement, rng, 1e-4)
+    assert traffic.copies.received.tolist() == [0] + [n_local] * (n_ranks - 1)
+    assert traffic.copies.sent[0] == n_local * min(n_ranks - 1, 4)
+
+
+def test_as_many_gradients_as_can_come_home(rng, mesh, monkeypatch):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    check_full_room(rng, mesh, transport="ragged", check_vma=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("two_gpus")
+def test_as_many_gradients_as_can_come_home_on_gpus(rng):
+    with jax.default_matmul_precision("highest"):
+        check_full_room(rng, Mesh(np.array(jax.devices("gpu")), "ep"), transport="ragged")
 
 
 def test_of_a_placement_along_a_topology(rng, mesh):
@@ -164,6 +208,49 @@ def test_copies_that_are_fetched_again_are_not_kept(rng, mesh):
     of_rows = {(8 * 7, HIDDEN, 2 * WIDTH), (8 * 7, WIDTH, HIDDEN)}  # own experts, and room
     assert of_rows <= kept(True)
     assert not of_rows & kept(False)
+
+
+def kept_and_fetched_again(rng, mesh, problem, options, **of_layer):
+    """Value, gradients and traffic of both."""
+    floats, ids, placement = by_rank(problem)
+    upstream = rng.normal(0, 1, floats[0].shape).astype(np.float32)
+    for keep_copies in (True, False):
+        layer = layer_over(mesh, CASE, keep_copies=keep_copies, **of_layer)
+        run = jax.jit(with_slopes(layer), compiler_options=options)
+        yield run(floats, upstream, ids, placement)
+
+
+@pytest.mark.parametrize(
+    ("of_copies", "transport", "n_nodes"), [("batch", "ragged", 4), ("placement", "padded", None)]
+)
+def test_fetched_again_they_give_the_same_bits(
+    rng, mesh, monkeypatch, of_copies, transport, n_nodes
+):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    options = {**BATCH, "copies": of_copies, "transport": transport, "n_nodes": n_nodes}
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *kept_and_fetched_again(
+            rng, mesh, problem(rng, CASE, skewed), None, check_vma=False, **options
+        ),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("options", [None, moe.COMPILER_OPTIONS], ids=["plain", "hidden"])
+@pytest.mark.parametrize("gemm", ["xla", "mosaic"])
+@pytest.mark.parametrize("of_copies", ["batch", "placement"])
+def test_fetched_again_they_give_the_same_bits_on_gpus(rng, of_copies, gemm, options):
+    """Also where XLA decides when each of the two fetches begins and what it hides behind."""
+    mesh = Mesh(np.array(jax.devices("gpu")), "ep")
+    case = AnyCase(mesh.size, 7, 5 * mesh.size - 1)
+    drawn = problem(rng, case, skewed, 1000 * mesh.size, jnp.bfloat16, (256, 128))
+    of_layer = {**BATCH, "copies": of_copies, "transport": "ragged", "gemm": gemm}
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *kept_and_fetched_again(rng, mesh, drawn, options, **of_layer),
+    )
 
 
 def test_strict_modes(rng, mesh):

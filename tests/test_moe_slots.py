@@ -27,8 +27,8 @@ def hot(rng, case):
     return Placement.from_phy2log(table, ep_size=case.ep_size, n_logical=case.n_logical)
 
 
-@functools.partial(jax.jit, static_argnames=("used", "fan_out", "transport"))
-def fetch_of(placement, loads, *, used, fan_out=None, transport="ragged"):
+@functools.partial(jax.jit, static_argnames=("used", "fan_out", "transport", "n_nodes"))
+def fetch_of(placement, loads, *, used, fan_out=None, transport="ragged", n_nodes=None):
     rows = slots.slots_by_row(placement)
     fetch = slots.fetch_anywhere(
         placement,
@@ -37,13 +37,14 @@ def fetch_of(placement, loads, *, used, fan_out=None, transport="ragged"):
         COLLECTIVES[transport],
         slot_loads=loads if used else None,
         fan_out=fan_out,
+        n_nodes=n_nodes,
     )
     return rows, fetch
 
 
 def check_journeys(placement, loads, rows, fetch, used):
     """Follows every copy; returns the sends of each rank in each round."""
-    n_ranks, n_local, most_later = placement.ep_size, fetch.n_local, slots._FIRST - 1
+    n_ranks, n_local, limits = placement.ep_size, fetch.n_local, fetch.limits
     table = placement.phy2log.reshape(n_ranks, -1)
     loads = loads.reshape(table.shape)
     expert = np.full(rows.shape, -1)
@@ -52,9 +53,9 @@ def check_journeys(placement, loads, rows, fetch, used):
     has = [set(expert[rank, :n_local]) - {-1} for rank in range(n_ranks)]
     assert sum(map(len, has)) == placement.n_logical
     homes = placement.log2phy[:, 0] // table.shape[1]
-    sends = np.zeros((fetch.n_rounds, n_ranks), int)
+    sends = np.zeros((fetch.limits.rounds, n_ranks), int)
     moved = fetch.round >= 0
-    for n in range(fetch.n_rounds):
+    for n in range(fetch.limits.rounds):
         received = [set() for _ in range(n_ranks)]
         places, children = set(), set()
         for rank, c in np.argwhere(fetch.round == n):
@@ -64,9 +65,9 @@ def check_journeys(placement, loads, rows, fetch, used):
             assert sent in has[peer]
             received[rank].add(sent)
             sends[n, peer] += 1
-            assert 0 <= child < (fetch.most if n == 0 else most_later)
+            assert 0 <= child < (limits.sent if n == 0 else limits.relayed)
             children.add((peer, row, child))
-            room = fetch.n_received if n == 0 else fetch.n_copies * most_later
+            room = fetch.n_received if n == 0 else fetch.n_copies * limits.relayed
             assert 0 <= fetch.place[rank, c] < room
             places.add((peer, int(fetch.place[rank, c])))
         assert len(children) == len(places) == (fetch.round == n).sum()
@@ -88,14 +89,7 @@ def test_every_copy_travels_once_from_a_rank_that_has_it(rng, sizes):
     case = AnyCase(*sizes)
     for make in (lambda: case.placement(rng), lambda: hot(rng, case)) * 2:
         placement = make()
-        loads = rng.integers(0, 3, placement.n_physical).astype(np.int32)
-        for row, held in zip(
-            loads.reshape(case.ep_size, -1),
-            placement.phy2log.reshape(case.ep_size, -1),
-            strict=True,
-        ):
-            # A rank uses the first of an expert's slots.
-            row[np.setdiff1d(np.arange(len(held)), np.unique(held, return_index=True)[1])] = 0
+        loads = slots_used(rng, placement).astype(np.int32)
         for used in (False, True):
             rows, fetch = jax.tree.map(np.asarray, fetch_of(placement, loads, used=used))
             sends = check_journeys(placement, loads, rows, fetch, used)
@@ -116,7 +110,48 @@ def test_every_copy_travels_once_from_a_rank_that_has_it(rng, sizes):
             rounds = (
                 1 if n_copies.max() <= 4 else 1 + np.ceil(np.log(n_copies.max() / 4) / np.log(4))
             )
-            assert fetch.round.max(initial=-1) < rounds <= fetch.n_rounds
+            assert fetch.round.max(initial=-1) < rounds <= fetch.limits.rounds
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n_nodes"), [((8, 4, 19), 2), ((16, 5, 64), 4), ((64, 4, 250), 4), ((24, 3, 40), 12)]
+)
+def test_between_nodes_an_expert_travels_once(rng, sizes, n_nodes):
+    """Whatever the copies, used or not; homes send to four of each kind, others to three."""
+    case, node_size = AnyCase(*sizes), sizes[0] // n_nodes
+    for make in (lambda: case.placement(rng), lambda: hot(rng, case)):
+        placement = make()
+        loads = slots_used(rng, placement).astype(np.int32)
+        for used in (False, True):
+            rows, fetch = jax.tree.map(
+                np.asarray, fetch_of(placement, loads, used=used, n_nodes=n_nodes)
+            )
+            check_journeys(placement, loads, rows, fetch, used)
+            rank, copy = np.nonzero(fetch.round >= 0)
+            expert = placement.phy2log.reshape(sizes[0], -1)[rank, rows[rank, fetch.n_local + copy]]
+            sender, turn = fetch.peer[rank, copy], fetch.round[rank, copy]
+            home = placement.log2phy[expert, 0] // sizes[1]
+            abroad = sender // node_size != rank // node_size
+            once = {*zip(expert[abroad], rank[abroad] // node_size, strict=True)}
+            away = home // node_size != rank // node_size
+            assert once == {*zip(expert[away], rank[away] // node_size, strict=True)}
+            assert len(once) == abroad.sum()
+            sends = [*zip(expert, sender, turn, abroad & (turn == 0), strict=True)]
+            for of_one in set(sends):
+                assert sends.count(of_one) <= (4 if of_one[2] == 0 else 3)
+
+
+def slots_used(rng, placement):
+    """0 to 2 for every slot; of an expert's slots on a rank, a rank uses the first."""
+    loads = rng.integers(0, 3, placement.n_physical)
+    rows = zip(
+        loads.reshape(placement.ep_size, -1),
+        placement.phy2log.reshape(placement.ep_size, -1),
+        strict=True,
+    )
+    for row, held in rows:
+        row[np.setdiff1d(np.arange(len(held)), np.unique(held, return_index=True)[1])] = 0
+    return loads
 
 
 def test_a_limit_on_what_a_rank_sends_is_room_enough(rng):

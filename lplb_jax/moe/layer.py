@@ -13,7 +13,7 @@ from jax import lax
 
 from lplb_jax import metrics
 from lplb_jax._axes import check_axis, varying_as, varying_over
-from lplb_jax._problem import Solver, anywhere, check_indices, check_problem
+from lplb_jax._problem import Problem, Solver, anywhere, check_indices, check_problem
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
 from lplb_jax.batch_copies import CopiesFrom, check_copies
@@ -57,6 +57,9 @@ class Traffic(NamedTuple):
         placement, or with copies="batch" as chosen. Filled slots beyond n_logical are copies, whose
         weights are fetched.
       expert_loads: int32 `[n_logical]`, rows for every expert, for `LoadHistory.update`.
+      copies: copies whose weights each rank sends and receives for this batch, and the rows that
+        the busiest rank saves; `metrics.copy_times` converts both to seconds. 0 if none
+        are fetched.
     """
 
     slot_loads: jax.Array
@@ -66,6 +69,7 @@ class Traffic(NamedTuple):
     lower_bound: jax.Array
     phy2log: jax.Array
     expert_loads: jax.Array
+    copies: metrics.CopyTraffic | None = None
 
     def reduced(self, axis_name: Any) -> Traffic:
         """Reduces over another mesh axis, such as "data", whose slices each run the layer.
@@ -78,8 +82,9 @@ class Traffic(NamedTuple):
 
         Returns:
           Rows (`slot_loads`, `overflow`, `expert_loads`) are summed over the slices, `status`
-          has all their bits, `capacity` and `lower_bound` are maxima, and `phy2log` is −1 where
-          copies="batch" chose different experts.
+          has all their bits, `capacity`, `lower_bound` and the numbers of `copies` are maxima
+          (`rows_saved` a minimum), and `phy2log` is −1 where copies="batch" chose different
+          experts.
 
         >>> spec = jax.sharding.PartitionSpec("data")
         >>> mesh = jax.sharding.Mesh(jax.devices()[:2], "data")
@@ -99,6 +104,10 @@ class Traffic(NamedTuple):
         total, most = (functools.partial(of, axis_name=axis_name) for of in (lax.psum, lax.pmax))
         bits = [most(of_slices.status & bit) for bit in map(int, Status)]
         least = -most(-of_slices.phy2log)
+        copies = of_slices.copies
+        if copies is not None:
+            copies = jax.tree.map(most, copies._replace(rows_saved=-copies.rows_saved))
+            copies = copies._replace(rows_saved=-copies.rows_saved)
         return Traffic(
             slot_loads=total(of_slices.slot_loads),
             capacity=most(of_slices.capacity),
@@ -107,6 +116,7 @@ class Traffic(NamedTuple):
             lower_bound=most(of_slices.lower_bound),
             phy2log=jnp.where(most(of_slices.phy2log) == least, least, -1),
             expert_loads=total(of_slices.expert_loads),
+            copies=copies,
         )
 
 
@@ -208,7 +218,8 @@ def moe_layer(
         by `lax.all_gather`.
       in_place: `experts` are `WithRoom`, even without that type. The result varies over all axes
         that `tokens` vary over; if the experts do not, fetch them with `replicate_weights`.
-      n_nodes: number of nodes; tokens stay on their node if possible, see `rebalance`.
+      n_nodes: number of nodes; tokens stay on their node if possible, see `rebalance`, and copies
+        without a topology go to each other node once. None: the placement's.
       tile: rows of a tile of `gemm`, see `rebalance`; "mosaic" computes 192 rows at a time. None
         balances tokens.
       base_load: int32 `[ep_size]`, work that each rank has in any case, see `rebalance`.
@@ -259,7 +270,7 @@ def moe_layer(
     _check_shapes(tokens, indices, gates)
     _check_network(ffn, activation, gemm, unwrapped(experts), tokens)
     check_reverse("tokens", (tokens, gates, experts))
-    along_topology, uses_copies = problem.r2o.shape[1] > 0, balance != "none"
+    along_topology, uses_copies = problem.along_topology, balance != "none"
     weights = as_weights(
         experts, placement, in_place=in_place, uses_copies=uses_copies, of_batch=of_batch
     )
@@ -325,8 +336,9 @@ def moe_layer(
         fetch = Fetch(problem.r2o, axis_name, n_copies, by_engines=by_engines)
     elif fetches and order is not None and room_for(placement):
         by = transports.for_weights(carrier, problem.ep_size)
+        limits = {"fan_out": fan_out, "n_nodes": n_nodes}
         loads = counted.slot_loads
-        fetch = fetch_anywhere(placement, order, axis_name, by, slot_loads=loads, fan_out=fan_out)
+        fetch = fetch_anywhere(placement, order, axis_name, by, slot_loads=loads, **limits)
     beside, refetch = Beside(held, fetch, waits=uses_copies), None
     if fetch is not None and isinstance(weights, Own):
         beside, refetch = _with_room_for(fetch, held, keep_copies)
@@ -342,6 +354,7 @@ def moe_layer(
         lower_bound,
         jnp.asarray(placement.phy2log),
         metrics.expert_loads(plan.slot_loads, placement),
+        _copy_traffic(plan.slot_loads, placement, problem, n_nodes, fetches),
     )
     out = plan.home(sums)[:n_tokens]
     if not isinstance(weights, WithRoom):
@@ -389,6 +402,16 @@ def _check_network(ffn: Any, activation: Any, gemm: str, experts: Any, tokens: j
                 f"{name}: expected none where ffn is given, got {value!r}; choose it in ffn"
             )
     check_tree(experts)
+
+
+def _copy_traffic(
+    slot_loads: jax.Array, placement: Placement, problem: Problem, n_nodes: int | None, moves: bool
+) -> metrics.CopyTraffic:
+    """What `metrics.copy_traffic` says of the copies that this layer fetches, if it does."""
+    along = problem.r2o if problem.along_topology else None
+    placement = dataclasses.replace(placement, topology=along)
+    found = metrics.copy_traffic(slot_loads, placement, n_nodes=n_nodes)
+    return found if moves else jax.tree.map(jnp.zeros_like, found)
 
 
 def _assign_alone(

@@ -4,9 +4,9 @@ Parameters are in home order (see `move_experts`): a rank holds the experts whos
 layer, a rank's weights stand in rows: its own experts where they are, then room for the copies, of
 which only those that serve tokens travel.
 
-An expert with many copies is passed on: its home sends it to at most four ranks, and then, round by
-round, every rank that has it sends it to three others. The gradients come home the same way. Where
-several meet, they are added in float32, in a fixed order, and rounded once.
+An expert with many copies is passed on from rank to rank, and goes to another node once: see
+_relays.py. The gradients come home the same way. Where several meet, they are added in float32, in
+a fixed order, and rounded once.
 
 Which expert is where is data. A new placement runs the same program.
 """
@@ -21,13 +21,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lplb_jax import _relays
 from lplb_jax._axes import varying_as
 from lplb_jax.moe.collectives import Collective
 from lplb_jax.moe.copies import add_received, numbers
 from lplb_jax.moe.moves import home_rows, home_slots, rows_per_rank
 from lplb_jax.placement import Placement
-
-_FIRST = 4  # ranks that a home sends an expert to; after a round, so many times as many have it
 
 
 def room_for(placement: Placement) -> int:
@@ -67,7 +66,7 @@ def inverted(slots: jax.Array, n_slots: int) -> jax.Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["round", "peer", "row", "child", "place"],
-    meta_fields=["n_local", "n_rounds", "most", "n_received", "axis_name", "transport"],
+    meta_fields=["n_local", "limits", "n_received", "axis_name", "transport"],
 )
 @dataclasses.dataclass(frozen=True)
 class FetchAnywhere:
@@ -82,8 +81,7 @@ class FetchAnywhere:
       child: which of the copies sent of that row, and in that round, it is.
       place: where among all that the peer receives in that round its gradient is.
       n_local: own experts of a rank (static).
-      n_rounds: as many as the most copies of an expert may take (static).
-      most: copies of an expert that its home sends (static).
+      limits: how many copies of an expert a rank sends, in how many rounds (static).
       n_received: room for the gradients that come home (static).
       axis_name: the expert-parallel mesh axis (static).
       transport: what moves them (static). If not exact in size, homes send all, in one round.
@@ -95,8 +93,7 @@ class FetchAnywhere:
     child: jax.Array
     place: jax.Array
     n_local: int
-    n_rounds: int
-    most: int
+    limits: _relays.Limits
     n_received: int
     axis_name: Any
     transport: Collective
@@ -124,7 +121,7 @@ class FetchAnywhere:
             return _where(self.round[me] >= 0, received[self.peer[me], numbers(self.n_copies)])
         shape = self.n_copies, *wanted.shape[1:]
         copies = varying_as(jnp.zeros(shape, wanted.dtype), wanted)
-        for n in range(self.n_rounds):
+        for n in range(self.limits.rounds):
             copies = self._send_copies(copies if n else wanted, copies, n)
         return copies
 
@@ -140,8 +137,8 @@ class FetchAnywhere:
             home = self._travels(me, 0) & (self.peer[me][None] == numbers(len(self.peer))[:, None])
             received = self._swap(_where(home, of_copies[None]))
             return received.reshape(-1, *of_copies.shape[1:])
-        for n in reversed(range(1, self.n_rounds)):
-            n_children = _FIRST - 1
+        for n in reversed(range(1, self.limits.rounds)):
+            n_children = self.limits.relayed
             received = self._send_back(of_copies, self.n_copies * n_children, n)
             children = self._children(self.n_copies, n_children, len(received), n)
             of_copies = add_received(of_copies, received, children)
@@ -149,7 +146,7 @@ class FetchAnywhere:
 
     def accumulate(self, ct: jax.Array, home: jax.Array) -> jax.Array:
         """The gradients of all rows, with what came home added to the owners'; none in room."""
-        children = self._children(self.n_local, self.most, len(home), 0)
+        children = self._children(self.n_local, self.limits.sent, len(home), 0)
         ct = add_received(ct, home, children)
         none = jnp.zeros_like(ct[self.n_local :])
         return lax.dynamic_update_slice_in_dim(ct, none, self.n_local, axis=0)
@@ -197,10 +194,12 @@ def fetch_anywhere(
     *,
     slot_loads: jax.Array | None = None,
     fan_out: int | None = None,
+    n_nodes: int | None = None,
 ) -> FetchAnywhere:
     """The copies in the rows of `slots_by_row(placement)`, or, with `slot_loads`, those with rows.
 
-    `fan_out` bounds how many copies of its experts a rank sends.
+    `fan_out` bounds how many copies of its experts a rank sends. `n_nodes`: None for the
+    placement's.
     """
     n_ranks, n_local, room = placement.ep_size, rows_per_rank(placement), room_for(placement)
     slots, rank = slots[:, n_local:], numbers(n_ranks)[:, None]
@@ -218,38 +217,31 @@ def fetch_anywhere(
     bounds = [n_senders * room, fan_out if fan_out is not None else n_senders * room]
     most = max(1, min(*bounds, placement.log2phy.shape[-1] - 1))
     most = min(most, n_ranks - 1) if slot_loads is not None else most
-    moves, at_home, owner, row = (x.reshape(-1) for x in (moves, at_home, owner, row))
-    number = numbers(len(moves))
-    earlier = number[None] < number[:, None]
-    same = moves[None] & (at_home[None] == at_home[:, None])
-    nth = (same & earlier).sum(axis=1, dtype=jnp.int32)
-    n_rounds, span = 1, jnp.ones_like(nth)
-    turn = jnp.where(moves & (nth < most), 0, -1)
     if not transport.exact:
-        peer, child, place, n_received = owner, nth, number, len(number)
+        limits = _relays.direct(n_ranks, most)
     else:
-        while _FIRST**n_rounds < most:
-            later = nth >= _FIRST**n_rounds
-            turn = jnp.where(later & (turn >= 0), n_rounds, turn)
-            span = jnp.where(later, span * _FIRST, span)
-            n_rounds += 1
-        most = min(most, _FIRST)
-        n_received = min(*bounds, n_local * most)
-        ahead = (turn == 0)[None] & (owner[None] == owner[:, None]) & earlier
+        room_of_rank = room if slot_loads is None else None
+        limits = _relays.limits(n_ranks, n_nodes or placement.n_nodes, most, room_of_rank)
+    rank = jnp.broadcast_to(rank, expert.shape)
+    moves, at_home, owner, row, rank = (x.reshape(-1) for x in (moves, at_home, owner, row, rank))
+    turn, parent, child = _relays.journeys(at_home, rank, owner, moves, limits)
+    from_home, number = parent < 0, numbers(len(turn))
+    peer = jnp.where(from_home, owner, parent // room)
+    row = jnp.where(from_home, row, parent % room)
+    if not transport.exact:
+        place, n_received = number, len(number)
+    else:
+        n_received = min(*bounds, n_local * limits.sent)
+        ahead = (turn == 0)[None] & (owner[None] == owner[:, None])
+        ahead &= number[None] < number[:, None]
         place = ahead.sum(axis=1, dtype=jnp.int32)
         turn = jnp.where((turn == 0) & (place >= n_received), -1, turn)
-        is_parent = same & (nth[None] == (nth % span)[:, None])
-        parent = jnp.where(is_parent, number[None], 0).sum(axis=1, dtype=jnp.int32)
-        passed_on = turn > 0
-        peer = jnp.where(passed_on, parent // room, owner)
-        row = jnp.where(passed_on, parent % room, row)
-        child = jnp.where(passed_on, nth // span - 1, nth)
-        place = jnp.where(passed_on, row * (_FIRST - 1) + child, place)
+        place = jnp.where(from_home, place, row * limits.relayed + child)
     turn, peer, row, child, place = (
         table.reshape(n_ranks, room) for table in (turn, peer, row, child, place)
     )
     return FetchAnywhere(
-        turn, peer, row, child, place, n_local, n_rounds, most, n_received, axis_name, transport
+        turn, peer, row, child, place, n_local, limits, n_received, axis_name, transport
     )
 
 
