@@ -24,6 +24,7 @@ from moe_checks import (
 
 from lplb_jax import moe, topologies
 from lplb_jax.moe import products as products_module
+from lplb_jax.moe.slots import room_for
 
 CUBE = Case(topologies.cube(), 5, combined=2)
 ANY = AnyCase(8, 4, 19)
@@ -178,7 +179,11 @@ def plain_layer(network):
     return slopes_of(layer)
 
 
-def room_behind(experts, n):
+def room_behind(experts, placement):
+    """For the copies that a rank may have."""
+    along = placement.topology is not None
+    n = placement.redundants_per_rank if along else room_for(placement)
+
     def roomy(array):
         by_rank = array.reshape(8, -1, *array.shape[1:])
         room = [(0, 0), (0, n), *[(0, 0)] * (array.ndim - 1)]
@@ -198,7 +203,7 @@ def assert_equals_one_device(rng, mesh, case, network, **options):
         tokens, gates = normal(rng, 64, HIDDEN), rng.random((64, TOP_K)).astype(np.float32)
         own = in_slots(experts, placement)
         if options.get("in_place"):
-            own = room_behind(own, placement.redundants_per_rank)
+            own = room_behind(own, placement)
         want, _, _ = plain((tokens, gates, experts), np.float32(0), ids)
         upstream = normal(rng, *want.shape)
         want, (*slopes, of_experts), _ = plain((tokens, gates, experts), upstream, ids)
@@ -214,7 +219,7 @@ def assert_equals_one_device(rng, mesh, case, network, **options):
                 continue
             expected = in_slots(np.asarray(expected), placement)
             if options.get("in_place"):
-                expected = room_behind(expected, placement.redundants_per_rank)
+                expected = room_behind(expected, placement)
             assert slope.dtype == expected.dtype
             # Sums of several numbers of four bits.
             tolerance = 0.2 if slope.dtype.itemsize == 1 else 1e-5
@@ -229,17 +234,22 @@ def assert_close(name, got, want, tolerance=1e-5):
 
 
 AGAIN = {"copies": "batch", "keep_copies": False}
+IN_PLACE = {"in_place": True}
 
 
 @pytest.mark.parametrize(
     ("network", "case", "options"),
     [
         (Biased, CUBE, {}),
-        (Int8, CUBE, {"in_place": True}),
+        (Int8, CUBE, IN_PLACE),
         (Fp8, CUBE, {"early": True}),
         (Loop, CUBE, {"balance": "none"}),
         (Int8, ANY, {}),
         (Biased, ANY, AGAIN),
+        (Biased, ANY, {**IN_PLACE, "copies": "batch"}),
+        (Int8, ANY, {**IN_PLACE, "copies": "batch"}),
+        (Fp8, ANY, IN_PLACE),
+        (Fp8, ANY, {"copies": "batch"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -247,9 +257,14 @@ def test_equals_one_device(rng, mesh, network, case, options):
     assert_equals_one_device(rng, mesh, case, network, **options)
 
 
-def test_eight_bits_by_the_ragged_transport(rng, mesh, monkeypatch):
+@pytest.mark.parametrize(
+    ("network", "options"),
+    [(Fp8, AGAIN), (Int8, {**IN_PLACE, "copies": "batch", "n_nodes": 2}), (Biased, IN_PLACE)],
+    ids=["again", "batch, in place", "any, in place"],
+)
+def test_equals_one_device_by_the_ragged_transport(rng, mesh, monkeypatch, network, options):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
-    assert_equals_one_device(rng, mesh, ANY, Fp8, transport="ragged", **AGAIN)
+    assert_equals_one_device(rng, mesh, ANY, network, transport="ragged", **options)
 
 
 def test_what_is_kept_for_the_backward_pass(rng, mesh):
