@@ -8,8 +8,8 @@
 #   TOOLS=memcheck        which of compute-sanitizer's tools gpu-sanitize runs (default: all four)
 #   LPLB_MATHDX=on        with cuSolverDx's factor, for benchmarks
 .DEFAULT_GOAL := help
-.PHONY: help demo train test lint format docs gpu-test gpu-sanitize gpu-benchmark wheel clean \
-  on-gpu-test on-gpu-sanitize on-gpu-benchmark
+.PHONY: help demo train training-picture test lint format docs gpu-test gpu-sanitize gpu-benchmark \
+  on-gpu-test on-gpu-sanitize on-gpu-benchmark wheel clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -47,6 +47,12 @@ demo: $(INSTALLED)  ## build, install into .venv, and run the demonstration
 
 train: $(INSTALLED)  ## train a small mixture-of-experts model, some minutes
 	$(BIN)/python examples/train_moe.py
+
+# The committed one is of virtual devices on two cores, which took ten minutes.
+training-picture: $(INSTALLED)  ## train it with every kind of balance, and draw docs/images/training.svg
+	$(BIN)/python benchmarks/training.py --every 4 --json benchmarks/results/training_cpu8.json -- \
+	  --steps 160 --context 64 --layers 1 --hidden 64 --width 64 --capacity-factor 8
+	$(BIN)/python docs/figures.py
 
 test: lint $(INSTALLED)  ## lint, and every test that needs no GPU
 	$(BIN)/pytest -n auto

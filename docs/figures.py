@@ -287,6 +287,47 @@ def placements() -> Figure:
     return figure
 
 
+def training() -> Figure:
+    """One model trained with each kind of balance: what it learns, and the busiest rank."""
+    found = results("training_cpu8")
+    kinds = {
+        "none": ("no copies", GREY, "-"),
+        "eplb": ("EPLB's even split", RED, "--"),
+        "lplb": ("along a topology, exact", BLUE, "-."),
+        "batch": ("copies per batch, exact", GREEN, ":"),
+    }
+    figure = sheet(11, 3.2)
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 1.6, 0.9))
+    plain(left, "What is learnt: all four coincide")
+    plain(middle, f"Busiest of {found['ranks']} ranks / mean")
+    plain(right, "Tokens per second")
+    for i, (kind, (label, colour, style)) in enumerate(kinds.items()):
+        curves = found["results"][kind]
+        steps = found["every"] * np.arange(len(curves["bits_per_byte"]))
+        left.plot(steps, curves["bits_per_byte"], style, color=colour, linewidth=2.6 - 0.4 * i)
+        middle.plot(steps, curves["imbalance_after"], color=colour, linewidth=1.6)
+        last = float(np.mean(curves["imbalance_after"][-5:]))
+        middle.annotate(f"{label}: {last:.2f}", (1, last), (6, 0), color=colour, va="center",
+                        xycoords=middle.get_yaxis_transform(), textcoords="offset points",
+                        fontsize=9, annotation_clip=False)  # fmt: skip
+        bar = right.barh(i, curves["tokens_per_second"], color=colour)
+        right.bar_label(bar, fmt=" %d", fontsize=9, color=colour)
+    left.set_ylabel("bits per byte", color=FAINT)
+    middle.axhline(1, color=INK, linewidth=0.8)
+    middle.set_ylim(bottom=0.9)
+    for axes in (left, middle):
+        axes.set_xlabel("step", color=FAINT)
+    right.set_yticks([])
+    right.invert_yaxis()
+    right.margins(x=0.25)
+    right.grid(visible=False)
+    right.set_xticks([])
+    if found["device"] == "virtual CPU":
+        why = "virtual devices share\ntheir cores: even ranks\nsave no time"
+        right.set_xlabel(why, color=FAINT, fontsize=9)
+    return figure
+
+
 PICTURES = {
     "ranks_64": ranks_64,
     "steps": steps,
@@ -296,6 +337,7 @@ PICTURES = {
     "balancer_times": balancer_times,
     "solver_times": solver_times,
     "placements": placements,
+    "training": training,
 }
 
 if __name__ == "__main__":
