@@ -150,7 +150,7 @@ class SmallLayer:
         capacity = moe.capacity_for(n_tokens * self.top_k, size, 1.25)
 
         @functools.partial(jax.jit, static_argnums=0)  # Lowered once, not N_CALLS times.
-        def layer(transport: str, tokens: jax.Array, gates: Any, ids: Any, weights: Any) -> Any:
+        def layer(transport: Any, tokens: jax.Array, gates: Any, ids: Any, weights: Any) -> Any:
             return moe.moe_layer(
                 tokens, ids, gates, weights, placement=self.placement, axis_name="ep", comm=comm,
                 transport=transport,
@@ -165,7 +165,7 @@ class SmallLayer:
             loads = layer("peer", tokens, gates, ids, weights).traffic.slot_loads
             sizes = loads.reshape(size, -1)[lax.axis_index("ep")]
             rows = jnp.resize(tokens, (capacity, SMALL_HIDDEN))
-            row_gates = jnp.resize(gates, capacity)
+            row_gates = jnp.resize(gates, (capacity,))
             network = jax.jit(moe.expert_ffn)
             for _ in range(N_CALLS):
                 rows = network(rows, weights, sizes, gates=row_gates)
@@ -207,7 +207,7 @@ def by_layers(mesh: Mesh) -> dict[str, Any]:
 
     width = SmallLayer.width
     weights = moe.Experts(normal(n, SMALL_HIDDEN, 2 * width), normal(n, width, SMALL_HIDDEN))
-    room = {"max_tokens": SMALL[-1], "hidden_bytes": 2 * SMALL_HIDDEN}
+    room: dict[str, Any] = {"max_tokens": SMALL[-1], "hidden_bytes": 2 * SMALL_HIDDEN}
     with init_comm(mesh, "ep", max_experts=SmallLayer.experts, **room) as comm:
         with concurrent.futures.ThreadPoolExecutor() as pool:
             layers = list(pool.map(lambda t: SmallLayer(mesh, comm, t, weights), SMALL))

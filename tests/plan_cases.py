@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ class PlanCase:
         return np.stack(counts).astype(np.int32).reshape(n_ranks, n_ranks, self.n_slots)
 
     @property
-    def operands(self) -> tuple[np.ndarray, ...]:
+    def operands(self) -> tuple[Any, ...]:
         own = self.slots[self.me]
         return own, positions(own), self.counts, self.groups, np.int32(self.me)
 

@@ -106,7 +106,7 @@ class Collective(Transport):
     ) -> Numbered:
         """The counts are gathered."""
         row, _, _, *known = planned(assignment, axis_name, capacity, order)
-        return Numbered(*known, capacity, axis_name, row)
+        return Numbered(*known, capacity=capacity, axis_name=axis_name, row=row)
 
     def dispatch(
         self,

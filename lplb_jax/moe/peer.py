@@ -177,7 +177,8 @@ class Peer(Transport):
         row, place, lists, *known = planned(assignment, axis_name, capacity, order, self.comm)
         n_received = min((self.comm.size - 1) * len(row), capacity)
         options = (capacity, n_received, axis_name, self.comm.identifier, self.comm.sms)
-        return Routed(*known, capacity, axis_name, Routing(row, place, lists, *options))
+        routing = Routing(row, place, lists, *options)
+        return Routed(*known, capacity=capacity, axis_name=axis_name, routing=routing)
 
     def dispatch(
         self,

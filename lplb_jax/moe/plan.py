@@ -124,7 +124,7 @@ def planned(
     assignment: Assignment,
     axis_name: Any,
     capacity: int,
-    order: jax.Array | None,
+    order: jax.Array | np.ndarray | None,
     comm: Comm | None = None,
 ) -> Sequence[jax.Array]:
     """`reference.plan` of everybody's counts, which the kernel exchanges where there is `comm`."""
