@@ -417,7 +417,7 @@ def copy_times(
     given = {"parameters": parameters, "flops": flops, "link": link, "node_link": node_link}
     if bytes_per_expert is None:
         bytes_per_expert = 2.0 * parameters
-    _cost.check_positive(given | {"bytes_per_expert": bytes_per_expert})
+    _cost.check_positive({**given, "bytes_per_expert": bytes_per_expert})
     sent, received, sent_abroad, received_abroad, rows = (
         jnp.asarray(leaf, jnp.float32) for leaf in copies
     )
@@ -527,12 +527,12 @@ def _mapped_pair(
 
 
 def _by_layer(
-    function: Callable[[jax.Array, Placement], jax.Array],
+    function: Callable[[jax.Array, Placement], Any],
     name: str,
     array: Any,
     placement: Placement,
     size: int,
-) -> jax.Array:
+) -> Any:
     """`function` of the last axis of `array`, which is of `size`, with its layer's placement."""
     layers = placement.phy2log.shape[:-1]
     shape = jnp.shape(array)
@@ -547,11 +547,11 @@ def _by_layer(
 # Without jit, JAX would compile every operation for itself, and move every constant to the device.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _mapped(
-    function: Callable[[jax.Array, Placement], jax.Array],
+    function: Callable[[jax.Array, Placement], Any],
     n_layers: int,
     array: jax.Array,
     placement: Placement,
-) -> jax.Array:
+) -> Any:
     for axis in range(array.ndim - 1)[::-1]:
         function = jax.vmap(function, in_axes=(0, 0 if axis < n_layers else None))
     return function(array, placement)
