@@ -1,7 +1,16 @@
 """Plans of an exchange, against rows that are placed one by one."""
 
+import functools
+import types
+
+import jax
+import numpy as np
 import plan_cases
 import pytest
+from jax.sharding import PartitionSpec
+
+from lplb_jax import Assignment, _native
+from lplb_jax.moe.plan import planned
 
 
 @pytest.mark.parametrize(
@@ -12,3 +21,35 @@ def test_the_plan(rng, n_ranks, n_slots, n_tokens, top_k):
     for _ in range(3):
         case = plan_cases.random_case(rng, n_ranks, n_slots, n_tokens, top_k)
         plan_cases.check(case.run(), case)
+
+
+@pytest.mark.parametrize("shared_bytes", [227 << 10, 1 << 10])
+def test_without_room_in_shared_memory(rng, monkeypatch, cpu_devices, shared_bytes):
+    """XLA plans where the counts of all ranks are too many for a block of the GPU at hand."""
+    extension = types.SimpleNamespace(
+        plan_bytes=lambda n_ranks, n_slots: 4 * (n_ranks**2 + 4 * n_ranks * n_slots) + 1024,
+        current_device=lambda: types.SimpleNamespace(shared_bytes=shared_bytes),
+    )
+    monkeypatch.setattr(_native, "cuda", lambda: extension)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    case = plan_cases.random_case(rng, 2, 5, 9, 3)
+    n_physical = 2 * case.n_slots
+    positions = np.concatenate([plan_cases.positions(slots) for slots in case.slots])
+    spec = PartitionSpec("ep")
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=jax.sharding.Mesh(cpu_devices[:2], "ep"),
+        in_specs=spec,
+        out_specs=spec,
+    )
+    def run(slots, positions, counts):
+        assignment = Assignment(slots, positions, counts.reshape(n_physical))
+        results = planned(assignment, "ep", case.capacity, case.groups)
+        return [result[None] for result in results]
+
+    operands = np.concatenate(case.slots), positions, case.counts.reshape(2, n_physical)
+    traced = run.trace(*operands)
+    assert ("lplb_plan" in str(traced.jaxpr)) == (shared_bytes > 1 << 10)
+    plan_cases.check([result[case.me] for result in run(*operands)], case)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -133,7 +134,8 @@ def planned(
         slots = np.arange(n_physical // n_ranks, dtype=np.int32)
         order = np.broadcast_to(slots, (n_ranks, len(slots)))
     me, room = lax.axis_index(axis_name), workspace(assignment.position.size, n_ranks)
-    if comm is not None and n_physical <= comm.most_slots:
+    fits = _fits(n_ranks, n_physical // n_ranks)
+    if comm is not None and n_physical <= comm.most_slots and fits:
         options = {"axis_name": axis_name, "capacity": capacity, "comm": comm.identifier}
         return _native.call(
             "lplb_synced_plan",
@@ -147,7 +149,20 @@ def planned(
     slot, position, counts = assignment
     counts = sync_loads(counts, axis_name).reshape(n_ranks, n_ranks, -1)
     operands = (slot, position, counts, order, me)
+    if not fits:
+        return reference.plan(*map(jnp.asarray, operands), capacity=capacity)
     return _native.call("lplb_plan", reference.plan, *operands, workspace=room, capacity=capacity)
+
+
+def _fits(n_ranks: int, n_slots: int) -> bool:
+    """Whether the kernel has the shared memory for the counts of so many ranks.
+
+    True where there is no GPU to ask: then native code says what it needs when the program runs.
+    """
+    extension = _native.cuda()
+    if extension is None or jax.default_backend() != "gpu":
+        return True
+    return extension.plan_bytes(n_ranks, n_slots) <= extension.current_device().shared_bytes
 
 
 def workspace(n_choices: int, n_ranks: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@
 
 #include "cuda/batch_copies.h"
 #include "cuda/device.h"
+#include "cuda/exchange_plan.h"
 #include "cuda/graph_solver.h"
 #include "cuda/route/shape.h"
 #include "cuda/solver.h"
@@ -238,6 +239,7 @@ void DefineLimits(nb::module_& m) {
           ThrowIf(RefuseIpm(ProblemOf(sizes), o, device));
           return cuda::IpmSharedBytes(ProblemOf(sizes), o);
         });
+  m.def("plan_bytes", cuda::PlanSharedBytes);
   m.def("workspace_words", cuda::WorkspaceWords);
 }
 
