@@ -27,6 +27,7 @@ __all__ = [
     "plan",
     "rebalance",
     "solve",
+    "solve_copies",
     "solve_costs",
     "sync",
     "synced_plan",
