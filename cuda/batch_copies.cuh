@@ -24,14 +24,18 @@ struct CopiesMemory {
   int32_t* n_copies;  // [kNTargets], of every attempt; −1 where it failed
   uint16_t* free;     // [ep_size, slots_per_rank], the rank's slots for copies, the last one first
   // Of every attempt:
-  uint32_t* chosen;  // [n_physical], its copies in their order, packed
-  int32_t* moved;    // [n_physical], their tokens
+  uint32_t* chosen;  // [MostCopies], its copies in their order, packed
+  int32_t* moved;    // [MostCopies], their tokens
   int32_t* left;     // [n_physical], tokens that are still at home
 
   LPLB_HOST_DEVICE static int32_t RoundUp(int32_t words) { return (words + 3) / 4 * 4; }
 
+  // Copies that an attempt makes at most: as many as there are free slots, if all homes are right.
+  LPLB_HOST_DEVICE static int32_t MostCopies(const Problem& p) {
+    return p.n_physical - p.n_logical;
+  }
   LPLB_HOST_DEVICE static int32_t AttemptWords(const Problem& p) {
-    return 3 * RoundUp(p.n_physical);
+    return 2 * RoundUp(MostCopies(p)) + RoundUp(p.n_physical);
   }
   LPLB_HOST_DEVICE static int32_t SharedWords(const Problem& p) {
     return RoundUp(p.n_logical + 2 * p.n_physical + 3 * p.ep_size + kNTargets +
@@ -53,8 +57,8 @@ struct CopiesMemory {
     free = reinterpret_cast<uint16_t*>(n_copies + kNTargets);
     int32_t* of_attempt = memory + SharedWords(p) + attempt * AttemptWords(p);
     chosen = reinterpret_cast<uint32_t*>(of_attempt);
-    moved = of_attempt + RoundUp(p.n_physical);
-    left = moved + RoundUp(p.n_physical);
+    moved = of_attempt + RoundUp(MostCopies(p));
+    left = moved + RoundUp(MostCopies(p));
   }
 
   // A copy is packed as its place in `free` and, in the upper half, the expert's home.
@@ -282,6 +286,7 @@ __device__ inline int32_t Attempt(const Problem& p, const CopiesMemory& memory, 
     const Key hot = ValueOf(hottest, from);
     const int32_t n_spare = ValueOf(spare, to);
     if (room < 0 || emptiest == kNoKey<Key> || hot == 0) return -1;
+    if (n_copies == CopiesMemory::MostCopies(p)) return -1;
     const int32_t k = NumberInMax(hot);
     const int32_t fits = target - LoadIn(emptiest);
     const int32_t moved = min(min(most - target, LoadIn(hot)), fits);

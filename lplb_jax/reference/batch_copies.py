@@ -11,9 +11,10 @@ their experts' homes. As long as a rank has more than T, one step is made:
 4. min(load of r − T, tokens left of the expert on r, T − load of q) tokens go from r to q, and the
    expert takes q's first free slot.
 
-The attempt fails if in a step no rank below T has a free slot, or if r has sent `fan_out` copies
-already. A step ends r's excess, the expert's tokens on r, or q's deficit. So r never sends the same
-expert to q twice, and no rank that receives ever sends; there are as many steps as copies.
+The attempt fails if in a step no rank below T has a free slot, if r has sent `fan_out` copies
+already, or if there are n_physical − n_logical copies (then all slots are full, unless an expert
+has no home). A step ends r's excess, the expert's tokens on r, or q's deficit. So r never sends the
+same expert to q twice, and no rank that receives ever sends; there are as many steps as copies.
 
 **Targets.** With m = ⌈all tokens / ranks⌉, M the largest load without copies, s = M − m, and
 f(x, i) = ⌊x · i² / 2¹⁰⌋, targets are T_i = m + f(f(s, i), i) for i = 1 … 32: dense near the mean.
@@ -101,7 +102,8 @@ def place(
     slots = jnp.where(is_home, expert, -1) + 0 * tokens
 
     by_rank = (ep_size, n_physical // ep_size)
-    chosen, split = choose(tokens.reshape(by_rank), slots.reshape(by_rank), fan_out)
+    most = n_physical - n_logical
+    chosen, split = choose(tokens.reshape(by_rank), slots.reshape(by_rank), fan_out, most)
     width = min(ep_size, 1 + n_physical - n_logical, 1 + fan_out)
     return chosen.reshape(-1), *tables(chosen, log2phy[:, 0], width), split.reshape(-1)
 
@@ -110,8 +112,10 @@ def choose(
     tokens: Int32[Array, "ep_size slots_per_rank"],
     slots: Int32[Array, "ep_size slots_per_rank"],
     fan_out: int,
+    most: int,
 ) -> tuple[Int32[Array, "ep_size slots_per_rank"], Int32[Array, "ep_size slots_per_rank"]]:
-    """The experts and tokens of all slots, from those of the homes alone."""
+    """The experts and tokens of all slots, from those of the homes alone, with at most `most`
+    copies."""
     load = tokens.sum(axis=1, dtype=jnp.int32)
     mean = ceil_mean(load, jnp.ones(load.shape, bool))
     nth = jnp.arange(1, N_TARGETS + 1, dtype=jnp.int32)
@@ -121,7 +125,7 @@ def choose(
         return (of >> 10) * nth**2 + ((of & 1023) * nth**2 >> 10)
 
     target = mean + part(part(load.max() - mean))
-    state = jax.vmap(lambda target: attempt(target, tokens, slots, fan_out))(target)
+    state = jax.vmap(lambda target: attempt(target, tokens, slots, fan_out, most))(target)
 
     least = jnp.where(state.failed, load.max(), target).min()
     good_enough = ~state.failed & (target - least <= mean >> WORTH)
@@ -145,6 +149,7 @@ def attempt(
     tokens: Int32[Array, "ep_size slots_per_rank"],
     slots: Int32[Array, "ep_size slots_per_rank"],
     fan_out: int,
+    most: int,
 ) -> State:
     """Copies with which no rank has more than `target` tokens, or as many as there could be."""
 
@@ -154,7 +159,7 @@ def attempt(
         slot = tokens[rank].argmax()
         room = jnp.where((slots < 0).any(axis=1), jnp.maximum(target - load, 0), 0)
         to = room.argmax()
-        failed = (room[to] == 0) | (sent[rank] >= fan_out)
+        failed = (room[to] == 0) | (sent[rank] >= fan_out) | (sent.sum(dtype=jnp.int32) >= most)
         moved = jnp.minimum(jnp.minimum(load[rank] - target, tokens[rank, slot]), room[to])
         moved = jnp.where(failed, 0, moved)
         free = (slots[to] < 0).argmax()

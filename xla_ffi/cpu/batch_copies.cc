@@ -21,6 +21,7 @@ struct Homes {
   Homes(const Problem& p, const std::vector<int64_t>& total, const SolveOperands& in)
       : n_ranks(p.ep_size),
         slots_per_rank(p.slots_per_rank),
+        most_copies(p.n_physical - p.n_logical),
         load(p.ep_size),
         tokens(p.n_physical),
         expert(p.n_physical, -1) {
@@ -40,6 +41,7 @@ struct Homes {
 
   int32_t n_ranks;
   int32_t slots_per_rank;
+  int32_t most_copies;          // As many as there are free slots, if all homes are right.
   std::vector<int32_t> load;    // [n_ranks]
   std::vector<int32_t> tokens;  // [n_physical]
   std::vector<int32_t> expert;  // [n_physical], −1 where a copy may go
@@ -52,6 +54,7 @@ class Attempt {
       : n_slots_(homes.slots_per_rank),
         target_(target),
         fan_out_(fan_out),
+        most_copies_(homes.most_copies),
         load_(homes.load),
         tokens_(homes.tokens),
         expert_(homes.expert),
@@ -77,7 +80,7 @@ class Attempt {
     return true;
   }
 
-  int32_t n_copies() const { return std::accumulate(sent_.begin(), sent_.end(), 0); }
+  int32_t n_copies() const { return n_copies_; }
   const std::vector<int32_t>& expert() const { return expert_; }
   const std::vector<int32_t>& tokens() const { return tokens_; }
 
@@ -89,7 +92,7 @@ class Attempt {
     const auto emptiest = std::min_element(below_.begin(), below_.end(), by_load);
     const int32_t from = *busiest;
     const int32_t to = *emptiest;
-    if (sent_[from] >= fan_out_) return false;
+    if (sent_[from] >= fan_out_ || n_copies_ >= most_copies_) return false;
     const auto first = tokens_.begin() + from * n_slots_;
     const auto hottest = std::max_element(first, first + n_slots_);
     const int32_t moved = std::min({load_[from] - target_, *hottest, target_ - load_[to]});
@@ -99,6 +102,7 @@ class Attempt {
     excess_ -= moved;
     room_ -= moved;
     ++sent_[from];
+    ++n_copies_;
     expert_[to * n_slots_ + free_[to]] = expert_[hottest - tokens_.begin()];
     tokens_[to * n_slots_ + free_[to]] = moved;
     SkipToFree(to);
@@ -119,6 +123,8 @@ class Attempt {
   int32_t n_slots_;  // of a rank
   int32_t target_;
   int32_t fan_out_;
+  int32_t most_copies_;
+  int32_t n_copies_ = 0;
   int64_t excess_ = 0;           // tokens above the target
   int64_t room_ = 0;             // tokens that the ranks of `below_` can take
   std::vector<int32_t> above_;   // ranks above the target, in order
