@@ -90,7 +90,6 @@ def solve_any(
     base: BaseLoad,
     cells: Cells,
     tile: int,
-    start: Int32[Array, " n_physical"] | None = None,
 ) -> tuple[
     Int32[Array, " n_physical"],
     Int32[Array, ""],
@@ -100,13 +99,12 @@ def solve_any(
 ]:
     """Quotas, largest load, lower bound, largest load in tokens and overflow.
 
-    `too_large`: the total passed 2³¹ − 1. `start`: quotas of a legal split to begin with, in tiles;
-    None for equal shares.
+    `too_large`: the total passed 2³¹ − 1.
     """
     overflow = may_overflow(total, too_large, base, cells)
     loads = jnp.where(overflow, 0, total)
     none = base.none_if(overflow)
-    tiles, load, target = waves(ceil_divide(loads, tile), none.tiles, cells, start)
+    tiles, load, target = waves(ceil_divide(loads, tile), none.tiles, cells)
     max_load = jnp.where(overflow, INT32_MAX, load.max())
     tokens, max_tokens = tiles, max_load
     if tile > 1:
@@ -141,20 +139,13 @@ def quotas(
 
 
 def waves(
-    total: Int32[Array, " n_logical"],
-    base: Int32[Array, " ep_size"],
-    cells: Cells,
-    start: Int32[Array, " n_physical"] | None = None,
+    total: Int32[Array, " n_logical"], base: Int32[Array, " ep_size"], cells: Cells
 ) -> tuple[Int32[Array, "n_logical ep_size"], Int32[Array, " ep_size"], Int32[Array, ""]]:
     """Tokens of every cell, rank loads, and the target, which is the lower bound."""
     tokens = even_shares(total, cells.hosts)
-    if start is not None:
-        shared = cells.hosts.sum(axis=1, dtype=jnp.int32) > 1
-        given = start.at[cells.slot].get(mode="fill", fill_value=0)
-        tokens = jnp.where(shared[:, None], given, tokens)
     load = base + tokens.sum(axis=0, dtype=jnp.int32)
-    bound = first_target(load, tokens, base, cells)
-    load, tokens, target = balance(load, tokens, bound, **moves(cells))
+    start = first_target(load, tokens, base, cells)
+    load, tokens, target = balance(load, tokens, start, **moves(cells))
     return tokens, load, target
 
 

@@ -34,7 +34,6 @@ def solve(
     r2o: Int32[Array, "group_size n_columns"],
     *,
     ep_size: int,
-    start: Int32[Array, " n_physical"] | None = None,
 ) -> tuple[
     Int32[Array, " n_physical"],
     Int32[Array, " n_groups"],
@@ -43,15 +42,11 @@ def solve(
 ]:
     """Quotas, largest loads, lower bounds and status of all groups.
 
-    Without a topology, `start` are the quotas of a legal split to begin with; None for equal
-    shares.
-
     `loads` has a row per source rank (or one in all); `row` is n_logical, or n_logical + 1 with the
     number of ids that named no expert in the last place (see `count`).
     """
     nothing = jnp.zeros(ep_size, jnp.int32)
-    tables = phy2log, log2phy, r2o
-    split = solve_costs(loads, *tables, nothing, ep_size=ep_size, tile=1, start=start)
+    split = solve_costs(loads, phy2log, log2phy, r2o, nothing, ep_size=ep_size, tile=1)
     return split[:4]
 
 
@@ -64,7 +59,6 @@ def solve_costs(
     *,
     ep_size: int,
     tile: int,
-    start: Int32[Array, " n_physical"] | None = None,
 ) -> tuple[
     Int32[Array, " n_physical"],
     Int32[Array, " n_groups"],
@@ -88,7 +82,7 @@ def solve_costs(
     base = base_load_of(base_load, tile)
     if n_columns == 0:
         cells = graph.cells_of(phy2log, log2phy, ep_size)
-        quota, *values = graph.solve_any(total, too_large, base, cells, tile, start)
+        quota, *values = graph.solve_any(total, too_large, base, cells, tile)
         max_load, bound, max_tokens, overflow = (value[None] for value in values)
         wrong = graph.misplaced(phy2log, log2phy, cells)
         # Loads of experts without a slot reach no rank, and only make the placement a wrong one.

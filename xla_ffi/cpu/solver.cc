@@ -98,7 +98,7 @@ void SolveGroup(const Problem& p, const SolveOperands& in, const std::vector<int
 // Any placement: one group of all ranks.
 void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64_t>& total,
               const std::vector<bool>& negative, const std::vector<int64_t>& base_load,
-              int32_t status, const SolveResults& out, const Costs& costs, const int32_t* start) {
+              int32_t status, const SolveResults& out, const Costs& costs) {
   const ReplicaGraph graph(p.ep_size, p.n_logical, p.slots_per_rank, in.phy2log);
   std::vector<int32_t> loads(p.n_logical);
   std::vector<int64_t> base_tokens(p.ep_size);
@@ -126,9 +126,7 @@ void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64
     GraphWaves waves(graph);
     std::vector<int32_t> tiles(loads);
     for (int32_t& of_expert : tiles) of_expert = costs.TilesOf(of_expert);
-    const int64_t target = waves.Start(tiles.data(), base_load.data());
-    if (start != nullptr) waves.TakeSplit(start);
-    int64_t largest = waves.Finish(target);
+    int64_t largest = waves.Finish(waves.Start(tiles.data(), base_load.data()));
     out.max_load[0] = out.lower_bound[0] = static_cast<int32_t>(largest);
     waves.WriteQuotas(out.quota, p.n_physical);
     if (costs.tile > 1) {
@@ -143,7 +141,7 @@ void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64
 }  // namespace
 
 void Solve(const Problem& p, const Sources& sources, const SolveOperands& in,
-           const SolveResults& out, const Costs& costs, const int32_t* start) {
+           const SolveResults& out, const Costs& costs) {
   std::vector<int64_t> total(p.n_logical);
   std::vector<bool> negative(p.n_logical);
   int32_t status = 0;
@@ -162,7 +160,7 @@ void Solve(const Problem& p, const Sources& sources, const SolveOperands& in,
     if (costs.base_load[r] < 0) base_status[r / p.group_size] |= kNegativeLoad;
   }
   if (p.n_columns == 0) {
-    return SolveAny(p, in, total, negative, base_load, base_status[0], out, costs, start);
+    return SolveAny(p, in, total, negative, base_load, base_status[0], out, costs);
   }
   for (int32_t g = 0; g < p.n_groups; ++g) {
     SolveGroup(p, in, total, negative, base_load, g, base_status[g], out, costs);
