@@ -53,8 +53,9 @@ __device__ __forceinline__ bool StartEven(const Problem& p, const Totals& totals
                                           const GraphMemory& graph) {
   const int32_t safe_load = kInt32Max / p.slots_per_rank;
   bool safe = true;
-#pragma unroll 2
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
+  // From the other end, where threads have no ranks to hold.
+#pragma unroll 1
+  for (int32_t i = Threads::Size() - 1 - threadIdx.x; i < p.n_physical; i += Threads::Size()) {
     const uint32_t packed = graph.of_slot[i];
     const uint32_t expert = ExpertIn(packed);
     if (expert == kNoExpert) continue;
@@ -94,6 +95,9 @@ __device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GraphMemo
 template <int kWords, typename Threads, typename Totals>
 __device__ inline Proof SolveGraph(const Problem& p, const Totals& totals,
                                    const GraphMemory& graph) {
+  const bool has_ranks = threadIdx.x < RankTeam<kWords>::Size(p);
+  HeldRanks<kWords> held;  // While others wait for the totals.
+  if (has_ranks) held = {p, graph};
   const bool safe = StartEven<Threads>(p, totals, graph);
   if (Threads::Any(!safe)) {
     const int32_t status = LargeLoads<Threads>(p.ep_size, p.slots_per_rank, totals, graph.of_slot);
@@ -103,8 +107,8 @@ __device__ inline Proof SolveGraph(const Problem& p, const Totals& totals,
       return {kInt32Max, 0};
     }
   }
-  if (threadIdx.x < RankTeam<kWords>::Size(p)) {
-    const int32_t target = GraphWaves<kWords>(p, graph, FirstTarget<kWords>(p, graph));
+  if (has_ranks) {
+    const int32_t target = GraphWaves<kWords>(p, graph, held, FirstTarget<kWords>(p, graph));
     if (threadIdx.x == 0) *graph.target = target;
   }
   Threads::Sync();
