@@ -50,6 +50,15 @@ struct RankTeam {
     return value;
   }
 
+  // Sum over the rank's lanes.
+  static __device__ __forceinline__ int32_t Sum(int32_t value) {
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) {
+      value += __shfl_xor_sync(kFullWarp, value, step);
+    }
+    return value;
+  }
+
   static __device__ __forceinline__ int32_t OfLastLane(int32_t value) {
     return kLanes == 1 ? value : __shfl_sync(kFullWarp, value, kLanes - 1, kLanes);
   }
@@ -218,6 +227,14 @@ struct Exits {
   int32_t target[kHand];  // The last of them, mostly the only one; −1 if there is none.
   int32_t number[kHand];  // of the expert's cell there
 
+  // This lane's cells that have any.
+  __device__ __forceinline__ int32_t Count() const {
+    int32_t count = 0;
+#pragma unroll
+    for (int h = 0; h < kHand; ++h) count += n[h] > 0;
+    return count;
+  }
+
   Exits() = default;
   __device__ __forceinline__ Exits(const Hand<kWords>& hand, const RankSet<kWords>& below) {
 #pragma unroll
@@ -235,31 +252,53 @@ struct Exits {
   }
 };
 
-// Sends what `rank` has above the target along a hand's exits, its cells in their order; `excess`
-// may be negative. Returns what all cells of the hand could send. Whole warps call it.
+// Tokens that a hand's cells could send.
+template <int kWords>
+struct Movable {
+  static constexpr int kHand = RankTeam<kWords>::kHand;
+
+  int32_t here[kHand];
+
+  __device__ __forceinline__ Movable(const GraphMemory& graph, const Hand<kWords>& hand,
+                                     const Exits<kWords>& exits) {
+#pragma unroll
+    for (int h = 0; h < kHand; ++h) {
+      here[h] = graph.tokens[hand.cell[h].number];
+      if (exits.n[h] == 0) here[h] = 0;
+    }
+  }
+
+  // The sum of those, at most `part` of each cell.
+  __device__ __forceinline__ int32_t Upto(int32_t part) const {
+    int32_t sum = 0;
+#pragma unroll
+    for (int h = 0; h < kHand; ++h) sum += min(here[h], part);
+    return sum;
+  }
+};
+
+// Every cell of a hand of `rank` sends `part`, or all that it has, and then, in their order, what
+// they have besides until it is `left`, which may be negative. Returns how much of that the cells
+// of this lane and of those before have. Whole warps call it.
 template <int kWords>
 __device__ __forceinline__ int32_t PushHand(const GraphMemory& graph, const Hand<kWords>& hand,
-                                            const Exits<kWords>& exits, int32_t rank,
-                                            int32_t excess, int32_t target) {
-  using Ranks = RankTeam<kWords>;
-  constexpr int kHand = Ranks::kHand;
-  int32_t here[kHand];
-  int32_t movable = 0;
+                                            const Exits<kWords>& exits,
+                                            const Movable<kWords>& movable, int32_t rank,
+                                            int32_t part, int32_t left) {
+  constexpr int kHand = RankTeam<kWords>::kHand;
+  const int32_t mine = movable.Upto(kInt32Max) - movable.Upto(part);
+  const int32_t upto = RankTeam<kWords>::Scan(mine);
+  left -= upto - mine;
 #pragma unroll
   for (int h = 0; h < kHand; ++h) {
-    here[h] = graph.tokens[hand.cell[h].number];
-    if (exits.n[h] == 0) here[h] = 0;
-    movable += here[h];
-  }
-  const int32_t sum = Ranks::Scan(movable);
-  int32_t left = excess - (sum - movable);
-#pragma unroll
-  for (int h = 0; h < kHand; ++h) {
-    const int32_t amount = min(left, here[h]);
-    left -= amount;
-    if (amount <= 0) continue;
+    const int32_t here = movable.here[h];
+    const int32_t first = min(here, part);
+    const int32_t rest = min(max(left, 0), here - first);
+    left -= rest;
+    const int32_t amount = first + rest;
+    if (amount == 0) continue;
     // Only the level below receives meanwhile: this cell and this load are the rank's own.
-    graph.tokens[hand.cell[h].number] = here[h] - amount;
+    graph.tokens[hand.cell[h].number] = here - amount;
     if (exits.n[h] == 1) {
       atomicAdd(&graph.tokens[exits.number[h]], amount);
       atomicAdd(&graph.load[exits.target[h]], amount);
@@ -267,10 +306,24 @@ __device__ __forceinline__ int32_t PushHand(const GraphMemory& graph, const Hand
       Spread<kWords>(graph, hand.cell[h], exits.to[h], min(exits.n[h], 4), rank, amount);
     }
   }
-  if (excess > 0 && Ranks::Lane() == Ranks::kLanes - 1) {
-    graph.load[rank] = target + max(excess - sum, 0);
+  return upto;
+}
+
+// ⌈log₂⌉ of the number of a rank's cells that have exits to `below`, those of its first hand.
+template <int kWords>
+__device__ __forceinline__ int32_t HalvingsOf(const Problem& p, const GraphMemory& graph,
+                                              const HeldRank<kWords>& mine,
+                                              const Exits<kWords>& exits,
+                                              const RankSet<kWords>& below) {
+  int32_t n = exits.Count();
+  if (mine.any_more) {
+#pragma unroll 1
+    for (int32_t begin = Hand<kWords>::kTurn; begin < mine.n_cells; begin += Hand<kWords>::kTurn) {
+      const Hand<kWords> hand(p, graph, mine.rank, mine.n_cells, begin);
+      n += Exits<kWords>(hand, below).Count();
+    }
   }
-  return sum;
+  return 32 - __clz(max(RankTeam<kWords>::Sum(n), 1) - 1);
 }
 
 // A rank, if it `pushes`, sends what it has above the target to the ranks `below`, to which its
@@ -278,18 +331,39 @@ __device__ __forceinline__ int32_t PushHand(const GraphMemory& graph, const Hand
 template <int kWords>
 __device__ __forceinline__ void Push(const Problem& p, const GraphMemory& graph,
                                      const HeldRank<kWords>& mine, bool pushes,
-                                     const Exits<kWords>& exits, const RankSet<kWords>& below,
-                                     int32_t target) {
-  int32_t excess = pushes ? graph.load[mine.rank] - target : 0;
-  int32_t sum = PushHand<kWords>(graph, mine.first, exits, mine.rank, excess, target);
-  if (!mine.any_more) return;
+                                     const Exits<kWords>& exits, int32_t halvings,
+                                     const RankSet<kWords>& below, int32_t target) {
+  using Ranks = RankTeam<kWords>;
+  constexpr int32_t kTurn = Hand<kWords>::kTurn;
+  const int32_t excess = pushes ? max(graph.load[mine.rank] - target, 0) : 0;
+  const int32_t part = excess >> halvings;
+  const Movable<kWords> movable(graph, mine.first, exits);
+  int32_t left = excess - Ranks::Sum(movable.Upto(part));
+  const bool more = mine.any_more && __any_sync(kFullWarp, excess > 0 && mine.n_cells > kTurn);
+  // A hand's cells, from the number `begin` on; without any where there are no more.
+  const auto for_others = [&](const auto& use) {
 #pragma unroll 1
-  for (int32_t begin = Hand<kWords>::kTurn;; begin += Hand<kWords>::kTurn) {
-    excess -= RankTeam<kWords>::OfLastLane(sum);
-    if (begin >= mine.n_cells) excess = 0;
-    if (!__any_sync(kFullWarp, excess > 0)) return;
-    const Hand<kWords> hand(p, graph, mine.rank, mine.n_cells, begin);
-    sum = PushHand<kWords>(graph, hand, Exits<kWords>(hand, below), mine.rank, excess, target);
+    for (int32_t begin = kTurn; __any_sync(kFullWarp, excess > 0 && begin < mine.n_cells);
+         begin += kTurn) {
+      const Hand<kWords> hand(p, graph, mine.rank, mine.n_cells, begin);
+      const Exits<kWords> others(hand, below);
+      use(hand, others, Movable<kWords>(graph, hand, others));
+    }
+  };
+  if (more) {
+    for_others([&](const auto&, const auto&, const auto& others) {
+      left -= Ranks::Sum(others.Upto(part));
+    });
+  }
+  int32_t upto = PushHand<kWords>(graph, mine.first, exits, movable, mine.rank, part, left);
+  if (more) {
+    for_others([&](const auto& hand, const auto& exits_of_others, const auto& others) {
+      left -= Ranks::OfLastLane(upto);
+      upto = PushHand<kWords>(graph, hand, exits_of_others, others, mine.rank, part, left);
+    });
+  }
+  if (excess > 0 && Ranks::Lane() == Ranks::kLanes - 1) {
+    graph.load[mine.rank] = target + max(left - upto, 0);
   }
 }
 
@@ -501,15 +575,20 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
     // Where a rank's cells lead is found before, if there are registers for it.
     constexpr bool kAhead = kWords <= 4;
     Exits<kWords> exits[kRanks];
+    int32_t halvings[kRanks];
+    const auto find_exits = [&](int j) {
+      exits[j] = {mine[j].first, below[j]};
+      halvings[j] = HalvingsOf(p, graph, mine[j], exits[j], below[j]);
+    };
 #pragma unroll
-    for (int j = 0; kAhead && j < kRanks; ++j) exits[j] = {mine[j].first, below[j]};
+    for (int j = 0; kAhead && j < kRanks; ++j) find_exits(j);
 #pragma unroll 1
     for (int32_t l = depth; l > 0; --l) {
 #pragma unroll
       for (int j = 0; j < kRanks; ++j) {
         if ((warp_levels[j] >> (l & 63) & 1) == 0) continue;
-        if (!kAhead) exits[j] = {mine[j].first, below[j]};
-        Push<kWords>(p, graph, mine[j], level[j] == l, exits[j], below[j], target);
+        if (!kAhead) find_exits(j);
+        Push<kWords>(p, graph, mine[j], level[j] == l, exits[j], halvings[j], below[j], target);
       }
       Ranks::Sync(n_threads);
     }

@@ -57,6 +57,7 @@ struct GraphMemory {
   uint32_t* is_shared;  // [SlotWords], which slots those are
   int32_t* load;        // [ep_size]
   int32_t* loose;       // [ep_size], tokens that could leave the rank, before the waves
+  int32_t* more;        // [ep_size], tokens that could come, if all of its experts' did
   uint32_t* search;     // [ep_size, SearchWords], for GraphWaves; in steps of 16 bytes
   int32_t* n_cells;
   int32_t* target;
@@ -71,7 +72,7 @@ struct GraphMemory {
   LPLB_HOST_DEVICE static int32_t Words(const Problem& p) {
     const int32_t words = GraphWords(p.ep_size);
     return p.n_logical * (words + 2) + 5 * p.n_physical + SlotWords(p) +
-           p.ep_size * (2 + SearchWords(words)) + 3 + 3;
+           p.ep_size * (3 + SearchWords(words)) + 3 + 3;
   }
 
   __device__ GraphMemory(const Problem& p, int32_t n_words, int32_t* memory) {
@@ -88,7 +89,8 @@ struct GraphMemory {
     is_shared = shared + p.n_physical;
     load = reinterpret_cast<int32_t*>(is_shared + SlotWords(p));
     loose = load + p.ep_size;
-    n_cells = loose + p.ep_size;
+    more = loose + p.ep_size;
+    n_cells = more + p.ep_size;
     target = n_cells + 1;
     status = target + 1;
   }
@@ -202,7 +204,7 @@ __device__ __forceinline__ void ClearGraph(const Problem& p, const GraphMemory& 
   for (int32_t e = threadIdx.x; e < p.n_logical; e += Threads::Size()) graph.home[e] = false;
 #pragma unroll 1
   for (int32_t r = threadIdx.x; r < p.ep_size; r += Threads::Size()) {
-    graph.load[r] = graph.loose[r] = 0;
+    graph.load[r] = graph.loose[r] = graph.more[r] = 0;
   }
   if (threadIdx.x == 0) *graph.n_cells = 0;
 }
