@@ -18,7 +18,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const SolveResults out = BatchElement(p, first_out, element);
   const GraphMemory graph(p, kWords, reinterpret_cast<int32_t*>(total + p.n_logical));
   const PrefetchedGraph fetched = PrefetchGraph(p, blockDim.x, in.phy2log, in.log2phy);
-  ClearGraph<kWords, Block>(p, graph);
   int32_t status = 0;
 #pragma unroll 1
   for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
@@ -31,7 +30,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
   }
   if (threadIdx.x == 0) *graph.status = 0;
-  __syncthreads();
   BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, graph);
   if (status != 0) atomicOr(graph.status, status);
   const SummedTotals totals = {total};
@@ -58,7 +56,7 @@ cudaError_t LaunchSolveGraph(const Problem& problem, const Sources& sources, int
                              const SolveOperands& in, const SolveResults& out,
                              cudaStream_t stream) {
   if (batch == 0) return cudaSuccess;
-  const int32_t most = problem.n_logical + problem.n_physical;
+  const int32_t most = std::max(problem.n_logical, problem.n_physical);
   LaunchShape launch = {};
   launch.grid = dim3(static_cast<unsigned>(batch));
   launch.threads = std::clamp((most + 31) / 32 * 32, 256, kMaxThreads);

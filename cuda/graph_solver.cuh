@@ -53,9 +53,8 @@ __device__ __forceinline__ bool StartEven(const Problem& p, const Totals& totals
                                           const GraphMemory& graph) {
   const int32_t safe_load = kInt32Max / p.slots_per_rank;
   bool safe = true;
-  // From the other end, where threads have no ranks to hold.
-#pragma unroll 1
-  for (int32_t i = Threads::Size() - 1 - threadIdx.x; i < p.n_physical; i += Threads::Size()) {
+#pragma unroll 2
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
     const uint32_t packed = graph.of_slot[i];
     const uint32_t expert = ExpertIn(packed);
     if (expert == kNoExpert) continue;
@@ -69,7 +68,6 @@ __device__ __forceinline__ bool StartEven(const Problem& p, const Totals& totals
       share = each + ((place & 0xffff) < share - each * n_hosts);
       graph.tokens[CellIn(packed)] = share;
       atomicAdd(&graph.loose[rank], static_cast<int32_t>(share));
-      atomicAdd(&graph.more[rank], total.x - static_cast<int32_t>(share));
     }
     atomicAdd(&graph.load[rank], static_cast<int32_t>(share));
     safe &= total.x <= safe_load && total.y == 0;
@@ -77,45 +75,17 @@ __device__ __forceinline__ bool StartEven(const Problem& p, const Totals& totals
   return safe;
 }
 
-// The bounds of the set of all ranks, of the sets of one, and of the ranks that are left without
-// those which cannot get that much; whole warps call it, each finds it.
+// The bounds of the set of all ranks and of the sets of one; whole warps call it, each finds it.
 template <int kWords>
 __device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GraphMemory& graph) {
   int32_t load[kWords];
   int32_t loose[kWords];
-  int32_t most[kWords];
   ValuesOfRanks<kWords>(p, graph.load, 0, load);
   ValuesOfRanks<kWords>(p, graph.loose, 0, loose);
-  ValuesOfRanks<kWords>(p, graph.more, kInt32Max, most);
   int32_t fixed = 0;
 #pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-    fixed = max(fixed, load[w] - loose[w]);
-    most[w] += load[w];
-  }
-  int32_t target =
-      max(WarpCeilMean(load, SmallDivisor(p.ep_size)), __reduce_max_sync(kFullWarp, fixed));
-#pragma unroll 1
-  while (true) {
-    int32_t n = p.ep_size;
-    int32_t high = 0;
-    int32_t low = 0;
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      const bool poor = most[w] < target;
-      const int32_t left = load[w] - (poor ? most[w] : 0);
-      high += left >> 16;  // Their sum may be far below 0.
-      low += left & 0xffff;
-      n -= __popc(__ballot_sync(kFullWarp, poor));
-    }
-    if (n == p.ep_size) return target;
-    high = __reduce_add_sync(kFullWarp, high);
-    low = __reduce_add_sync(kFullWarp, low);
-    if (high + (low >> 16) < 0) return target;
-    const int32_t next = CeilDivide(high, low, SmallDivisor(n));
-    if (next <= target) return target;
-    target = next;
-  }
+  for (int w = 0; w < kWords; ++w) fixed = max(fixed, load[w] - loose[w]);
+  return max(WarpCeilMean(load, SmallDivisor(p.ep_size)), __reduce_max_sync(kFullWarp, fixed));
 }
 
 // Solves the graph for these totals: splits those of shared experts over their cells. Where loads
@@ -124,9 +94,6 @@ __device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GraphMemo
 template <int kWords, typename Threads, typename Totals>
 __device__ inline Proof SolveGraph(const Problem& p, const Totals& totals,
                                    const GraphMemory& graph) {
-  const bool has_ranks = threadIdx.x < RankTeam<kWords>::Size(p);
-  HeldRanks<kWords> held;  // While others wait for the totals.
-  if (has_ranks) held = {p, graph};
   const bool safe = StartEven<Threads>(p, totals, graph);
   if (Threads::Any(!safe)) {
     const int32_t status = LargeLoads<Threads>(p.ep_size, p.slots_per_rank, totals, graph.of_slot);
@@ -136,8 +103,8 @@ __device__ inline Proof SolveGraph(const Problem& p, const Totals& totals,
       return {kInt32Max, 0};
     }
   }
-  if (has_ranks) {
-    const int32_t target = GraphWaves<kWords>(p, graph, held, FirstTarget<kWords>(p, graph));
+  if (threadIdx.x < RankTeam<kWords>::Size(p)) {
+    const int32_t target = GraphWaves<kWords>(p, graph, FirstTarget<kWords>(p, graph));
     if (threadIdx.x == 0) *graph.target = target;
   }
   Threads::Sync();

@@ -14,9 +14,9 @@ namespace lplb::cuda {
 template <int words>
 struct RankTeam {
   static constexpr int kWords = words;
-  static constexpr int kLanes = words <= 2 ? 4 : words == 4 ? 2 : 1;
+  static constexpr int kLanes = words == 1 ? 8 : words == 2 ? 4 : words == 4 ? 2 : 1;
   static constexpr int kRanks = words == 16 ? 2 : 1;
-  static constexpr int kHand = words == 16 ? 1 : 2;  // cells of a lane at a time
+  static constexpr int kHand = words == 1 || words == 16 ? 1 : 2;  // cells of a lane at a time
   static constexpr int kMaxThreads = 256;
 
   // Whole warps.
@@ -33,12 +33,12 @@ struct RankTeam {
     asm volatile("bar.sync 5, %0;" ::"r"(size) : "memory");
   }
 
-  // Which ranks of a word this warp has, if those are in one.
-  static __device__ __forceinline__ uint32_t RanksOfWarp() {
-    constexpr int kEach = 32 / kLanes;
-    return kLanes == 1 ? ~0u : ((1u << kEach) - 1) << (threadIdx.x / 32 * kEach % 32);
+  // The bits of all the rank's lanes.
+  static __device__ __forceinline__ uint32_t Or(uint32_t bits) {
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) bits |= __shfl_xor_sync(kFullWarp, bits, step);
+    return bits;
   }
-  static __device__ __forceinline__ int32_t WordOfWarp(int32_t j) { return Rank(j) >> 5; }
 
   // Inclusive sum over the rank's lanes.
   static __device__ __forceinline__ int32_t Scan(int32_t value) {
@@ -46,15 +46,6 @@ struct RankTeam {
     for (int step = 1; step < kLanes; step *= 2) {
       const int32_t lower = __shfl_up_sync(kFullWarp, value, step, kLanes);
       if (Lane() >= step) value += lower;
-    }
-    return value;
-  }
-
-  // Sum over the rank's lanes.
-  static __device__ __forceinline__ int32_t Sum(int32_t value) {
-#pragma unroll
-    for (int step = 1; step < kLanes; step *= 2) {
-      value += __shfl_xor_sync(kFullWarp, value, step);
     }
     return value;
   }
@@ -128,21 +119,23 @@ template <int kWords>
 struct HeldRank {
   int32_t rank;
   int32_t n_cells;  // 0 beyond the last rank
-  bool any_more;    // whether some rank of the warp has more cells than its first hand
   Hand<kWords> first;
 
   HeldRank() = default;
   __device__ __forceinline__ HeldRank(const Problem& p, const GraphMemory& graph, int32_t rank_)
       : rank(rank_) {
-    const int32_t begin = rank * p.slots_per_rank;
-    n_cells = rank < p.ep_size ? SharedSlots(graph, begin, begin + p.slots_per_rank) : 0;
-    any_more = __any_sync(kFullWarp, n_cells > Hand<kWords>::kTurn);
+    n_cells = 0;
+    const int32_t n_words = rank < p.ep_size ? GraphMemory::SlotWords(p) : 0;
+#pragma unroll 1
+    for (int32_t w = 0; w < n_words; ++w) {
+      n_cells += __popc(graph.is_shared[rank * n_words + w]);
+    }
     first = Hand<kWords>(p, graph, rank, n_cells, 0);
   }
 };
 
 // Moves `amount` tokens of a cell of `rank` to hosts of its expert, in equal parts: to the next n
-// of `to` in the cyclic order of the ranks, which has so many, 1 < n ≤ 4.
+// of `to` in the cyclic order of the ranks, which has so many, 0 < n ≤ 4.
 template <int kWords>
 __device__ __forceinline__ void Spread(const GraphMemory& graph, const HeldCell<kWords>& cell,
                                        const uint32_t (&to)[kWords], int32_t n, int32_t rank,
@@ -154,6 +147,13 @@ __device__ __forceinline__ void Spread(const GraphMemory& graph, const HeldCell<
     atomicAdd(&graph.tokens[cell.first + place], part);
     atomicAdd(&graph.load[target], part);
   };
+  if (n == 1) {  // Mostly.
+    int32_t target = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) target = to[w] != 0 ? 32 * w + __ffs(to[w]) - 1 : target;
+    send(target, PlaceOf<kWords>(cell.mask, target), amount);
+    return;
+  }
   if constexpr (kWords <= 2) {
     using Bits = std::conditional_t<kWords == 1, uint32_t, uint64_t>;
     const auto joined = [](const uint32_t (&word)[kWords]) {
@@ -201,169 +201,53 @@ __device__ __forceinline__ void Spread(const GraphMemory& graph, const HeldCell<
   }
 }
 
-// The ranks of a thread.
+// A rank, if it `pushes`, sends what it has above the target to the ranks `below`: its cells in
+// their order, which its lanes take side by side.
 template <int kWords>
-struct HeldRanks {
-  static constexpr int kRanks = RankTeam<kWords>::kRanks;
-
-  HeldRank<kWords> rank[kRanks];
-
-  HeldRanks() = default;
-  __device__ __forceinline__ HeldRanks(const Problem& p, const GraphMemory& graph) {
-#pragma unroll
-    for (int j = 0; j < kRanks; ++j) {
-      rank[j] = HeldRank<kWords>(p, graph, RankTeam<kWords>::Rank(j));
-    }
-  }
-};
-
-// Where the tokens of a hand's cells can go: what a rank needs for a push besides their numbers.
-template <int kWords>
-struct Exits {
-  static constexpr int kHand = RankTeam<kWords>::kHand;
-
-  uint32_t to[kHand][kWords];
-  int32_t n[kHand];       // ranks in `to`
-  int32_t target[kHand];  // The last of them, mostly the only one; −1 if there is none.
-  int32_t number[kHand];  // of the expert's cell there
-
-  // This lane's cells that have any.
-  __device__ __forceinline__ int32_t Count() const {
-    int32_t count = 0;
-#pragma unroll
-    for (int h = 0; h < kHand; ++h) count += n[h] > 0;
-    return count;
-  }
-
-  Exits() = default;
-  __device__ __forceinline__ Exits(const Hand<kWords>& hand, const RankSet<kWords>& below) {
+__device__ __forceinline__ void Push(const Problem& p, const GraphMemory& graph,
+                                     const HeldRank<kWords>& mine, bool pushes,
+                                     const RankSet<kWords>& below, int32_t target) {
+  using Ranks = RankTeam<kWords>;
+  constexpr int kHand = Ranks::kHand;
+  int32_t excess = pushes ? max(graph.load[mine.rank] - target, 0) : 0;
+  Hand<kWords> hand = mine.first;
+#pragma unroll 1
+  for (int32_t begin = 0;;) {
+    uint32_t to[kHand][kWords];
+    int32_t n[kHand];
+    int32_t here[kHand];
+    int32_t movable = 0;
 #pragma unroll
     for (int h = 0; h < kHand; ++h) {
+      here[h] = graph.tokens[hand.cell[h].number];
       n[h] = 0;
-      target[h] = -1;
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         to[h][w] = hand.cell[h].mask[w] & below.word[w];
         n[h] += __popc(to[h][w]);
-        target[h] = to[h][w] != 0 ? 32 * w + 31 - __clz(to[h][w]) : target[h];
       }
-      number[h] = hand.cell[h].first + PlaceOf<kWords>(hand.cell[h].mask, target[h]);
+      if (n[h] == 0) here[h] = 0;
+      movable += here[h];
     }
-  }
-};
-
-// Tokens that a hand's cells could send.
-template <int kWords>
-struct Movable {
-  static constexpr int kHand = RankTeam<kWords>::kHand;
-
-  int32_t here[kHand];
-
-  __device__ __forceinline__ Movable(const GraphMemory& graph, const Hand<kWords>& hand,
-                                     const Exits<kWords>& exits) {
+    if (!__any_sync(kFullWarp, excess > 0 && begin < mine.n_cells)) return;
+    const int32_t sum = Ranks::Scan(movable);
+    int32_t left = excess - (sum - movable);
 #pragma unroll
     for (int h = 0; h < kHand; ++h) {
-      here[h] = graph.tokens[hand.cell[h].number];
-      if (exits.n[h] == 0) here[h] = 0;
+      const int32_t amount = min(left, here[h]);
+      left -= amount;
+      if (amount <= 0) continue;
+      // Only the level below receives meanwhile: this cell and this load are the rank's own.
+      graph.tokens[hand.cell[h].number] = here[h] - amount;
+      Spread<kWords>(graph, hand.cell[h], to[h], min(n[h], 4), mine.rank, amount);
     }
-  }
-
-  // The sum of those, at most `part` of each cell.
-  __device__ __forceinline__ int32_t Upto(int32_t part) const {
-    int32_t sum = 0;
-#pragma unroll
-    for (int h = 0; h < kHand; ++h) sum += min(here[h], part);
-    return sum;
-  }
-};
-
-// Every cell of a hand of `rank` sends `part`, or all that it has, and then, in their order, what
-// they have besides until it is `left`, which may be negative. Returns how much of that the cells
-// of this lane and of those before have. Whole warps call it.
-template <int kWords>
-__device__ __forceinline__ int32_t PushHand(const GraphMemory& graph, const Hand<kWords>& hand,
-                                            const Exits<kWords>& exits,
-                                            const Movable<kWords>& movable, int32_t rank,
-                                            int32_t part, int32_t left) {
-  constexpr int kHand = RankTeam<kWords>::kHand;
-  const int32_t mine = movable.Upto(kInt32Max) - movable.Upto(part);
-  const int32_t upto = RankTeam<kWords>::Scan(mine);
-  left -= upto - mine;
-#pragma unroll
-  for (int h = 0; h < kHand; ++h) {
-    const int32_t here = movable.here[h];
-    const int32_t first = min(here, part);
-    const int32_t rest = min(max(left, 0), here - first);
-    left -= rest;
-    const int32_t amount = first + rest;
-    if (amount == 0) continue;
-    // Only the level below receives meanwhile: this cell and this load are the rank's own.
-    graph.tokens[hand.cell[h].number] = here - amount;
-    if (exits.n[h] == 1) {
-      atomicAdd(&graph.tokens[exits.number[h]], amount);
-      atomicAdd(&graph.load[exits.target[h]], amount);
-    } else {
-      Spread<kWords>(graph, hand.cell[h], exits.to[h], min(exits.n[h], 4), rank, amount);
+    if (excess > 0 && Ranks::Lane() == Ranks::kLanes - 1) {
+      graph.load[mine.rank] = target + max(excess - sum, 0);
     }
-  }
-  return upto;
-}
-
-// ⌈log₂⌉ of the number of a rank's cells that have exits to `below`, those of its first hand.
-template <int kWords>
-__device__ __forceinline__ int32_t HalvingsOf(const Problem& p, const GraphMemory& graph,
-                                              const HeldRank<kWords>& mine,
-                                              const Exits<kWords>& exits,
-                                              const RankSet<kWords>& below) {
-  int32_t n = exits.Count();
-  if (mine.any_more) {
-#pragma unroll 1
-    for (int32_t begin = Hand<kWords>::kTurn; begin < mine.n_cells; begin += Hand<kWords>::kTurn) {
-      const Hand<kWords> hand(p, graph, mine.rank, mine.n_cells, begin);
-      n += Exits<kWords>(hand, below).Count();
-    }
-  }
-  return 32 - __clz(max(RankTeam<kWords>::Sum(n), 1) - 1);
-}
-
-// A rank, if it `pushes`, sends what it has above the target to the ranks `below`, to which its
-// first cells have those exits; its lanes take the cells side by side. Whole warps call it.
-template <int kWords>
-__device__ __forceinline__ void Push(const Problem& p, const GraphMemory& graph,
-                                     const HeldRank<kWords>& mine, bool pushes,
-                                     const Exits<kWords>& exits, int32_t halvings,
-                                     const RankSet<kWords>& below, int32_t target) {
-  using Ranks = RankTeam<kWords>;
-  constexpr int32_t kTurn = Hand<kWords>::kTurn;
-  const int32_t excess = pushes ? max(graph.load[mine.rank] - target, 0) : 0;
-  const int32_t part = excess >> halvings;
-  const Movable<kWords> movable(graph, mine.first, exits);
-  int32_t left = excess - Ranks::Sum(movable.Upto(part));
-  const bool more = mine.any_more && __any_sync(kFullWarp, excess > 0 && mine.n_cells > kTurn);
-  // A hand's cells, from the number `begin` on; without any where there are no more.
-  const auto for_others = [&](const auto& use) {
-#pragma unroll 1
-    for (int32_t begin = kTurn; __any_sync(kFullWarp, excess > 0 && begin < mine.n_cells);
-         begin += kTurn) {
-      const Hand<kWords> hand(p, graph, mine.rank, mine.n_cells, begin);
-      const Exits<kWords> others(hand, below);
-      use(hand, others, Movable<kWords>(graph, hand, others));
-    }
-  };
-  if (more) {
-    for_others([&](const auto&, const auto&, const auto& others) {
-      left -= Ranks::Sum(others.Upto(part));
-    });
-  }
-  int32_t upto = PushHand<kWords>(graph, mine.first, exits, movable, mine.rank, part, left);
-  if (more) {
-    for_others([&](const auto& hand, const auto& exits_of_others, const auto& others) {
-      left -= Ranks::OfLastLane(upto);
-      upto = PushHand<kWords>(graph, hand, exits_of_others, others, mine.rank, part, left);
-    });
-  }
-  if (excess > 0 && Ranks::Lane() == Ranks::kLanes - 1) {
-    graph.load[mine.rank] = target + max(left - upto, 0);
+    begin += Hand<kWords>::kTurn;
+    if (!__any_sync(kFullWarp, excess > 0 && begin < mine.n_cells)) return;
+    excess = max(excess - Ranks::OfLastLane(sum), 0);
+    hand = Hand<kWords>(p, graph, mine.rank, mine.n_cells, begin);
   }
 }
 
@@ -381,7 +265,7 @@ __device__ __forceinline__ RankSet<kWords> ReachOf(const Problem& p, const Graph
 #pragma unroll
       for (int w = 0; w < kWords; ++w) reach.word[w] |= some ? hand.cell[h].mask[w] : 0;
     }
-    if (!mine.any_more || begin >= mine.n_cells) return reach;
+    if (begin >= mine.n_cells) return reach;
     hand = Hand<kWords>(p, graph, mine.rank, mine.n_cells, begin);
   }
 }
@@ -394,27 +278,20 @@ struct Search {
   uint32_t row[kWords][kWords];
 
   __device__ __forceinline__ Search(const Problem& p, const GraphMemory& graph,
-                                    const HeldRanks<kWords>& held,
-                                    const RankSet<kWords> (&reach)[1]) {
+                                    const int32_t (&rank)[1], const RankSet<kWords> (&reach)[1]) {
     using Ranks = RankTeam<kWords>;
-    // A lane's part of its rank's row, and four words of it at a time.
-    using Part = RankSet<kWords>;
-    constexpr int kQuads = Ranks::kLanes * kWords / 4;
-    if (held.rank[0].rank < p.ep_size)
-      reinterpret_cast<Part*>(graph.search)[threadIdx.x] = reach[0];
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const uint32_t word = Ranks::Or(reach[0].word[w]);
+      if (Ranks::Lane() == 0 && rank[0] < p.ep_size) graph.search[w * p.ep_size + rank[0]] = word;
+    }
     Ranks::Sync(Ranks::Size(p));
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       const int32_t r = 32 * w + static_cast<int32_t>(threadIdx.x & 31);
 #pragma unroll
-      for (int v = 0; v < kWords; ++v) row[w][v] = 0;
-      if (r >= p.ep_size) continue;
-#pragma unroll
-      for (int q = 0; q < kQuads; ++q) {
-        const uint4 quad = reinterpret_cast<const uint4*>(graph.search)[r * kQuads + q];
-        const uint32_t word[] = {quad.x, quad.y, quad.z, quad.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) row[w][i % kWords] |= word[i];
+      for (int v = 0; v < kWords; ++v) {
+        row[w][v] = r < p.ep_size ? graph.search[v * p.ep_size + r] : 0;
       }
     }
   }
@@ -441,16 +318,16 @@ struct Search<16> {
   const Problem& p;
   int32_t* hits;  // Two rounds' in turn, since nobody waits after reading.
   int32_t* next_hits;
-  const HeldRanks<16>& held;
+  const int32_t (&rank)[Ranks::kRanks];
   const RankSet<16> (&reach)[Ranks::kRanks];
 
   __device__ __forceinline__ Search(const Problem& p_, const GraphMemory& graph,
-                                    const HeldRanks<16>& held_,
+                                    const int32_t (&rank_)[Ranks::kRanks],
                                     const RankSet<16> (&reach_)[Ranks::kRanks])
       : p(p_),
         hits(reinterpret_cast<int32_t*>(graph.search)),
         next_hits(hits + p_.ep_size),
-        held(held_),
+        rank(rank_),
         reach(reach_) {}
 
   __device__ __forceinline__ RankSet<16> From(const RankSet<16>& to) {
@@ -459,8 +336,7 @@ struct Search<16> {
       uint32_t both = 0;
 #pragma unroll
       for (int w = 0; w < 16; ++w) both |= reach[j].word[w] & to.word[w];
-      const int32_t rank = held.rank[j].rank;
-      if (rank < p.ep_size) hits[rank] = both != 0;
+      if (rank[j] < p.ep_size) hits[rank[j]] = both != 0;
     }
     Ranks::Sync(Ranks::Size(p));
     RankSet<16> from;
@@ -502,18 +378,21 @@ struct RaiseToMean {
 // the waves end when no load is below it, and `raise` lowers it where no rank above it is among
 // those seen.
 template <int kWords, bool kHandOut, typename Raise>
-__device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
-                                     const HeldRanks<kWords>& held, int32_t target, Raise&& raise) {
+__device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph, int32_t target,
+                                     Raise&& raise) {
   using Ranks = RankTeam<kWords>;
   constexpr int kRanks = Ranks::kRanks;
   const int32_t n_threads = Ranks::Size(p);
-  const auto& mine = held.rank;
+  int32_t rank[kRanks];
+  HeldRank<kWords> mine[kRanks];
+#pragma unroll
+  for (int j = 0; j < kRanks; ++j) {
+    rank[j] = Ranks::Rank(j);
+    mine[j] = HeldRank<kWords>(p, graph, rank[j]);
+  }
   while (true) {
     int32_t load[kWords];
     ValuesOfRanks<kWords>(p, graph.load, target, load);
-    RankSet<kWords> reach[kRanks];
-#pragma unroll
-    for (int j = 0; j < kRanks; ++j) reach[j] = ReachOf(p, graph, mine[j]);
     RankSet<kWords> waiting;
     RankSet<kWords> seen;
 #pragma unroll
@@ -523,7 +402,11 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
     }
     if (!AnyOf(kHandOut ? seen : waiting)) return target;
     const RankSet<kWords> above = waiting;
-    Search<kWords> search(p, graph, held, reach);
+
+    RankSet<kWords> reach[kRanks];
+#pragma unroll
+    for (int j = 0; j < kRanks; ++j) reach[j] = ReachOf(p, graph, mine[j]);
+    Search<kWords> search(p, graph, rank, reach);
 
     // Breadth first from the ranks below the target, until all above have a level or nothing new
     // has.
@@ -531,7 +414,6 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
     RankSet<kWords> below[kRanks] = {};  // the level that the rank pushes to
 #pragma unroll
     for (int j = 0; j < kRanks; ++j) level[j] = 0;
-    uint64_t warp_levels[kRanks] = {};  // Which of them this warp's ranks have, modulo 64.
     RankSet<kWords> frontier = seen;
     int32_t depth = 0;
     while (AnyOf(waiting)) {
@@ -548,9 +430,6 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
       }
 #pragma unroll
       for (int j = 0; j < kRanks; ++j) {
-        if (frontier.OfWord(Ranks::WordOfWarp(j)) & Ranks::RanksOfWarp()) {
-          warp_levels[j] |= uint64_t{1} << (depth & 63);
-        }
         if (mine[j].n_cells > 0 && frontier.Has(mine[j].rank)) {
           level[j] = depth;
           below[j] = last;
@@ -572,23 +451,11 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
     }
 
     // The deepest level first, every rank pushes what it has above the target one level down.
-    // Where a rank's cells lead is found before, if there are registers for it.
-    constexpr bool kAhead = kWords <= 4;
-    Exits<kWords> exits[kRanks];
-    int32_t halvings[kRanks];
-    const auto find_exits = [&](int j) {
-      exits[j] = {mine[j].first, below[j]};
-      halvings[j] = HalvingsOf(p, graph, mine[j], exits[j], below[j]);
-    };
-#pragma unroll
-    for (int j = 0; kAhead && j < kRanks; ++j) find_exits(j);
 #pragma unroll 1
     for (int32_t l = depth; l > 0; --l) {
 #pragma unroll
       for (int j = 0; j < kRanks; ++j) {
-        if ((warp_levels[j] >> (l & 63) & 1) == 0) continue;
-        if (!kAhead) find_exits(j);
-        Push<kWords>(p, graph, mine[j], level[j] == l, exits[j], halvings[j], below[j], target);
+        Push<kWords>(p, graph, mine[j], level[j] == l, below[j], target);
       }
       Ranks::Sync(n_threads);
     }
@@ -598,17 +465,12 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
 template <int kWords, typename Raise>
 __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph, int32_t target,
                                      Raise&& raise) {
-  return GraphWaves<kWords, false>(p, graph, HeldRanks<kWords>(p, graph), target, raise);
+  return GraphWaves<kWords, false>(p, graph, target, raise);
 }
 
 template <int kWords>
-__device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
-                                     const HeldRanks<kWords>& held, int32_t target) {
-  return GraphWaves<kWords, false>(p, graph, held, target, RaiseToMean<kWords>{p});
-}
-template <int kWords>
 __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph, int32_t target) {
-  return GraphWaves<kWords>(p, graph, HeldRanks<kWords>(p, graph), target);
+  return GraphWaves<kWords, false>(p, graph, target, RaiseToMean<kWords>{p});
 }
 
 // The target, lowered to the mean of the ranks that were seen.
@@ -630,8 +492,7 @@ struct LowerToMean {
 // counted from one number for each. Returns the target reached. Else as GraphWaves.
 template <int kWords>
 __device__ inline int32_t HandOut(const Problem& p, const GraphMemory& graph, int32_t target) {
-  return GraphWaves<kWords, true>(p, graph, HeldRanks<kWords>(p, graph), target,
-                                  LowerToMean<kWords>{});
+  return GraphWaves<kWords, true>(p, graph, target, LowerToMean<kWords>{});
 }
 
 }  // namespace lplb::cuda

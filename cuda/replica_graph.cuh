@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/cluster.cuh"
 #include "cuda/problem.h"
 #include "cuda/solver.cuh"
 #include "cuda/team.cuh"
@@ -45,39 +44,39 @@ constexpr uint32_t kNoNumber = 0xffff;  // of an expert on one rank only, whose 
 // several ranks: an expert's are consecutive, in the order of the ranks. Where they begin is up to
 // the order in which threads come, and nothing depends on it.
 struct GraphMemory {
-  uint32_t* mask;     // [n_logical, kWords], the expert's ranks
-  int32_t* first;     // [n_logical], a shared expert's first cell
-  int32_t* home;      // [n_logical], the expert's home slot; −1 where it has no slot at all. Until
-                      // that is known, whether some rank hosts it twice.
-  uint32_t* of_slot;  // [n_physical], packed slots
-  int32_t* tokens;    // [n_physical], by cell
-  int32_t* slot;      // [n_physical], by cell
-  uint32_t* place;    // [n_physical], by cell: its number of its expert's, and, above, how many
-  uint32_t* shared;   // [ep_size, slots_per_rank], the rank's slots of shared experts, packed
-  uint32_t* is_shared;  // [SlotWords], which slots those are
+  uint32_t* mask;       // [n_logical, kWords], the expert's ranks
+  int32_t* first;       // [n_logical], a shared expert's first cell
+  int32_t* home;        // [n_logical], the expert's home slot; −1 where it has no slot at all
+  uint32_t* of_slot;    // [n_physical], packed slots
+  int32_t* tokens;      // [n_physical], by cell
+  int32_t* slot;        // [n_physical], by cell
+  uint32_t* place;      // [n_physical], by cell: its number of its expert's, and, above, how many
+  uint32_t* shared;     // [ep_size, slots_per_rank], the rank's slots of shared experts, packed
+  uint32_t* is_shared;  // [ep_size, SlotWords], which slots of the rank those are
   int32_t* load;        // [ep_size]
   int32_t* loose;       // [ep_size], tokens that could leave the rank, before the waves
-  int32_t* more;        // [ep_size], tokens that could come, if all of its experts' did
-  uint32_t* search;     // [ep_size, SearchWords], for GraphWaves; in steps of 16 bytes
+  uint32_t* search;     // [SearchWords, ep_size], for GraphWaves
   int32_t* n_cells;
+  int32_t* n_twice;  // slots of cells that have one before
   int32_t* target;
   int32_t* status;  // set by whoever builds the graph
 
-  LPLB_HOST_DEVICE static int32_t SlotWords(const Problem& p) { return (p.n_physical + 31) / 32; }
+  LPLB_HOST_DEVICE static int32_t SlotWords(const Problem& p) {
+    return (p.slots_per_rank + 31) / 32;
+  }
 
   LPLB_HOST_DEVICE static int32_t SearchWords(int32_t n_words) {
-    return n_words == 1 ? 4 : n_words <= 4 ? 8 : 2;
+    return n_words <= 4 ? n_words : 2;
   }
 
   LPLB_HOST_DEVICE static int32_t Words(const Problem& p) {
     const int32_t words = GraphWords(p.ep_size);
-    return p.n_logical * (words + 2) + 5 * p.n_physical + SlotWords(p) +
-           p.ep_size * (3 + SearchWords(words)) + 3 + 3;
+    return p.n_logical * (words + 2) + 5 * p.n_physical +
+           p.ep_size * (SlotWords(p) + 2 + SearchWords(words)) + 4;
   }
 
   __device__ GraphMemory(const Problem& p, int32_t n_words, int32_t* memory) {
-    const uint32_t address = (SharedAddress(memory) + 15) / 16 * 16;
-    search = static_cast<uint32_t*>(__cvta_shared_to_generic(address));
+    search = reinterpret_cast<uint32_t*>(memory);
     mask = search + p.ep_size * SearchWords(n_words);
     first = reinterpret_cast<int32_t*>(mask + p.n_logical * n_words);
     home = first + p.n_logical;
@@ -87,11 +86,11 @@ struct GraphMemory {
     place = reinterpret_cast<uint32_t*>(slot + p.n_physical);
     shared = place + p.n_physical;
     is_shared = shared + p.n_physical;
-    load = reinterpret_cast<int32_t*>(is_shared + SlotWords(p));
+    load = reinterpret_cast<int32_t*>(is_shared + p.ep_size * SlotWords(p));
     loose = load + p.ep_size;
-    more = loose + p.ep_size;
-    n_cells = more + p.ep_size;
-    target = n_cells + 1;
+    n_cells = loose + p.ep_size;
+    n_twice = n_cells + 1;
+    target = n_twice + 1;
     status = target + 1;
   }
 };
@@ -104,20 +103,6 @@ __device__ __forceinline__ int32_t HostsOf(const GraphMemory& graph, int32_t exp
   int32_t n = 0;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) n += __popc(graph.mask[expert * kWords + w]);
-  return n;
-}
-
-// How many of the slots from `begin` to before `end` are cells of shared experts.
-__device__ __forceinline__ int32_t SharedSlots(const GraphMemory& graph, int32_t begin,
-                                               int32_t end) {
-  int32_t n = 0;
-#pragma unroll 1
-  for (int32_t w = begin >> 5; 32 * w < end; ++w) {
-    uint32_t bits = graph.is_shared[w];
-    if (32 * w < begin) bits &= ~0u << (begin & 31);
-    if (32 * w + 32 > end) bits &= ~(~0u << (end & 31));
-    n += __popc(bits);
-  }
   return n;
 }
 
@@ -160,28 +145,35 @@ __device__ __forceinline__ int32_t FetchAdd(int32_t* shared, int32_t value) {
   return before;
 }
 
-// Leaves every cell that has several slots to the first of them. Ends with a barrier. Out of line,
-// since it would be in the way where there are none.
+// Leaves every cell that has several slots to the first of them. `twice` are n slots, all but one
+// of each such cell; a warp takes those on its ranks, one after the other. Out of line, since it
+// would be in the way where there are none.
 template <typename Threads>
-__device__ __noinline__ void KeepFirstSlots(Divisor by_slots, int32_t n_physical,
-                                            const int32_t* twice, uint32_t* of_slot,
-                                            uint32_t* kept) {
+__device__ __noinline__ void KeepFirstSlots(uint32_t* of_slot, const uint32_t* twice, int32_t n,
+                                            Divisor by_slots) {
+  const int32_t slots_per_rank = by_slots.divisor;
+  const int32_t n_warps = Threads::Size() / 32;
+  const int32_t warp = threadIdx.x / 32;
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i < n_physical; i += Threads::Size()) {
-    const uint32_t expert = of_slot[i];
-    bool is_first = true;
-    if (expert != kNoExpert && twice[expert]) {
-#pragma unroll 4
-      for (int32_t k = by_slots.Quotient(i) * by_slots.divisor; k < i; ++k) {
-        is_first &= of_slot[k] != expert;
-      }
+  for (int32_t i = 0; i < n; ++i) {
+    const int32_t slot = static_cast<int32_t>(twice[i]);
+    const int32_t rank = by_slots.Quotient(slot);
+    if (rank % n_warps != warp) continue;
+    const uint32_t expert = of_slot[slot];
+    if (expert == kNoExpert) continue;  // Another of the cell's slots was taken before.
+    uint32_t* of_rank = of_slot + rank * slots_per_rank;
+    bool found = false;
+#pragma unroll 1
+    for (int32_t begin = 0; begin < slots_per_rank; begin += 32) {
+      const int32_t k = begin + static_cast<int32_t>(threadIdx.x & 31);
+      const bool same = k < slots_per_rank && of_rank[k] == expert;
+      const uint32_t votes = __ballot_sync(kFullWarp, same);
+      const bool is_first = !found && (votes & ((1u << (threadIdx.x & 31)) - 1)) == 0;
+      if (same && !is_first) of_rank[k] = kNoExpert;
+      found |= votes != 0;
     }
-    kept[i] = is_first ? expert : kNoExpert;
+    __syncwarp();
   }
-  Threads::Sync();
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < n_physical; i += Threads::Size()) of_slot[i] = kept[i];
-  Threads::Sync();
 }
 
 // A slot of an expert whose home slot is not what it should be; −1 where there is none.
@@ -195,20 +187,6 @@ __device__ __noinline__ void KeepFirstSlots(Divisor by_slots, int32_t n_physical
   return -1;
 }
 
-// Before BuildGraph; a barrier must follow.
-template <int kWords, typename Threads>
-__device__ __forceinline__ void ClearGraph(const Problem& p, const GraphMemory& graph) {
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_logical * kWords; i += Threads::Size()) graph.mask[i] = 0;
-#pragma unroll 1
-  for (int32_t e = threadIdx.x; e < p.n_logical; e += Threads::Size()) graph.home[e] = false;
-#pragma unroll 1
-  for (int32_t r = threadIdx.x; r < p.ep_size; r += Threads::Size()) {
-    graph.load[r] = graph.loose[r] = graph.more[r] = 0;
-  }
-  if (threadIdx.x == 0) *graph.n_cells = 0;
-}
-
 // Builds the graph, which needs no loads. All threads of the team call it; ends with a barrier.
 // *status must have been set before; bits are added.
 template <int kWords, typename Threads>
@@ -216,8 +194,19 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
                                   const PrefetchedGraph& fetched, const GraphMemory& graph) {
   const int32_t thread = threadIdx.x;
   const int32_t n_threads = Threads::Size();
+  const int32_t slot_words = GraphMemory::SlotWords(p);
+#pragma unroll 1
+  for (int32_t i = thread; i < p.n_logical * kWords; i += n_threads) graph.mask[i] = 0;
+#pragma unroll 1
+  for (int32_t i = thread; i < p.ep_size * slot_words; i += n_threads) graph.is_shared[i] = 0;
+#pragma unroll 1
+  for (int32_t r = thread; r < p.ep_size; r += n_threads) {
+    graph.load[r] = graph.loose[r] = 0;
+  }
+  if (thread == 0) *graph.n_cells = *graph.n_twice = 0;
+  Threads::Sync();
+
   bool bad = false;
-  bool twice = false;
 #pragma unroll 1
   for (int32_t i = thread; i < p.n_physical; i += n_threads) {
     const int32_t expert = i == thread               ? fetched.expert[0]
@@ -230,11 +219,13 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
     const int32_t rank = p.by_slots.Quotient(i);
     const uint32_t bit = 1u << (rank & 31);
     if (atomicOr(&graph.mask[expert * kWords + (rank >> 5)], bit) & bit) {
-      graph.home[expert] = twice = true;
+      graph.shared[FetchAdd(graph.n_twice, 1)] = i;
     }
   }
-  if (Threads::Any(twice)) {
-    KeepFirstSlots<Threads>(p.by_slots, p.n_physical, graph.home, graph.of_slot, graph.shared);
+  Threads::Sync();
+  if (*graph.n_twice > 0) {
+    KeepFirstSlots<Threads>(graph.of_slot, graph.shared, *graph.n_twice, p.by_slots);
+    Threads::Sync();
   }
 
 #pragma unroll 1
@@ -247,34 +238,35 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
     bad |= !right;
     graph.home[e] = home;
   }
-  // From the other end, where threads have less to do. A warp takes 32 slots in a row.
-  const int32_t last = n_threads - 32 - thread + 2 * (thread & 31);
 #pragma unroll 1
-  for (int32_t begin = 0; begin < p.n_physical; begin += n_threads) {
-    const int32_t i = begin + last;
-    const uint32_t expert = i < p.n_physical ? graph.of_slot[i] : kNoExpert;
-    const bool shared = expert != kNoExpert && HostsOf<kWords>(graph, expert) > 1;
-    const uint32_t bits = __ballot_sync(kFullWarp, shared);
-    if ((thread & 31) == 0 && i < p.n_physical) graph.is_shared[i >> 5] = bits;
+  for (int32_t i = thread; i < p.n_physical; i += n_threads) {
+    const uint32_t expert = ExpertIn(graph.of_slot[i]);
+    if (expert == kNoExpert || HostsOf<kWords>(graph, expert) == 1) continue;
+    const int32_t rank = p.by_slots.Quotient(i);
+    const int32_t k = i - rank * p.slots_per_rank;
+    atomicOr(&graph.is_shared[rank * slot_words + (k >> 5)], 1u << (k & 31));
   }
   Threads::Sync();
 
 #pragma unroll 1
   for (int32_t i = thread; i < p.n_physical; i += n_threads) {
-    const uint32_t expert = graph.of_slot[i];
-    if ((graph.is_shared[i >> 5] >> (i & 31) & 1) == 0) {
+    const uint32_t expert = ExpertIn(graph.of_slot[i]);
+    const int32_t rank = p.by_slots.Quotient(i);
+    const int32_t k = i - rank * p.slots_per_rank;
+    const uint32_t* shared = graph.is_shared + rank * slot_words;
+    if ((shared[k >> 5] >> (k & 31) & 1) == 0) {
       graph.of_slot[i] = expert | kNoNumber << 16;
       continue;
     }
-    const int32_t rank = p.by_slots.Quotient(i);
-    const int32_t begin = rank * p.slots_per_rank;
     const int32_t place = PlaceOf<kWords>(graph.mask + expert * kWords, rank);
     const int32_t cell = graph.first[expert] + place;
-    const uint32_t packed = expert | static_cast<uint32_t>(cell) << 16;
-    graph.of_slot[i] = packed;
+    graph.of_slot[i] = expert | static_cast<uint32_t>(cell) << 16;
     graph.slot[cell] = i;
     graph.place[cell] = place | HostsOf<kWords>(graph, expert) << 16;
-    graph.shared[begin + SharedSlots(graph, begin, i)] = packed;
+    int32_t k_shared = __popc(shared[k >> 5] & ((1u << (k & 31)) - 1));
+#pragma unroll 1
+    for (int32_t w = 0; w < k >> 5; ++w) k_shared += __popc(shared[w]);
+    graph.shared[rank * p.slots_per_rank + k_shared] = graph.of_slot[i];
   }
   if (bad) atomicOr(graph.status, kBadPlacement);
   Threads::Sync();

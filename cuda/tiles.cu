@@ -102,7 +102,6 @@ __device__ inline int32_t FillGraph(const Problem& whole, const SolveOperands& i
     held[i] = tiles[i] > 0 ? in.phy2log[i] : -1;
     if (tiles[i] > 0) atomicMax(&home[held[i]], i);  // Any of them, but always the same.
   }
-  ClearGraph<kWords, Block>(p, graph);
   __syncthreads();
   BuildGraph<kWords, Block>(p, held, home, PrefetchGraph(p, blockDim.x, held, home), graph);
   const TotalsIn<Unit::kEmptyPlaces> room = {total, costs};
@@ -157,8 +156,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     total[e] = SumSources(in.loads, sources, e);
   }
   if (threadIdx.x == 0) *graph.status = 0;
-  ClearGraph<kWords, Block>(p, graph);
-  __syncthreads();
   BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, graph);
   const int32_t invalid = InvalidIn(p, sources, in.loads);
   if (invalid != 0) atomicOr(graph.status, invalid);

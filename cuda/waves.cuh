@@ -50,15 +50,11 @@ template <int kWords>
 struct RankSet {
   uint32_t word[kWords];
 
-  __device__ __forceinline__ uint32_t OfWord(int32_t number) const {
+  __device__ __forceinline__ bool Has(int32_t rank) const {
     uint32_t bits = word[0];
 #pragma unroll
-    for (int w = 1; w < kWords; ++w) bits = number == w ? word[w] : bits;
-    return bits;
-  }
-
-  __device__ __forceinline__ bool Has(int32_t rank) const {
-    return (OfWord(rank >> 5) >> (rank & 31)) & 1;
+    for (int w = 1; w < kWords; ++w) bits = rank >> 5 == w ? word[w] : bits;
+    return (bits >> (rank & 31)) & 1;
   }
 };
 

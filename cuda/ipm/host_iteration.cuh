@@ -27,8 +27,11 @@ struct HostArrays {
 // A rank's cells of shared experts; none beyond the last rank.
 __device__ __forceinline__ int32_t CellsOf(const Problem& p, const GraphMemory& graph,
                                            int32_t rank) {
-  if (rank >= p.ep_size) return 0;
-  return SharedSlots(graph, rank * p.slots_per_rank, (rank + 1) * p.slots_per_rank);
+  const int32_t n_words = rank < p.ep_size ? GraphMemory::SlotWords(p) : 0;
+  int32_t n = 0;
+#pragma unroll 1
+  for (int32_t w = 0; w < n_words; ++w) n += __popc(graph.is_shared[rank * n_words + w]);
+  return n;
 }
 
 template <int kRanks, int kParts>

@@ -141,7 +141,6 @@ struct OverBatchCopies : Anywhere<kWords> {
     for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
       phy2log[i] = ChosenIn(p, won, i);
     }
-    ClearGraph<kWords, Threads>(p, Base::GraphOf(a, memory));
     Threads::Sync();
     Problem chosen = p;
     chosen.max_replicas = 1;  // Only homes are read.

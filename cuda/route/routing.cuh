@@ -100,8 +100,6 @@ struct Anywhere {
       pieces.sent[i] = 0;
       memory.quota[i] = kQuotas == Quotas::kGiven ? given[i] : 0;
     }
-    ClearGraph<kWords, Threads>(a.problem, graph);
-    Threads::Sync();
     BuildGraph<kWords, Threads>(a.problem, tables.phy2log, tables.log2phy, fetched, graph);
   }
 

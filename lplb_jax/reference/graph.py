@@ -194,28 +194,10 @@ def first_target(
     base: Int32[Array, " ep_size"],
     cells: Cells,
 ) -> Int32[Array, ""]:
-    """Bounds that need no search, from any legal plan: those of the sets of one rank, of the set of
-    all ranks, and of the ranks that are left without those which cannot get that much."""
-    hosts = cells.hosts
-    alone = hosts.sum(axis=1, dtype=jnp.int32) == 1
+    """The bounds of the set of all ranks and of the sets of one rank, from any legal plan."""
+    alone = cells.hosts.sum(axis=1, dtype=jnp.int32) == 1
     stays = base + jnp.where(alone[:, None], tokens, 0).sum(axis=0, dtype=jnp.int32)
-    total = tokens.sum(axis=1, dtype=jnp.int32)
-    most = base + jnp.where(hosts, total[:, None], 0).sum(axis=0, dtype=jnp.int32)
-    everyone = jnp.ones(load.shape, bool)
-    start = jnp.maximum(ceil_mean(load, everyone), stays.max())
-
-    def left_without_poor(bound):
-        poor = most < bound
-        left = load - jnp.where(poor, most, 0)  # Their sum may be far below 0.
-        high = (left >> 16).sum(dtype=jnp.int32) + ((left & 0xFFFF).sum(dtype=jnp.int32) >> 16)
-        return jnp.where(high < 0, bound, jnp.maximum(bound, ceil_mean(left, ~poor)))
-
-    def unfinished(state):
-        last, bound = state
-        return last < bound
-
-    state = start - 1, start
-    return lax.while_loop(unfinished, lambda s: (s[1], left_without_poor(s[1])), state)[1]
+    return jnp.maximum(ceil_mean(load, jnp.ones(load.shape, bool)), stays.max())
 
 
 def levels(
@@ -239,47 +221,26 @@ def push(
     rank = jnp.arange(n_ranks, dtype=jnp.int32)
     # Row r: the ranks in cyclic order, beginning after r.
     after = (rank[:, None] + rank + 1) % n_ranks
-    # [ep_size, slots_per_rank, ep_size]: whether a slot's expert is on a rank one level down.
-    leads = cells.hosts.at[cells.expert].get(mode="fill", fill_value=False)
-    leads &= level[None, None, :] == level[:, None, None] - 1
+    hosts = cells.hosts
 
     def push_slot(k, state):
-        tokens, excess, amounts, depth = state
-        e, amount = cells.expert[:, k], amounts[:, k]
-        to = jnp.take_along_axis(leads[:, k], after, axis=1)
+        tokens, excess, mine, depth = state
+        e = cells.expert[:, k]
+        amount = jnp.minimum(mine, tokens.at[e, rank].get(mode="fill", fill_value=0))
+        to = hosts.at[e[:, None], after].get(mode="fill", fill_value=False)
+        to &= level[after] == depth - 1
         nth = jnp.cumsum(to, axis=1, dtype=jnp.int32) - 1
         n = jnp.minimum(nth[:, -1:] + 1, MAX_SPREAD)
         each, more = jnp.divmod(amount[:, None], jnp.maximum(n, 1))
         part = jnp.where(to & (nth < n), each + (nth < more).astype(jnp.int32), 0)
+        amount = part.sum(axis=1, dtype=jnp.int32)
         tokens = tokens.at[e[:, None], after].add(part, mode="drop")
         tokens = tokens.at[e, rank].add(-amount, mode="drop")
-        return tokens, excess.at[after].add(part) - amount, amounts, depth
+        return tokens, excess.at[after].add(part) - amount, mine - amount, depth
 
     def push_level(mine, excess, tokens, depth):
-        here = tokens.at[cells.expert, rank[:, None]].get(mode="fill", fill_value=0)
-        amounts = taken_evenly(mine, here, leads.any(axis=2))
-        state = (tokens, excess, amounts, depth)
+        state = (tokens, excess, mine, depth)
         tokens, excess, _, _ = lax.fori_loop(0, n_slots, push_slot, state)
         return excess, tokens
 
     return push_levels(excess, tokens, level, depth, push_level)
-
-
-def taken_evenly(
-    wanted: Int32[Array, " n_ranks"],
-    here: Int32[Array, "n_ranks n_slots"],
-    exits: Bool[Array, "n_ranks n_slots"],
-) -> Int32[Array, "n_ranks n_slots"]:
-    """What every rank takes from its exits: as many tokens as it wants, if they have those.
-
-    First an equal part from each, its number rounded up to a power of two, then the rest in order.
-    """
-    n = exits.sum(axis=1, dtype=jnp.int32)
-    powers = 1 << jnp.arange(exits.shape[1].bit_length(), dtype=jnp.int32)
-    halvings = (n[:, None] > powers).sum(axis=1, dtype=jnp.int32)
-    here = jnp.where(exits, here, 0)
-    first = jnp.minimum(here, (wanted >> halvings)[:, None])
-    left = wanted - first.sum(axis=1, dtype=jnp.int32)
-    rest = here - first
-    before = jnp.cumsum(rest, axis=1, dtype=jnp.int32) - rest
-    return first + jnp.clip(left[:, None] - before, 0, rest)

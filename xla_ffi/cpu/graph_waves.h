@@ -42,14 +42,13 @@ class GraphWaves {
 
   // Every expert's tokens are divided evenly among its hosts, the first ones get one more; ranks
   // have `base` [n_ranks] besides, if that is not null, all ≥ 0. Returns the first target, which is
-  // the largest bound of three kinds of sets: all ranks, one rank, and all ranks without those that
-  // cannot get as much.
+  // the bound of the set of all ranks and of the sets of one rank.
   template <typename Load>
   int64_t Start(const Load* loads, const int64_t* base = nullptr) {
     std::vector<int64_t>& fixed = stays_;
     fixed.assign(graph_.n_ranks, 0);
     if (base != nullptr) fixed.assign(base, base + graph_.n_ranks);
-    load_ = most_ = fixed;
+    load_ = fixed;
     int64_t sum = std::accumulate(fixed.begin(), fixed.end(), int64_t{0});
     for (int32_t e = 0; e < graph_.n_logical; ++e) {
       const int32_t begin = graph_.first[e];
@@ -57,14 +56,17 @@ class GraphWaves {
       if (n_hosts == 0) continue;
       const int64_t total = loads[e];
       sum += total;
-      if (n_hosts == 1) fixed[graph_.rank[begin]] += total;
+      if (n_hosts == 1) {
+        tokens_[begin] = total;
+        load_[graph_.rank[begin]] += total;
+        fixed[graph_.rank[begin]] += total;
+        continue;
+      }
       const int64_t each = total / n_hosts;
       const int64_t more = total % n_hosts;
       for (int32_t k = 0; k < n_hosts; ++k) {
-        const int32_t r = graph_.rank[begin + k];
         tokens_[begin + k] = each + (k < more);
-        load_[r] += each + (k < more);
-        most_[r] += total;
+        load_[graph_.rank[begin + k]] += each + (k < more);
       }
     }
     const auto fullest = std::max_element(fixed.begin(), fixed.end());
@@ -73,8 +75,6 @@ class GraphWaves {
     if (*fullest > target_) {
       target_ = *fullest;
       proof_[fullest - fixed.begin()] = true;
-    }
-    while (LeavePoorRanks(sum)) {
     }
     return target_;
   }
@@ -178,20 +178,6 @@ class GraphWaves {
     return true;
   }
 
-  // What ranks that cannot get as much as the target have to leave to others is a bound, too.
-  // Returns whether it is above the target.
-  bool LeavePoorRanks(int64_t left) {
-    int64_t n = 0;
-    for (const int64_t most : most_) {
-      left -= most < target_ ? most : 0;
-      n += most >= target_;
-    }
-    if (left <= target_ * n) return false;
-    for (int32_t r = 0; r < graph_.n_ranks; ++r) proof_[r] = most_[r] >= target_;
-    target_ = (left + n - 1) / n;
-    return true;
-  }
-
   // Nothing more can leave the ranks of the proof: their mean load is a new lower bound.
   void RaiseTarget() {
     int64_t excess = 0;
@@ -209,70 +195,45 @@ class GraphWaves {
     for (auto r = reached_.rbegin(); r != reached_.rend() && level_[*r] > 0; ++r) Push(*r);
   }
 
-  // Rank r sends what it has above the target to the level below its own, from all of its cells
-  // with a host there: first an equal part from each, their number rounded up to a power of two,
-  // then the rest in order.
+  // Rank r sends what it has above the target to the level below its own.
   void Push(int32_t r) {
-    const int64_t excess = load_[r] - target_;
-    if (excess <= 0) return;
-    exits_.clear();
-    for (int32_t i = graph_.first_shared[r]; i < graph_.first_shared[r + 1]; ++i) {
+    int64_t excess = load_[r] - target_;
+    const int32_t below = level_[r] - 1;
+    for (int32_t i = graph_.first_shared[r]; i < graph_.first_shared[r + 1] && excess > 0; ++i) {
       const auto [e, cell] = graph_.shared[i];
-      if (HasHostAt(e, level_[r] - 1)) exits_.push_back({e, cell});
+      const int64_t amount = std::min(excess, tokens_[cell]);
+      // A host that is nearer than `below` would have put r nearer, too.
+      if (amount == 0 || expert_level_[e] != below) continue;
+      // The first hosts at that level in cyclic order after r.
+      int32_t to[kMaxSpread];
+      int32_t n = 0;
+      const int32_t begin = graph_.first[e];
+      const int32_t end = graph_.first[e + 1];
+      for (int32_t c = cell + 1; c != cell && n < kMaxSpread; ++c) {
+        if (c == end) c = begin;
+        if (c == cell) break;
+        if (level_[graph_.rank[c]] == below) to[n++] = c;
+      }
+      for (int32_t k = 0; k < n; ++k) {
+        const int64_t part = amount / n + (k < amount % n);
+        tokens_[to[k]] += part;
+        load_[graph_.rank[to[k]]] += part;
+      }
+      tokens_[cell] -= amount;
+      load_[r] -= amount;
+      excess -= amount;
     }
-    int32_t halvings = 0;
-    while (size_t{1} << halvings < exits_.size()) ++halvings;
-    const int64_t part = excess >> halvings;
-    int64_t left = excess;
-    for (const auto [e, cell] : exits_) left -= std::min(part, tokens_[cell]);
-    for (const auto [e, cell] : exits_) {
-      const int64_t first = std::min(part, tokens_[cell]);
-      const int64_t more = std::min(left, tokens_[cell] - first);
-      left -= more;
-      if (first + more > 0) Send(r, e, cell, first + more);
-    }
-    load_[r] = target_ + left;
-  }
-
-  bool HasHostAt(int32_t expert, int32_t level) const {
-    const int32_t nearest = expert_level_[expert];
-    if (nearest < 0 || nearest >= level) return nearest == level;
-    for (int32_t c = graph_.first[expert]; c < graph_.first[expert + 1]; ++c) {
-      if (level_[graph_.rank[c]] == level) return true;
-    }
-    return false;
-  }
-
-  // Divides the amount among the first hosts one level down in cyclic order after r.
-  void Send(int32_t r, int32_t expert, int32_t cell, int64_t amount) {
-    const int32_t begin = graph_.first[expert];
-    const int32_t end = graph_.first[expert + 1];
-    int32_t to[kMaxSpread];
-    int32_t n = 0;
-    for (int32_t c = cell + 1; c != cell && n < kMaxSpread; ++c) {
-      if (c == end) c = begin;
-      if (c == cell) break;
-      if (level_[graph_.rank[c]] == level_[r] - 1) to[n++] = c;
-    }
-    for (int32_t k = 0; k < n; ++k) {
-      const int64_t part = amount / n + (k < amount % n);
-      tokens_[to[k]] += part;
-      load_[graph_.rank[to[k]]] += part;
-    }
-    tokens_[cell] -= amount;
   }
 
   const ReplicaGraph& graph_;
   std::vector<int64_t> tokens_;
   std::vector<int64_t> load_;
   std::vector<int64_t> stays_;
-  std::vector<int64_t> most_;  // What a rank has if it serves all tokens of its experts.
   int64_t target_ = 0;
   std::vector<bool> proof_;
   std::vector<int32_t> level_;
   std::vector<int32_t> expert_level_;  // The least level of an expert's hosts, −1 if not reached.
   std::vector<int32_t> reached_;
-  std::vector<ReplicaGraph::Shared> exits_;
 };
 
 // Where every expert is at home, −1 where it has no slot: the balanced loads of one token each, so
