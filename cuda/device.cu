@@ -6,14 +6,14 @@
 namespace lplb::cuda {
 namespace {
 
-constexpr int32_t kMostThreads = 1024;  // Of a block, on every chip.
+constexpr int32_t kMostThreads = 1024;  // Per block, on every chip.
 
-// Compiled as all kernels are. With all of a block's shared memory and threads, a cluster of it is
-// as hard to place as any.
+// Compiled like all other kernels. With a block's maximum of shared memory and threads, its cluster
+// is as hard to place as any.
 __global__ void __launch_bounds__(kMostThreads, 1) ProbeKernel() {}
 
-// Clusters of more than 8 blocks are possible on some chips only, and on a part of a chip (MIG)
-// maybe not even those: the driver knows.
+// Only some chips allow clusters of more than 8 blocks, and part of a chip (MIG) may not even allow
+// 8. The driver knows.
 cudaError_t AskLargestCluster(int32_t shared_bytes, int32_t* largest) {
   cudaError_t error =
       cudaFuncSetAttribute(ProbeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
@@ -45,7 +45,7 @@ cudaError_t AskDevice(int ordinal, Device* device) {
   cudaFuncAttributes probe;
   const cudaError_t error = cudaFuncGetAttributes(&probe, ProbeKernel);
   if (error != cudaSuccess) return error;
-  // Kernels that were compiled for older chips only have no code for either.
+  // Kernels compiled only for older chips have no code for clusters or dependent launch.
   const bool compiled = probe.ptxVersion >= 90;
   device->capability = 10 * major + minor;
   device->dependent_launch = compiled && major >= 9;
@@ -54,7 +54,7 @@ cudaError_t AskDevice(int ordinal, Device* device) {
   return AskLargestCluster(device->shared_bytes, &device->largest_cluster);
 }
 
-// By ordinal.
+// Devices by ordinal.
 std::mutex mutex;
 std::map<int, Device> known;
 
@@ -72,7 +72,8 @@ cudaError_t CurrentDevice(Device* device) {
       return cudaSuccess;
     }
   }
-  // Unlocked: others need not wait for the driver. Whoever asks at the same time gets the same.
+  // Unlocked, so that other threads need not wait for the driver. Concurrent callers get the same
+  // answer.
   error = AskDevice(ordinal, device);
   if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);

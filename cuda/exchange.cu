@@ -1,4 +1,4 @@
-// Tokens to rows on all ranks, and rows to tokens: each other's transposes.
+// Tokens to rows on all ranks, and rows back to tokens. Each is the transpose of the other.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -10,22 +10,22 @@
 namespace lplb::cuda {
 namespace {
 
-// A block has an SM for itself. Sums take more registers than copies.
+// Each block has an SM to itself. Sums need more registers than copies.
 constexpr int32_t kThreadsThere = 1024;
 constexpr int32_t kThreadsBack = 768;
-constexpr int32_t kItemsPerBlock = 8;  // Below, more blocks take longer to start than they save.
-constexpr int kFlight = 4;             // Words that a lane has on their way.
-constexpr int kFlightSums = 2;         // Likewise; sums take more registers.
+constexpr int32_t kItemsPerBlock = 8;  // Below this, starting more blocks costs more than it saves.
+constexpr int kFlight = 4;             // Words that a lane has in flight.
+constexpr int kFlightSums = 2;         // The same for sums, which need more registers.
 constexpr int32_t kStepBytes = kFlightSums * 32 * kWord;
 
-// A token's choices, a lane each.
+// A token's choices, one per lane.
 struct Choice {
-  int32_t rank;   // −1 where it has no row
-  int32_t row;    // there
+  int32_t rank;   // −1 if the choice has no row
+  int32_t row;    // on that rank
   int32_t order;  // see Routing
 };
 
-// The same as it is in memory. Loaded for the next token while one is moved.
+// A choice as stored in memory, loaded for the next token while the current one is moved.
 struct PackedChoice {
   int32_t row = -1;
   int32_t order = -1;
@@ -46,8 +46,8 @@ __device__ __forceinline__ PackedChoice LoadChoice(const Routing& routing, int32
   return choice;
 }
 
-// Copies a piece of a row to every lane's `target` that is not null, and raises the flags of what
-// was copied before.
+// Copies a piece of a row to the `target` of every lane where it is not null, and raises the flags
+// of pieces copied before.
 __device__ __forceinline__ void CopyPiece(const ExchangeCall& call, const char* row,
                                           const Piece& piece, char* target, PendingFlags* pending) {
   const int32_t end = piece.begin + piece.bytes;
@@ -70,8 +70,8 @@ __device__ __forceinline__ void CopyPiece(const ExchangeCall& call, const char* 
   }
 }
 
-// Sends a piece of a token, once to each other rank that has rows for it, with the rows' numbers
-// and gates.
+// Sends a piece of a token once to each other rank that has rows for it, with the row numbers and
+// gates.
 __device__ __forceinline__ void SendToken(const Exchange& exchange, const ExchangeCall& call,
                                           const ThereArguments& in, const Pieces& pieces,
                                           int32_t item, const Choice& choice,
@@ -128,7 +128,8 @@ __device__ __forceinline__ void SendTokens(const Exchange& exchange, const Excha
   pending.Raise(call);
 }
 
-// Writes a piece of a token to its rows here: a lane has a row's number, −1 for none, and its gate.
+// Writes a piece of a token to its rows on this rank. Each lane holds a row number, or −1, and the
+// row's gate.
 __device__ __forceinline__ void Expand(const ExchangeCall& call, const ThereArguments& in,
                                        const Piece& piece, const char* token, int32_t row,
                                        uint64_t gate) {
@@ -174,7 +175,7 @@ __device__ __forceinline__ bool ExpandReceived(const Exchange& exchange, const E
   return true;
 }
 
-// Own tokens first: there is no need to wait for them.
+// This rank's own tokens come first: they need no waiting.
 __device__ __forceinline__ void ReceiveTokens(const Exchange& exchange, const ExchangeCall& call,
                                               const ThereArguments& in, const Pieces& pieces) {
   __shared__ int32_t longest;
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kThreadsThere, 1)
   }
 }
 
-// The elements of a word, and what they are added up in.
+// The elements of a word, and the type in which they are summed.
 template <typename T>
 struct Wide {
   using Type = float;
@@ -255,8 +256,8 @@ struct Sum {
   }
 };
 
-// The sums of the words at `begin` of this rank's rows, up to `end`: a lane has a row's number,
-// `rows` are the lanes to add. Two rows are on their way at once.
+// Sums this rank's rows from byte `begin` on, before `end`. Each lane holds a row number, and
+// `rows` is the mask of lanes to add. Two rows are in flight at once.
 template <typename T>
 __device__ __forceinline__ void SumRows(const BackArguments& in, int32_t row, uint32_t rows,
                                         int32_t begin, int32_t end, uint4* out) {
@@ -297,8 +298,9 @@ __device__ __forceinline__ void StoreWords(char* to, int32_t begin, int32_t end,
   }
 }
 
-// The sums over ranks of the words at `begin`: a lane has the place in the window of what its rank
-// sent, `firsts` are the lanes to add; `own_rows` those of this rank's rows.
+// Sums over ranks from byte `begin` on, before `end`. Each lane holds the place in the window of
+// what its rank sent. `firsts` is the mask of lanes to add, `own_rows` the mask of this rank's
+// rows.
 template <typename T>
 __device__ __forceinline__ void SumRanks(const BackArguments& in, const char* window,
                                          int32_t window_row_bytes, int32_t row, uint32_t own_rows,
@@ -325,14 +327,14 @@ __device__ __forceinline__ void SumRanks(const BackArguments& in, const char* wi
   for (int j = 0; j < kFlightSums; ++j) words[j] = sums[j].Rounded();
 }
 
-// The rows of a token that came, a lane each; −1 for none.
+// The row numbers of a received token, one per lane; −1 for none.
 __device__ __forceinline__ int32_t LoadNumber(const Routing& routing, const int32_t* numbers,
                                               const Received& received, int64_t place) {
   if (!received.exists || Lane() >= routing.top_k) return -1;
   return __ldg(numbers + place * routing.top_k + Lane());
 }
 
-// Sends a piece of what the rows of a received token come to, to where it came from.
+// Sends a piece of the sum over a received token's rows back to the rank that sent the token.
 template <typename T>
 __device__ __forceinline__ void SendSum(const Exchange& exchange, const ExchangeCall& call,
                                         const BackArguments& in, const Pieces& pieces,
@@ -399,7 +401,7 @@ __device__ __forceinline__ void SendSums(const Exchange& exchange, const Exchang
   pending.Raise(call);
 }
 
-// Adds up what the ranks make of a piece of a token of this rank.
+// Sums the ranks' results for a piece of one of this rank's tokens.
 template <typename T>
 __device__ __forceinline__ bool ReceiveSums(const Exchange& exchange, const ExchangeCall& call,
                                             const BackArguments& in, const Pieces& pieces,
@@ -411,7 +413,7 @@ __device__ __forceinline__ bool ReceiveSums(const Exchange& exchange, const Exch
   const Choice choice = LoadChoice(routing, token).Unpacked(routing);
   const bool own = choice.rank == exchange.peers.rank;
   const bool remote = choice.rank >= 0 && !own;
-  // A rank's first choice has the place of all of them.
+  // All of a rank's choices share the place of the first.
   const int first = __ffs(__match_any_sync(kFullWarp, choice.rank)) - 1;
   const int32_t order = __shfl_sync(kFullWarp, choice.order, first);
   int32_t place = 0;
@@ -466,7 +468,7 @@ __global__ void __launch_bounds__(kThreadsBack, 1)
     for (int32_t i = items.Take(); i < n_items; i = items.Take()) {
       if (!ReceiveSums<T>(exchange, call, in, pieces, slot, i)) break;
     }
-    // See WindowShape: also of ranks that send nothing.
+    // Also waits for ranks that send nothing, see WindowShape.
     if (call.part == 0) AwaitHeaders(exchange, call, [](int32_t, int32_t) {});
   }
   if (FinishExchange(exchange, call)) {
@@ -492,8 +494,8 @@ BackPointer BackKernelOf(RowType type) {
   return nullptr;
 }
 
-// Of sizes alone, so that all ranks cut alike; and no more than there are entries for. A piece is a
-// multiple of what a warp sums at once.
+// Depends on sizes only, so that all ranks cut alike, and never makes more pieces than there are
+// entries. A piece is a multiple of what a warp sums at once.
 Pieces PiecesOf(const Routing& routing, int32_t n_ranks, int32_t row_bytes) {
   const int32_t most_tokens =
       std::max(routing.n_received, routing.n_tokens * std::min(routing.top_k, n_ranks));

@@ -1,9 +1,9 @@
-// Exchanges of tokens, as device functions that the kernels there and back compose.
+// Exchanges of tokens, as device functions that the kernels of both directions compose.
 //
 // A warp moves a token, or a piece of one. Blocks take parts in the order in which they start, not
-// by their index: the first ones send, so whoever waits waits for blocks that run. What is received
-// is handed out one by one, in the order in which it is sent, so that a warp waits for what comes
-// next.
+// by their index. The first ones send, so a waiting block only ever waits for running blocks.
+// Received items are handed out one by one, in the order in which they are sent, so that a warp
+// waits for what arrives next.
 #ifndef LPLB_CUDA_EXCHANGE_CUH_
 #define LPLB_CUDA_EXCHANGE_CUH_
 
@@ -13,17 +13,17 @@
 
 namespace lplb::cuda {
 
-constexpr int32_t kMostWarps = 32;  // of a block
+constexpr int32_t kMostWarps = 32;  // per block
 constexpr int32_t kWord = 16;       // bytes that a lane moves at once
 
-// One exchange, as the threads of a block see it. What it points to is in shared memory.
+// One exchange, as the threads of a block see it. The pointers are to shared memory.
 struct ExchangeCall {
   uint32_t epoch;
-  int32_t part;          // of this block: how many have started before it
-  bool failed;           // before, or since the program takes this rank for another one
+  int32_t part;          // this block's: how many blocks started before it
+  bool failed;           // earlier, or because the program gives this rank another number
   char** windows;        // [n_ranks]
   const int32_t* lists;  // [kLists, n_ranks], see Routing
-  int32_t* sizes;        // [n_ranks], tokens that come from each rank
+  int32_t* sizes;        // [n_ranks], tokens that arrive from each rank
 
   static int64_t SharedBytes(int64_t n_ranks) {
     return n_ranks * (sizeof(char*) + (kLists + 1) * sizeof(int32_t));
@@ -66,7 +66,7 @@ __device__ __forceinline__ uint64_t LoadAcquired(const uint64_t* word) {
   return value;
 }
 
-// Past the first-level cache: what a peer has written is in the second.
+// Bypasses the L1 cache: what a peer has written is in L2.
 __device__ __forceinline__ uint4 LoadWide(const char* address) {
   uint4 value;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -97,12 +97,12 @@ __device__ __forceinline__ void StoreGate(void* gates, int64_t i, int32_t bytes,
 
 __device__ __forceinline__ int32_t Lane() { return static_cast<int32_t>(threadIdx.x) & 31; }
 
-// The number of this warp among those of all blocks.
+// The number of this warp among the warps of all blocks.
 __device__ __forceinline__ int32_t Warp(const ExchangeCall& call) {
   return call.part * static_cast<int32_t>(blockDim.x / 32) + static_cast<int32_t>(threadIdx.x) / 32;
 }
 
-// Items that all warps take one after the other. A warp asks for its next one before it needs it.
+// Items that all warps take in turn. A warp asks for its next item before it needs it.
 class Items {
  public:
   __device__ __forceinline__ explicit Items(uint32_t* next) : next_(next) { Ask(); }
@@ -121,14 +121,14 @@ class Items {
   uint32_t ahead_ = 0;
 };
 
-// Rows are cut into n_pieces, equal on all ranks.
+// Rows are cut into n_pieces, the same on all ranks.
 struct Pieces {
   int32_t row_bytes;
   int32_t n_pieces;
   int32_t piece_bytes;
 };
 
-// Of a row, what one warp moves.
+// The part of a row that one warp moves.
 struct Piece {
   int32_t number;
   int32_t begin;
@@ -141,7 +141,7 @@ __device__ __forceinline__ Piece PieceOf(const Pieces& pieces, int32_t item) {
   return {number, begin, min(pieces.piece_bytes, pieces.row_bytes - begin)};
 }
 
-// Reads lists and addresses into shared memory, sizes if they are known, and takes part.
+// Reads lists, addresses and, if known, sizes into shared memory, and takes a part.
 __device__ __forceinline__ ExchangeCall BeginExchange(const Exchange& exchange,
                                                       const Routing& routing, char** windows,
                                                       const int32_t* known_sizes = nullptr) {
@@ -170,8 +170,9 @@ __device__ __forceinline__ ExchangeCall BeginExchange(const Exchange& exchange,
   return call;
 }
 
-// Tells every other rank that this one has begun, and how many tokens come from here. By all
-// threads of one block. What was read before was read by other kernels, which are done.
+// Tells every other rank that this one has begun, and how many tokens it sends. All threads of one
+// block call it. No fence is needed: earlier reads of the windows were made by kernels that have
+// completed.
 __device__ __forceinline__ void SendHeaders(const Exchange& exchange, const ExchangeCall& call,
                                             const int32_t* sizes) {
   for (int32_t peer = threadIdx.x; peer < exchange.shape.n_ranks; peer += blockDim.x) {
@@ -181,7 +182,7 @@ __device__ __forceinline__ void SendHeaders(const Exchange& exchange, const Exch
   }
 }
 
-// Whether to go on waiting for `source`, to be asked again and again by a thread that does.
+// Tells a waiting thread whether to keep waiting for `source`. The thread asks again and again.
 class Patience {
  public:
   __device__ __forceinline__ bool Lasts(const Exchange& exchange, const ExchangeCall& call,
@@ -201,7 +202,7 @@ class Patience {
   int64_t deadline_ = 0;
 };
 
-// Waits, as a warp, for a token of `source`; false where it did not come in time.
+// Waits, as a warp, for a token from `source`. Returns false if it does not arrive in time.
 __device__ __forceinline__ bool AwaitFlag(const Exchange& exchange, const ExchangeCall& call,
                                           const uint32_t* flag, int32_t source) {
   Patience patience;
@@ -212,7 +213,7 @@ __device__ __forceinline__ bool AwaitFlag(const Exchange& exchange, const Exchan
   return true;
 }
 
-// Waits, as a block, until all other ranks have begun; `use(source, size)` for each of them.
+// Waits, as a block, until all other ranks have begun, and calls `use(source, size)` for each.
 template <typename Use>
 __device__ __forceinline__ bool AwaitHeaders(const Exchange& exchange, const ExchangeCall& call,
                                              const Use& use) {
@@ -235,15 +236,15 @@ __device__ __forceinline__ bool AwaitHeaders(const Exchange& exchange, const Exc
   return __syncthreads_and(lasts);
 }
 
-// Flags of rows on their way, of one warp. A fence waits until what was written before has arrived:
-// it takes as long as a row, so there is one for several rows, while the next one is loaded.
+// The flags of one warp's rows in flight. A fence waits until everything written before it has
+// arrived, which takes as long as a row. So several rows share one fence, while the next row loads.
 class PendingFlags {
  public:
   __device__ __forceinline__ PendingFlags() {
     __shared__ uint32_t* flags[kMostWarps][kMostFlags];
     flags_ = flags[threadIdx.x / 32];
   }
-  // Of a row, the flags of those lanes that have one, in no more than 32.
+  // Adds one row's flags, of at most 32 lanes. Lanes without one pass null.
   __device__ __forceinline__ void Add(uint32_t* flag) {
     const uint32_t lanes = __ballot_sync(kFullWarp, flag != nullptr);
     const uint32_t before = lanes & ((1u << Lane()) - 1);
@@ -271,7 +272,7 @@ class PendingFlags {
   int32_t n_rows_ = 0;
 };
 
-// The tokens that come from others, source by source in turn.
+// The tokens that arrive from other ranks, one from each source in turn.
 struct Received {
   int32_t source;
   int32_t order;  // in the source's list
@@ -291,8 +292,8 @@ __device__ __forceinline__ void FillOnes(void* memory, int64_t bytes) {
   }
 }
 
-// Ends an exchange; true for the threads of the last block where it has failed. They must not let a
-// part of a result stand.
+// Ends an exchange. Returns true in all threads of the last block if it failed: that block must
+// then overwrite the partial result.
 __device__ __forceinline__ bool FinishExchange(const Exchange& exchange, const ExchangeCall& call) {
   __shared__ bool last_of_failed;
   __syncthreads();

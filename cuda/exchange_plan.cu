@@ -1,5 +1,5 @@
-// A block for each tile of tokens, and one for what does not depend on them. All of them read all
-// counts: with 64 ranks these are some 100 KiB, and to exchange sums would take longer.
+// One block per tile of tokens, and one for everything that does not depend on tokens. Every block
+// reads all counts: at 64 ranks they take about 100 KiB, and exchanging sums would take longer.
 #include <algorithm>
 
 #include "cuda/exchange_plan.h"
@@ -11,7 +11,7 @@ namespace lplb::cuda {
 namespace {
 
 constexpr int32_t kMostThreads = 1024;
-constexpr int32_t kLeastThreads = 256;  // Counts are summed by as many.
+constexpr int32_t kLeastThreads = 256;  // This many threads sum the counts.
 constexpr int32_t kMostWarps = kMostThreads / 32;
 
 __device__ __forceinline__ int32_t Lane() { return static_cast<int32_t>(threadIdx.x) & 31; }
@@ -29,11 +29,11 @@ __device__ __forceinline__ int32_t SumOfLanesUpTo(int32_t value) {
   return value;
 }
 
-// Rows of a slot, by slot of all ranks; in shared memory.
+// Row counts per slot, over the slots of all ranks; in shared memory.
 struct SlotTable {
-  int32_t* total;   // of all sources
-  int32_t* mine;    // of this one
-  int32_t* before;  // of the sources before this one
+  int32_t* total;   // from all sources
+  int32_t* mine;    // from this one
+  int32_t* before;  // from the sources before this one
   int32_t* start;   // where they begin on the slot's rank; −1 for slots without a group
 
   __device__ __forceinline__ SlotTable(int32_t* memory, int32_t n)
@@ -41,8 +41,8 @@ struct SlotTable {
   __host__ __device__ static int64_t Words(int64_t n) { return 4 * n; }
 };
 
-// Everybody's counts. `ForSources` calls `use(source, count)` for all those of a slot, in the order
-// of the sources.
+// The counts of all ranks. `ForSources` calls `use(source, count)` for each source of a slot, in
+// order.
 class Gathered {
  public:
   __device__ __forceinline__ Gathered(const Peers&, const PlanArguments& in, bool)
@@ -72,8 +72,8 @@ class Gathered {
   int32_t n_;
 };
 
-// The same as they come from the others. Every block waits for them by itself; they stay where they
-// are until the next call.
+// The same interface for counts as they arrive from other ranks. Every block waits for them itself.
+// They stay in place until the next call.
 class Arriving {
  public:
   __device__ __forceinline__ Arriving(const Peers& peers, const PlanArguments& in, bool leader)
@@ -83,7 +83,7 @@ class Arriving {
         leader_(leader),
         call_(BeginSync(peers, peers.state->epoch + 1, *in.rank, leader)) {}
 
-  // By the leading block of the first kernel.
+  // Called by the leading block of the first kernel.
   __device__ __forceinline__ void Send() const {
     for (int32_t i = threadIdx.x; i < n_; i += blockDim.x) {
       const int32_t count = __ldg(counts_ + i);
@@ -92,12 +92,13 @@ class Arriving {
       }
     }
   }
-  // After a failure there are no rows from sources that are missing.
+  // After a failure, missing sources contribute no rows.
   template <typename Use>
   __device__ __forceinline__ void ForSources(int32_t slot, const Use& use) const {
     Receive(peers_, call_, slot, 0, peers_.size, leader_, use);
   }
-  // At the end of a block of the last kernel: when all blocks have begun, the call is made.
+  // Called at the end of each block of the last kernel. Once every block has got here, all have
+  // read the epoch, and the call is complete.
   __device__ __forceinline__ void Finish() const {
     __syncthreads();
     if (threadIdx.x != 0) return;
@@ -115,7 +116,7 @@ class Arriving {
   SyncCall call_;
 };
 
-// The slot of a rank's group, numbered over all ranks; −1 where there is none.
+// The slot of a rank's group, numbered over all ranks; −1 for none.
 __device__ __forceinline__ int32_t SlotOfGroup(const PlanArguments& in, int32_t rank,
                                                int32_t group) {
   if (group >= in.n_groups) return -1;
@@ -154,7 +155,7 @@ __device__ __forceinline__ void FillTable(const PlanArguments& in, const Counts&
   __syncthreads();
 }
 
-// A lane's choice as it is given. A warp has as many whole tokens as it has lanes for.
+// One lane's choice, as given. A warp takes as many whole tokens as fit in its lanes.
 struct Given {
   int32_t slot = -1;
   int32_t position = 0;
@@ -173,7 +174,7 @@ struct Tile {
     per_warp = 32 / in.top_k;
     per_round = per_warp * Warps();
   }
-  // The index of a lane's choice in the round that begins with token `first`; −1 for none.
+  // The index of a lane's choice in the round that begins at token `first`; −1 for none.
   __device__ __forceinline__ int64_t ChoiceAt(const PlanArguments& in, int32_t first) const {
     const int32_t in_warp = Lane() / in.top_k;
     const int32_t token = first + Warp() * per_warp + in_warp;
@@ -187,7 +188,7 @@ struct Tile {
   }
 };
 
-// Where a lane's choice goes: −1 for nowhere.
+// The destination of a lane's choice; −1 for none.
 struct Goal {
   int32_t rank = -1;
   int32_t row = -1;
@@ -204,10 +205,10 @@ __device__ __forceinline__ Goal GoalOf(const PlanArguments& in, const SlotTable&
   return {rank, rank * in.capacity + place};
 }
 
-// A token leaves for another rank at its first choice there.
+// A token is sent to another rank at its first choice there.
 struct Leaving {
   bool leaves;
-  int32_t before;  // Tokens of this warp that leave for the same rank before it,
+  int32_t before;  // This warp's earlier tokens for the same rank,
   int32_t all;     // and all of them.
 };
 
@@ -221,7 +222,7 @@ __device__ __forceinline__ Leaving LeavingOf(const PlanArguments& in, const Goal
   return {leaves, __popc(same_rank & LanesBefore()), __popc(same_rank)};
 }
 
-// Tokens of each tile that leave for each rank.
+// Counts the tokens of each tile that leave for each rank.
 template <typename Counts>
 __global__ void __launch_bounds__(kMostThreads, 1)
     CountTilesKernel(const Peers peers, const PlanArguments in) {
@@ -246,8 +247,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   }
 }
 
-// Tokens that leave for each rank: before a round of a tile, and of each of its warps. Two of them,
-// taken in turn: the next one is made while this one is read.
+// Tokens that leave for each rank: before a round of a tile, and by each warp in that round. There
+// are two of these, used in turn: the next is filled while the current one is read.
 struct Before {
   int32_t* round;  // [n_ranks]
   int32_t* warps;  // [kMostWarps, n_ranks]
@@ -260,7 +261,7 @@ struct Before {
   __device__ __forceinline__ void ClearWarps(int32_t n_ranks) const {
     for (int32_t i = threadIdx.x; i < Warps() * n_ranks; i += blockDim.x) warps[i] = 0;
   }
-  // Of warps 0 … n − 1 of the round, and of all that is before it.
+  // Tokens of warps 0 … n − 1 of the round, plus all before it.
   __device__ __forceinline__ int32_t Sum(int32_t n_ranks, int32_t rank, int32_t n) const {
     int32_t sum = round[rank];
     for (int32_t warp = 0; warp < n; ++warp) sum += warps[warp * n_ranks + rank];
@@ -315,8 +316,8 @@ __device__ __forceinline__ void PlanTokens(const PlanArguments& in, const Counts
   }
 }
 
-// Room for the tokens that go from one rank to another, which all ranks know: no more than rows,
-// and than the source has.
+// Upper bounds on the tokens between each pair of ranks, which all ranks can compute: the number of
+// rows, and at most the source's tokens.
 class Rooms {
  public:
   __device__ __forceinline__ Rooms(const PlanArguments& in, int32_t* memory)
@@ -334,7 +335,7 @@ class Rooms {
   }
 
  private:
-  // Rows of an odd length, for threads that read one below the other.
+  // An odd row length avoids bank conflicts between threads that read down a column.
   __device__ __forceinline__ int32_t At(int32_t source, int32_t rank) const {
     return source * (n_ranks_ | 1) + rank;
   }
@@ -375,7 +376,7 @@ __device__ __forceinline__ void WriteStarts(const PlanArguments& in, const Rooms
   }
 }
 
-// What does not depend on the tokens.
+// Everything that does not depend on tokens.
 template <typename Counts>
 __device__ __forceinline__ void PlanLists(const PlanArguments& in, const Counts& counts,
                                           const SlotTable& table, int32_t* memory) {
@@ -412,12 +413,12 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int32_t n_all_slots = in.n_ranks * in.n_slots;
   const SlotTable table(memory, n_all_slots);
   int32_t* rest = memory + SlotTable::Words(n_all_slots);
-  // The first block sends, so whoever waits waits for blocks that run.
+  // The first block sends, so a waiting block only ever waits for a running one.
   const Counts counts(peers, in, blockIdx.x == 0);
   if (blockIdx.x > 0) {
     PlanTokens(in, counts, table, rest, static_cast<int32_t>(blockIdx.x) - 1);
   } else {
-    if (in.n_tiles == 1) counts.Send();  // Else the first kernel has sent them.
+    if (in.n_tiles == 1) counts.Send();  // Otherwise the first kernel has sent them.
     PlanLists(in, counts, table, rest);
   }
   counts.Finish();

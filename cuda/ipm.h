@@ -14,12 +14,12 @@ namespace lplb::cuda {
 // Whether this was built with cuSolverDx.
 bool HasCuSolverDx();
 
-// Shared memory of the block that solves a group of at most kMaxGroupSize ranks, or all of them of
-// any placement; 0 where no kernel takes its shape.
+// Shared memory of the block that solves a group of at most kMaxGroupSize ranks, or all ranks of
+// any placement. 0 if no kernel handles its shape.
 int64_t IpmSharedBytes(const Problem& problem, const IpmOptions& options);
 
 // Solves every group of every batch element, one block each. The current device must have room for
-// IpmSharedBytes, and cuSolverDx be there where it is asked for.
+// IpmSharedBytes. If `options` asks for cuSolverDx, the build must include it.
 cudaError_t LaunchIpm(const Problem& problem, const Sources& sources, const IpmOptions& options,
                       int64_t batch, const IpmOperands& in, const SolveResults& out,
                       cudaStream_t stream);

@@ -1,4 +1,4 @@
-// How every kernel is launched.
+// How all kernels are launched.
 #ifndef LPLB_CUDA_LAUNCH_CUH_
 #define LPLB_CUDA_LAUNCH_CUH_
 
@@ -9,17 +9,17 @@ namespace lplb::cuda {
 
 struct LaunchShape {
   dim3 grid;
-  int32_t threads;                // of a block
-  int64_t shared_bytes = 0;       // of a block, dynamic
-  int32_t cluster = 0;            // blocks of a cluster; 0: no clusters
-  bool dependent_launch = false;  // See Device: the kernel waits for its predecessor by itself.
+  int32_t threads;                // per block
+  int64_t shared_bytes = 0;       // per block, dynamic
+  int32_t cluster = 0;            // blocks per cluster; 0: no clusters
+  bool dependent_launch = false;  // See Device: the kernel itself waits for its predecessor.
 };
 
-// Kernels have 48 KiB without asking, of which some use up to 1 KiB statically.
+// Kernels get 48 KiB without asking. Some use up to 1 KiB of it statically.
 constexpr int64_t kUnaskedSharedBytes = 47 << 10;
 constexpr int32_t kPortableCluster = 8;
 
-// `shape` must be possible on the current device.
+// The current device must support `shape`.
 template <typename... Parameters>
 cudaError_t Launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
                    const std::common_type_t<Parameters>&... arguments) {

@@ -8,7 +8,7 @@
 
 namespace lplb::cuda {
 
-// Experts whose counters fit into a block's shared memory.
+// The most experts whose counters fit in a block's shared memory.
 constexpr int32_t kMaxCounted = 8192;
 
 // Counts the tokens of each of `batch` rows: counts [batch, n_logical + 1], invalid ids last.

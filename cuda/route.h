@@ -12,11 +12,11 @@
 namespace lplb::cuda {
 
 constexpr int32_t kMaxExperts = 2048;
-constexpr int32_t kMaxSlots = 0xfffe;   // Tables hold them in 16 bits.
-constexpr int32_t kRouteThreads = 512;  // of a block, that hold tokens, at most
+constexpr int32_t kMaxSlots = 0xfffe;   // Tables store slots in 16 bits.
+constexpr int32_t kRouteThreads = 512;  // per block, at most: threads that hold tokens
 
-// Words of a tile's part of the workspace: its tokens per expert, and those of the warps before
-// each of its warps.
+// Words of a tile's part of the workspace: its tokens per expert, and for each of its warps the
+// tokens of the warps before it.
 constexpr int64_t WorkspaceWords(int32_t n_logical) {
   return (kRouteThreads / 32 + 1) * (int64_t{n_logical} + 1);
 }
@@ -39,10 +39,10 @@ struct TokenBuffers {
   IndexType type;
 };
 
-// Copies chosen for the batch, if fan_out is not 0.
+// Copies chosen for the batch, unless fan_out is 0.
 struct BatchCopies {
   int32_t fan_out;  // copies of its experts that a rank may send
-  int32_t width;    // places of an expert in out.log2phy
+  int32_t width;    // places per expert in out.log2phy
   CopiesResults out;
 };
 
@@ -71,17 +71,18 @@ enum class Quotas {
   kSynced,  // for the tokens of all ranks
 };
 
-// Gives every token its slot from given quotas. Here and below, ChooseShape must have found a
-// shape for the current device.
+// Assigns every token a slot from given quotas. Here and below, ChooseShape must have found a shape
+// for the current device.
 cudaError_t LaunchAssign(const RouteArguments& arguments, cudaStream_t stream);
 
 // Counts, chooses copies if asked to, solves and assigns.
 cudaError_t LaunchRebalance(const RouteArguments& arguments, cudaStream_t stream);
 
-// Counts, shares the counts with arguments.peers, and goes on likewise. A batch of one.
+// Counts, shares the counts with arguments.peers, then proceeds like LaunchRebalance. A batch of
+// one.
 cudaError_t LaunchSyncedRebalance(const RouteArguments& arguments, cudaStream_t stream);
 
-// Loads its kernels, see PreloadSync.
+// Loads the kernels of LaunchSyncedRebalance, see PreloadSync.
 cudaError_t PreloadSyncedRebalance();
 
 }  // namespace lplb::cuda

@@ -9,13 +9,14 @@
 
 namespace lplb::cuda {
 
-// The groups that a block solves: n consecutive ones.
+// The groups that one block solves: n consecutive ones.
 struct Groups {
   int32_t first;
   int32_t n;
 };
 
-// Shared memory of those groups, in int32 words. Ranks are numbered through the block's groups.
+// Shared memory of those groups, in int32 words. Ranks are numbered through all groups of the
+// block.
 struct GroupMemory {
   int32_t* own;     // [n_ranks, n_local], tokens of every rank's own experts
   int32_t* base;    // [n_ranks], their sums; BlockWaves turns them into balanced loads
@@ -47,7 +48,7 @@ struct GroupMemory {
   }
 };
 
-// Tokens of an expert as the sum of all sources' counts, and status bits about them.
+// Sums an expert's tokens over all sources, and collects their status bits.
 __device__ __forceinline__ int2 SumSources(const int32_t* loads, const Sources& sources,
                                            int32_t expert) {
   int32_t load = loads[expert];
@@ -64,8 +65,8 @@ __device__ __forceinline__ int2 SumSources(const int32_t* loads, const Sources& 
   return {static_cast<int32_t>(min(total, static_cast<int64_t>(kInt32Max))), status};
 }
 
-// Totals of all experts in shared memory: from SumSources, or as counted by this kernel, −1 where
-// they passed int32.
+// Totals of all experts in shared memory, from SumSources or from this kernel's counts. −1 where
+// they exceeded int32.
 struct SummedTotals {
   const int2* total;
 
@@ -81,13 +82,13 @@ struct CountedTotals {
   }
 };
 
-// A rank's experts and slots are taken by a tile of threads: a power of two that fits, at most a
-// warp, so that small ranks share one.
+// A tile of threads handles one rank's experts and slots. Its width is a power of two that fits, at
+// most a warp, so that small ranks share a warp.
 struct Tile {
   int32_t width;
   int32_t lane;   // of this thread, in its tile
   int32_t index;  // of this tile, in the team
-  int32_t n;      // tiles of the team
+  int32_t n;      // tiles in the team
 
   __device__ Tile(const Problem& p, int32_t n_threads) {
     width = 1 << p.tile_log2;
@@ -113,9 +114,9 @@ __device__ __forceinline__ uint32_t TileSum(const Problem& p, uint32_t value) {
   return value;
 }
 
-// Stores edge i of r2o both ways; addresses stay in range whatever r2o holds. Where a column is no
-// permutation, `dst` is not set everywhere: the waves then move tokens that are nobody's, but they
-// end, and CheckCopies finds that the placement is not one along r2o.
+// Stores edge i of r2o in both directions. Addresses stay in range whatever r2o holds. If a column
+// is not a permutation, parts of `dst` stay unset. The waves then move meaningless tokens, but they
+// terminate, and CheckCopies finds that the placement does not follow r2o.
 __device__ __forceinline__ void StoreEdge(const Problem& p, const GroupMemory& memory, int32_t i,
                                           int32_t source) {
   const int32_t rank = p.by_columns.Quotient(i);
@@ -124,8 +125,8 @@ __device__ __forceinline__ void StoreEdge(const Problem& p, const GroupMemory& m
   memory.dst[source * p.n_columns + i - rank * p.n_columns] = rank;
 }
 
-// The topology as the solver wants it. Needs no loads; no barrier follows. Threads first,
-// first + stride, … take part.
+// Stores the topology in the solver's layout. Does not depend on loads; no barrier follows. Threads
+// first, first + stride, … take part.
 __device__ __forceinline__ void LoadTopology(const Problem& p, const int32_t* r2o,
                                              const GroupMemory& memory, int32_t first,
                                              int32_t stride) {
@@ -135,12 +136,12 @@ __device__ __forceinline__ void LoadTopology(const Problem& p, const int32_t* r2
   }
 }
 
-// The first own slot that this thread will load, fetched while the totals are made.
+// The first own slot that this thread will load, fetched before the totals are ready.
 struct PrefetchedSlot {
-  int32_t slot;    // −1 where it loads none
+  int32_t slot;    // −1 if it loads none
   int32_t expert;  // in the slot
   int32_t home;    // the expert's first slot, which should be this one
-  int32_t copy;    // its second slot; −1 where it should have none
+  int32_t copy;    // its second slot; −1 if it should have none
 };
 
 template <typename Threads>
@@ -153,7 +154,7 @@ __device__ __forceinline__ PrefetchedSlot PrefetchSlot(const Problem& p, const S
   return {slot, in.phy2log[slot], -1, -1};
 }
 
-// The expert must have arrived for this.
+// `fetched.expert` must have arrived by now.
 __device__ __forceinline__ void FetchHome(const Problem& p, const SolveOperands& in,
                                           PrefetchedSlot& fetched) {
   if (fetched.slot < 0) return;
@@ -162,8 +163,8 @@ __device__ __forceinline__ void FetchHome(const Problem& p, const SolveOperands&
   fetched.copy = named[1];
 }
 
-// Loads the tokens of all ranks' own experts; `fetched` is from PrefetchSlot. A rank with more
-// tokens than int32 holds, or with an expert that has, gets base −1.
+// Loads the tokens of all ranks' own experts. `fetched` is from PrefetchSlot. A rank whose sum
+// exceeds int32, or that has an expert whose total does, gets base −1.
 template <typename Threads, typename Totals>
 __device__ __forceinline__ void LoadRanks(const Problem& p, const SolveOperands& in, Groups groups,
                                           const PrefetchedSlot& fetched, const Totals& totals,
@@ -171,10 +172,11 @@ __device__ __forceinline__ void LoadRanks(const Problem& p, const SolveOperands&
   const Tile tile(p, Threads::Size());
   const int32_t n_ranks = groups.n * p.group_size;
   const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
-  // The tiles of a warp stay together for the shuffles: they leave by their first rank.
+  // The tiles of a warp must stay together for the shuffles, so their first rank decides when they
+  // leave.
   const int32_t first_of_warp = (threadIdx.x & ~31) >> p.tile_log2;
   int32_t rank = tile.index;
-  // Often there is no other than this.
+  // Often this is the only one.
   int2 total = totals[KnownExpert(p, fetched.expert)];
   if (fetched.slot < 0) total = {0, 0};
   if (fetched.slot >= 0) memory.own[rank * p.n_local + tile.lane] = total.x;
@@ -200,8 +202,9 @@ __device__ __forceinline__ void LoadRanks(const Problem& p, const SolveOperands&
     }
     sum = TileSum(p, sum);
     if (!__all_sync(kFullWarp, largest <= p.safe_load && status == 0)) {
-      // The sum may have wrapped: add the high bits alone. The low 16 bits of all add less than
-      // 2³¹, so then sum, which is right modulo 2³², tells whether the whole passes 2³¹.
+      // The sum may have wrapped, so add the high halves separately. The low halves add up to less
+      // than 2³¹. If the high halves, in their place, do too, `sum` has not wrapped and shows
+      // whether the total exceeds 2³¹ − 1.
       uint32_t high = 0;
 #pragma unroll 1
       for (k = tile.lane; k < end; k += tile.width) {
@@ -220,8 +223,8 @@ __device__ __forceinline__ void LoadRanks(const Problem& p, const SolveOperands&
   }
 }
 
-// Writes the quotas that no plan changes: those of the experts without a copy. Threads first,
-// first + stride, … take the ranks' experts.
+// Writes the quotas that no plan changes: for experts without a copy. Threads first, first +
+// stride, … take the ranks' experts.
 __device__ __forceinline__ void WriteFixedQuotas(const Problem& p, Groups groups,
                                                  const GroupMemory& memory, int32_t* quota,
                                                  int32_t first, int32_t stride) {
@@ -234,22 +237,22 @@ __device__ __forceinline__ void WriteFixedQuotas(const Problem& p, Groups groups
   }
 }
 
-// The sum of an expert's load and of others in its column. Tokens stay at 2³¹ − 1, beyond which no
-// plan moves anything: then the rank's load has overflowed too.
+// Adds an expert's load to the sum over others in its column. It saturates at 2³¹ − 1. Beyond that
+// the rank's load has overflowed too, and no plan moves anything.
 __device__ __forceinline__ int32_t AddLoad(int32_t sum, int32_t load) {
   return static_cast<int32_t>(min(static_cast<uint32_t>(sum) + static_cast<uint32_t>(load),
                                   static_cast<uint32_t>(kInt32Max)));
 }
 __device__ __forceinline__ float AddLoad(float sum, float load) { return sum + load; }
 
-// A replicated expert: what FinishCopy needs of it, known before the plan is. Load: int32_t, or
-// float where memory.own holds floats.
+// What FinishCopy needs of a replicated expert, known before the plan. Load is int32_t, or float if
+// memory.own holds floats.
 template <typename Load>
 struct Copy {
-  int32_t edge;  // that it may move along
+  int32_t edge;  // along which it may move
   Load before;   // the edge's earlier experts, which move first
   Load load;
-  int32_t own_slot;  // from the block's first
+  int32_t own_slot;  // relative to the block's first
   int32_t copy_slot;
 };
 
@@ -277,21 +280,22 @@ __device__ __forceinline__ Copy<Load> PrepareCopy(const Problem& p, const GroupM
   return copy;
 }
 
-// Whether the block's own slots are all in their threads' PrefetchedSlot.
+// Whether every own slot of the block is in some thread's PrefetchedSlot.
 template <typename Threads>
 __device__ __forceinline__ bool AllPrefetched(const Problem& p, Groups groups) {
   const Tile tile(p, Threads::Size());
   return tile.n >= groups.n * p.group_size && tile.width >= p.n_local;
 }
 
-// Whether every own slot that this thread takes is the first one of its expert, and log2phy names
-// no slots besides an expert's own and copy, unless CheckPrefetched finds that; if not, the group's
-// status says so, too. Threads first, first + stride, … take the slots.
+// Checks the own slots that this thread takes: each must be the first one of its expert, and
+// log2phy must name no slots besides an expert's own and copy. Leaves to CheckPrefetched what that
+// covers. On an error, sets the group's status and returns false. Threads first, first + stride, …
+// take the slots.
 __device__ __forceinline__ bool CheckOwnSlots(const Problem& p, const SolveOperands& in,
                                               Groups groups, const GroupMemory& memory,
                                               bool all_prefetched, int32_t first, int32_t stride) {
   const int32_t n_ranks = groups.n * p.group_size;
-  // Often there is nothing left to check, and no load to wait for longer than a short solve takes.
+  // Often nothing is left to check. Then skip a global load, which takes longer than a short solve.
   if (all_prefetched && p.max_replicas == 2) return true;
   bool all_right = true;
   const int32_t first_slot = groups.first * p.group_size * p.slots_per_rank;
@@ -314,7 +318,8 @@ __device__ __forceinline__ bool CheckOwnSlots(const Problem& p, const SolveOpera
   return all_right;
 }
 
-// Likewise, whether every redundant slot is the second one of the expert that it copies along r2o.
+// The same for redundant slots: each must be the second slot of the expert that it copies along
+// r2o.
 __device__ __forceinline__ bool CheckCopies(const Problem& p, const SolveOperands& in,
                                             Groups groups, const GroupMemory& memory, int32_t first,
                                             int32_t stride) {
@@ -340,7 +345,7 @@ __device__ __forceinline__ bool CheckCopies(const Problem& p, const SolveOperand
   return all_right;
 }
 
-// Writes the quotas of a replicated expert: what an edge moves comes from its experts in order.
+// Writes the quotas of a replicated expert. An edge's tokens are taken from its experts in order.
 template <typename Load>
 __device__ __forceinline__ void FinishCopy(const Copy<Load>& copy, const Load* moved, Load* quota) {
   const Load left = moved[copy.edge] - copy.before;
@@ -349,7 +354,7 @@ __device__ __forceinline__ void FinishCopy(const Copy<Load>& copy, const Load* m
   quota[copy.copy_slot] = away;
 }
 
-// What an edge could move: the loads of its owner's replicated experts in this column.
+// The most an edge could move: the loads of its owner's replicated experts in this column.
 template <typename Load>
 __device__ __forceinline__ Load CapacityOf(const Problem& p, const GroupMemory& memory,
                                            int32_t group, int32_t rank, int32_t column) {
@@ -362,13 +367,13 @@ __device__ __forceinline__ Load CapacityOf(const Problem& p, const GroupMemory& 
   return sum;
 }
 
-// What a group's plan says of itself.
+// What a group's plan achieves and what is proven.
 struct Proof {
   int32_t max_load;
   int32_t lower_bound;
 };
 
-// Solves one group in the registers of one warp; every lane gets the proof.
+// Solves one group in the registers of one warp. Every lane gets the proof.
 template <int kWords, int kColumns>
 __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
                                              const GroupMemory& memory) {
@@ -389,7 +394,7 @@ __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
       graph.src[d][w] = live ? src : rank;
       graph.dst[d][w] = live ? dst : rank;
     }
-    uint32_t tokens[kColumns] = {};  // As in CapacityOf.
+    uint32_t tokens[kColumns] = {};  // See CapacityOf.
 #pragma unroll 1
     for (int32_t k = 0; k < p.n_redundant; k += kColumns) {
 #pragma unroll
@@ -404,8 +409,8 @@ __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
     }
   }
   const int32_t target = WarpFirstTarget(p.by_group, graph);
-  // A plan's rank loads never pass this sum, so where it fits nothing in the waves overflows. What
-  // has overflowed before, base −1, is above 2³¹ as it stands.
+  // A plan's rank loads never exceed this sum, so if it fits, nothing in the waves overflows. An
+  // earlier overflow, base −1, reads as more than 2³¹ anyway.
   bool overflow = false;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
@@ -418,7 +423,7 @@ __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
   }
   Proof proof = {kInt32Max, 0};
   const bool solvable = !__any_sync(kFullWarp, overflow);
-  if (solvable) {  // Else nothing moves and nothing is proven.
+  if (solvable) {  // Otherwise nothing moves and nothing is proven.
     proof.lower_bound = proof.max_load = WarpWaves(p.group_size, target, graph);
   }
 #pragma unroll
@@ -435,7 +440,7 @@ __device__ __forceinline__ Proof SolveInWarp(const Problem& p, int32_t group,
   return proof;
 }
 
-// Solves one group of any shape in shared memory, with the team; every thread gets the proof.
+// Solves one group of any shape in shared memory, with the team. Every thread gets the proof.
 template <typename Threads>
 __device__ inline Proof SolveInBlock(const Problem& p, int32_t group, const GroupMemory& memory) {
   const int32_t first_rank = group * p.group_size;
@@ -450,7 +455,7 @@ __device__ inline Proof SolveInBlock(const Problem& p, int32_t group, const Grou
   Threads::Sync();
   bool overflow = false;
   for (int32_t r = threadIdx.x; r < p.group_size; r += Threads::Size()) {
-    int64_t most = static_cast<uint32_t>(load[r]);  // −1 has overflowed before.
+    int64_t most = static_cast<uint32_t>(load[r]);  // −1 overflowed earlier.
     for (int32_t d = 0; d < p.n_columns; ++d) {
       most += memory.cap[memory.src[r * p.n_columns + d] * p.n_columns + d];
     }
@@ -470,8 +475,8 @@ __device__ inline Proof SolveInBlock(const Problem& p, int32_t group, const Grou
   return proof;
 }
 
-// How a problem's groups are solved: in the registers of a warp, kWords ranks a lane, or, where
-// both are 0, by the block in shared memory.
+// How a problem's groups are solved: in the registers of a warp, kWords ranks per lane, or, if both
+// are 0, by the block in shared memory.
 template <int words, int columns>
 struct SolverShape {
   static constexpr int kWords = words;
@@ -490,8 +495,8 @@ auto WithSolverShape(const Problem& p, Function&& function) {
   return function(SolverShape<0, 0>());
 }
 
-// Whether the slot in PrefetchedSlot, for which FetchHome was called, is right; else the group's
-// status says so, too.
+// Checks the slot in PrefetchedSlot, for which FetchHome was called. On an error, sets the group's
+// status and returns false.
 __device__ __forceinline__ bool CheckPrefetched(const Problem& p, Groups groups,
                                                 const PrefetchedSlot& fetched,
                                                 const GroupMemory& memory) {
@@ -507,10 +512,10 @@ __device__ __forceinline__ bool CheckPrefetched(const Problem& p, Groups groups,
   return false;
 }
 
-// Solves all groups, a warp each, while the other warps do what needs no plan; then, behind a
-// barrier, writes the quotas, to `quota` of the block's first slot. `proofs(group, proof)` is
-// called by one thread per group. A barrier must follow before status is read or quota used.
-// Returns whether the slots that this thread has checked are right.
+// Solves all groups, one warp each. Meanwhile the other warps do the work that needs no plan. Then,
+// after a barrier, writes the quotas to `quota` of the block's first slot. One thread per group
+// calls `proofs(group, proof)`. A barrier must follow before status is read or quota used. Returns
+// whether the slots that this thread checked are right.
 template <int kWords, int kColumns, typename Threads, typename Proofs>
 __device__ __forceinline__ bool SolveGroups(const Problem& p, const SolveOperands& in,
                                             Groups groups, const GroupMemory& memory,
@@ -518,7 +523,7 @@ __device__ __forceinline__ bool SolveGroups(const Problem& p, const SolveOperand
   const int32_t n_warps = Threads::Size() / 32;
   const int32_t warp = threadIdx.x / 32;
   const int32_t n_copies = groups.n * p.group_size * p.n_redundant;
-  // Warps 0 … busy − 1 solve. If that were all of them, all help with the rest.
+  // Warps 0 … busy − 1 solve. If that would be all warps, all share the rest.
   const int32_t busy = kWords > 0 && groups.n < n_warps ? groups.n : 0;
   const int32_t first = static_cast<int32_t>(threadIdx.x) - 32 * busy;
   const int32_t stride = Threads::Size() - 32 * busy;
@@ -539,7 +544,7 @@ __device__ __forceinline__ bool SolveGroups(const Problem& p, const SolveOperand
   if (first >= 0) {
     if (first < n_copies) copy = PrepareCopy<int32_t>(p, memory, first);
     WriteFixedQuotas(p, groups, memory, quota, first, stride);
-    // From the other end, since it waits for global memory as long as a short solve takes.
+    // Starts from the other end, since it waits for global memory as long as a short solve takes.
     right = CheckCopies(p, in, groups, memory, stride - 1 - first, stride);
     right &= CheckOwnSlots(p, in, groups, memory, AllPrefetched<Threads>(p, groups), first, stride);
   }

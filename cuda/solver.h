@@ -12,11 +12,11 @@ namespace lplb::cuda {
 
 constexpr int32_t kMaxGroupSize = 128;
 
-// Shared memory of the block that solves a group.
+// Shared memory of the block that solves one group.
 int64_t SolveSharedBytes(const Problem& problem);
 
 // Solves every group of every batch element, one block each. A group has at most kMaxGroupSize
-// ranks, and the current device room for SolveSharedBytes.
+// ranks. The current device must have room for SolveSharedBytes.
 cudaError_t LaunchSolve(const Problem& problem, const Sources& sources, int64_t batch,
                         const SolveOperands& in, const SolveResults& out, cudaStream_t stream);
 

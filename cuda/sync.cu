@@ -1,4 +1,5 @@
-// sync_loads: every rank's counts on all ranks, by one block that writes to its peers' memory.
+// sync_loads: shares every rank's counts with all ranks, by one block that writes to its peers'
+// memory.
 #include <algorithm>
 
 #include "cuda/device.h"
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int32_t kSyncThreads = 1024;
 
-// Each thread takes care of `sources_each` ranks, and of every count i with the same i modulo
+// Each thread handles `sources_each` ranks, and every count with the same index modulo
 // 2^width_log2.
 __global__ void __launch_bounds__(kSyncThreads)
     SyncKernel(const Peers peers, const int32_t* rank, const int32_t* counts, int32_t n,
@@ -19,7 +20,7 @@ __global__ void __launch_bounds__(kSyncThreads)
   const int32_t first = static_cast<int32_t>(threadIdx.x) & (width - 1);
   const int32_t source = (static_cast<int32_t>(threadIdx.x) >> width_log2) * sources_each;
   const int32_t n_sources = min(sources_each, peers.size - source);
-  // These loads are on their way together.
+  // These loads are in flight together.
   uint64_t* inbox = n_sources > 0 ? peers.inboxes[source] : nullptr;
   const int32_t count = first < n ? counts[first] : 0;
   const SyncCall call = BeginSync(peers, peers.state->epoch + 1, *rank, /*leader=*/true);
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(kSyncThreads)
 
 cudaError_t LaunchSync(const Peers& peers, const int32_t* rank, const int32_t* counts, int32_t n,
                        int32_t* matrix, cudaStream_t stream) {
-  // As many threads as counts, up to all of them; the others take care of other ranks.
+  // One thread per count, as far as they suffice; further threads handle other ranks.
   int32_t width_log2 = 5;
   while (1 << width_log2 < std::min(n, kSyncThreads)) ++width_log2;
   const int32_t n_parts = kSyncThreads >> width_log2;

@@ -6,7 +6,7 @@
 
 namespace lplb::cuda {
 
-constexpr int kSourcesAtOnce = 8;  // Words that a thread has on their way.
+constexpr int kSourcesAtOnce = 8;  // Words that a thread has in flight.
 
 __device__ __forceinline__ void StoreWord(uint64_t* word, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
@@ -27,15 +27,15 @@ __device__ __forceinline__ int64_t Nanoseconds() {
 // One call, as the threads of a rank see it.
 struct SyncCall {
   uint32_t epoch;
-  bool failed;  // before, or since the program takes this rank for another one
+  bool failed;  // earlier, or because the program gives this rank another number
 
-  // The offset in an inbox of what `source` sends.
+  // The offset of `source`'s row in an inbox.
   __device__ __forceinline__ int64_t RowOf(const Peers& peers, int32_t source) const {
     return (static_cast<int64_t>(epoch & 1) * peers.size + source) * peers.stride;
   }
 };
 
-// Keeps the first failure; only one thread of all blocks gets to report.
+// Keeps the first failure: only one thread of all blocks reports.
 __device__ __forceinline__ void Report(const Peers& peers, SyncFailure failure, uint32_t epoch,
                                        int32_t peer) {
   if (atomicExch(&peers.state->failed, 1) != 0) return;
@@ -47,7 +47,7 @@ __device__ __forceinline__ void Report(const Peers& peers, SyncFailure failure, 
   report->failure = static_cast<int32_t>(failure);
 }
 
-// The call number `epoch`. Whoever raises state->epoch to it does so once all threads are past
+// Begins call number `epoch`. state->epoch must not be raised to it before all threads are past
 // here.
 __device__ __forceinline__ SyncCall BeginSync(const Peers& peers, uint32_t epoch, int32_t rank,
                                               bool leader) {
@@ -69,10 +69,10 @@ __device__ __forceinline__ void Send(const Peers& peers, const SyncCall& call, u
   StoreWord(inbox + call.RowOf(peers, peers.rank) + i, WordOf(call, count));
 }
 
-// Calls `use(source, count)` for count i of ranks first … first + n − 1, once they have come, and
-// `use_beside(count)` for the word `beside` where it is not null, which is awaited at the same
-// time. Returns false where one did not come in time. The leader block is the first to give up, a
-// second before the others: so none can fail where the leader did not.
+// Calls `use(source, count)` for count i of ranks first … first + n − 1 once they have arrived. If
+// `beside` is not null, it also awaits that word and calls `use_beside(count)`. Returns false if a
+// count does not arrive in time. The leader block gives up a second before the others, so no block
+// can fail unless the leader has.
 template <typename Use, typename UseBeside>
 __device__ __forceinline__ bool Receive(const Peers& peers, const SyncCall& call, int32_t i,
                                         int32_t first, int32_t n, bool leader, const Use& use,
@@ -123,7 +123,7 @@ __device__ __forceinline__ bool Receive(const Peers& peers, const SyncCall& call
   return Receive(peers, call, i, first, n, leader, use, nullptr, [](int32_t) {});
 }
 
-// Ends a call of a block that received by itself: after a failure of any thread all counts are −1.
+// Ends a call of a block that received by itself. If any thread failed, all counts become −1.
 __device__ __forceinline__ void FinishSync(const Peers& peers, const SyncCall& call, bool failed,
                                            int32_t n, int32_t* matrix) {
   failed = __syncthreads_or(failed);

@@ -1,4 +1,4 @@
-// Teams: the threads of a block that work together. Barriers and sums over them.
+// Teams: the threads of a block that work together, with barriers and sums over them.
 #ifndef LPLB_CUDA_TEAM_CUH_
 #define LPLB_CUDA_TEAM_CUH_
 
@@ -15,13 +15,13 @@ struct Block {
   static __device__ __forceinline__ bool Any(bool value) { return __syncthreads_or(value); }
 };
 
-// The first kThreads threads of the block, whole warps. One warp needs no barrier of the block.
+// The first kThreads threads of the block, in whole warps. A single warp needs no block barrier.
 template <int kThreads>
 struct Team {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kMostSums = 5;
 
-  // Two buffers in turn: between two uses of one there is always the barrier of the other.
+  // Two buffers, used in turn: between two uses of one, the barrier of the other intervenes.
   struct Memory {
     float sums[2][kMostSums][kWarps];
     uint2 keys[kWarps];
@@ -39,7 +39,8 @@ struct Team {
     }
   }
 
-  // Largest of the first kMax values, which are ≥ 0, and sums of the others; all threads get them.
+  // The maximum of each of the first kMax values, which must be ≥ 0, and the sums of the others.
+  // All threads get them.
   template <int kMax, int kAll>
   __device__ __forceinline__ void Reduce(float (&value)[kAll]) {
 #pragma unroll
@@ -63,7 +64,7 @@ struct Team {
     }
   }
 
-  // Whether any thread's value is true; a barrier, too.
+  // Whether any thread's value is true. Also a barrier.
   static __device__ __forceinline__ bool Any(bool value) {
     if constexpr (kWarps == 1) {
       const bool any = __any_sync(kFullWarp, value);
@@ -81,7 +82,7 @@ struct Team {
     }
   }
 
-  // The largest value ≥ 0 over the team and the smallest tag that comes with it.
+  // The team's largest value, which must be ≥ 0, and the smallest tag that comes with it.
   __device__ __forceinline__ uint2 Best(float value, uint32_t tag) {
     const uint32_t bits = __float_as_uint(value);
     uint2 best;
@@ -100,12 +101,12 @@ struct Team {
     return best;
   }
 
-  // Values ≥ 0 are ordered as their bits are.
+  // Values ≥ 0 compare like their bits.
   static __device__ __forceinline__ float WarpMax(float value) {
     return __uint_as_float(__reduce_max_sync(kFullWarp, __float_as_uint(value)));
   }
 
-  // Sums over one warp of all values from the kFirst-th on.
+  // Sums over one warp of all values from kFirst on.
   template <int kFirst, int kAll>
   static __device__ __forceinline__ void SumUp(float (&value)[kAll]) {
 #pragma unroll

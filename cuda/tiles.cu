@@ -1,5 +1,5 @@
-// Exact solvers where slots cost tiles: lplb_jax/reference/solver.py and graph.py say how. Kernels
-// of their own, so that those that count tokens stay as they are.
+// Exact solvers for slots that cost tiles, see lplb_jax/reference/solver.py and graph.py. They are
+// kernels of their own, so that the kernels that count tokens are unaffected.
 #include <algorithm>
 
 #include "cuda/graph_solver.cuh"
@@ -13,15 +13,15 @@ namespace {
 
 constexpr int32_t kMaxThreads = 512;
 
-// What a rank has anyway; sets a status bit where it is negative.
+// The tiles that a rank has anyway. Sets a status bit if they are negative.
 __device__ __forceinline__ int32_t BaseTiles(const Costs& costs, int32_t rank, int32_t* status) {
   const int32_t given = costs.base_load[rank];
   if (given < 0) atomicOr(status, kNegativeLoad);
   return max(given, 0);
 }
 
-// Loads that all threads have added up in shared memory: totals of tokens, of their tiles or of the
-// empty places of those.
+// Loads that all threads have summed in shared memory: the totals of tokens, their tiles, or the
+// empty places in those tiles.
 enum class Unit { kTokens, kTiles, kEmptyPlaces };
 
 template <Unit unit>
@@ -37,7 +37,7 @@ struct TotalsIn {
   }
 };
 
-// Whether sources say that ids named no expert.
+// Whether sources report ids that name no expert.
 __device__ __forceinline__ int32_t InvalidIn(const Problem& p, const Sources& sources,
                                              const int32_t* loads) {
   int32_t status = 0;
@@ -52,11 +52,11 @@ __device__ __forceinline__ int32_t InvalidIn(const Problem& p, const Sources& so
 
 // Any placement.
 
-// Words of shared memory besides the totals and the graph: the tiles of slots, and the placement of
-// the slots that have some.
+// Words of shared memory besides the totals and the graph: the tiles of all slots, and the
+// placement of slots with tiles.
 int32_t HeldWords(const Problem& p) { return 2 * p.n_physical + p.n_logical; }
 
-// Adds what ranks have anyway, `unit` for each tile. A barrier must follow.
+// Adds the tiles that ranks have anyway, `unit` for each. A barrier must follow.
 __device__ __forceinline__ void AddBase(const Problem& p, const Costs& costs,
                                         const GraphMemory& graph, int32_t unit, int32_t sign) {
 #pragma unroll 1
@@ -65,7 +65,7 @@ __device__ __forceinline__ void AddBase(const Problem& p, const Costs& costs,
   }
 }
 
-// Whether some rank could have more than int32 holds, in tokens; adds the status of loads.
+// Whether some rank could exceed int32, in tokens. Also adds the status of loads.
 __device__ __noinline__ bool TooLarge(const Problem& p, const Costs& costs, const int2* total,
                                       const GraphMemory& graph) {
   int32_t status = 0;
@@ -85,8 +85,8 @@ __device__ __noinline__ bool TooLarge(const Problem& p, const Costs& costs, cons
   return __syncthreads_or(status & kLoadOverflow);
 }
 
-// Turns the tiles of all slots, which `tiles` holds, into quotas; returns the largest load in
-// tokens. All threads of the block call it behind a barrier. `held` is room for a placement.
+// Turns the tiles of all slots, in `tiles`, into quotas and returns the largest load in tokens. All
+// threads of the block call it after a barrier. `held` has room for a placement.
 template <int kWords>
 __device__ inline int32_t FillGraph(const Problem& whole, const SolveOperands& in,
                                     const Costs& costs, const int2* total, const GraphMemory& graph,
@@ -100,7 +100,7 @@ __device__ inline int32_t FillGraph(const Problem& whole, const SolveOperands& i
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
     held[i] = tiles[i] > 0 ? in.phy2log[i] : -1;
-    if (tiles[i] > 0) atomicMax(&home[held[i]], i);  // Any of them, but always the same.
+    if (tiles[i] > 0) atomicMax(&home[held[i]], i);  // Any of them would do, but always the same.
   }
   __syncthreads();
   BuildGraph<kWords, Block>(p, held, home, PrefetchGraph(p, blockDim.x, held, home), graph);
@@ -110,7 +110,7 @@ __device__ inline int32_t FillGraph(const Problem& whole, const SolveOperands& i
 #pragma unroll 1
   for (int32_t r = threadIdx.x; r < p.ep_size; r += blockDim.x) graph.load[r] = 0;
   __syncthreads();
-  // More empty places are fewer tokens.
+  // More empty places mean fewer tokens.
   AddBase(p, costs, graph, costs.tile, -1);
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
@@ -142,7 +142,7 @@ template <int kWords>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     SolveGraphCostsKernel(Problem p, Sources sources, SolveOperands first_in, Costs first_costs,
                           SolveResults first_out) {
-  extern __shared__ int2 total[];  // [n_logical], then the graph, tiles, and what FillGraph needs
+  extern __shared__ int2 total[];  // [n_logical], then the graph, tiles, and FillGraph's memory
   const int32_t element = blockIdx.x;
   const SolveOperands in = BatchElement(p, sources, first_in, element);
   const Costs costs = BatchElement(p, first_costs, element);
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int32_t invalid = InvalidIn(p, sources, in.loads);
   if (invalid != 0) atomicOr(graph.status, invalid);
   const bool too_large = TooLarge(p, costs, total, graph);
-  const int32_t status = *graph.status;  // The second graph has another.
+  const int32_t status = *graph.status;  // The second graph has its own.
   __syncthreads();
 
   Proof proof = {kInt32Max, 0};
@@ -205,12 +205,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 // Along a topology.
 
-// Words of shared memory besides the totals and the group: tokens of the ranks' own experts, and
-// those that leave home at least.
+// Words of shared memory besides the totals and the group: the tokens of the ranks' own experts,
+// and how many at least must leave home.
 int32_t FillWords(const Problem& p) { return p.group_size * (p.n_local + p.n_redundant); }
 
-// Solves the group whose loads are in `memory`; all threads of the block call it behind a barrier,
-// and one follows.
+// Solves the group whose loads are in `memory`. All threads of the block call it after a barrier.
+// Ends with a barrier.
 template <int kWords, int kColumns>
 __device__ __forceinline__ Proof SolveOneGroup(const Problem& p, const GroupMemory& memory,
                                                Proof* shared) {
@@ -231,7 +231,7 @@ template <int kWords, int kColumns>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     SolveCostsKernel(Problem p, Sources sources, SolveOperands first_in, Costs first_costs,
                      SolveResults first_out) {
-  extern __shared__ int2 total[];  // [n_logical], then the group's, and FillWords
+  extern __shared__ int2 total[];  // [n_logical], then the group, then FillWords
   __shared__ Proof shared_proof;
   const Groups groups = {static_cast<int32_t>(blockIdx.y), 1};
   const int32_t element = blockIdx.x;
@@ -263,11 +263,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   CheckOwnSlots(p, in, groups, memory, false, thread, n_threads);
   __syncthreads();
 
-  // In tokens, what ranks could have at most; see SolveInBlock.
+  // The most tokens that a rank could have; see SolveInBlock.
   bool too_large = false;
 #pragma unroll 1
   for (int32_t r = thread; r < p.group_size; r += n_threads) {
-    int64_t most = static_cast<uint32_t>(memory.base[r]);  // −1 has overflowed before.
+    int64_t most = static_cast<uint32_t>(memory.base[r]);  // −1 overflowed earlier.
     most += static_cast<int64_t>(BaseTiles(costs, first_rank + r, memory.status)) * costs.tile;
 #pragma unroll 1
     for (int32_t d = 0; d < p.n_columns; ++d) {
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   too_large = __syncthreads_or(too_large);
   if (too_large && thread == 0) atomicOr(memory.status, kLoadOverflow);
 
-  // Tokens, from now on, are in `tokens`; `own` and `base` are what is balanced.
+  // From here on, tokens are in `tokens`; `own` and `base` hold the tiles to balance.
 #pragma unroll 1
   for (int32_t i = thread; i < n_own; i += n_threads) {
     tokens[i] = memory.own[i];
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     max_tokens = proof.max_load;
   }
 
-  // What leaves home at least, and the room of experts with tiles at both ends.
+  // How many tokens at least must leave home, and the room of experts with tiles at both ends.
 #pragma unroll 1
   for (int32_t i = thread; i < n_copies; i += n_threads) {
     const int32_t rank = p.by_redundant.Quotient(i);
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     int32_t away = 0;
     if (!too_large) away = min(max(memory.moved[copy.edge] - copy.before, 0), copy.load);
     const int32_t home = copy.load - away;
-    // Negative: no room at the other end, −1 − what leaves.
+    // Negative, −1 − the tokens that leave, if there is no room at the other end.
     const int32_t leaves = away > 0 ? tokens[own] - home * costs.tile : 0;
     least[i] = away > 0 && home > 0 ? leaves : -1 - leaves;
   }

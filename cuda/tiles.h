@@ -1,5 +1,5 @@
-// Launchers of the exact solver where slots cost tiles and ranks have some anyway: pointers, sizes
-// and a stream in, cudaError_t out.
+// Launchers of the exact solver where slots cost tiles and ranks have some tiles anyway. Pointers,
+// sizes and a stream in, cudaError_t out.
 #ifndef LPLB_CUDA_TILES_H_
 #define LPLB_CUDA_TILES_H_
 
@@ -11,10 +11,10 @@
 
 namespace lplb::cuda {
 
-// Shared memory of a block.
+// Shared memory per block.
 int64_t SolveCostsSharedBytes(const Problem& problem);
 
-// As LaunchSolve.
+// Like LaunchSolve.
 cudaError_t LaunchSolveCosts(const Problem& problem, const Sources& sources, int64_t batch,
                              const SolveOperands& in, const Costs& costs, const SolveResults& out,
                              cudaStream_t stream);

@@ -1,6 +1,6 @@
-// The interior point's matrix factored by cuSolverDx, in shared memory: the other way beside Table
-// in cuda/ipm/factor.cuh, with the same interface. A Cholesky needs M's diagonal written out, and
-// loses digits where M is almost singular.
+// Factors the interior point's matrix by cuSolverDx, in shared memory. The alternative to Table in
+// cuda/ipm/factor.cuh, with the same interface. A Cholesky factorization needs M's diagonal written
+// out, and loses digits where M is almost singular.
 #ifndef LPLB_CUDA_MATHDX_CHOLESKY_CUH_
 #define LPLB_CUDA_MATHDX_CHOLESKY_CUH_
 
@@ -35,7 +35,7 @@ class Cholesky {
   static constexpr int kColumns = kRanks / kParts;
   static constexpr int kUsed = kRanks * kParts;
   static constexpr int kThreads = kUsed < 32 ? 32 : kUsed;
-  // cuSolverDx has barriers of the whole block.
+  // cuSolverDx uses barriers of the whole block.
   static constexpr bool kWholeBlock = true;
   using TeamOf = Team<kThreads>;
 
@@ -67,8 +67,8 @@ class Cholesky {
       }
     }
     TeamOf::Sync();
-    // A matrix that is not positive definite gives numbers that are none. Then no step is better
-    // than the best so far, and the status tells.
+    // A matrix that is not positive definite gives NaN or infinity. Then no step improves on the
+    // best so far, and the status reports it.
     CuSolverDx<kRanks>::Factor(memory_.matrix, &memory_.info);
     TeamOf::Sync();
   }

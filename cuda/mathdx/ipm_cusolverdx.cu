@@ -3,7 +3,7 @@
 
 namespace lplb::cuda {
 
-// Threads as cmake/mathdx.py has them: the fastest of those that were tried.
+// Thread counts as in cmake/mathdx.py: the fastest of those tried.
 IpmChoice IpmWithCuSolverDx(const Problem& p, const IpmOptions& options) {
   if (p.group_size <= 8) return WithEdges<8, 1, Cholesky>(p, options);
   if (p.group_size <= 16) return WithEdges<16, 4, Cholesky>(p, options);

@@ -1,5 +1,6 @@
-// sync_loads where a peer's memory cannot be mapped, as on another host: by NVSHMEM's put with
-// signal. In a file of its own, which is linked with NVSHMEM's device library and loaded on demand.
+// sync_loads where a peer's memory cannot be mapped, for example on another host, by NVSHMEM's put
+// with signal. In a file of its own, which is linked with NVSHMEM's device library and loaded on
+// demand.
 #include <nvshmem.h>
 #include <nvshmemx.h>
 
@@ -8,11 +9,11 @@
 namespace lplb::cuda {
 namespace {
 
-// Waits until all words of `source` have come; false where they did not in time.
+// Waits until all words of `source` have arrived. Returns false if they do not arrive in time.
 __device__ bool AwaitSignal(const Peers& peers, const PutPeers& put, const SyncCall& call,
                             int32_t source) {
   const int64_t deadline = Nanoseconds() + peers.timeout_ns;
-  // A source can be one call ahead, not more.
+  // A source can be at most one call ahead.
   while (static_cast<int32_t>(static_cast<uint32_t>(nvshmem_signal_fetch(put.signals + source)) -
                               call.epoch) < 0) {
     if (Nanoseconds() < deadline) continue;
