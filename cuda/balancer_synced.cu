@@ -18,7 +18,7 @@ cudaError_t PreloadSyncedRebalance() {
     error = WithRouting(
         problem, [](auto routing) { return PreloadRoute<decltype(routing), Quotas::kSynced>(); });
   };
-  // Every routing that WithRouting knows: up to five columns, and none.
+  // Every routing that WithRouting can choose: up to five columns, or none.
   for (const int32_t ranks : {32, 64, 128, 512}) {
     for (int32_t columns = 0; columns <= 5; ++columns) {
       Problem problem(ranks, ranks, columns, ranks, ranks, 2);

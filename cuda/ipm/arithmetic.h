@@ -1,5 +1,5 @@
-// Constants and small functions of the interior point that CPU and GPU share; for their meaning see
-// lplb_jax/reference/ipm.py.
+// Constants and small functions of the interior point that CPU and GPU share.
+// lplb_jax/reference/ipm.py explains them.
 #ifndef LPLB_CUDA_IPM_ARITHMETIC_H_
 #define LPLB_CUDA_IPM_ARITHMETIC_H_
 
@@ -13,26 +13,26 @@
 namespace lplb {
 
 constexpr int32_t kMaxSteps = 16;
-constexpr float kStopGap = 5e-5f;              // Of the largest load.
-constexpr float kConvergedGap = 1e-4f;         // Likewise.
-constexpr float kLeastWeight = 9.094947e-13f;  // 2⁻⁴⁰ of the largest: smaller ones count as this.
-constexpr float kMostLoad = 3.4e38f;  // Just below float's end, so that no rounding passes it.
+constexpr float kStopGap = 5e-5f;              // Relative to the largest load.
+constexpr float kConvergedGap = 1e-4f;         // The same.
+constexpr float kLeastWeight = 9.094947e-13f;  // 2⁻⁴⁰ of the largest; raises smaller ones.
+constexpr float kMostLoad = 3.4e38f;  // Just below float's maximum, so that no rounding exceeds it.
 constexpr float kLeastEdge = 1e-9f;   // Of a rank's mean load: edges that move less are left out.
-constexpr float kBackOff = 0.99f;     // How much of the way to the boundary a step goes.
-constexpr float kLeastSigma = 0.01f;  // The corrector's target, of the mean product, at least,
-constexpr float kCaution = 0.3f;      // and times the square of what the predictor fell short.
+constexpr float kBackOff = 0.99f;     // The fraction of the way to the boundary that a step takes.
+constexpr float kLeastSigma = 0.01f;  // The corrector's least target, relative to the mean product,
+constexpr float kCaution = 0.3f;      // and its factor for the square of the predictor's shortfall.
 constexpr float kLeastMu = 3e-8f;
 constexpr float kLeastPrimal = 1e-12f;
-constexpr float kLeastShare = 1e-3f;  // Of an edge's capacity, where that is below kLeastPrimal.
+constexpr float kLeastShare = 1e-3f;  // Relative to a capacity below kLeastPrimal.
 constexpr float kLeastDual = 1e-20f;
 constexpr float kStartSlack = 0.03f;
-constexpr float kStartProduct = 0.05f;        // x · √(zl zu), of s · y.
+constexpr float kStartProduct = 0.05f;        // x · √(zl zu), relative to s · y.
 constexpr float kNoLimit = 3e38f;             // A step length.
 constexpr float kMostTokens = 2147483520.0f;  // The largest float that is an int32.
-constexpr int32_t kInfinity = 0x7f800000;     // The bits of float's infinity.
+constexpr int32_t kInfinity = 0x7f800000;     // The bits of float infinity.
 
-// What the interior point is asked for besides the problem. Buffers of loads and results are 32-bit
-// words: float instead of int32 where floats says so; the two load values also where weighted.
+// Options of the interior point besides the problem. Buffers of loads and results are 32-bit words.
+// They are float instead of int32 if `floats`; the two load values also if `weighted`.
 struct IpmOptions {
   bool floats;
   bool weighted;
@@ -52,7 +52,7 @@ LPLB_HOST_DEVICE IpmOperands BatchElement(const Problem& p, const Sources& sourc
   return {BatchElement(p, sources, first.solve, b), first.weights + b * p.group_size};
 }
 
-// The corrector's target for x · z, from what the predictor's steps reach.
+// The corrector's target for x · z, given what the predictor's steps reach.
 LPLB_HOST_DEVICE float TargetMu(float mu, float affine, float reach) {
 #ifdef __CUDA_ARCH__
   const float sigma = __fdividef(affine, mu);
@@ -63,13 +63,13 @@ LPLB_HOST_DEVICE float TargetMu(float mu, float affine, float reach) {
   return fmaxf(fmaxf(sigma * sigma * sigma, least) * mu, kLeastMu);
 }
 
-// The token count of a float plan's edge.
+// The token count of an edge in a float plan.
 LPLB_HOST_DEVICE int32_t RoundTokens(float moved, int32_t cap) {
   const int32_t tokens = static_cast<int32_t>(rintf(fminf(moved, kMostTokens)));
   return tokens < cap ? tokens : cap;
 }
 
-// The floors under which a step leaves no x, xb or s.
+// The floors that a step keeps x, xb and s above.
 LPLB_HOST_DEVICE float LeastPrimal(float cap) { return fminf(kLeastPrimal, kLeastShare * cap); }
 LPLB_HOST_DEVICE float LeastSlack(float weight) { return kLeastPrimal * fminf(weight, 1); }
 
@@ -79,7 +79,8 @@ LPLB_HOST_DEVICE float FromBits(int32_t bits) {
   return value;
 }
 
-// e of value = m · 2^e with 1 ≤ m < 2, of values ≥ 0; from −126 to 126, so that 2^±e is a float.
+// The exponent e of value = m · 2^e, 1 ≤ m < 2, for values ≥ 0. Clamped to [−126, 126], so that
+// 2^±e is a float.
 LPLB_HOST_DEVICE int32_t Exponent(float value) {
   int32_t bits;
   memcpy(&bits, &value, sizeof(bits));
@@ -90,22 +91,22 @@ LPLB_HOST_DEVICE int32_t Exponent(float value) {
 // 2^e, for −126 ≤ e ≤ 127.
 LPLB_HOST_DEVICE float PowerOfTwo(int32_t e) { return FromBits((e + 127) << 23); }
 
-// The most tokens of a rank whose load / weight is `value`: rounded up by more than float can have
-// rounded down, so that what passes it is above `value`.
+// The most tokens of a rank whose load / weight is `value`. Rounded up by more than float can have
+// rounded down, so that any larger count has a load / weight above `value`.
 LPLB_HOST_DEVICE int32_t TokenLimit(float value, float weight) {
   const float limit = floorf(value * weight * (1 + 4.7683716e-7f));
   return limit < kMostTokens ? static_cast<int32_t>(limit) : kInt32Max;
 }
 
-// Whether a weight is positive and finite; numbers that are not normal count as 0.
+// Whether a weight is positive and finite; denormal numbers count as 0.
 LPLB_HOST_DEVICE bool IsSpeed(float weight) {
   return weight >= std::numeric_limits<float>::min() && weight <= std::numeric_limits<float>::max();
 }
 
-// The least float ≥ 0 that `enough` holds for, if it does for all that are larger. Bits of floats
-// are ordered as the floats are, so it is found bit by bit.
+// The least float ≥ 0 for which `enough` holds, if `enough` also holds for all larger ones. The
+// bits of floats ≥ 0 are ordered like the floats, so it is found bit by bit.
 #ifdef __CUDACC__
-#pragma nv_exec_check_disable  // Called with functions of the device, or of the host.
+#pragma nv_exec_check_disable  // Called with functions of the device or of the host.
 #endif
 template <typename Enough>
 LPLB_HOST_DEVICE float LeastFloat(Enough&& enough) {
@@ -118,14 +119,14 @@ LPLB_HOST_DEVICE float LeastFloat(Enough&& enough) {
   return FromBits(bits + 1);
 }
 
-// What a cut of total weight `weight` proves that keeps `total`: rounded down by more than float
-// can have rounded up.
+// The load / weight that a cut proves if it keeps `total` and has weight `weight`. Rounded down by
+// more than float can have rounded up.
 LPLB_HOST_DEVICE float Provable(float total, float weight, int32_t n_ranks) {
   if (!(weight > 0)) return 0;
   return total / weight * (1 - 1.1920929e-7f * static_cast<float>(n_ranks + 4));
 }
 
-// Whether what is reported counts as converged: the largest load against what is proven.
+// Whether the reported result counts as converged: compares the largest load with the proven bound.
 template <typename Value>
 LPLB_HOST_DEVICE bool Converged(Value max_load, Value lower_bound) {
   return static_cast<float>(max_load - lower_bound) <= kConvergedGap * static_cast<float>(max_load);

@@ -1,15 +1,15 @@
 // The factor of the interior point's matrix M, without subtraction, in the registers of a team.
 //
-// M = diag(excess) + Laplacian of the weights o ≥ 0. Elimination gives M = (I − l) D (I − l)ᵀ, and
-// with W = (I − l)⁻¹, which is ≥ 0 as well, M⁻¹ = Wᵀ D⁻¹ W: two products instead of two chains of
-// substitutions. M⁻¹ itself would not do: where M is almost singular its entries are huge and the
-// differences between neighbours, which are all that matters, are lost; in W they are not.
+// M = diag(excess) + Laplacian of the weights o ≥ 0. Elimination gives M = (I − l) D (I − l)ᵀ. With
+// W = (I − l)⁻¹, which is ≥ 0 as well, M⁻¹ = Wᵀ D⁻¹ W: two products instead of two chains of
+// substitutions. M⁻¹ itself would not do: where M is almost singular, its entries are huge, and the
+// differences between neighbours, which are all that matters, are lost. In W they are not.
 //
-// A thread holds kColumns entries of one row of a symmetric table T, kParts threads next to one
-// another a row. For ranks not yet eliminated T has o, between eliminated ones W, W_ij for j < i
-// and its mirror image for j > i; between the two kinds the weights A with which an eliminated
-// rank's value follows the others. Eight ranks are eliminated at a time: every thread gets the
-// 8 × 8 block, eliminates it by itself, and updates its entries.
+// A thread holds kColumns entries of one row of a symmetric table T; kParts adjacent threads share
+// a row. Between ranks not yet eliminated, T holds o. Between eliminated ranks it holds W: W_ij for
+// j < i and its mirror image for j > i. Between the two kinds it holds the weights A with which an
+// eliminated rank's value follows the others. Eight ranks are eliminated at a time: every thread
+// gets the 8 × 8 block, eliminates it itself, and updates its own entries.
 #ifndef LPLB_CUDA_IPM_FACTOR_CUH_
 #define LPLB_CUDA_IPM_FACTOR_CUH_
 
@@ -27,15 +27,15 @@ class Table {
   static constexpr int kColumns = kRanks / kParts;
   static constexpr int kUsed = kRanks * kParts;  // Threads that own an entry.
   static constexpr int kThreads = kUsed < 32 ? 32 : kUsed;
-  // With many warps one of them eliminates the block for all: they share the schedulers.
+  // With many warps, which share the schedulers, one warp eliminates the block for all.
   static constexpr bool kOneWarpEliminates = kThreads > 128;
-  static constexpr bool kWholeBlock = false;  // Whether it has barriers of the block.
+  static constexpr bool kWholeBlock = false;  // Whether it uses barriers of the block.
   using TeamOf = Team<kThreads>;
 
   struct Memory {
-    // The eight columns of a block, a row each; 16 bytes between the parts avoid bank conflicts.
+    // The eight columns of a block, one row each. 16 bytes between the parts avoid bank conflicts.
     alignas(16) float panel[2][kRanks * kBlock + kParts * 4];
-    float beyond[2][kBlock][kParts];  // Per row of the block, what it has beyond the block.
+    float beyond[2][kBlock][kParts];  // Per row of the block, its sum beyond the block.
     alignas(16) float excess[2][kBlock];
     alignas(16) float block[2][kBlock][kBlock];  // W of the block, with D⁻¹ as its diagonal.
   };
@@ -51,7 +51,8 @@ class Table {
   __device__ __forceinline__ bool owner() const { return owner_; }
   __device__ __forceinline__ float& operator[](int i) { return entry_[i]; }
 
-  // Eliminates all ranks; in: o, and the row's excess. n_ranks rows count, the others are diagonal.
+  // Eliminates all ranks. Inputs: o, and the row's excess. Only n_ranks rows count, the others are
+  // diagonal.
   __device__ __forceinline__ void Factor(int n_ranks, float excess) {
 #pragma unroll 1
     for (int p = 0; p < kParts; ++p) {
@@ -62,7 +63,7 @@ class Table {
     }
   }
 
-  // M⁻¹(q − shift · w); q, w and the result in shared memory, the barriers included.
+  // M⁻¹(q − shift · w). q, w and the result are in shared memory; includes the barriers.
   __device__ __forceinline__ void Solve(const float* q, const float* w, float shift, float* middle,
                                         float* result) {
     float sum = 0;
@@ -115,12 +116,12 @@ class Table {
     to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
   }
 
-  // Eliminates ranks p · kColumns + s and the seven after it.
+  // Eliminates rank p · kColumns + s and the seven after it.
   __device__ __forceinline__ void EliminateBlock(int p, int s, float& excess) {
     const int first = p * kColumns + s;
     const int turn = first / kBlock & 1;  // Two buffers: one barrier per block is enough.
     float* panel = memory_.panel[turn];
-    const int own = row_ - first;  // Which row of the block this is.
+    const int own = row_ - first;  // This row's number in the block.
     const bool inside = own >= 0 && own < kBlock;
     if (owner_ && part_ == p) {
       float4* to = reinterpret_cast<float4*>(&panel[PanelAt(row_)]);
@@ -159,15 +160,15 @@ class Table {
       EliminateDiagonal(turn, first, W);
     }
 
-    // With c this row's weights to the block, h = c Wᵀ and g = c Wᵀ D⁻¹ W; a row of the block
-    // itself takes its unit vector for c, and v is then its row of W.
+    // With c this row's weights to the block, h = c Wᵀ and g = c Wᵀ D⁻¹ W. For a row of the block
+    // itself, c is its unit vector, and v is then its row of W.
     float h[kBlock], g[kBlock], v[kBlock];
     Load(&panel[PanelAt(row_)], h);
     if (inside) {
 #pragma unroll
       for (int k = 0; k < kBlock; ++k) h[k] = k == own ? 1 : 0;
     }
-    // Row k of W: registers for all would be too many where one warp eliminates.
+    // Row k of W: keeping all rows would take too many registers where one warp eliminates.
     const auto row = [&](int k, float (&w)[kBlock]) {
       if constexpr (kOneWarpEliminates) {
         Load(memory_.block[turn][k], w);
@@ -225,7 +226,7 @@ class Table {
     for (int t = 0; t < kColumns; t += kBlock) {
       const int column = first_column() + t;
       const bool before = column < first;
-      // Entries between two eliminated ranks stay; those of the block's own rows are replaced.
+      // Entries between two eliminated ranks stay. Those of the block's own rows are replaced.
       float factor[kBlock];
 #pragma unroll
       for (int k = 0; k < kBlock; ++k)
@@ -253,7 +254,7 @@ class Table {
     }
   }
 
-  // Eliminates the 8 × 8 block on the diagonal, in every thread by itself.
+  // Eliminates the 8 × 8 block on the diagonal, in every thread independently.
   __device__ __forceinline__ void EliminateDiagonal(int turn, int first,
                                                     float (&W)[kBlock][kBlock]) {
     float o[kBlock][kBlock];
@@ -280,7 +281,7 @@ class Table {
 #pragma unroll
         for (int j = i + 1; j < kBlock; ++j) o[i][j] += l[i] * o[k][j];
       }
-      // Row k of W is complete; what it adds to the later rows.
+      // Row k of W is complete. Adds its contribution to the later rows.
       W[k][k] = inverse;
 #pragma unroll
       for (int i = k + 1; i < kBlock; ++i) {

@@ -1,5 +1,5 @@
-// The interior point along a topology, for one group by one team; edges are dealt out to all
-// threads in turn.
+// The interior point along a topology, for one group and by one team. The edges are dealt out to
+// all threads in turn.
 #ifndef LPLB_CUDA_IPM_ITERATION_CUH_
 #define LPLB_CUDA_IPM_ITERATION_CUH_
 
@@ -7,8 +7,8 @@
 
 namespace lplb::cuda {
 
-// The group's graph in shared memory: edge e = u · n_columns + d leads from rank u to dst[e] and is
-// column d of rank dst[e], that is src[dst[e] · n_columns + d] = u.
+// The group's graph in shared memory. Edge e = u · n_columns + d leads from rank u to dst[e] and is
+// column d of rank dst[e], that is, src[dst[e] · n_columns + d] = u.
 struct Graph {
   int32_t n_ranks;
   int32_t n_columns;
@@ -17,10 +17,10 @@ struct Graph {
   const int32_t* dst;
 };
 
-// Places for edges, so that the threads of a row can take them in fours.
+// The number of edges, padded so that the threads of a row can take four at a time.
 LPLB_HOST_DEVICE int64_t PaddedEdges(int64_t n_edges) { return (n_edges + 15) / 16 * 16; }
 
-// kEdges: the most edges of one thread. For Factor see RankIterate.
+// kEdges is the most edges per thread. For Factor see RankIterate.
 template <int kRanks, int kParts, int kEdges, template <int, int> typename Factor = Table>
 class InteriorPoint : RankIterate<kRanks, kParts, Factor> {
   using Base = RankIterate<kRanks, kParts, Factor>;
@@ -32,9 +32,9 @@ class InteriorPoint : RankIterate<kRanks, kParts, Factor> {
   using typename Base::TableOf;
   using typename Base::TeamOf;
 
-  // Of one edge each: the capacity and, once that is read, the best plan; flow; H; the values of y
-  // at its ends with the capacity, which is 0 in the places that pad them. Of one rank each:
-  // whether it is in the best cut.
+  // Per edge: the capacity, which the best plan replaces once it is read; the flow; H; and `ends`,
+  // the values of y at both ends with the capacity, which is 0 in padding. Per rank: whether it is
+  // in the best cut.
   struct GroupArrays {
     float* cap;
     float* flow;
@@ -49,9 +49,9 @@ class InteriorPoint : RankIterate<kRanks, kParts, Factor> {
         edges_(edges),
         n_edges_(graph.n_ranks * graph.n_columns) {}
 
-  // In: memory.base and memory.w, and edges.cap, 0 for what is no edge; a barrier is behind them.
-  // The sum of base must be a float. Out: edges.flow is the best plan, times `back`, and edges.cut
-  // the best cut. Ends with a barrier of the team.
+  // Inputs: memory.base, memory.w and edges.cap, which is 0 where there is no edge. A barrier must
+  // come before. The sum of base must be a finite float. Outputs: edges.flow, the best plan times
+  // `back`, and edges.cut, the best cut. Ends with a barrier of the team.
   __device__ void Run(float back) {
     const float scale = Scale();
     Start();
@@ -87,7 +87,7 @@ class InteriorPoint : RankIterate<kRanks, kParts, Factor> {
     }
   }
 
-  // Flow into a rank less the flow out of it.
+  // The flow into a rank minus the flow out of it.
   __device__ __forceinline__ float Gather(const float* flow) const {
     float sum = 0;
 #pragma unroll 2
@@ -104,7 +104,7 @@ class InteriorPoint : RankIterate<kRanks, kParts, Factor> {
 
   __device__ __forceinline__ float Plan(int i) const { return fminf(fmaxf(x_[i], 0), cap_[i]); }
 
-  // Divides all loads by their scale, and leaves out the edges that can move next to nothing.
+  // Divides all loads by their scale, and leaves out edges that can move next to nothing.
   __device__ float Scale() {
     this->LoadRank();
     float stuck = base_;
@@ -113,14 +113,14 @@ class InteriorPoint : RankIterate<kRanks, kParts, Factor> {
         stuck -= edges_.cap[threadIdx.x * graph_.n_columns + d];
       }
     }
-    // The weights' mean is 1.
+    // The weights have mean 1.
     const float mean = Base::Sum(memory_.base) / static_cast<float>(graph_.n_ranks);
     float value[1] = {fmaxf(stuck * inverse_w_, 0)};
     team_.template Reduce<1>(value);
     const float scale = fmaxf(value[0], mean);
     const float unit = scale > 0 ? 1 / scale : 0;
     base_ *= unit;
-    TeamOf::Sync();  // All have read it.
+    TeamOf::Sync();  // All have read memory.base.
     if (is_rank_) memory_.base[threadIdx.x] = base_;
     n_live_ = 0;
 #pragma unroll
@@ -157,8 +157,8 @@ class InteriorPoint : RankIterate<kRanks, kParts, Factor> {
     });
   }
 
-  // Measures the plan and the cuts by y; says whether the plan is the best so far. In: y and the
-  // edges' x. Out: load_ of the plan, and the edges' ends.
+  // Evaluates the plan and the cuts by y. Returns whether the plan is the best so far. Inputs: y
+  // and the edges' x. Outputs: load_ of the plan, and the edges' ends.
   __device__ __forceinline__ bool UpdateBest(bool first) {
     ForEdges([&](int i, int e) {
       edges_.flow[e] = Plan(i);
@@ -167,10 +167,10 @@ class InteriorPoint : RankIterate<kRanks, kParts, Factor> {
     TeamOf::Sync();
     load_ = is_rank_ ? base_ + Gather(edges_.flow) : 0;
 
-    // Of the sets {ranks whose y is at least y_r} the one that proves most. The threads of row r
-    // share its work.
+    // Among the sets {ranks whose y is at least y_r}, finds the one that proves most. The threads
+    // of row r share its work.
     const float least = memory_.y[table_.row()];
-    // Fewer rows than a warp has lanes are there several times, and share the work.
+    // With fewer rows than a warp has lanes, each row has several copies, which share the work.
     constexpr int kTimes = kThreads / TableOf::kUsed;
     constexpr int kShare = TableOf::kColumns / kTimes;
     constexpr int kStride = kParts * kTimes;
@@ -206,8 +206,7 @@ class InteriorPoint : RankIterate<kRanks, kParts, Factor> {
   __device__ __forceinline__ float Difference(int i) const { return Base::Difference(U(i), V(i)); }
 
   __device__ __forceinline__ void Step() {
-    // The matrix, and the predictor's right-hand side. Its targets are 0, which makes g = y_u −
-    // y_v.
+    // The matrix, and the predictor's right-hand side. Its targets are 0, so g = y_u − y_v.
     float ix[kEdges], ixb[kEdges], H[kEdges], g[kEdges];
     ForEdges([&](int i, int e) {
       const float4 ends = edges_.ends[e];
@@ -224,7 +223,7 @@ class InteriorPoint : RankIterate<kRanks, kParts, Factor> {
     Assemble();
     this->FactorMatrix();
 
-    // Predictor: straight at the solution. How far it gets says how much to centre.
+    // Predictor: aims straight at the solution. How far it gets determines how much to centre.
     this->Saddle();
     float el[kEdges], eu[kEdges];
     float value[5] = {0, 0, 0, 0, 0};  // Reciprocals of the limits; products of v·v, d·v, d·d.
@@ -314,8 +313,8 @@ class InteriorPoint : RankIterate<kRanks, kParts, Factor> {
   float n_live_;
 
   // This thread's edges.
-  int uv_[kEdges];     // Its ends, u in the high half.
-  float cap_[kEdges];  // 0 where it counts as none.
+  int uv_[kEdges];     // The edge's ends, u in the high half.
+  float cap_[kEdges];  // 0 if it does not count as an edge.
   float x_[kEdges], xb_[kEdges], zl_[kEdges], zu_[kEdges];
 };
 

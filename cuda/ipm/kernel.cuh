@@ -1,5 +1,5 @@
-// The kernel of the interior point. It takes long to compile, so each number of ranks has a file of
-// its own, ranks_<number>.cu, that compiles it.
+// The kernel of the interior point. It takes long to compile, so each number of ranks is compiled
+// in a file of its own, ranks_<number>.cu.
 #ifndef LPLB_CUDA_IPM_KERNEL_CUH_
 #define LPLB_CUDA_IPM_KERNEL_CUH_
 
@@ -12,8 +12,8 @@
 
 namespace lplb::cuda {
 
-// Threads of a block at most: those that solve, and others for what needs no plan as far as they
-// leave the former enough registers.
+// The most threads of a block: those that solve, and others for the work that needs no plan, as
+// long as the solving threads keep enough registers.
 template <typename Solver>
 constexpr int32_t MostThreads() {
   constexpr int32_t kSolving = Solver::kThreads;
@@ -21,7 +21,7 @@ constexpr int32_t MostThreads() {
   return kSolving == 32 ? 320 : kSolving <= 128 ? 256 : kSolving + 64;
 }
 
-// The whole group, of loads of type Load, as one block sees it.
+// One group as its block sees it, with loads of type Load.
 template <typename Solver, typename Load>
 struct IpmBlock {
   using TeamOf = typename Solver::TeamOf;
@@ -35,9 +35,9 @@ struct IpmBlock {
   typename Solver::Memory& solver;
   Shared& shared;
   const Groups groups;
-  Load* quota;  // Of the group's first slot.
+  Load* quota;  // Starts at the group's first slot.
 
-  // The topology, the weights and the loads of all ranks. Ends with a barrier.
+  // Loads the topology, the weights and the loads of all ranks. Ends with a barrier.
   __device__ __forceinline__ void LoadGroup() const {
     const PrefetchedSlot fetched =
         PrefetchSlot<Block>(p, in.solve, groups);  // Arrives behind the barrier.
@@ -71,7 +71,7 @@ struct IpmBlock {
     __syncthreads();
   }
 
-  // What needs no plan; threads first, first + stride, … take part.
+  // The work that needs no plan. Threads first, first + stride, … take part.
   __device__ __forceinline__ void DoTheRest(int32_t first, int32_t stride) const {
     if (!kFloats && first < 32) {
       const int32_t target = FirstTarget(p, memory.group);
@@ -82,8 +82,8 @@ struct IpmBlock {
     WriteFixedQuotas(p, groups, memory.group, reinterpret_cast<int32_t*>(quota), first, stride);
   }
 
-  // The edges' capacities, and whether some rank could receive too much; by the team, every thread
-  // of which gets the answer.
+  // Computes the edges' capacities, and whether some rank could receive too much. Called by the
+  // team; every thread gets the answer.
   __device__ __forceinline__ bool Bound() const {
     const GroupMemory& group = memory.group;
     for (int32_t i = threadIdx.x; i < p.group_size * p.n_columns; i += Solver::kThreads) {
@@ -93,12 +93,12 @@ struct IpmBlock {
       memory.cap[i] = static_cast<float>(cap);
     }
     TeamOf::Sync();
-    // A plan's rank loads never pass this sum, so where it fits nothing overflows.
+    // A plan's rank loads never exceed this sum, so if it fits, nothing overflows.
     bool overflow = false;
     if (threadIdx.x < p.group_size) {
       using Sum = std::conditional_t<kFloats, float, uint32_t>;
       Sum most = kFloats ? static_cast<Sum>(solver.base[threadIdx.x])
-                         : static_cast<Sum>(group.base[threadIdx.x]);  // −1 has overflowed before.
+                         : static_cast<Sum>(group.base[threadIdx.x]);  // −1 overflowed earlier.
 #pragma unroll 2
       for (int32_t d = 0; d < p.n_columns; ++d) {
         const int32_t edge = group.src[threadIdx.x * p.n_columns + d] * p.n_columns + d;
@@ -119,11 +119,11 @@ struct IpmBlock {
     return TeamOf::Any(overflow);
   }
 
-  // The interior point's plan and cut, by the team.
+  // Finds the interior point's plan and cut. Called by the team.
   __device__ __forceinline__ void Solve() const {
     float back = 1;
     if constexpr (kFloats) {
-      // A power of two first, since the sum of all ranks' loads could overflow.
+      // Scales by a power of two first, since the sum of all ranks' loads could overflow.
       const int32_t exponent = Exponent(__int_as_float(shared.most));
       const float power = PowerOfTwo(-exponent);
       back = PowerOfTwo(exponent);
@@ -138,7 +138,7 @@ struct IpmBlock {
     Solver(graph, solver, {memory.cap, memory.flow, memory.H, memory.ends, memory.cut}).Run(back);
   }
 
-  // Nothing moves and nothing is proven. Ends with a barrier.
+  // Reports that nothing moves and nothing is proven. Ends with a barrier.
   __device__ __forceinline__ void GiveUp() const {
     for (int32_t i = threadIdx.x; i < p.group_size * p.n_columns; i += blockDim.x) {
       memory.group.moved[i] = 0;
@@ -148,7 +148,7 @@ struct IpmBlock {
     __syncthreads();
   }
 
-  // The quotas of the replicated experts.
+  // Writes the quotas of the replicated experts.
   __device__ __forceinline__ void WriteSplit(const Load* moved) const {
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < p.group_size * p.n_redundant; i += blockDim.x) {
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(MostThreads<Solver>(), 1)
       reinterpret_cast<Load*>(out.quota) + groups.first * p.group_size * p.slots_per_rank};
 
   block.LoadGroup();
-  // Warps that do not solve do what needs no plan. If all solve, all do that first.
+  // Warps that do not solve do the work that needs no plan. If all warps solve, all do it first.
   const int32_t busy = blockDim.x > Solver::kThreads ? Solver::kThreads : 0;
   const int32_t thread = threadIdx.x;
   if (thread >= busy) block.DoTheRest(thread - busy, blockDim.x - busy);
@@ -204,15 +204,15 @@ __global__ void __launch_bounds__(MostThreads<Solver>(), 1)
   if (thread == 0) WriteProof(options, shared, *memory.group.status, groups.first, out);
 }
 
-constexpr int32_t kMostEdges = 16;  // Of one thread.
+constexpr int32_t kMostEdges = 16;  // Per thread.
 
 using IpmKernelPointer = void (*)(Problem, Sources, IpmOptions, IpmOperands, SolveResults);
 
 struct IpmChoice {
   IpmKernelPointer kernel;
-  int32_t threads;       // That solve.
-  int32_t most_threads;  // Of a block.
-  int64_t bytes;         // Of shared memory, besides IpmMemory's.
+  int32_t threads;       // Threads that solve.
+  int32_t most_threads;  // Per block.
+  int64_t bytes;         // Shared memory besides IpmMemory's.
 };
 
 template <typename Solver>
@@ -231,14 +231,14 @@ IpmChoice WithEdges(const Problem& p, const IpmOptions& options) {
   return {};
 }
 
-// What the files of one number of ranks each give.
+// The kernels that each file of one number of ranks provides.
 IpmChoice IpmOf8(const Problem& p, const IpmOptions& options);
 IpmChoice IpmOf16(const Problem& p, const IpmOptions& options);
 IpmChoice IpmOf32(const Problem& p, const IpmOptions& options);
 IpmChoice IpmOf64(const Problem& p, const IpmOptions& options);
 IpmChoice IpmOf128(const Problem& p, const IpmOptions& options);
 IpmChoice IpmWithCuSolverDx(const Problem& p, const IpmOptions& options);
-// Likewise, of any placement.
+// The same for any placement.
 IpmChoice IpmOfHosts16(const IpmOptions& options);
 IpmChoice IpmOfHosts32(const IpmOptions& options);
 IpmChoice IpmOfHosts64(const IpmOptions& options);

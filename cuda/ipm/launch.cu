@@ -30,7 +30,7 @@ IpmChoice Choose(const Problem& p, const IpmOptions& options) {
   return IpmOf128(p, options);
 }
 
-// Dynamic shared memory of a block.
+// Dynamic shared memory per block.
 int64_t DynamicBytes(const Problem& p, const IpmChoice& choice) {
   return choice.bytes + (IsAnywhere(p) ? HostMemory::Bytes(p) : IpmMemory::Bytes(p));
 }
@@ -46,7 +46,7 @@ bool HasCuSolverDx() {
 }
 
 int64_t IpmSharedBytes(const Problem& problem, const IpmOptions& options) {
-  constexpr int64_t kStatic = 1024;  // At most, of every kernel.
+  constexpr int64_t kStatic = 1024;  // The most static memory of any kernel.
   const IpmChoice choice = Choose(problem, options);
   return choice.kernel == nullptr ? 0 : DynamicBytes(problem, choice) + kStatic;
 }
@@ -60,7 +60,8 @@ cudaError_t LaunchIpm(const Problem& problem, const Sources& sources, const IpmO
   launch.grid = dim3(static_cast<unsigned>(batch), problem.n_groups);
   launch.threads = choice.most_threads;
   if (!IsAnywhere(problem)) {
-    // A thread per expert, and at least two warps for what needs no plan where there is room.
+    // One thread per expert, and, where there is room, at least two warps for the work that needs
+    // no plan.
     const int32_t experts = problem.group_size << problem.tile_log2;
     launch.threads =
         std::min(std::max((experts + 31) / 32 * 32 + 32, choice.threads + 64), choice.most_threads);

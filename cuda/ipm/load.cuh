@@ -1,4 +1,4 @@
-// What the interior point's block has in shared memory, and how loads and weights get there.
+// The shared memory of the interior point's block, and how loads and weights get there.
 #ifndef LPLB_CUDA_IPM_LOAD_CUH_
 #define LPLB_CUDA_IPM_LOAD_CUH_
 
@@ -9,8 +9,8 @@
 
 namespace lplb::cuda {
 
-// Where a column of r2o is no permutation, takes all edges away and says so; `dst` is then not even
-// set everywhere. For the warp that has called LoadTopology alone.
+// If a column of r2o is not a permutation, removes all edges and sets the status; parts of `dst`
+// are then unset. Only the warp that called LoadTopology may call it.
 __device__ __forceinline__ void DropBrokenTopology(const Problem& p, const GroupMemory& memory) {
   const int32_t lane = threadIdx.x & 31;
   const int32_t n_edges = p.group_size * p.n_columns;
@@ -30,14 +30,14 @@ __device__ __forceinline__ void DropBrokenTopology(const Problem& p, const Group
   if (lane == 0) atomicOr(memory.status, kBadPlacement);
 }
 
-// What a group needs in shared memory besides the interior point's own.
+// The shared memory of a group besides the interior point's own.
 struct IpmMemory {
   float4* ends;           // [edges, padded], see InteriorPoint
   float *cap, *flow, *H;  // [n_edges]
   float* weight;          // [n_ranks]
   int32_t* cut;           // [n_ranks], whether a rank is in the best cut
   int32_t* load;          // [n_ranks], of the rounded plan
-  GroupMemory group;      // own holds words as in loads; cap tokens, or units for the proof
+  GroupMemory group;      // `own` holds words as in loads; `cap` tokens, or units for the proof
 
   static __host__ __device__ int64_t Bytes(const Problem& p) {
     const int64_t edges = static_cast<int64_t>(p.group_size) * p.n_columns;
@@ -55,12 +55,12 @@ struct IpmMemory {
         group(p, 1, load + p.group_size) {}
 };
 
-// What the threads of the block tell one another.
+// What the threads of the block share.
 struct Shared {
-  float bound;       // What is proven of float loads, or of load / weight.
-  int32_t target;    // What is proven of tokens on ranks of equal speed.
+  float bound;       // The proven bound on float loads, or on load / weight.
+  int32_t target;    // The proven bound in tokens on ranks of equal speed.
   int32_t max_load;  // Or the bits of a float.
-  int32_t most;      // The bits of a float: of real loads, the most of one rank.
+  int32_t most;      // For real loads, the bits of the largest load of a rank.
   bool overflow;
 };
 
@@ -70,7 +70,7 @@ __device__ __forceinline__ float WarpSum(float value) {
   return values[0];
 }
 
-// Totals of int32 loads from the buffer itself: only the group's own experts are wanted.
+// Sums totals of int32 loads straight from the buffer: only the group's own experts are needed.
 struct LoadedTotals {
   const int32_t* loads;
   Sources sources;
@@ -95,11 +95,11 @@ __device__ __forceinline__ RealTotal SumRealSources(const float* loads, const So
     total.negative |= !(load >= 0);
     total.load += load >= 0 ? load : 0;
   }
-  total.load = fminf(total.load, FLT_MAX);  // Which is an overflow still.
+  total.load = fminf(total.load, FLT_MAX);  // Still counts as an overflow.
   return total;
 }
 
-// LoadRanks for float loads: the ranks' sums go to `base`.
+// LoadRanks for float loads. The ranks' sums go to `base`.
 __device__ __forceinline__ void LoadRealRanks(const Problem& p, const SolveOperands& in,
                                               Groups groups, const PrefetchedSlot& fetched,
                                               const Sources& sources, const GroupMemory& memory,
@@ -134,8 +134,8 @@ __device__ __forceinline__ void LoadRealRanks(const Problem& p, const SolveOpera
   }
 }
 
-// The ranks' weights with mean 1, by one warp. Where one is no speed all count as equal, and none
-// counts as less than kLeastWeight of the largest; both set a status bit.
+// Loads the ranks' weights, scaled to mean 1, by one warp. If one is not a valid speed, all count
+// as equal. None counts as less than kLeastWeight of the largest. Both cases set a status bit.
 __device__ __forceinline__ void LoadWeights(int32_t n_ranks, const IpmOptions& options,
                                             const float* weights, float* weight, float* w,
                                             int32_t* status) {
@@ -154,7 +154,7 @@ __device__ __forceinline__ void LoadWeights(int32_t n_ranks, const IpmOptions& o
   float least = 1;
   if (good) {
     largest = Team<32>::WarpMax(largest);
-    power = PowerOfTwo(-Exponent(largest));  // Their sum could overflow.
+    power = PowerOfTwo(-Exponent(largest));  // Their sum could overflow otherwise.
     least = kLeastWeight * (largest * power);
     float sum = 0;
 #pragma unroll 1
@@ -171,7 +171,8 @@ __device__ __forceinline__ void LoadWeights(int32_t n_ranks, const IpmOptions& o
   if (options.weighted && !taken) atomicOr(status, kNotConverged);
 }
 
-// Ids that named no expert, which rows may count in their last place; by one warp.
+// Checks for ids that named no expert, which rows of loads may count in their last place. By one
+// warp.
 template <typename Load>
 __device__ __forceinline__ void CheckInvalid(const Problem& p, const Sources& sources,
                                              const int32_t* loads, int32_t* status) {

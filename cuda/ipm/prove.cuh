@@ -6,20 +6,20 @@
 
 namespace lplb::cuda {
 
-// Sum over the warp of values below 2⁴⁷ in size.
+// Sum over the warp of values of magnitude below 2⁴⁷.
 __device__ __forceinline__ int64_t WarpSum(int64_t value) {
   const int32_t high = __reduce_add_sync(kFullWarp, static_cast<int32_t>(value >> 16));
   const uint32_t low = __reduce_add_sync(kFullWarp, static_cast<uint32_t>(value) & 0xffff);
   return (static_cast<int64_t>(high) << 16) + low;
 }
 
-// ⌈sum / n⌉ of sum ≥ 0, where it is an int32.
+// ⌈sum / n⌉ for sum ≥ 0. The result must fit in int32.
 template <typename Number>
 __device__ __forceinline__ int32_t CeilDivide(int64_t sum, const Number& n) {
   return CeilDivide(static_cast<uint32_t>(sum >> 16), static_cast<uint32_t>(sum) & 0xffff, n);
 }
 
-// The bounds of the set of all ranks and of the sets of one rank, by one warp.
+// The lower bound from the set of all ranks and from all single ranks, by one warp.
 __device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GroupMemory& memory) {
   int64_t total = 0;
   int32_t alone = 0;
@@ -34,13 +34,13 @@ __device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GroupMemo
   return max(CeilDivide(WarpSum(total), p.by_group), __reduce_max_sync(kFullWarp, alone));
 }
 
-// What cannot leave the best cut, exactly, in tokens; the cut's size.
+// The exact number of tokens that cannot leave the best cut, and the cut's size.
 struct CutTokens {
   int64_t tokens;
   int32_t size;
 };
 
-// By one warp.
+// Computed by one warp.
 __device__ __forceinline__ CutTokens TokensOfCut(const Problem& p, const IpmMemory& memory) {
   const GroupMemory& group = memory.group;
   CutTokens value = {0, 0};
@@ -61,7 +61,7 @@ __device__ __forceinline__ CutTokens TokensOfCut(const Problem& p, const IpmMemo
   return value;
 }
 
-// The least load / weight at which the ranks r with has(r) may have that many tokens, by one warp.
+// The least load / weight at which the ranks r with has(r) can hold `tokens` tokens, by one warp.
 template <typename Has>
 __device__ __forceinline__ float LeastValue(int32_t n_ranks, const float* weight, int64_t tokens,
                                             Has&& has) {
@@ -75,20 +75,21 @@ __device__ __forceinline__ float LeastValue(int32_t n_ranks, const float* weight
   });
 }
 
-// Likewise, of the best cut.
+// The same for the best cut.
 __device__ inline float LeastValue(const Problem& p, const IpmMemory& memory, int64_t tokens) {
   return LeastValue(p.group_size, memory.weight, tokens,
                     [&](int32_t r) { return memory.cut[r] != 0; });
 }
 
-// Raises *largest to the ranks' largest value ≥ 0, ints or bits of floats. All threads call it.
+// Raises *largest to the largest value of any rank. Values are ≥ 0: ints or bits of floats. All
+// threads call it.
 __device__ __forceinline__ void NoteLargest(int32_t n_ranks, int32_t value, int32_t* largest) {
   if ((threadIdx.x & ~31) >= n_ranks) return;
   value = __reduce_max_sync(kFullWarp, threadIdx.x < n_ranks ? value : 0);
   if ((threadIdx.x & 31) == 0) atomicMax(largest, value);
 }
 
-// What is reported where nothing is divided and nothing proven, by one thread.
+// What is reported if nothing is divided and nothing proven, by one thread.
 template <bool kFloats>
 __device__ __forceinline__ void NoProof(const IpmOptions& options, Shared& shared) {
   shared.max_load = kFloats            ? kInfinity
@@ -98,7 +99,7 @@ __device__ __forceinline__ void NoProof(const IpmOptions& options, Shared& share
   shared.bound = 0;
 }
 
-// The group's results besides the quotas, by one thread.
+// Writes the group's results besides the quotas, by one thread.
 __device__ __forceinline__ void WriteProof(const IpmOptions& options, const Shared& shared,
                                            int32_t status, int32_t group, const SolveResults& out) {
   int32_t lower_bound = shared.target;
@@ -119,7 +120,8 @@ __device__ __forceinline__ void WriteProof(const IpmOptions& options, const Shar
   out.status[group] = status;
 }
 
-// Calls function(load) for this lane's part of rank r's experts all of whose slots are in the cut.
+// Calls function(load) for this lane's share of the experts of rank r whose slots are all in the
+// cut.
 template <typename Function>
 __device__ __forceinline__ void ForKept(const Problem& p, const IpmMemory& memory, int32_t r,
                                         Function&& function) {
@@ -132,8 +134,9 @@ __device__ __forceinline__ void ForKept(const Problem& p, const IpmMemory& memor
   }
 }
 
-// Real loads, after their quotas are written: the plan's largest load / weight, and what the cut
-// proves, in units of a power of two that are never rounded up. Ends with a barrier.
+// For real loads, once their quotas are written: finds the plan's largest load / weight and what
+// the cut proves. The proof counts in units of a power of two, never rounded up. Ends with a
+// barrier.
 __device__ inline void ProveReal(const Problem& p, const IpmMemory& memory, const float* quota,
                                  Shared& shared) {
   const int32_t warp = threadIdx.x / 32;
@@ -182,9 +185,9 @@ __device__ inline void ProveReal(const Problem& p, const IpmMemory& memory, cons
   __syncthreads();
 }
 
-// What finishes a plan of tokens by waves. On ranks of different speeds loads are counted from what
-// the proven load / weight allows every rank, and the target is 0. All threads call it; ends with a
-// barrier.
+// Finishes a plan of whole tokens by waves. On ranks of different speeds, loads are counted
+// relative to what the proven load / weight allows each rank, and the target is 0. All threads call
+// it. Ends with a barrier.
 __device__ __forceinline__ void Repair(const Problem& p, const IpmOptions& options,
                                        const IpmMemory& memory, Shared& shared) {
   const GroupMemory& group = memory.group;
@@ -223,7 +226,8 @@ __device__ __forceinline__ void Repair(const Problem& p, const IpmOptions& optio
   count_from(1);
 }
 
-// Tokens, after the solve: rounds the plan, proves a bound, and repairs. Ends with a barrier.
+// Finishes a solve in whole tokens: rounds the plan, proves a bound, and repairs. Ends with a
+// barrier.
 __device__ __forceinline__ void FinishTokens(const Problem& p, const IpmOptions& options,
                                              const IpmMemory& memory, Shared& shared) {
   const GroupMemory& group = memory.group;

@@ -1,6 +1,6 @@
-// What the interior point's iterate has of the ranks, and the system that gives their step: what
-// all kinds of networks share. The names are those of lplb_jax/reference/interior_point.py, which
-// explains it. By one team; thread r is also rank r.
+// The ranks' part of the interior point's iterate, and the system that gives their step: shared by
+// all kinds of networks. The names are those of lplb_jax/reference/interior_point.py, which
+// explains the method. Run by one team; thread r also handles rank r.
 #ifndef LPLB_CUDA_IPM_RANKS_CUH_
 #define LPLB_CUDA_IPM_RANKS_CUH_
 
@@ -9,7 +9,7 @@
 
 namespace lplb::cuda {
 
-// Factor: what solves with the matrix, Table in factor.cuh or what has the same interface.
+// Factor solves with the matrix: Table in factor.cuh, or a class with the same interface.
 template <int kRanks, int kParts, template <int, int> typename Factor>
 class RankIterate {
  public:
@@ -21,7 +21,7 @@ class RankIterate {
   struct Memory {
     typename TableOf::Memory table;
     typename TeamOf::Memory team;
-    // One entry per rank, 0 in the idle places.
+    // One entry per rank, 0 in idle places.
     alignas(16) float base[kRanks];
     alignas(16) float w[kRanks];
     alignas(16) float y[kRanks];
@@ -46,8 +46,8 @@ class RankIterate {
     inverse_w_ = is_rank_ ? Quotient(1, w_) : 0;
   }
 
-  // s, y and t for the first plan, whose loads load_ has; n_pairs are the products of this thread
-  // besides the ranks'. Returns mu.
+  // Sets s, y and t for the first plan, whose loads are in load_. n_pairs is this thread's number
+  // of products besides the ranks'. Returns mu.
   __device__ __forceinline__ float StartRanks(float n_pairs) {
     float most[1] = {fmaxf(load_ * inverse_w_, 0)};
     team_.template Reduce<1>(most);
@@ -63,9 +63,9 @@ class RankIterate {
     return mu;
   }
 
-  // Takes the best of the sets {ranks whose y is at least y_r}, of which this thread's row keeps
-  // `stuck` and has `weight`, if it is better than the cut so far, and says whether the plan that
-  // load_ comes from is the best so far.
+  // Takes the best of the sets {ranks whose y is at least y_r}, if it beats the best cut so far.
+  // The set of this thread's row keeps `stuck` and has weight `weight`. Returns whether the plan
+  // behind load_ is the best so far.
   __device__ __forceinline__ bool KeepBest(bool first, float stuck, float weight) {
     const bool counts = table_.row() < n_ranks_;
     const uint2 best = team_.Best(counts ? fmaxf(Quotient(stuck, weight), 0) : 0, table_.row());
@@ -85,21 +85,21 @@ class RankIterate {
     return !(largest_ - bound_ > kStopGap * largest_) || n == kMaxSteps;
   }
 
-  // Before the network's part of the matrix and of the predictor's right-hand side; a barrier must
-  // follow.
+  // Called before the network adds its part of the matrix and of the predictor's right-hand side. A
+  // barrier must follow.
   __device__ __forceinline__ void BeginStep() {
     iy_ = Quotient(1, y_);
     ex_ = s_ * iy_;
     if (is_rank_) memory_.ex[threadIdx.x] = ex_;
   }
 
-  // The predictor's right-hand side, with the flow into this thread's rank.
+  // The predictor's right-hand side. `flow` is the flow into this thread's rank.
   __device__ __forceinline__ void SetRightSide(float flow) {
     rest_ = load_ - t_ * w_;
     if (is_rank_) memory_.q[threadIdx.x] = rest_ + flow;
   }
 
-  // From the off-diagonals in the table; ends with a barrier.
+  // Factors the matrix from the off-diagonals in the table. Ends with a barrier.
   __device__ __forceinline__ void FactorMatrix() {
     table_.Factor(n_ranks_, memory_.ex[table_.row()]);
     table_.Solve(memory_.w, memory_.w, 0, memory_.middle, memory_.k);
@@ -107,8 +107,8 @@ class RankIterate {
     rt_ = 1 - Dot(memory_.w, memory_.y);
   }
 
-  // dy = p − r · k and dt from the right-hand side in memory.q: the right-hand side is centred, and
-  // wᵀdy = rt.
+  // Computes dy = p − r · k and dt from the right-hand side in memory.q. The right-hand side is
+  // centred, and wᵀdy = rt.
   __device__ __forceinline__ float Saddle() {
     const float qm = Dot(memory_.k, memory_.q) * inverse_wk_;
     table_.Solve(memory_.q, memory_.w, qm, memory_.middle, memory_.p);
@@ -121,9 +121,9 @@ class RankIterate {
     return memory_.p[v] - memory_.p[u] - r_ * (memory_.k[v] - memory_.k[u]);
   }
 
-  // The corrector's target for every product, and by how much it takes the predictor's second-order
-  // terms; value has the reciprocals of the limits and the products of v·v, d·v, d·d, of this
-  // thread's part of the network.
+  // The corrector's target for every product, and in `c` the weight of the predictor's second-order
+  // terms. For this thread's part of the network, `value` holds the reciprocals of the limits and
+  // the products v·v, d·v, d·d.
   __device__ __forceinline__ float Target(float (&value)[5], float& c) {
     second_ = 0;
     if (is_rank_) {
@@ -147,13 +147,13 @@ class RankIterate {
     return TargetMu(mu, reached, c);
   }
 
-  // The corrector's right-hand side; a barrier must follow.
+  // The corrector's right-hand side. A barrier must follow.
   __device__ __forceinline__ void CorrectRightSide(float target, float c, float flow) {
     es_ = (target - c * second_) * iy_;
     if (is_rank_) memory_.q[threadIdx.x] = rest_ + es_ + flow;
   }
 
-  // The corrector's step lengths, from the reciprocals of the limits of this thread's part of the
+  // The corrector's step lengths, from the reciprocals of the limits in this thread's part of the
   // network.
   __device__ __forceinline__ void StepLengths(float (&limit)[2], float& ap, float& ad) {
     dy_ = 0;
@@ -179,7 +179,7 @@ class RankIterate {
     TeamOf::Sync();
   }
 
-  // Sum over the ranks, as Dot.
+  // Sum over the ranks, computed like Dot.
   static __device__ __forceinline__ float Sum(const float* a) {
     float sum[4] = {0, 0, 0, 0};
     if constexpr (kRanks <= 32) {
@@ -201,7 +201,8 @@ class RankIterate {
     }
   }
 
-  // aᵀb over the ranks, in every thread by itself: few ranks are added faster than exchanged.
+  // aᵀb over the ranks, in every thread independently: for few ranks, adding is faster than
+  // exchanging.
   static __device__ __forceinline__ float Dot(const float* a, const float* b) {
     if constexpr (kRanks <= 32) {
       float sum[4] = {0, 0, 0, 0};
@@ -233,7 +234,7 @@ class RankIterate {
   TableOf table_;
   // This thread's rank, and t, which all threads know.
   float base_, w_, inverse_w_, load_, s_, y_, t_;
-  // What all threads know of the best plan and cut, and whether the rank is in the cut.
+  // What all threads know of the best plan and cut, and whether this rank is in the cut.
   float largest_ = 0;
   float bound_ = 0;
   bool in_cut_ = true;
@@ -241,7 +242,7 @@ class RankIterate {
  private:
   float inverse_pairs_;
   float inverse_wk_, rt_;
-  float r_;  // What dy needs of k.
+  float r_;  // The multiple of k in dy.
   float iy_, ex_, rest_, second_, es_, dy_;
 };
 

@@ -1,4 +1,5 @@
-// The batch fits the registers of one thread-block cluster: count, solve and assign in one launch.
+// For batches that fit in the registers of one thread-block cluster: count, solve and assign in one
+// launch.
 #ifndef LPLB_CUDA_ROUTE_CLUSTER_KERNEL_CUH_
 #define LPLB_CUDA_ROUTE_CLUSTER_KERNEL_CUH_
 
@@ -13,8 +14,8 @@
 namespace lplb::cuda {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// The numbers of ClusterKernel's barriers besides that of Team. Of the first two, which all threads
-// of a block reach, some threads wait for what the others announce.
+// The ids of ClusterKernel's named barriers besides Team's. All threads of a block reach the first
+// two: some threads wait there for what the others announce.
 enum class Event { kCleared = 2, kCounted = 3 };
 constexpr int kTokenBarrier = 4;  // of the threads that hold tokens
 
@@ -28,7 +29,7 @@ __device__ __forceinline__ void Await() {
   asm volatile("bar.sync %0, %1;" ::"n"(static_cast<int>(kEvent)), "r"(blockDim.x) : "memory");
 }
 
-// Sends the block's counts to every block of the cluster, itself included.
+// Sends the block's counts to every block of the cluster, including itself.
 __device__ __forceinline__ void SendCounts(int32_t row, int32_t n_blocks, int32_t block,
                                            const RouteMemory& memory) {
   // A thread packs some counts and sends them to every n-th block.
@@ -38,7 +39,7 @@ __device__ __forceinline__ void SendCounts(int32_t row, int32_t n_blocks, int32_
   for (int32_t e = first * RouteMemory::kPacked; e < row; e += RouteMemory::kPacked << width_log2) {
     const int4 low = *reinterpret_cast<const int4*>(memory.counts + e);
     const int4 high = *reinterpret_cast<const int4*>(memory.counts + e + 4);
-    // A block has less than 2¹⁶ tokens.
+    // A block has fewer than 2¹⁶ tokens.
     const uint4 packed = {
         static_cast<uint32_t>(low.x | low.y << 16), static_cast<uint32_t>(low.z | low.w << 16),
         static_cast<uint32_t>(high.x | high.y << 16), static_cast<uint32_t>(high.z | high.w << 16)};
@@ -52,12 +53,12 @@ __device__ __forceinline__ void SendCounts(int32_t row, int32_t n_blocks, int32_
   }
 }
 
-// Sums what the blocks have sent: two experts a thread. Calls `emit(e, total of e, of e + 1)`.
+// Sums what the blocks have sent, two experts per thread. Calls `emit(e, totals of e and e + 1)`.
 template <typename Emit>
 __device__ __forceinline__ void SumCounts(int32_t row, int32_t n_blocks, int32_t block,
                                           const RouteMemory& memory, const Emit& emit) {
   const auto* incoming = reinterpret_cast<const uint32_t*>(memory.incoming);
-  // All counts of a pair are on their way together.
+  // All counts of a pair are in flight together.
   const auto sum = [&](auto most) {
     constexpr int kMost = decltype(most)::value;
 #pragma unroll 1
@@ -88,8 +89,8 @@ __device__ __forceinline__ void SumCounts(int32_t row, int32_t n_blocks, int32_t
   }
 }
 
-// What the planning threads of a block of ClusterKernel do: they share the counts with the other
-// blocks, and with kSynced the other ranks, and make the routes.
+// The work of a block's planning threads in ClusterKernel: they share the counts with the other
+// blocks and, with kSynced, with the other ranks, and make the routes.
 template <typename Routing, Quotas kQuotas>
 __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t element,
                                            const RouteMemory& memory) {
@@ -109,7 +110,7 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
   const Tables tables = TablesOf<kQuotas>(a, in, element);
   auto fetched = Routing::template Prefetch<kQuotas, Threads>(a, in, tables);
   SyncCall call = {};
-  uint64_t* inbox;  // of the first rank that this block sends to
+  uint64_t* inbox;  // of the first rank to which this block sends
   if constexpr (kQuotas == Quotas::kSynced) {
     inbox = a.peers.inboxes[min(block, a.peers.size - 1)];
     call = BeginSync(a.peers, a.peers.state->epoch + 1, *a.given.rank, block == 0);
@@ -139,21 +140,21 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
   }
   Threads::Sync();
   Routing::template Make<kQuotas, Threads>(a, in, element, fetched, call, block == 0, memory);
-  // Orders nothing that the block's barrier after it does not; but without it, compute-sanitizer's
-  // racecheck reports the routes' stores (2025.3). It takes 0.02 µs.
+  // Orders nothing that the block's barrier after it does not order. But without it,
+  // compute-sanitizer's racecheck (2025.3) reports the routes' stores. It takes 0.02 µs.
   Threads::Sync();
 }
 
-// The tokens of a thread of ClusterKernel, which holds every 32nd of its warp's.
+// The tokens that a thread of ClusterKernel holds: every 32nd of its warp's.
 struct HeldTokens {
   int64_t first;
-  // The expert, n_logical for an invalid id, −1 for none; later the expert and, in the upper half,
-  // the ordinal among its tokens in the block: both are less than 2¹⁵.
+  // The expert: n_logical for an invalid id, −1 for none. Later the expert and, in the upper half,
+  // the token's ordinal among the expert's tokens in the block. Both are below 2¹⁵.
   int32_t code[kMaxRounds];
 };
 
-// What the threads that hold tokens do: they count them, a.rounds each, and then, while the routes
-// are made, find every token's ordinal in the block.
+// The work of the threads that hold tokens. They count their tokens, a.rounds each. Then, while the
+// routes are made, they find every token's ordinal in the block.
 __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const TokenBuffers& tokens,
                                              const RouteMemory& memory, HeldTokens& held) {
   const Problem& p = a.problem;
@@ -171,14 +172,14 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
   int32_t (&code)[kMaxRounds] = held.code;
   held.first = first;
   WithIndices(tokens, [&](auto* indices) {
-    // All loads are on their way before the first is looked at.
+    // All loads are in flight before the first is used.
     std::decay_t<decltype(*indices)> id[kMaxRounds];
 #pragma unroll
     for (int j = 0; j < kMaxRounds; ++j) {
       const int64_t i = first + 32 * j;
       if (j < a.rounds && i < tokens.n_tokens) id[j] = indices[i];
     }
-    int4* pairs = reinterpret_cast<int4*>(memory.cells);  // There is an even number of warps.
+    int4* pairs = reinterpret_cast<int4*>(memory.cells);  // The number of warps is even.
     const int32_t n_pairs = n_warps * (p.n_logical + RouteMemory::kPad) / 2;
 #pragma unroll 1
     for (int32_t i = thread; i < n_pairs; i += n_threads) pairs[i] = {0, 0, 0, 0};
@@ -212,8 +213,8 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
   AwaitStarts();  // Long past, but every arrival needs its wait.
 }
 
-// One cluster per batch element. The routes need the tokens' counts only, not their ordinals, so
-// the first kPlanThreads threads of a block make the routes while the others find the ordinals.
+// One cluster per batch element. The routes depend on the tokens' counts but not on their ordinals.
+// So the first kPlanThreads threads of a block make the routes while the others find the ordinals.
 template <typename Routing, Quotas kQuotas>
 __global__ void __launch_bounds__(kPlanThreads + kRouteThreads, 1)
     ClusterKernel(const RouteArguments a) {
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kPlanThreads + kRouteThreads, 1)
   const int32_t n_blocks = cluster.num_blocks();
   const int32_t n_warps = (static_cast<int32_t>(blockDim.x) - kPlanThreads) / 32;
   const RouteMemory memory(a.problem, n_warps, n_blocks, kQuotas, shared);
-  // With other ranks there is a batch of one.
+  // With other ranks, the batch size is one.
   const int64_t element = kQuotas == Quotas::kSynced ? 0 : __clusterIdx().x;
   const bool plans = threadIdx.x < kPlanThreads;
   const TokenBuffers tokens = TokensOf(a, element);

@@ -1,5 +1,5 @@
-// Launches the kernels that give every token its slot: they count the tokens, get or solve the
-// quotas, and assign.
+// Launches the kernels that assign every token a slot. They count the tokens, solve for the quotas
+// or take the given ones, and assign.
 #ifndef LPLB_CUDA_ROUTE_LAUNCH_CUH_
 #define LPLB_CUDA_ROUTE_LAUNCH_CUH_
 
@@ -10,7 +10,7 @@
 
 namespace lplb::cuda {
 
-// One launch per batch: a cluster of blocks for every element.
+// One launch per batch, with a cluster of blocks for every element.
 template <typename Routing, Quotas kQuotas>
 cudaError_t LaunchCluster(RouteArguments a, const RouteShape& shape, cudaStream_t stream) {
   a.rounds = shape.rounds;
@@ -22,7 +22,8 @@ cudaError_t LaunchCluster(RouteArguments a, const RouteShape& shape, cudaStream_
   return Launch(ClusterKernel<Routing, kQuotas>, launch, stream, a);
 }
 
-// Two launches. Where the chip can, the second starts beside the first and waits on the device.
+// Two launches. If the chip supports it, the second starts beside the first and waits on the
+// device.
 template <typename Routing, Quotas kQuotas>
 cudaError_t LaunchTiles(RouteArguments a, const RouteShape& shape, const Device& device,
                         cudaStream_t stream) {

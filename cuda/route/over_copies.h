@@ -1,5 +1,5 @@
-// The launches of rebalance that choose copies first, for those that do not: files of their own, as
-// they take long to compile.
+// Launches of rebalance that choose copies first, called by those that do not. They take long to
+// compile, so they are in files of their own.
 #ifndef LPLB_CUDA_ROUTE_OVER_COPIES_H_
 #define LPLB_CUDA_ROUTE_OVER_COPIES_H_
 

@@ -1,6 +1,6 @@
 // From quotas to tokens for experts on any number of ranks: how this source deals its tokens of an
-// expert to the expert's slots. lplb_jax/reference/assignment.py tells the rule, and
-// xla_ffi/cpu/pieces.h is the same with tables of its own.
+// expert to the expert's slots. lplb_jax/reference/assignment.py explains the rule.
+// xla_ffi/cpu/pieces.h implements it on the CPU with tables of its own.
 #ifndef LPLB_CUDA_ROUTE_PIECES_CUH_
 #define LPLB_CUDA_ROUTE_PIECES_CUH_
 
@@ -9,19 +9,19 @@
 
 namespace lplb::cuda {
 
-// The pieces of shared experts in shared memory, in the place of their cells. The first one of an
-// expert is in its PackedRoute: `keep` tokens go to slot `home`. Where there are more, `replica` is
-// the expert's first cell, whose `end` is their number; the others follow it.
+// The pieces of shared experts, in shared memory in place of their cells. An expert's first piece
+// is in its PackedRoute: `keep` tokens go to slot `home`. If it has more pieces, `replica` is the
+// expert's first cell. The `end` there is the number of pieces, and the other pieces follow.
 struct PieceTable {
-  int32_t* end;    // by cell: tokens of this source up to the end of the piece; the last has no end
+  int32_t* end;    // by cell: this source's tokens up to the end of the piece; the last has no end
   uint32_t* slot;  // by cell: the piece's slot
-  int32_t* sent;   // [n_physical], tokens of this source for every slot, 0 at first
+  int32_t* sent;   // [n_physical], this source's tokens for every slot, initially 0
 
   __device__ PieceTable(const GraphMemory& graph, int32_t* sent_)
       : end(graph.tokens), slot(graph.shared), sent(sent_) {}
 };
 
-// Takes the pieces of one expert in their order, empty ones too.
+// Takes the pieces of one expert in order. Pieces may be empty.
 class Dealer {
  public:
   __device__ __forceinline__ Dealer(const PieceTable& table, int32_t first, int32_t n_tokens)
@@ -44,7 +44,7 @@ class Dealer {
     ++n_;
   }
 
-  // The tokens beyond all pieces go where those of the last one go, or, if there is none, to
+  // Tokens beyond all pieces go where the last piece goes. If there is none, they go to
   // `otherwise`, which may be −1.
   __device__ __forceinline__ PackedRoute Finish(int32_t otherwise) {
     if (n_ == 0) {
@@ -67,7 +67,7 @@ class Dealer {
 
   const PieceTable& table_;
   const int32_t first_;
-  const int32_t n_tokens_;  // this source has
+  const int32_t n_tokens_;  // of this source
   int32_t n_ = 0;
   int32_t dealt_ = 0;
   int32_t keep_ = 0;
@@ -76,8 +76,8 @@ class Dealer {
   int32_t last_begin_ = 0;
 };
 
-// The hosts of a shared expert, in the order of their ranks: `use(slot, quota)` is called for each.
-// Quotas count up to a running sum of 2³¹ − 1, and negative ones as 0.
+// Calls `use(slot, quota)` for each host of a shared expert, in the order of their ranks. Quotas
+// count up to a running sum of 2³¹ − 1. Negative ones count as 0.
 template <typename Use>
 __device__ __forceinline__ void ForHosts(const GraphMemory& graph, const int32_t* quota,
                                          int32_t first, int32_t n_hosts, const Use& use) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ void ForHosts(const GraphMemory& graph, const int32_t
   }
 }
 
-// Each host gets its share of an estimate: of `count` tokens, the rounding depends on the source.
+// Deals `count` tokens by each host's share of an estimate. The rounding depends on the source.
 __device__ __forceinline__ void DealShares(const Problem& p, const GraphMemory& graph,
                                            const int32_t* quota, int32_t first, int32_t n_hosts,
                                            int32_t count, int32_t me, Dealer& dealer) {
@@ -108,7 +108,7 @@ __device__ __forceinline__ void DealShares(const Problem& p, const GraphMemory& 
   });
 }
 
-// Tokens of an expert in a line, from `begin` up to before `end`.
+// Tokens of an expert on a line: [begin, end).
 struct Interval {
   int64_t begin;
   int64_t end;
@@ -118,13 +118,14 @@ struct Interval {
   }
 };
 
-// What two sides of a node's line have: tokens that are left, and rooms that are.
+// The two sides of a node's line: the tokens left to place, and the room left.
 struct NodeLine {
   int64_t supply;
   int64_t demand;
 };
 
-// Own rank first, then own node, then anywhere; count_of(source) are the expert's tokens there.
+// Deals to the own rank first, then within the node, then anywhere. count_of(source) is the
+// expert's token count on that rank.
 template <typename CountOf>
 __device__ inline void DealByDistance(const Problem& p, const GraphMemory& graph,
                                       const int32_t* quota, int32_t first, int32_t n_hosts,
@@ -134,7 +135,7 @@ __device__ inline void DealByDistance(const Problem& p, const GraphMemory& graph
   const auto room_of = [&](int32_t slot, int32_t tokens) {
     return tokens - min(tokens, count_of(p.by_slots.Quotient(slot)));
   };
-  // The line of node v; `mine` gets this source's place in it.
+  // The line of node v. If `mine` is not null, sets it to this source's interval on the line.
   const auto line_of = [&](int32_t v, Interval* mine) {
     NodeLine line = {0, 0};
     int64_t before = 0;
@@ -170,7 +171,7 @@ __device__ inline void DealByDistance(const Problem& p, const GraphMemory& graph
     upto += room_of(slot, tokens);
     dealer.Add(slot, mine.Overlap(begin, upto));
   });
-  // What is beyond the end of the node's line goes on in the line over all nodes.
+  // Tokens beyond the end of the node's line continue on the line over all nodes.
   const int64_t beyond = mine.end - max(mine.begin, own_line.demand);
   if (beyond <= 0) return;
   mine.begin = max(mine.begin - own_line.demand, int64_t{0});
@@ -180,10 +181,10 @@ __device__ inline void DealByDistance(const Problem& p, const GraphMemory& graph
     mine.begin += max(line.supply - line.demand, int64_t{0});
   }
   mine.end = mine.begin + beyond;
-  int64_t spare = 0;  // rooms left in the nodes before
+  int64_t spare = 0;  // room left in the nodes before
 #pragma unroll 1
   for (int32_t v = 0; v < p.ep_size / p.node_size && spare < mine.end; ++v) {
-    if (v == here) continue;  // It has none.
+    if (v == here) continue;  // It has no room left.
     const NodeLine line = line_of(v, nullptr);
     if (line.demand <= line.supply) continue;
     int64_t taken = -line.supply;  // The node's own tokens come first.
@@ -197,13 +198,13 @@ __device__ inline void DealByDistance(const Problem& p, const GraphMemory& graph
   }
 }
 
-// Where the token with this ordinal, beyond the expert's first piece, goes.
+// The place of the token with this ordinal, if that is beyond the expert's first piece.
 __device__ __forceinline__ Place FindPiece(const PieceTable& table, const PackedRoute& route,
                                            int32_t ordinal) {
   int32_t piece = route.replica + 1;
   const int32_t second = piece;
   int32_t n = table.end[route.replica] - 1;
-  while (n > 1) {  // It is one of n from `piece` on.
+  while (n > 1) {  // It is one of n pieces from `piece` on.
     const int32_t half = n / 2;
     const bool later = ordinal >= table.end[piece + half - 1];
     piece += later ? half : 0;

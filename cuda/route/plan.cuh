@@ -1,5 +1,6 @@
-// From the experts' totals to their routes, by the threads of a team: prefetch and store what needs
-// no totals, with other ranks wait for theirs, then solve or take the quotas that are given.
+// From the experts' totals to their routes, by the threads of a team. Prefetches and stores
+// everything that does not depend on totals, waits for the totals of other ranks if there are any,
+// then solves or takes the given quotas.
 #ifndef LPLB_CUDA_ROUTE_PLAN_CUH_
 #define LPLB_CUDA_ROUTE_PLAN_CUH_
 
@@ -10,7 +11,7 @@
 
 namespace lplb::cuda {
 
-// What the threads that make the routes fetch before they need it, so that the latencies overlap.
+// What the threads that make the routes fetch ahead, so that the latencies overlap.
 struct Prefetched {
   PrefetchedSlot slot;  // its home is fetched later
   int32_t source;       // this thread's edge of r2o
@@ -18,7 +19,7 @@ struct Prefetched {
   Route slots;          // of this thread's expert
 };
 
-// The placement of a batch element, whichever operands have it.
+// The placement of a batch element, from whichever operands hold it.
 struct Tables {
   const int32_t* phy2log;
   const int32_t* log2phy;
@@ -60,7 +61,8 @@ __device__ __forceinline__ void StoreSlots(const Problem& p, int32_t expert, int
   memory.routes[expert] = {kInt32Max, packed(home), packed(replica)};
 }
 
-// Puts what was fetched, and what of it is more than one per thread, into shared memory.
+// Stores what was fetched in shared memory, and loads the rest where there is more than one item
+// per thread.
 template <Quotas kQuotas, typename Threads>
 __device__ __forceinline__ void StorePrefetched(const RouteArguments& a, const SolveOperands& in,
                                                 const Tables& tables, Prefetched& fetched,
@@ -90,7 +92,7 @@ __device__ __forceinline__ void StorePrefetched(const RouteArguments& a, const S
   }
 }
 
-// Must be called, and a barrier passed, before ReceiveTotals.
+// Must be called, followed by a barrier, before ReceiveTotals.
 template <Quotas kQuotas>
 __device__ __forceinline__ void ForgetInvalid(const Problem& p, const RouteMemory& memory) {
   if constexpr (kQuotas == Quotas::kSynced) {
@@ -98,10 +100,10 @@ __device__ __forceinline__ void ForgetInvalid(const Problem& p, const RouteMemor
   }
 }
 
-// Waits for all ranks' counts, of which `total` becomes the sum, −1 where it passes int32.
-// `use(e, source, count)` is called for each, `done(e)` after the last of an expert. Returns
-// whether some did not come in time; then there are no tokens. ForgetInvalid was called; a barrier
-// must follow.
+// Waits for all ranks' counts and stores their sum in `total`, or −1 if it exceeds int32. Calls
+// `use(e, source, count)` for each count and `done(e)` after an expert's last. Returns whether some
+// counts did not arrive in time; there are no tokens then. ForgetInvalid must have been called, and
+// a barrier must follow.
 template <typename Threads, typename Use, typename Done>
 __device__ __forceinline__ bool AwaitTotals(const RouteArguments& a, const SyncCall& call,
                                             bool leader, const RouteMemory& memory, const Use& use,
@@ -115,8 +117,8 @@ __device__ __forceinline__ bool AwaitTotals(const RouteArguments& a, const SyncC
       total += count;
       use(e, source, count);
     };
-    // Of ids that name no expert it only matters whether rank e has any. A turn of their own in
-    // this loop would take as long as all others.
+    // For ids that name no expert, it only matters whether rank e has any. An iteration of their
+    // own in this loop would take as long as all others together.
     const uint64_t* invalid =
         e < a.peers.size ? a.peers.inbox + call.RowOf(a.peers, e) + p.n_logical : nullptr;
     failed |= !Receive(a.peers, call, e, 0, a.peers.size, leader, add, invalid, [&](int32_t count) {
@@ -133,8 +135,8 @@ __device__ __forceinline__ bool AwaitTotals(const RouteArguments& a, const SyncC
   return true;
 }
 
-// AwaitTotals; `before` becomes what comes before this rank's tokens. After a failure nothing is
-// routed. The routes' slots were stored by the threads that read them here.
+// AwaitTotals, which also sets `before` to the tokens that come before this rank's. After a failure
+// nothing is routed. Each thread reads here only the routes' slots that it stored itself.
 template <typename Threads>
 __device__ __forceinline__ void ReceiveTotals(const RouteArguments& a, const SyncCall& call,
                                               bool leader, const RouteMemory& memory) {
@@ -158,15 +160,15 @@ __device__ __forceinline__ void ReceiveTotals(const RouteArguments& a, const Syn
   }
 }
 
-// Forgets slots that log2phy gives an expert and phy2log another one.
+// Drops slots that log2phy gives to an expert but phy2log to another.
 __device__ __forceinline__ void KeepOwnSlots(const int32_t* phy2log, int32_t expert,
                                              PackedRoute& route) {
   if (route.home != kNoSlot && phy2log[route.home] != expert) route.home = kNoSlot;
   if (route.replica != kNoSlot && phy2log[route.replica] != expert) route.replica = kNoSlot;
 }
 
-// From the experts' totals to their routes: solves, or takes the quotas that are given. All threads
-// of the team call it behind a barrier; another must follow.
+// From the experts' totals to their routes: solves, or takes the given quotas. All threads of the
+// team call it after a barrier, and another barrier must follow.
 template <int kWords, int kColumns, Quotas kQuotas, typename Threads>
 __device__ __forceinline__ void MakeRoutes(const RouteArguments& a, const SolveOperands& in,
                                            int64_t element, const PrefetchedSlot& fetched,
@@ -188,7 +190,7 @@ __device__ __forceinline__ void MakeRoutes(const RouteArguments& a, const SolveO
                                                       out.max_load[g] = proof.max_load;
                                                       out.lower_bound[g] = proof.lower_bound;
                                                     });
-    misplaced = Threads::Any(!right);  // Else every slot is its expert's own.
+    misplaced = Threads::Any(!right);  // Otherwise every slot is its expert's own.
   } else {
     rank = *given.rank;
   }
@@ -217,7 +219,7 @@ __device__ __forceinline__ void MakeRoutes(const RouteArguments& a, const SolveO
   }
 }
 
-// What the whole batch gets once, each of its `n_blocks` blocks a part of it.
+// Writes the results that a batch element has once. Each of its `n_blocks` blocks writes a part.
 template <Quotas kQuotas, typename Threads>
 __device__ __forceinline__ void WriteSummary(const RouteArguments& a, int64_t element,
                                              int32_t block, int32_t n_blocks,
@@ -225,7 +227,8 @@ __device__ __forceinline__ void WriteSummary(const RouteArguments& a, int64_t el
   const Problem& p = a.problem;
   const int32_t first = block * Threads::Size() + threadIdx.x;
   const int32_t stride = n_blocks * Threads::Size();
-  // A slot has one expert, unless the placement contradicts itself: then the first block adds up.
+  // Each slot has one expert, unless the placement contradicts itself. Then the first block adds
+  // up.
   bool one_each = false;
   if constexpr (kQuotas != Quotas::kGiven) {
     const SolveResults out = BatchElement(p, a.solve_out, element);
@@ -235,7 +238,7 @@ __device__ __forceinline__ void WriteSummary(const RouteArguments& a, int64_t el
 #pragma unroll 1
     for (int32_t g = threadIdx.x & 31; g < p.n_groups; g += 32) status |= groups.status[g];
     one_each = !__any_sync(kFullWarp, status & (kBadPlacement | kSyncFailed));
-    // Unrolled, these loops would begin with divisions by the stride.
+    // If unrolled, these loops would begin with divisions by the stride.
 #pragma unroll 1
     for (int32_t g = first; g < p.n_groups; g += stride) out.status[g] = groups.status[g] | invalid;
 #pragma unroll 1

@@ -13,10 +13,12 @@ RouteShape ClusterOf(int32_t cluster, int32_t threads, int64_t n_tokens) {
   return {cluster, threads, static_cast<int32_t>(rounds), 0};
 }
 
-// The fastest cluster of at most so many blocks and threads; of none where they do not suffice.
+// The fastest cluster of at most this many blocks and threads, or an empty shape if they do not
+// suffice.
 RouteShape FastestCluster(int32_t max_cluster, int32_t max_threads, int64_t n_tokens) {
-  // Blocks of 256 as long as eight rounds do, and a cluster of 16, which takes longer to start,
-  // only where one of 8 would need more than four. Blocks send to others: there are two at least.
+  // Blocks of 256 threads as long as eight rounds suffice. A cluster of 16 takes longer to start,
+  // so it is used only where a cluster of 8 would need more than four rounds. At least two blocks,
+  // because blocks send to others.
   const int32_t small = std::min(256, max_threads);
   if (n_tokens <= int64_t{max_cluster} * small * 8) {
     const int32_t most = std::min(max_cluster, n_tokens <= 8 * small * 4 ? 8 : 16);
@@ -39,8 +41,8 @@ int32_t MaxCluster(const Problem& p, const Device& device) {
   return cluster;
 }
 
-// ScanWarps takes a tile's warps in two halves; BlockWaves has a thread for every rank, and of
-// GraphWaves' threads there are 256 at most.
+// ScanWarps takes a tile's warps in two halves. BlockWaves needs a thread for every rank.
+// GraphWaves uses at most 256 threads.
 int32_t MinThreads(const Problem& p) {
   if (p.node_size > 0) return 256;
   int32_t threads = 64;
@@ -50,8 +52,8 @@ int32_t MinThreads(const Problem& p) {
 
 }  // namespace
 
-// Where shared memory does not suffice for the fastest shape, blocks of fewer warps come first:
-// their tables take most of it.
+// If shared memory does not suffice for the fastest shape, blocks with fewer warps are tried first:
+// the warps' tables take most of it.
 RouteShape ChooseShape(const Problem& problem, Quotas quotas, bool chooses, int64_t n_tokens,
                        const Device& device) {
   const auto fits = [&](RouteShape& shape) {

@@ -1,4 +1,4 @@
-// Shared memory of a block that routes tokens.
+// The shared memory of a block that routes tokens.
 #ifndef LPLB_CUDA_ROUTE_TABLES_CUH_
 #define LPLB_CUDA_ROUTE_TABLES_CUH_
 
@@ -12,9 +12,9 @@ namespace lplb::cuda {
 
 constexpr int32_t kPlanThreads = 256;  // of a cluster's block, besides kRouteThreads
 constexpr int32_t kMaxRounds = 16;     // Tokens that a lane holds in registers.
-constexpr int32_t kAtOnce = 8;         // Tokens of a tile that a lane has on their way.
+constexpr int32_t kAtOnce = 8;         // Tokens of a tile that a lane has in flight.
 
-// A warp's state of one expert.
+// A warp's state for one expert.
 struct Cell {
   uint32_t mask;   // lanes with a token of this expert; 0 between uses
   uint32_t count;  // the warp's tokens so far; after a scan, plus those of the warps before
@@ -23,54 +23,54 @@ struct Cell {
 constexpr int32_t kNoSlot = 0xffff;
 static_assert(kMaxSlots < kNoSlot);
 
-// Where an expert's tokens go, in 8 bytes: every token reads it.
+// Where an expert's tokens go. Packed into 8 bytes, since every token reads it.
 struct PackedRoute {
   int32_t keep;      // tokens that stay at home
   uint16_t home;     // a slot, or kNoSlot
-  uint16_t replica;  // likewise
+  uint16_t replica;  // a slot, or kNoSlot
 };
 
 // Shared memory of a block that routes tokens. Rows have room for all experts and, at n_logical,
-// the ids that named none: where there are other ranks, `total` only has there whether any did.
+// for ids that name none. With other ranks, `total` only records there whether any id did.
 struct RouteMemory {
   Cell* cells;          // [n_warps, n_logical + kPad]
   PackedRoute* routes;  // [n_logical]
   int32_t* earlier;     // [row], tokens in earlier blocks
   int32_t* total;       // [row], all tokens
-  int32_t* own;         // [row], this rank's; the same as total where there is no other
-  int32_t* before;      // [n_logical], where there are others: tokens that come before this rank's
+  int32_t* own;         // [row], this rank's; the same as total if there is no other
+  int32_t* before;      // [n_logical], with other ranks: tokens that come before this rank's
   int32_t* quota;       // [n_physical]
-  int32_t* held;        // [n_physical], phy2log, in the place of quotas that are given
+  int32_t* held;        // [n_physical], phy2log, in place of given quotas
   int32_t* groups;      // GroupMemory, or a GraphMemory and the tokens sent to every slot
-  // Of a cluster's blocks:
+  // For the blocks of a cluster:
   int32_t* counts;     // [row], the block's histogram
   uint16_t* incoming;  // [n_blocks, row], every block's
   uint64_t* arrivals;  // counts the bytes of `incoming`
 
-  // Lets the lanes of ScanWarps, which read several rows at a time, meet different banks.
+  // Padding that avoids bank conflicts between the lanes of ScanWarps, which read several rows at
+  // once.
   static constexpr int32_t kPad = 4;
-  // Counts that travel together.
+  // Counts that are sent together.
   static constexpr int32_t kPacked = 8;
 
   LPLB_HOST_DEVICE static int32_t Row(const Problem& p) {
     return (p.n_logical + kPacked) / kPacked * kPacked;
   }
 
-  // What solving takes; and any placement, which is a graph for assign, too, and knows how many
-  // tokens every slot gets.
-  // How many attempts at copies for the batch a block of a cluster of n_blocks makes side by side;
-  // 0 for a block by itself. A warp of those that make the routes makes each.
+  // How many attempts at copies for the batch each block of a cluster of n_blocks makes side by
+  // side, one per planning warp. n_blocks is 0 for a block by itself.
   LPLB_HOST_DEVICE static int32_t Attempts(int32_t n_blocks) {
     constexpr int32_t kMost = kPlanThreads / 32;
     const int32_t share = n_blocks > 0 ? kNTargets / n_blocks : kNTargets;
     return share < kMost ? share : kMost;
   }
 
-  // What choosing copies for the batch takes, see route/batch_copies.cuh.
+  // Words for choosing copies for the batch, see route/batch_copies.cuh.
   LPLB_HOST_DEVICE static int32_t ChoiceWords(const Problem& p, int32_t n_blocks) {
     return 3 + 4 * kNTargets + 4 + CopiesMemory::Words(p, Attempts(n_blocks));
   }
 
+  // Words for solving. Any placement also needs its graph in assign, and a count per slot.
   LPLB_HOST_DEVICE static int32_t SolverWords(const Problem& p, Quotas quotas) {
     if (p.node_size > 0) return GraphMemory::Words(p) + p.n_physical;
     return quotas != Quotas::kGiven ? GroupMemory::Words(p, p.n_groups) : 0;
@@ -86,11 +86,11 @@ struct RouteMemory {
     return 4 * words;
   }
 
-  // What is read or written 16 bytes at a time comes first.
+  // Arrays that are read or written 16 bytes at a time come first.
   __device__ RouteMemory(const Problem& p, int32_t n_warps, int32_t n_blocks, Quotas quotas,
                          void* memory) {
     const int32_t row = Row(p);
-    // Kept in a register: the compiler would find it again for every use, which takes its time.
+    // Kept in a register: otherwise the compiler recomputes it for every use, which takes time.
     uint32_t address = SharedAddress(memory);
     asm volatile("" : "+r"(address));
     cells = static_cast<Cell*>(__cvta_shared_to_generic(address));

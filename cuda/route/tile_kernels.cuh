@@ -1,4 +1,4 @@
-// A larger batch, or a chip without clusters: one launch counts tiles, and one assigns them.
+// For larger batches, or chips without clusters: one launch counts tiles, and one assigns them.
 #ifndef LPLB_CUDA_ROUTE_TILE_KERNELS_CUH_
 #define LPLB_CUDA_ROUTE_TILE_KERNELS_CUH_
 
@@ -22,8 +22,8 @@ __device__ __forceinline__ Span SpanOf(const RouteArguments& a, int32_t tile) {
   return {begin, min(begin + a.tokens_per_warp, a.tokens.n_tokens)};
 }
 
-// A tile's part of the workspace: its histogram [n_logical + 1], then for every warp the sums of
-// the warps before, [n_warps, n_logical].
+// A tile's part of the workspace: its histogram [n_logical + 1], then for every warp the sums over
+// the warps before it, [n_warps, n_logical].
 __device__ __forceinline__ int32_t* TileOf(const RouteArguments& a, int64_t element, int32_t tile) {
   return a.workspace + (element * a.n_tiles + tile) * a.workspace_words;
 }
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
   ForgetInvalid<kQuotas>(p, memory);
   Routing::template Store<kQuotas, Block>(a, in, element, tables, fetched, memory);
 #if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();  // From here on the tiles' counts are there.
+  cudaGridDependencySynchronize();  // From here on, the tiles' counts are complete.
 #endif
   __syncthreads();
   // Each part of the threads sums every n_parts-th tile.
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
     Routing::template Receive<Block>(a, call, tile == 0, memory);
     __syncthreads();
   }
-  // From here on a cell counts from the batch's first token.
+  // From here on, a cell counts from the batch's first token.
   const int32_t* warps_before = TileOf(a, element, tile) + row;
   for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
     const int32_t earlier = memory.earlier[e];
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
   Cell* cells = memory.CellsOf(p, threadIdx.x / 32);
   const Span span = SpanOf(a, tile);
   WithIndices(tokens, [&](auto* indices) {
-  // All lanes stay in the loop for OrdinalOf.
+  // All lanes stay in the loop because OrdinalOf needs them.
 #pragma unroll 1
     for (int64_t begin = span.begin; begin < span.end; begin += 32 * kAtOnce) {
       std::decay_t<decltype(*indices)> id[kAtOnce];

@@ -1,8 +1,8 @@
 // Tokens: reading their experts, counting them, and writing their slots.
 //
-// A token's ordinal among its expert's tokens, which decides where it goes, is the sum of the
-// expert's tokens in earlier blocks, in earlier warps of its block, in earlier rounds of its warp,
-// and in lower lanes. Warps hold consecutive tokens and blocks consecutive warps.
+// A token's ordinal among its expert's tokens decides where it goes. It is the sum of the expert's
+// tokens in earlier blocks, in earlier warps of its block, in earlier rounds of its warp, and in
+// lower lanes. Warps hold consecutive tokens, and blocks consecutive warps.
 #ifndef LPLB_CUDA_ROUTE_TOKENS_CUH_
 #define LPLB_CUDA_ROUTE_TOKENS_CUH_
 
@@ -10,7 +10,7 @@
 
 namespace lplb::cuda {
 
-// Calls `function` with the indices typed.
+// Calls `function` with a typed pointer to the indices.
 template <typename Function>
 __device__ __forceinline__ void WithIndices(const TokenBuffers& tokens, Function&& function) {
   switch (tokens.type) {
@@ -25,7 +25,7 @@ __device__ __forceinline__ void WithIndices(const TokenBuffers& tokens, Function
   }
 }
 
-// This element's tokens.
+// The tokens of this batch element.
 __device__ __forceinline__ TokenBuffers TokensOf(const RouteArguments& a, int64_t element) {
   TokenBuffers tokens = a.tokens;
   const int64_t first = element * tokens.n_tokens;
@@ -35,8 +35,8 @@ __device__ __forceinline__ TokenBuffers TokensOf(const RouteArguments& a, int64_
   return tokens;
 }
 
-// Counts this lane's token of `expert` (−1: none) into its warp's cells; returns how many earlier
-// tokens the cell had. All lanes call it.
+// Counts this lane's token of `expert` (−1: none) into its warp's cells. Returns how many earlier
+// tokens the cell had. All lanes must call it.
 __device__ __forceinline__ int32_t OrdinalOf(int32_t expert, Cell* cells) {
   const uint32_t lane = threadIdx.x & 31;
   const bool valid = expert >= 0;
@@ -46,16 +46,16 @@ __device__ __forceinline__ int32_t OrdinalOf(int32_t expert, Cell* cells) {
   const uint2 seen = *reinterpret_cast<const uint2*>(cell);
   const uint32_t lower = seen.x & ((1u << lane) - 1);
   __syncwarp();
-  if (valid && lower == 0) {  // The first of them keeps the cell.
+  if (valid && lower == 0) {  // The lowest lane updates the cell.
     *reinterpret_cast<uint2*>(cell) = {0, seen.y + __popc(seen.x)};
   }
   __syncwarp();
   return static_cast<int32_t>(seen.y + __popc(lower));
 }
 
-// Turns every warp's counts into the sums of the warps before; n_warps warps call it. A lane takes
-// half of the rows of an expert; `counts` are 32-bit, row_stride and column_stride words apart.
-// `emit(expert, total)` is called once for every expert.
+// Replaces every warp's counts by the sums over the warps before it. n_warps warps call it. Each
+// lane takes half of an expert's rows. `counts` are 32-bit, row_stride and column_stride words
+// apart. `emit(expert, total)` is called once per expert.
 template <typename Emit>
 __device__ __forceinline__ void ScanWarps(int32_t n_logical, int32_t warp, int32_t n_warps,
                                           uint32_t* counts, int32_t row_stride,
@@ -90,7 +90,7 @@ __device__ __forceinline__ void ScanWarps(int32_t n_logical, int32_t warp, int32
   }
 }
 
-// The slot of a token, and its place among this source's tokens there; −1 where it has none.
+// A token's slot, and its place among this source's tokens there; −1 if it has none.
 struct Place {
   int32_t slot;
   int32_t position;
