@@ -1,8 +1,8 @@
-"""Tokens by one of XLA's collectives: a list of them from every rank to every other.
+"""Moves tokens by one of XLA's collectives: one list from every rank to every other.
 
-A source knows everybody's counts, and from `Assignment.position` the row of each of its choices: it
-sends the numbers of the rows beside the token. The exchanges there and back are each other's
-transposes, as copying and adding up are: derivatives are made of the same parts.
+A source knows the counts of all ranks and, from `Assignment.position`, the row of each of its
+choices, so it sends row numbers along with the tokens. The exchanges there and back are each
+other's transposes, as are copying and summing; derivatives consist of the same parts.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class SendLists:
 
     Attributes:
       sizes: int32 `[ep_size, ep_size]`: tokens from a source to a rank.
-      n_sent: room for what a source sends, rank by rank (static).
-      n_received: room for what a rank receives, source by source (static).
+      n_sent: tokens a source has room to send, rank by rank (static).
+      n_received: tokens a rank has room to receive, source by source (static).
       axis_name: the expert-parallel mesh axis (static).
-      transport: what moves them, and says where they begin (static).
+      transport: moves the lists and defines where they start (static).
     """
 
     sizes: jax.Array
@@ -55,7 +55,7 @@ class SendLists:
 )
 @dataclasses.dataclass(frozen=True)
 class Numbered(Counted):
-    """Of a batch whose rows are known.
+    """Counts of a batch, and the row of every choice.
 
     Attributes:
       group_sizes, slot_loads, overflow, capacity, axis_name: see `Counted`.
@@ -66,17 +66,17 @@ class Numbered(Counted):
 
 
 class Collective(Transport):
-    """A transport that moves arrays of any kind, weights too.
+    """A transport that moves any arrays, including weights.
 
     Attributes:
-      exact: whether what there is travels, and no more; else equal room for every pair of ranks.
+      exact: whether only existing tokens travel; otherwise every pair of ranks has equal room.
     """
 
     exact: ClassVar[bool]
 
     @abc.abstractmethod
     def why_not_over(self, n_ranks: int) -> str | None:
-        """Why it does not run over so many ranks, or None where it does."""
+        """The reason why it cannot run over `n_ranks` ranks, or None."""
 
     @abc.abstractmethod
     def rooms(self, n_tokens: int, top_k: int, n_ranks: int, capacity: int) -> tuple[int, int]:
@@ -84,27 +84,27 @@ class Collective(Transport):
 
     @abc.abstractmethod
     def starts_sent(self, lists: SendLists) -> jax.Array:
-        """Of the shape of sizes: where a list begins in what its source sends."""
+        """Where each list starts in its source's send buffer; shaped like `lists.sizes`."""
 
     @abc.abstractmethod
     def arrived(self, lists: SendLists, rank: Any) -> jax.Array:
-        """bool `[n_received]`: where in what a rank receives there are tokens."""
+        """bool `[n_received]`: which entries of the receive buffer hold tokens."""
 
     @abc.abstractmethod
     def moved(self, array: jax.Array, lists: SendLists, way: str) -> jax.Array:
-        """`exchange`, without its derivative."""
+        """`exchange` without its derivative."""
 
     def why_not(
         self, tokens: jax.Array, gates: jax.Array, axis_name: Any, capacity: int
     ) -> str | None:
-        """All batches are alike to it."""
+        """Any batch will do."""
         del tokens, gates, capacity
         return self.why_not_over(lax.axis_size(axis_name))
 
     def counted(
         self, assignment: Assignment, axis_name: Any, capacity: int, order: jax.Array | None = None
     ) -> Numbered:
-        """The counts are gathered."""
+        """All-gathers the counts."""
         row, _, _, *known = planned(assignment, axis_name, capacity, order)
         return Numbered(*known, capacity=capacity, axis_name=axis_name, row=row)
 
@@ -116,7 +116,7 @@ class Collective(Transport):
         counted: Numbered,
         beside: transfers.Beside = transfers.ALONE,
     ) -> tuple[jax.Array, jax.Array, Any, Plan]:
-        """The experts' copies travel while received tokens are put in rows, see `transfers`."""
+        """Copies of experts travel while received tokens are expanded to rows, see `transfers`."""
         del assignment
         plan = _planned(self, counted)
         experts = beside.experts
@@ -146,25 +146,25 @@ class Padded(Collective):
         del n_ranks
 
     def rooms(self, n_tokens: int, top_k: int, n_ranks: int, capacity: int) -> tuple[int, int]:
-        """For every rank, as many as a source can have for it."""
+        """Room for the most tokens that a source can have for a rank, for every rank."""
         del top_k
         room = n_ranks * min(n_tokens, capacity)
         return room, room
 
     def starts_sent(self, lists: SendLists) -> jax.Array:
-        """Equally far apart."""
+        """Lists start at equal distances."""
         n_ranks = len(lists.sizes)
         room = lists.n_sent // n_ranks
         return jnp.broadcast_to(room * numbers(n_ranks)[None], lists.sizes.shape)
 
     def arrived(self, lists: SendLists, rank: Any) -> jax.Array:
-        """At the beginning of every list."""
+        """Tokens come first in every list."""
         sizes = lists.sizes[:, rank]
         room = lists.n_received // len(sizes)
         return (numbers(room)[None] < sizes[:, None]).reshape(-1)
 
     def moved(self, array: jax.Array, lists: SendLists, way: str) -> jax.Array:
-        """The same both ways."""
+        """The same in both directions."""
         del way
         return lax.all_to_all(array, lists.axis_name, 0, 0, tiled=True)
 
@@ -184,16 +184,16 @@ class Padded(Collective):
 )
 @dataclasses.dataclass(frozen=True)
 class ListPlan(Plan):
-    """Of tokens that travel in lists.
+    """The plan of tokens that travel in lists.
 
     Attributes:
       group_sizes, slot_loads, overflow, capacity, axis_name: see `Plan`.
       lists: what goes from rank to rank.
-      sent: the tokens' places in what this rank sends.
-      row_of: int32 `[n_received, top_k]`, the row of every choice of the tokens that it receives;
-        capacity for those that are others' or none.
-      choice_of: int32 `[capacity]`, the choice, numbered token by token, that a row serves; of no
-        meaning past the last row.
+      sent: the tokens' places in this rank's send buffer.
+      row_of: int32 `[n_received, top_k]`, the row of every choice of the received tokens; capacity
+        for choices that other ranks serve, and for none.
+      choice_of: int32 `[capacity]`, the choice that a row serves, numbered token by token;
+        undefined past the last row.
     """
 
     lists: SendLists
@@ -208,20 +208,20 @@ class ListPlan(Plan):
 
     @property
     def choices(self) -> Copies:
-        """The rows of those tokens' choices, one each at most."""
+        """The rows of these tokens' choices, at most one each."""
         return Copies(self.choice_of, self.row_of.reshape(-1, 1))
 
     def summed(self, rows: jax.Array) -> jax.Array:
-        """The sums of this rank's rows of every token that it received."""
+        """Sums this rank's rows per received token."""
         return add(rows, self.received)
 
     def home(self, sums: jax.Array) -> jax.Array:
-        """Those sums, on their tokens' ranks and added up there."""
+        """Returns these sums to the tokens' ranks and adds them up there."""
         return add(exchange(sums, self.lists, "back"), self.sent)
 
 
 def _planned(transport: Collective, counted: Numbered) -> ListPlan:
-    """Exchanges the numbers of tokens, and of their rows."""
+    """Exchanges the tokens' counts and row numbers."""
     axis_name, capacity, row = counted.axis_name, counted.capacity, counted.row
     me, n_ranks = lax.axis_index(axis_name), lax.axis_size(axis_name)
     rank = jnp.maximum(row, 0) // capacity
@@ -248,9 +248,9 @@ def _planned(transport: Collective, counted: Numbered) -> ListPlan:
 
 @custom_vjp(2)
 def exchange(array: jax.Array, lists: SendLists, way: str) -> jax.Array:
-    """`[n_sent, …]` of sources to `[n_received, …]` of ranks ("there"), or the other way ("back").
+    """Moves `[n_sent, …]` of sources to `[n_received, …]` of ranks ("there"), or "back".
 
-    Where there are no tokens there is anything.
+    Entries without a token are undefined.
     """
     return lists.transport.moved(array, lists, way)
 

@@ -1,4 +1,4 @@
-"""Copies of rows, and sums of copies: each other's transposes."""
+"""Copying rows and summing copies, which are each other's transposes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lplb_jax._axes import varying_as
 
 
 def custom_vjp(*nondiff_argnums: int) -> Callable[[Callable[..., Any]], Any]:
-    """`jax.custom_vjp` as a decorator with arguments, of what type checkers take for anything."""
+    """`jax.custom_vjp` as a decorator with arguments; type checkers see `Any`."""
     return lambda function: jax.custom_vjp(function, nondiff_argnums=nondiff_argnums)
 
 
 class Copies(NamedTuple):
-    """A list that holds entries of another, some of them several times.
+    """A list of copies of another list's entries; an entry may have several.
 
     Attributes:
-      entry: int32 `[copies]`, of which entry each is a copy; of any, where it is of none.
-      places: int32 `[entries, most]`, where the copies of an entry are; the list's length for none.
+      entry: int32 `[copies]`, the entry that each copies; arbitrary for places without a copy.
+      places: int32 `[entries, most]`, places of an entry's copies; the list's length for none.
     """
 
     entry: jax.Array
@@ -31,7 +31,7 @@ class Copies(NamedTuple):
 
 
 def choice_at(places: jax.Array, n: int) -> jax.Array:
-    """int32 `[n]`: which of `places`, numbered row by row, is each of 0 … n − 1; 0 if none is."""
+    """int32 `[n]`: the index in flattened `places` of each of 0 … n − 1; 0 if absent."""
     empty = varying_as(jnp.zeros(n, jnp.int32), places)
     choices = numbers(places.size)
     return empty.at[places.reshape(-1)].set(choices, mode="drop", unique_indices=True)
@@ -39,7 +39,7 @@ def choice_at(places: jax.Array, n: int) -> jax.Array:
 
 @jax.custom_vjp
 def copy(entries: jax.Array, copies: Copies) -> jax.Array:
-    """`[entries, …]` -> `[copies, …]`. What is a copy of no entry may be anything, also NaN."""
+    """`[entries, …]` -> `[copies, …]`. Places without a copy are undefined, possibly NaN."""
     if jax.default_backend() == "gpu" and _is_wide(entries):
         return scattered(entries, copies)
     return entries[copies.entry]
@@ -47,7 +47,7 @@ def copy(entries: jax.Array, copies: Copies) -> jax.Array:
 
 @jax.custom_vjp
 def add(array: jax.Array, copies: Copies) -> jax.Array:
-    """`[copies, …]` -> `[entries, …]`: the sums of their copies, in float32."""
+    """`[copies, …]` -> `[entries, …]`: sums the copies of each entry in float32."""
     picked = array.at[copies.places].get(mode="fill", fill_value=0)
     return picked.astype(wider(array.dtype, jnp.float32)).sum(axis=1).astype(array.dtype)
 
@@ -64,7 +64,7 @@ add.defvjp(
 
 @jax.custom_vjp
 def head(rows: jax.Array, n: jax.Array) -> jax.Array:
-    """`rows`, of which the first n take gradients; the others' are 0 whatever comes, also NaN."""
+    """`rows`, but only the first n take gradients; the others' are 0 even for NaN cotangents."""
     del n
     return rows
 
@@ -76,9 +76,9 @@ head.defvjp(
 
 
 def check_reverse(name: str, tree: Any) -> None:
-    """Raises under `jax.jvp`: the derivatives here are transposes, written for reverse mode.
+    """Raises under `jax.jvp`, since only reverse-mode derivatives exist here.
 
-    Inside `jax.jit` JAX itself says so.
+    Inside `jax.jit`, JAX itself raises.
     """
     if any(isinstance(leaf, ad.JVPTracer) for leaf in jax.tree.leaves(tree)):
         raise TypeError(
@@ -93,17 +93,17 @@ def numbers(n: int) -> jax.Array:
 
 
 def wider(a: Any, b: Any) -> Any:
-    """The type to compute in with two types of floats, also where JAX shall not choose it."""
-    # Those of 8 bits and less are promoted to nothing, not even by JAX's standard rules.
+    """The dtype to compute in for two float dtypes, also under strict dtype promotion."""
+    # JAX never promotes floats of 8 bits or fewer implicitly, not even by its standard rules.
     a, b = (jnp.bfloat16 if jnp.finfo(dtype).bits <= 8 else dtype for dtype in (a, b))
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(a, b)
 
 
 def _is_wide(entries: jax.Array) -> bool:
-    """Of short rows, a line of the cache holds several, and a gather is as fast.
+    """Whether rows are wide enough: if a cache line holds several rows, a gather is as fast.
 
-    Triton counts the elements of less than 4 GiB in 32 bits with a sign, so none of one byte.
+    Triton indexes up to 4 GiB with signed 32 bits, which rules out one-byte types.
     """
     rows = entries.ndim == 2 and len(entries) > 0
     return rows and entries.shape[1] % 128 == 0 and entries.dtype.itemsize > 1
@@ -112,8 +112,8 @@ def _is_wide(entries: jax.Array) -> bool:
 def scattered(entries: jax.Array, copies: Copies, *, interpret: bool = False) -> jax.Array:
     """`copy` by a kernel that reads every entry once and writes it to all its places.
 
-    A gather reads it for each place, again from memory where the list is longer than the cache:
-    on an H200, four copies each of 32,768 rows of 4 KiB take 375 µs by XLA's gather, and 200 here.
+    A gather reads an entry once per place, from memory if the list exceeds the cache: on an H200,
+    four copies each of 32,768 rows of 4 KiB take 375 µs by XLA's gather and 200 µs here.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -146,10 +146,10 @@ def scattered(entries: jax.Array, copies: Copies, *, interpret: bool = False) ->
 
 
 def add_received(total: jax.Array, received: jax.Array, places: jax.Array) -> jax.Array:
-    """`total`, to some rows of which others are added: in float32, one by one, and rounded once.
+    """Adds received rows to rows of `total`: in float32, one by one, and rounded once.
 
-    To row i, `received[places[i, k]]` for every k, none where that is past the end; int32
-    `[rows, most]`, of which there may be fewer rows than of `total`. No row is received twice.
+    Row i gets `received[places[i, k]]` for every k; indices past the end add nothing. `places` is
+    int32 `[rows, most]` and may have fewer rows than `total`. No received row is added twice.
     """
     n_rows, most = places.shape
     n_targets = min(n_rows, len(received))
@@ -182,10 +182,10 @@ def added_in_place(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`add_received` by a kernel, for the rows `targets` of `total`; it reads and writes no others.
+    """`add_received` by a kernel that reads and writes only the rows `targets` of `total`.
 
-    How many there are is known on the device alone. In a loop of XLA's they would all cost the
-    same, there or not.
+    Only the device knows how many there are. In an XLA loop, absent rows would cost as much as
+    present ones.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton

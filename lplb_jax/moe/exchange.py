@@ -1,4 +1,4 @@
-"""Tokens to the ranks of their slots and back, each once, without a sort.
+"""Sends tokens to the ranks of their slots and back, once each, without a sort.
 
 Each token is sent at most once per rank and expanded there to a row for each choice that the rank
 serves. The experts' results for these rows are summed on that rank and returned as one row. Rows
@@ -23,7 +23,7 @@ from lplb_jax.moe.plan import Plan
 
 
 def capacity_for(n_rows: int, ep_size: int, factor: float) -> int:
-    """Rows to have room for on every rank: `factor` times the mean, if sources send equally many.
+    """The capacity of a rank in rows: `factor` times the mean, if all sources send equally many.
 
     Args:
       n_rows: rows that every rank sends: its tokens times top_k.
@@ -32,7 +32,7 @@ def capacity_for(n_rows: int, ep_size: int, factor: float) -> int:
         above the largest bound over the mean never overflows.
 
     Returns:
-      A multiple of 8, as kernels want it; at most what all ranks send together, rounded up.
+      A multiple of 8, as kernels require; at most what all ranks send together, rounded up.
 
     Raises:
       ValueError: the factor is below 1.
@@ -119,14 +119,14 @@ def dispatch(
 def check_dispatch(
     tokens: jax.Array, gates: jax.Array, assignment: Assignment, axis_name: Any, capacity: Any
 ) -> tuple[int, int]:
-    """The number of ranks, and the capacity; raises if the arguments are inconsistent."""
+    """Returns the number of ranks and the capacity; raises if the arguments are inconsistent."""
     n_ranks = check_axis(axis_name)
     _check_assignment(tokens, gates, assignment, n_ranks)
     return n_ranks, _check_capacity(capacity, n_ranks)
 
 
 def _check_capacity(capacity: Any, n_ranks: int) -> int:
-    """Rows of all ranks are numbered in int32."""
+    """Raises unless int32 can number the rows of all ranks."""
     capacity = check_count("capacity", capacity)
     if capacity * n_ranks >= 2**31:
         raise ValueError(

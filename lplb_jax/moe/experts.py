@@ -1,4 +1,4 @@
-"""The experts' feed-forward networks: gated ones, and those of the user."""
+"""The experts' feed-forward networks: the gated one, and the user's."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Network = Callable[[jax.Array, Any, jax.Array, jax.Array], jax.Array]
 
 
 class Experts(NamedTuple):
-    """Weights of gated feed-forward networks (SwiGLU, with the default activation).
+    """Weights of gated feed-forward networks (SwiGLU with the default activation).
 
     Attributes:
-      gate_up: `[n, hidden, 2 · width]`: the gate's columns, then those that it multiplies.
+      gate_up: `[n, hidden, 2 · width]`: the gate's columns, then the columns that it multiplies.
       down: `[n, width, hidden]`.
     """
 
@@ -58,9 +58,9 @@ def expert_ffn(
       experts: weights of the slots, of `rows`' dtype.
       group_sizes: int32 `[slots]`, consecutive rows of every slot; their sum is at most n_rows.
       gates: floats `[n_rows]` that multiply the results, from `dispatch`; None for 1. They are
-        applied before the last GEMM, where there are fewer columns than after it.
+        applied before the last GEMM, where rows have fewer columns than after it.
       activation: elementwise; it must not close over traced values.
-      gemm: which kernels. "mosaic": the Pallas kernels that come with JAX for Hopper GPUs, in
+      gemm: the kernels. "mosaic": the Pallas kernels that come with JAX for Hopper GPUs, in
         bfloat16 or float16 and for sizes that are multiples of 128 (needs absl-py). "xla": XLA, in
         a loop over tiles of rows, for all backends and dtypes; on a GPU it is many times slower.
         "auto": "mosaic" if the default backend and the arguments allow it.
@@ -94,11 +94,12 @@ def applied(
     summed: Callable[[jax.Array], jax.Array],
     refetch: Callable[[Any], Any] | None = None,
 ) -> jax.Array:
-    """The result of `network` on the rows, `summed` token by token.
+    """Applies `network` to the rows and sums the results token by token.
 
-    Arguments are checked; rows past the last group get any gradient, also NaN. With `refetch` the
-    weights of the slots are `refetch(experts)`, here and in the backward pass again: they are not
-    kept in between. There they may travel while the sums' gradients are put in rows.
+    Arguments are already checked. Gradients of rows past the last group are undefined, possibly
+    NaN. With `refetch`, the weights of the slots are `refetch(experts)`, here and again in the
+    backward pass, so they are not kept in between. In the backward pass they may travel while the
+    sums' gradients are expanded to rows.
     """
 
     def run(rows: jax.Array, experts: Any, gates: jax.Array) -> jax.Array:
@@ -115,9 +116,9 @@ def gated_units(
 ) -> Network:
     """The network of `Experts`.
 
-    Its last product but one, backwards, is that of the rows, so that these travel while the last
-    weights' gradients are computed; or, if `rows_last`, the last one, so that the gradients of the
-    copies do.
+    In the backward pass, the second-to-last GEMM yields the rows' gradients, so that they travel
+    during the last weight gradient. With `rows_last` it is the last GEMM, so that the gradients of
+    the copies travel during it.
     """
 
     def run(
@@ -132,7 +133,7 @@ def gated_units(
 
 
 def network_of(ffn: Callable[[jax.Array, Any, jax.Array], jax.Array]) -> Network:
-    """The user's network, which sees neither gates nor rows past the last group."""
+    """The user's network, which sees neither gates nor data past the last group."""
 
     def run(rows: jax.Array, experts: Any, group_sizes: jax.Array, gates: jax.Array) -> jax.Array:
         experts, gates, group_sizes = varying_as((experts, gates, group_sizes), rows)
@@ -191,9 +192,9 @@ def _ffn_backward(
         first, last, of_gate_up = lax.optimization_barrier((first, last, of_gate_up))
         of_rows = products.of_rows(of_gate_up, experts.gate_up, group_sizes, transposed=True)
         return of_rows, Experts(first, last), of_gates, None
-    # The last product does not need the tokens' way back, which XLA may put beside it. The copies'
-    # gradients leave after that product: a kernel of NCCL that waits for its peer would hold
-    # multiprocessors back from it, and a persistent product that lacks one takes twice as long.
+    # The last GEMM does not depend on the tokens' transfer, so XLA may overlap the two. The copies'
+    # gradients leave after it: an NCCL kernel that waits for its peer occupies SMs, and a
+    # persistent GEMM that lacks an SM takes twice as long.
     first, of_gate_up = lax.optimization_barrier((first, of_gate_up))
     of_rows = products.of_rows(of_gate_up, experts.gate_up, group_sizes, transposed=True)
     of_rows, hidden = lax.optimization_barrier((of_rows, hidden))
@@ -212,7 +213,7 @@ def _gated(
     gates: jax.Array,
     group_sizes: jax.Array,
 ) -> jax.Array:
-    """Zero past the last group, whatever was there; kernels leave memory as it was."""
+    """Zeroes the result past the last group, where kernels leave memory as it was."""
     gate, up, gates = (
         zero_past_the_end(part, group_sizes)
         for part in (*jnp.split(gate_up, 2, axis=-1), gates[:, None])
@@ -234,7 +235,7 @@ def _check(rows: jax.Array, experts: Experts, group_sizes: jax.Array, gates: jax
 
 
 def check_experts(experts: Experts, hidden: int, dtype: Any) -> None:
-    """Raises where the weights do not fit one another or the tokens."""
+    """Raises if the weights do not match one another or the tokens."""
     if not isinstance(experts, Experts):
         raise TypeError(
             f"experts: expected a lplb_jax.moe.Experts, got {type(experts).__name__}; make one "
@@ -260,7 +261,7 @@ def check_experts(experts: Experts, hidden: int, dtype: Any) -> None:
 
 
 def check_tree(experts: Any) -> None:
-    """Raises where the experts of an `ffn` are not arrays `[n, …]` of one n."""
+    """Raises if the experts of an `ffn` are not arrays `[n, …]` with a common n."""
     leaves = jax.tree_util.tree_leaves_with_path(experts)
     if not leaves:
         raise ValueError("experts: expected a pytree with arrays [n, …], got one without leaves")

@@ -44,7 +44,7 @@ BALANCES = get_args(Balance)
 
 
 class Traffic(NamedTuple):
-    """What went where in one call of a layer; equal on all ranks.
+    """Statistics of one call of a layer; equal on all ranks.
 
     Attributes:
       slot_loads: int32 `[n_physical]`, rows for every slot from all sources.
@@ -53,9 +53,9 @@ class Traffic(NamedTuple):
       status: int32 `[n_groups]`, bits of `lplb_jax.Status`; 0 is good.
       lower_bound: int32 `[n_groups]`, the least load of a group's busiest rank that any routing
         over these replicas can reach, in tiles with `tile`; 0 if `balance` is not "lplb".
-      phy2log: int32 `[n_physical]`, the expert of every slot, −1 for an empty one: as in the
-        placement, or with copies="batch" as chosen. Filled slots beyond n_logical are copies, whose
-        weights are fetched.
+      phy2log: int32 `[n_physical]`, the expert of every slot, −1 if empty: the placement's, or as
+        chosen with copies="batch". Filled slots beyond n_logical are copies, whose weights are
+        fetched.
       expert_loads: int32 `[n_logical]`, rows for every expert, for `LoadHistory.update`.
       copies: copies whose weights each rank sends and receives for this batch, and the rows that
         the busiest rank saves; `metrics.copy_times` converts both to seconds. 0 if none
@@ -134,7 +134,7 @@ class LayerResult:
     Attributes:
       out: `[tokens, hidden]`, the weighted sums of the experts' results. If
         `traffic.overflow` is not 0, some choices are missing.
-      traffic: what went where.
+      traffic: loads, status and copies of this call.
       experts: the given experts with the copies filled in; None without room.
     """
 
@@ -204,13 +204,13 @@ def moe_layer(
       capacity_factor: room for rows on a rank as a multiple of the mean, at least 1; see
         `capacity_for`.
       ffn: your own network, called as `ffn(rows, experts, group_sizes)`: `rows` are
-        `[n_rows, hidden]`, slot by slot, `group_sizes`, int32 `[slots]`, has their numbers, and
+        `[n_rows, hidden]`, slot by slot, `group_sizes`, int32 `[slots]`, counts them per slot, and
         zeros follow the last group; `experts` has the weights of the slots, `[slots, …]`, arbitrary
         for slots without rows. It returns floats `[n_rows, …]`, which are multiplied by the gates;
         rows past the last group are ignored. It may close over values shared by all experts. Build
         it from `grouped_dot` and `per_row`. Integers among `experts` get no gradient. None for
         `expert_ffn`, the network of `Experts`.
-      activation: of the experts, see `expert_ffn`; not with `ffn`.
+      activation: the experts' activation, see `expert_ffn`; not with `ffn`.
       solver: see `rebalance`.
       transport: "ragged", "padded", "peer" or "auto", see `dispatch`.
       gemm: "mosaic", "xla" or "auto", see `expert_ffn`; not with `ffn`.
@@ -363,7 +363,7 @@ def moe_layer(
 
 
 def _check_shapes(tokens: jax.Array, indices: jax.Array, gates: jax.Array) -> None:
-    """Raises where they do not fit one another; `check_dispatch` sees the rest."""
+    """Raises if the shapes do not match; `check_dispatch` checks the rest."""
     if tokens.ndim != 2:
         raise ValueError(f"tokens: expected floats [tokens, hidden], got {list(tokens.shape)}")
     if indices.ndim != 2 or gates.shape != indices.shape or indices.shape[1] < 1:
@@ -376,8 +376,8 @@ def _check_shapes(tokens: jax.Array, indices: jax.Array, gates: jax.Array) -> No
 def _with_room_for(
     fetch: AnyFetch, own: Any, keep_copies: bool
 ) -> tuple[Beside, Callable[[Any], Any] | None]:
-    """Own experts with room for the copies, which come while the tokens travel; or, if they are not
-    kept, own experts as they are, and what makes the weights of all slots of them each time."""
+    """Own experts with room for the copies, which arrive while the tokens travel. If copies are not
+    kept: own experts as they are, and a function that fetches all slots' weights each time."""
 
     def roomy(weights: jax.Array) -> jax.Array:
         return with_room(weights, fetch.n_copies)
@@ -392,7 +392,7 @@ def _with_room_for(
 
 
 def _check_network(ffn: Any, activation: Any, gemm: str, experts: Any, tokens: jax.Array) -> None:
-    """Raises where the experts do not fit what is to be computed with them."""
+    """Raises if the experts do not match the network."""
     if ffn is None:
         check_experts(experts, tokens.shape[-1], tokens.dtype)
         return
@@ -407,7 +407,7 @@ def _check_network(ffn: Any, activation: Any, gemm: str, experts: Any, tokens: j
 def _copy_traffic(
     slot_loads: jax.Array, placement: Placement, problem: Problem, n_nodes: int | None, moves: bool
 ) -> metrics.CopyTraffic:
-    """What `metrics.copy_traffic` says of the copies that this layer fetches, if it does."""
+    """`metrics.copy_traffic` of the copies that this layer fetches; zeros if it fetches none."""
     along = problem.r2o if problem.along_topology else None
     placement = dataclasses.replace(placement, topology=along)
     found = metrics.copy_traffic(slot_loads, placement, n_nodes=n_nodes)
@@ -417,7 +417,7 @@ def _copy_traffic(
 def _assign_alone(
     indices: jax.Array, r2o: Any, n_groups: int, placement: Placement, quotas: Any
 ) -> Assignment:
-    """Every source follows its own counts, without knowing those of others."""
+    """Every source splits by its own counts, without knowing the other ranks' counts."""
     own = count_loads(indices, placement.n_logical)
     unknown = jnp.zeros(n_groups, jnp.int32)
     split = Split(quotas(own, placement), unknown, unknown, unknown)

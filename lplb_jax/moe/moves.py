@@ -1,4 +1,4 @@
-"""Weights and optimiser state that follow their experts when a placement changes."""
+"""Moves weights and optimizer state along with their experts when a placement changes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def move_experts(
       weights: a pytree of arrays `[n_rows, …]` in home order: the experts whose home, the first of
         their slots, is on rank 0, slot by slot, then those of rank 1, … Each rank has
         n_local = ⌈n_logical / ep_size⌉ rows, and n_rows = ep_size · n_local; rows without an expert
-        are the last of their rank. With stacked placements, `[layers, n_rows, …]`. Single numbers,
-        such as an optimizer's step count, stay as they are, and so do those of each layer with
-        stacked placements.
+        are the last of their rank. With stacked placements, `[layers, n_rows, …]`. Scalars, such as
+        an optimizer's step count, stay as they are; so do scalars per layer with stacked
+        placements.
       old: the placement of the arrays; stacked if it has a leading layer axis.
       new: the new placement, with the same numbers of layers, experts and ranks.
       where: whether a leaf belongs to experts, by its path as in
@@ -49,7 +49,7 @@ def move_experts(
       TypeError: old or new is not a Placement.
       ValueError: the placements differ in size, the home of an expert holds another one, a rank is
         home of more than n_local, or an array is not as above. The values of traced placements are
-        not checked; rows that get no expert then are NaN if all should have one.
+        not checked; rows that then get no expert are NaN if all should have one.
 
     >>> place = functools.partial(
     ...     place_experts, n_logical=4, ep_size=2, redundants_per_rank=1
@@ -85,7 +85,7 @@ def to_home_order(
 
     Args:
       weights: a pytree of arrays `[n_logical, …]`, or with stacked placements `[layers, n_logical,
-        …]`. Single numbers stay as they are, see `move_experts`.
+        …]`. Scalars stay as they are, see `move_experts`.
       placement: the placement to use, for any number of ranks.
       where: which leaves belong to experts, see `move_experts`.
 
@@ -110,13 +110,13 @@ def to_id_order(
     *,
     where: Callable[[tuple[Any, ...]], bool] | None = None,
 ) -> Any:
-    """Brings weights from home order into that of experts' ids: for an export, or a checkpoint.
+    """Converts weights from home order to the order of expert ids, for an export or a checkpoint.
 
     Call it on global arrays, outside `jax.shard_map`. Works under `jit` and `vmap`.
 
     Args:
       weights: a pytree of arrays `[n_rows, …]` in home order, see `move_experts`.
-      placement: the one in force, stacked where the arrays are.
+      placement: the placement of the arrays; stacked if they are.
       where: which leaves belong to experts, see `move_experts`.
 
     Returns:
@@ -142,14 +142,14 @@ def _from_or_to_ids(weights: Any, placement: Placement, where: Any, to_ids: bool
 
 
 class _Rows(NamedTuple):
-    """Which row goes to each row of a new order; static."""
+    """Computes the source row of each row of a new order; static."""
 
     find: Callable[..., jax.Array]
     n_slots: tuple[int, ...]
     ep_size: int
 
     def __call__(self, *homes: jax.Array) -> jax.Array:
-        """int32 `[n_rows]` of one layer; past the end of the old order for those without expert."""
+        """int32 `[n_rows]` of one layer; past the old order's end for rows without an expert."""
         n_logical = len(homes[0])
         of_experts = (
             home_rows(home, n, self.ep_size) for home, n in zip(homes, self.n_slots, strict=True)
@@ -179,7 +179,7 @@ def _reordered(
     rows: _Rows,
     where: Callable[[tuple[Any, ...]], bool] | None,
 ) -> Any:
-    """The experts' arrays, of so many rows, in another order, with so many."""
+    """Reorders the experts' arrays, which may change their number of rows."""
     layers = homes[0].shape[:-1]
     n_before, n_after = n_rows
 
@@ -198,7 +198,7 @@ def _reordered(
         array = jnp.asarray(array)
         if any(isinstance(value, jax.core.Tracer) for value in (array, *homes)):
             return _picked(array, *homes, rows=rows)
-        # Where it is not bound to a device, the result is not either.
+        # If it is not committed to a device, neither is the result.
         before = array.sharding if array.committed else None
         after = _sharding_of(before, (*layers, n_after, *shape[len(layers) + 1 :]))
         return _compiled(after)(array, *_beside(before, homes), rows=rows)
@@ -207,7 +207,7 @@ def _reordered(
 
 
 def rows_per_rank(placement: Placement) -> int:
-    """Rows that each rank has for the experts whose home it is."""
+    """Rows of each rank for the experts whose home it is."""
     return -(-placement.n_logical // placement.ep_size)
 
 
@@ -220,7 +220,7 @@ def home_rows(home: jax.Array, n_slots: int, ep_size: int) -> jax.Array:
 
 
 def home_slots(placement: Placement) -> jax.Array:
-    """int32 `[ep_size, n_local]`: slot of each row's expert on its rank; past the last, none."""
+    """int32 `[ep_size, n_local]`: each row's slot on its rank; slots_per_rank without an expert."""
     n_ranks, n_local = placement.ep_size, rows_per_rank(placement)
     home = jnp.asarray(placement.log2phy)[:, 0]
     per_rank = placement.n_physical // n_ranks
@@ -244,13 +244,13 @@ def _picked(array: jax.Array, *homes: jax.Array, rows: _Rows) -> jax.Array:
     return picked.get(
         mode="fill",
         fill_value=None if full else 0,
-        # JAX asks for it where the axes of the mesh are explicit.
+        # JAX requires it if the mesh has explicit axes.
         out_sharding=sharding if any(sharding.spec) else None,
     )
 
 
 def _sharding_of(sharding: Any, shape: tuple[int, ...]) -> Any:
-    """A sharding for an array that takes another's place; whole along axes that do not divide."""
+    """A sharding for the replacement array; axes that do not divide its shape are not sharded."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     spec = list(sharding.spec)
@@ -267,7 +267,7 @@ def _compiled(sharding: jax.sharding.Sharding | None) -> Any:
 
 
 def _beside(sharding: jax.sharding.Sharding | None, values: Any) -> Any:
-    """`values` on the devices of an array: put there, as a transfer guard demands."""
+    """Puts `values` on the devices of an array explicitly, which a transfer guard allows."""
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, P())
     return jax.device_put(values, sharding)

@@ -1,14 +1,14 @@
-"""The transport "peer": the GPUs write tokens into one another's memory themselves.
+"""The transport "peer": the GPUs write tokens directly into one another's memory.
 
-A token's row goes from where it lies into the window of every rank that serves it, with the
-numbers of the rows that it becomes there, and from the window into those rows; the sums of rows go
-back the same way. There is no send buffer and no kernel between, and a rank's window holds as many
-tokens as it can receive, whatever the number of ranks. `cuda/exchange.h` says why nobody overwrites
-what another one still reads.
+A token is written to the window of every rank that serves it, with the indices of the rows that it
+expands to, and from the window to these rows; sums of rows return the same way. There is no send
+buffer and no kernel in between, and a window holds as many tokens as its rank can receive,
+whatever the number of ranks. `cuda/exchange.h` explains why no rank overwrites data that another
+still reads.
 
-Where a list of tokens begins in a window, and every row, follows from the counts of all ranks. One
-kernel exchanges them and computes it all, `lplb_jax.reference.synced_plan` in a launch: of few
-tokens, a dozen of XLA's would take longer than the exchange.
+The start of each list in a window, and every row, follow from the counts of all ranks. One kernel
+exchanges the counts and computes all of it, `lplb_jax.reference.synced_plan` in a launch: for few
+tokens, a dozen XLA kernels would take longer than the exchange.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 )
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Where this rank's tokens go; see `lplb_jax.reference.exchange`.
+    """The destinations of this rank's tokens; see `lplb_jax.reference.exchange`.
 
     Attributes:
       row, order: int32 `[tokens, top_k]`.
@@ -60,7 +60,7 @@ class Routing:
     sms: int
 
     def call(self, target: str, specification: Any, *operands: jax.Array) -> Any:
-        """The kernel `target`, or its specification where there is none."""
+        """Calls the kernel `target`, or its specification if the backend has none."""
         return _native.call(
             target,
             specification,
@@ -85,7 +85,7 @@ class Routing:
 )
 @dataclasses.dataclass(frozen=True)
 class Routed(Counted):
-    """Of a batch whose plan is made.
+    """Counts of a batch, and its routing.
 
     Attributes:
       group_sizes, slot_loads, overflow, capacity, axis_name: see `Counted`.
@@ -102,29 +102,29 @@ class Routed(Counted):
 )
 @dataclasses.dataclass(frozen=True)
 class PeerPlan(Plan):
-    """Of tokens that ranks write into one another's memory.
+    """The plan of tokens that ranks write into one another's memory.
 
     Attributes:
       group_sizes, slot_loads, overflow, capacity, axis_name: see `Plan`.
       routing: where this rank's tokens go.
-      came: what came here: the rows of every token, and how many from every rank.
+      came: the rows of every received token, and the tokens received from every rank.
     """
 
     routing: Routing
     came: tuple[jax.Array, jax.Array]
 
     def summed(self, rows: jax.Array) -> jax.Array:
-        """The sums of all ranks' rows of this rank's tokens: they travel as they are made."""
+        """Sums all ranks' rows of this rank's tokens; sums travel as they are computed."""
         return _back(rows, self.routing, self.came)
 
     def home(self, sums: jax.Array) -> jax.Array:
-        """What `summed` gave is there."""
+        """`summed` has already returned the sums."""
         return sums
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer(Transport):
-    """The GPUs' own way, over the windows of a communicator."""
+    """Moves tokens by kernels over the windows of a communicator."""
 
     name = "peer"
     comm: Comm | None
@@ -136,7 +136,7 @@ class Peer(Transport):
     def why_not(
         self, tokens: jax.Array, gates: jax.Array, axis_name: Any, capacity: int
     ) -> str | None:
-        """Windows have room for so much, and kernels move some types."""
+        """Windows have limited room, and kernels support only some dtypes."""
         comm = self.comm
         if comm is None or comm.window is None:
             return (
@@ -172,7 +172,7 @@ class Peer(Transport):
     def counted(
         self, assignment: Assignment, axis_name: Any, capacity: int, order: jax.Array | None = None
     ) -> Routed:
-        """The counts are exchanged by the kernel that makes the plan."""
+        """The kernel that makes the plan exchanges the counts."""
         assert self.comm is not None
         row, place, lists, *known = planned(assignment, axis_name, capacity, order, self.comm)
         n_received = min((self.comm.size - 1) * len(row), capacity)
@@ -188,7 +188,7 @@ class Peer(Transport):
         counted: Routed,
         beside: Beside = ALONE,
     ) -> tuple[jax.Array, jax.Array, Any, Plan]:
-        """The experts' copies travel meanwhile."""
+        """Copies of experts travel at the same time."""
         del assignment
         rows, row_gates, *came = _there(tokens, gates, counted.routing)
         plan = PeerPlan(**counted.known, routing=counted.routing, came=tuple(came))

@@ -1,8 +1,8 @@
-"""How tokens travel: what every transport does, and what it knows of a batch.
+"""How tokens travel: the interface of transports, and their plans of a batch.
 
-A transport is a class. It is asked whether it can carry a batch (`why_not`), it shares the counts
-of all ranks, from which every row follows (`counted`), and it sends the tokens. What comes back
-from that is a `Plan`, which brings the results home. Derivatives are made of the same parts.
+A transport is a class. It tells whether it can carry a batch (`why_not`), exchanges the counts of
+all ranks, which determine every row (`counted`), and sends the tokens (`dispatch`). The latter
+returns a `Plan`, which brings the results home. Derivatives consist of the same parts.
 """
 
 from __future__ import annotations
@@ -32,15 +32,14 @@ from lplb_jax.moe.transfers import ALONE, Beside
 )
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """What follows from the counts of all ranks, before any token has travelled.
+    """What follows from the counts of all ranks, before any token travels.
 
     Attributes:
-      group_sizes: int32 `[groups]`, rows that this rank receives for each of its groups, those of
-        its slots.
-      slot_loads: int32 `[n_physical]`, rows for every slot from all sources, those without room
-        included.
-      overflow: int32 scalar, rows of all ranks that found no room.
-      capacity: rows that a rank has room for (static).
+      group_sizes: int32 `[groups]`, rows that this rank receives for each of its slots, or groups.
+      slot_loads: int32 `[n_physical]`, rows for every slot from all sources, including rows without
+        room.
+      overflow: int32 scalar, rows of all ranks that do not fit.
+      capacity: rows that fit on a rank (static).
       axis_name: the expert-parallel mesh axis (static).
     """
 
@@ -52,60 +51,60 @@ class Counted:
 
     @property
     def known(self) -> dict[str, Any]:
-        """These attributes, without those that a subclass adds."""
+        """The attributes above, without those of a subclass."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Counted)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Counted, abc.ABC):
-    """Where the tokens of one batch went, and come back from. `combine` takes it.
+    """Where the tokens of one batch went, and how they return. An argument of `combine`.
 
     Attributes:
       group_sizes: int32 `[groups]`, rows that this rank received for each of its slots, or groups.
-      slot_loads: int32 `[n_physical]`, rows for every slot from all sources, those without room
-        included.
-      overflow: int32 scalar, rows of all ranks that found no room.
-      capacity: rows that a rank has room for (static).
+      slot_loads: int32 `[n_physical]`, rows for every slot from all sources, including rows without
+        room.
+      overflow: int32 scalar, rows of all ranks that did not fit.
+      capacity: rows that fit on a rank (static).
       axis_name: the expert-parallel mesh axis (static).
     """
 
     @abc.abstractmethod
     def summed(self, rows: jax.Array) -> jax.Array:
-        """The sums of this rank's rows, token by token, where `home` expects them."""
+        """Sums this rank's rows token by token, in the layout that `home` expects."""
 
     @abc.abstractmethod
     def home(self, sums: jax.Array) -> jax.Array:
-        """Those sums, on their tokens' ranks and added up there: `[tokens, …]`."""
+        """Returns these sums to their tokens' ranks and adds them up there: `[tokens, …]`."""
 
 
 class Transport(abc.ABC):
-    """A way for tokens to the ranks of their slots and back.
+    """Moves tokens to the ranks of their slots and back.
 
     Attributes:
-      name: what users call it.
+      name: the value of the argument `transport`.
     """
 
     name: ClassVar[str]
 
     @property
     def beside_engines(self) -> bool:
-        """Whether copy engines fetch weights along a topology beside it, as within a process."""
+        """Whether copy engines can fetch weights along a topology meanwhile, as in one process."""
         return False
 
     @abc.abstractmethod
     def why_not(
         self, tokens: jax.Array, gates: jax.Array, axis_name: Any, capacity: int
     ) -> str | None:
-        """Why it cannot carry these to rows of such capacity, or None where it can."""
+        """The reason why it cannot carry this batch at this capacity, or None."""
 
     @abc.abstractmethod
     def counted(
         self, assignment: Assignment, axis_name: Any, capacity: int, order: jax.Array | None = None
     ) -> Any:
-        """A `Counted`, and what `dispatch` has to know besides.
+        """Exchanges the counts; a subclass adds to `Counted` what its `dispatch` needs.
 
-        `order` is int32 `[ep_size, groups]`: the slot whose rows each group of a rank has,
-        slots_per_rank for none; None for all slots one after the other.
+        `order` is int32 `[ep_size, groups]`: the slot of each group of a rank, slots_per_rank for
+        none; None for all slots in order.
         """
 
     @abc.abstractmethod
@@ -117,8 +116,8 @@ class Transport(abc.ABC):
         counted: Any,
         beside: Beside = ALONE,
     ) -> tuple[jax.Array, jax.Array, Any, Plan]:
-        """The rows of this rank's groups, `[capacity, hidden]`, the gate of each, the experts with
-        the copies that came beside them, and the way back."""
+        """Returns the rows of this rank's groups, `[capacity, hidden]`, their gates, the experts
+        with the copies fetched meanwhile, and the plan for the way back."""
 
 
 def planned(
@@ -128,7 +127,7 @@ def planned(
     order: jax.Array | np.ndarray | None,
     comm: Comm | None = None,
 ) -> Sequence[jax.Array]:
-    """`reference.plan` of everybody's counts, which the kernel exchanges where there is `comm`."""
+    """`reference.plan` of all ranks' counts, which the kernel itself exchanges given `comm`."""
     n_ranks, n_physical = lax.axis_size(axis_name), len(assignment.counts)
     if order is None:
         slots = np.arange(n_physical // n_ranks, dtype=np.int32)
@@ -155,9 +154,9 @@ def planned(
 
 
 def _fits(n_ranks: int, n_slots: int) -> bool:
-    """Whether the kernel has the shared memory for the counts of so many ranks.
+    """Whether the counts of this many ranks fit in the kernel's shared memory.
 
-    True where there is no GPU to ask: then native code says what it needs when the program runs.
+    True without a GPU to query; native code then checks when the program runs.
     """
     extension = _native.cuda()
     if extension is None or jax.default_backend() != "gpu":
@@ -166,9 +165,8 @@ def _fits(n_ranks: int, n_slots: int) -> bool:
 
 
 def workspace(n_choices: int, n_ranks: int) -> tuple[int, int]:
-    """Of the kernels that plan: parts of a batch, which a block each plans.
+    """The shape of the planning kernels' workspace; one block plans each part of a batch.
 
-    What comes before a part is counted first. That takes a kernel of its own, which pays from the
-    second part on.
+    With several parts, an extra kernel first counts what precedes each part.
     """
     return min(max(n_choices // 4096, 1), 64), n_ranks

@@ -1,4 +1,4 @@
-"""Grouped matrix products: every slot's weights times the rows of that slot."""
+"""Grouped GEMMs: the rows of every slot times the slot's weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lplb_jax.moe.copies import check_reverse, custom_vjp, numbers, wider
 
 Gemm = Literal["auto", "xla", "mosaic"]
 GEMMS = get_args(Gemm)
-# Results of `grouped_dot`: what a backward pass had rather not compute again.
+# Results of `grouped_dot`: worth keeping rather than recomputing in a backward pass.
 PRODUCT = "lplb_product"
 _BLOCK_K = 64  # rows or columns that a kernel multiplies at a time
 _TILE = 128  # rows that XLA multiplies at a time; sizes of kernels' matrices are multiples of it
@@ -26,19 +26,19 @@ _TILE = 128  # rows that XLA multiplies at a time; sizes of kernels' matrices ar
 def grouped_dot(
     rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, gemm: Gemm = "auto"
 ) -> jax.Array:
-    """Multiplies the rows of every slot with the slot's matrix: a part of an `ffn` of your own.
+    """Multiplies the rows of every slot by the slot's matrix: a building block for your own `ffn`.
 
     Args:
-      rows: floats `[n_rows, k]`, slot by slot. Past the last group there may be anything.
-      weights: `[slots, k, n]`, of `rows`' dtype, or of a narrower or an integer one, which is
-        converted first: multiply the result with its scales, see `per_row`. Integers take no
+      rows: floats `[n_rows, k]`, slot by slot. Rows past the last group are ignored.
+      weights: `[slots, k, n]`, of `rows`' dtype, or of a narrower or an integer dtype, which is
+        converted first: multiply the result by its scales, see `per_row`. Integers take no
         gradient.
       group_sizes: int32 `[slots]`, consecutive rows of every slot; their sum is at most n_rows.
-      gemm: who multiplies, see `expert_ffn`; for "mosaic", k and n are multiples of 128.
+      gemm: the kernels, see `expert_ffn`; for "mosaic", k and n must be multiples of 128.
 
     Returns:
       `[n_rows, n]` of `rows`' dtype; 0 past the last group, as are the gradients of rows there. NaN
-      and infinities stay with the rows of the slot that has them.
+      and infinities stay within the rows of their slot.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
@@ -90,12 +90,12 @@ _dot.defvjp(_dot_forward, _dot_backward)
 
 
 def per_row(values: jax.Array, group_sizes: jax.Array, n_rows: int) -> jax.Array:
-    """What belongs to a slot, such as biases or scales, for each of its rows.
+    """Repeats a slot's values, such as biases or scales, for each of its rows.
 
     Args:
       values: `[slots, …]`.
       group_sizes: int32 `[slots]`, consecutive rows of every slot; their sum is at most n_rows.
-      n_rows: rows of the result, those past the last group included.
+      n_rows: rows of the result, including rows past the last group.
 
     Returns:
       `[n_rows, …]`; 0 past the last group. Gradients of floats are summed in float32.
@@ -116,7 +116,7 @@ def per_row(values: jax.Array, group_sizes: jax.Array, n_rows: int) -> jax.Array
 
 @custom_vjp(0)
 def _per_row(n_rows: int, values: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    # Past the last group there is no slot.
+    # Rows past the last group have no slot.
     return values.at[_slot_of_row(n_rows, group_sizes)].get(mode="fill", fill_value=0)
 
 
@@ -128,7 +128,7 @@ def _slot_of_row(n_rows: int, group_sizes: jax.Array) -> jax.Array:
 def _per_row_backward(n_rows: int, group_sizes: jax.Array, ct: jax.Array) -> tuple[jax.Array, None]:
     columns = ct.reshape(n_rows, math.prod(ct.shape[1:]))
     if choose("auto", ct.dtype, k=_TILE, n=columns.shape[1]) is MOSAIC:
-        # Scattered, all rows of a slot would be added to the same place, one after the other.
+        # A scatter would add all rows of a slot to the same place, one after the other.
         ones = varying_as(jnp.ones((n_rows, _TILE), ct.dtype), ct)
         columns = MOSAIC.cleaned(columns, group_sizes)
         sums = MOSAIC.of_weights(ones, columns, group_sizes)[:, 0]
@@ -146,7 +146,7 @@ _per_row.defvjp(
 
 
 def check_rows(name: str, rows: jax.Array) -> None:
-    """Raises where they are not floats `[n_rows, columns]`."""
+    """Raises unless `rows` are floats `[n_rows, columns]`."""
     if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.floating):
         raise ValueError(
             f"{name}: expected floats [n_rows, hidden], got {rows.dtype} {list(rows.shape)}"
@@ -154,7 +154,7 @@ def check_rows(name: str, rows: jax.Array) -> None:
 
 
 def check_group_sizes(group_sizes: jax.Array, slots: int) -> None:
-    """Raises where they are not int32 `[slots]`."""
+    """Raises unless `group_sizes` is int32 `[slots]`."""
     if group_sizes.shape != (slots,) or group_sizes.dtype != jnp.int32:
         raise ValueError(
             f"group_sizes: expected int32 [slots] = [{slots}], got {group_sizes.dtype} "
@@ -163,7 +163,7 @@ def check_group_sizes(group_sizes: jax.Array, slots: int) -> None:
 
 
 def choose(gemm: str, dtype: Any, **sizes: int) -> Products:
-    """Who multiplies matrices of these sizes; raises where that cannot be `gemm`."""
+    """Chooses the kernels for matrices of these sizes; raises if `gemm` does not support them."""
     if gemm not in GEMMS:
         raise ValueError(f"gemm: expected one of {', '.join(GEMMS)}, got {gemm!r}")
     if gemm == "xla":
@@ -179,19 +179,19 @@ def choose(gemm: str, dtype: Any, **sizes: int) -> Products:
 
 
 def _has_wgmma() -> bool:
-    """The kernels are made of Hopper's wgmma, which no other generation of chips has."""
+    """Whether the GPU has wgmma, which the kernels use and only Hopper has."""
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "")
     return device.platform == "gpu" and capability.split(".")[0] == "9"
 
 
 class Products(NamedTuple):
-    """Who multiplies.
+    """A set of grouped GEMM kernels.
 
     Attributes:
       of_rows: rows `[m, k]`, weights `[g, k, n]` (or `transposed`: `[g, n, k]`), sizes -> `[m, n]`.
       of_weights: rows `[m, k]`, cotangents `[m, n]`, sizes -> `[g, k, n]`.
-      cleaned: rows `[m, k]`, sizes -> the same, so that what is past the last group does no harm.
+      cleaned: rows `[m, k]`, sizes -> the same, with harmless values past the last group.
     """
 
     of_rows: Callable[..., jax.Array]
@@ -199,19 +199,19 @@ class Products(NamedTuple):
     cleaned: Callable[[jax.Array, jax.Array], jax.Array]
 
 
-# Neither lax.ragged_dot nor one product per group: on CPUs and GPUs, XLA makes one dense product of
-# it, in which zeros stand for the rows of other groups. Zero times NaN is NaN, so one expert whose
-# weights diverged would reach all tokens; and there are as many times more products as groups.
+# Why not lax.ragged_dot: on CPUs and GPUs, XLA lowers it to one dense product in which zeros stand
+# for the rows of other groups. Zero times NaN is NaN, so one diverged expert would reach all
+# tokens; and the work is multiplied by the number of groups.
 
 
 class _Tiles(NamedTuple):
     """Products of a block of rows with the weights of one group, int32 `[n_tiles]` each.
 
     Attributes:
-      group: whose rows.
-      block: where the block begins.
-      first: the first row of the block that is the group's.
-      end: past the last one; at most first where a tile has none.
+      group: the group.
+      block: the first row of the block.
+      first: the first row of the group in the block.
+      end: one past the last row of the group; at most `first` for empty tiles.
     """
 
     group: jax.Array
@@ -221,7 +221,7 @@ class _Tiles(NamedTuple):
 
 
 def _tiles(group_sizes: jax.Array, n_rows: int, length: int) -> _Tiles:
-    """As many as there can be: groups that follow one another share one block at most."""
+    """The most tiles possible: consecutive groups share at most one block."""
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     starts = ends - group_sizes
     of_group = jnp.where(group_sizes > 0, -(-ends // length) - starts // length, 0)
@@ -237,7 +237,7 @@ def _tiles(group_sizes: jax.Array, n_rows: int, length: int) -> _Tiles:
 def _over_tiles(
     step: Callable[..., jax.Array], out: jax.Array, group_sizes: jax.Array, n_rows: int
 ) -> jax.Array:
-    """`step(out, tile, length, mine)` for every tile; `mine` are the rows of the tile's group."""
+    """Runs `step(out, tile, length, mine)` for every tile; `mine` masks the tile's group."""
     length = min(_TILE, n_rows)
     tiles = _tiles(group_sizes, n_rows, length)
 
@@ -282,7 +282,7 @@ def _xla_of_weights(rows: jax.Array, ct: jax.Array, group_sizes: jax.Array) -> j
 
 
 def _unchanged(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """No tile has rows past the last group."""
+    """Nothing to clean: no tile has rows past the last group."""
     del group_sizes
     return rows
 
@@ -293,7 +293,7 @@ def zero_past_the_end(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
 
 
 def _zero_in_last_block(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Kernels read whole blocks, but none that begins past the last group."""
+    """Kernels read whole blocks, but no block that starts past the last group."""
     n_block = min(_BLOCK_K, len(rows))
     n = group_sizes.sum(dtype=jnp.int32)
     start = jnp.minimum(n, len(rows) - n_block)
@@ -302,8 +302,8 @@ def _zero_in_last_block(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(rows, block, start, axis=0)
 
 
-# Blocks: the fastest of those tried on an H200 with 3,277 rows per expert, within 2 % of the best
-# at both of a layer's shapes; wider ones spill registers and are five times slower.
+# Block sizes: within 2 % of the fastest tried at both of a layer's shapes, on an H200 with 3,277
+# rows per expert; wider blocks spill registers and are five times slower.
 def _mosaic_of_rows(
     rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transposed: bool = False
 ) -> jax.Array:
@@ -321,7 +321,7 @@ def _mosaic_of_rows(
         grid_block_n=_neighbours(n),
         transpose_rhs=transposed,
     )
-    # The kernels do not say that their results differ from rank to rank.
+    # The kernels do not declare that their results vary over ranks.
     return varying_as(out, rows)
 
 
@@ -343,7 +343,7 @@ def _mosaic_of_weights(rows: jax.Array, ct: jax.Array, group_sizes: jax.Array) -
 
 @functools.cache
 def _neighbours(n: int) -> int:
-    """Blocks of columns that are computed side by side, so that they share rows in the cache."""
+    """Blocks of columns that are computed together, so that they share rows in the cache."""
     return next(size for size in (8, 4, 2, 1) if n // 128 % size == 0)
 
 

@@ -1,4 +1,4 @@
-"""Tokens by `lax.ragged_all_to_all`, and where XLA can run it."""
+"""Moves tokens by `lax.ragged_all_to_all`, where XLA can run it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from lplb_jax.moe.collectives import Collective, SendLists
 from lplb_jax.moe.copies import numbers
 from lplb_jax.reference.plan import starts
 
-# What XLA's one-shot kernel over NCCL's windows needs, its only fast way between processes. It asks
-# NCCL for the NVLink domain by calls that are there since 2.29.7.
+# Requirements of XLA's one-shot kernel over NCCL windows, its only fast path between processes. It
+# queries NCCL for the NVLink domain, which NCCL supports since 2.29.7.
 _JAXLIB, _NCCL = (0, 11, 1), (2, 29, 7)
 _MOST_RANKS = 32  # beyond them it writes past its tables: openxla/xla issue 47283
-# Settings with which NCCL makes no windows, or not over all ranks of a host.
+# Settings with which NCCL creates no windows, or not over all ranks of a host.
 _WITHOUT_WINDOWS = {
     "NCCL_HOSTID": None,
     "NCCL_P2P_DISABLE": "1",
     "NCCL_CUMEM_ENABLE": "0",
     "NCCL_WIN_ENABLE": "0",
 }
-# XLA registers the memory of results as windows, together with all ranks, and remembers it by its
-# address. Only in one pool that is taken at the start do ranks agree on what is registered already;
-# else one waits forever for another that sees no need to: openxla/xla issues 45406 and 47406.
+# XLA registers the memory of results as windows, collectively over all ranks, and caches it by
+# address. Ranks agree on what is already registered only with one pool preallocated at the start;
+# otherwise one rank waits forever for another that skips it: openxla/xla issues 45406 and 47406.
 _WITHOUT_POOL = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": ("false", "False", "0"),
     "XLA_PYTHON_CLIENT_ALLOCATOR": ("platform", "cuda_async", "vmm", "address"),
@@ -42,13 +42,13 @@ _WITHOUT_POOL = {
 
 @dataclasses.dataclass(frozen=True)
 class Ragged(Collective):
-    """`lax.ragged_all_to_all`: exactly the tokens there are, one list behind the other, on GPUs."""
+    """`lax.ragged_all_to_all`: only the existing tokens, in contiguous lists, on GPUs."""
 
     name = "ragged"
     exact = True
 
     def why_not_over(self, n_ranks: int) -> str | None:
-        """XLA itself refuses it only when the program runs."""
+        """Checked here, since XLA itself refuses only when the program runs."""
         if jax.default_backend() != "gpu":
             return "it is for GPUs"
         if jax.process_count() == 1:
@@ -75,19 +75,19 @@ class Ragged(Collective):
         return None
 
     def rooms(self, n_tokens: int, top_k: int, n_ranks: int, capacity: int) -> tuple[int, int]:
-        """A token goes to every rank once at most, and a rank has a row at least for each."""
+        """A token goes to each rank at most once, and takes at least one row there."""
         return n_tokens * min(n_ranks, top_k), min(n_tokens * n_ranks, capacity)
 
     def starts_sent(self, lists: SendLists) -> jax.Array:
-        """One begins where the one before ends."""
+        """Each list starts where the previous one ends."""
         return starts(lists.sizes, axis=1)
 
     def arrived(self, lists: SendLists, rank: Any) -> jax.Array:
-        """Before the end of the last."""
+        """Everything before the end of the last list."""
         return numbers(lists.n_received) < lists.sizes[:, rank].sum(dtype=jnp.int32)
 
     def moved(self, array: jax.Array, lists: SendLists, way: str) -> jax.Array:
-        """There or back: what one sends the other receives."""
+        """There or back: sending and receiving sides swap."""
         me = lax.axis_index(lists.axis_name)
         starts_sent, starts_received = self.starts_sent(lists), starts(lists.sizes, axis=0)
         source = _Slices(starts_sent[me], lists.sizes[me])
@@ -119,7 +119,7 @@ def _ragged(
     n_out: int,
     axis_name: Any,
 ) -> jax.Array:
-    # XLA moves a piece by one block of threads, of which it takes some hundreds to fill the links.
+    # XLA moves each piece with one thread block, and it takes some hundreds to saturate the links.
     n_pieces = -(-512 // len(here.sizes))
 
     def cut(starts: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -142,7 +142,7 @@ def _ragged(
 
 @functools.cache
 def nccl_version() -> tuple[int, int, int] | None:
-    """Of the library that XLA uses, or None where there is none."""
+    """The version of NCCL that XLA uses, or None without NCCL."""
     library = _libraries.find("libnccl.so.2", "nccl")
     code = ctypes.c_int()
     if library is None or library.ncclGetVersion(ctypes.byref(code)) != 0:

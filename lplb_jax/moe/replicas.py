@@ -31,8 +31,8 @@ def replicate_weights(
 ) -> Any:
     """Fetches the weights of this rank's redundant slots from the ranks that own them.
 
-    Along a topology it uses one `lax.ppermute` per column; for any other placement an exchange
-    whose rows are experts, so that a new placement needs no recompilation.
+    Along a topology it uses one `lax.ppermute` per column; for any other placement it exchanges
+    experts like rows, so that a new placement needs no recompilation.
 
     Call it inside `jax.shard_map`, once per step and as early as possible: the transfer needs no
     tokens, so it can overlap with attention. Its derivative returns the gradients of the copies
@@ -146,17 +146,17 @@ def _anywhere(
 
 
 def with_room(weights: jax.Array, n_copies: int) -> jax.Array:
-    """The weights, and after them room for so many copies."""
+    """Appends room for `n_copies` copies to the weights."""
     return jnp.pad(weights, [(0, n_copies), *[(0, 0)] * (weights.ndim - 1)])
 
 
 @jax.tree_util.register_static
 class Fetch:
-    """Who sends which weights to whom. Methods take one array, of a rank's own experts first.
+    """Who sends which weights to whom. Methods take one array, a rank's own experts first.
 
     Attributes:
       n_copies: redundant slots of each rank.
-      by_engines: whether copy engines move them, under `COMPILER_OPTIONS`, and no kernels.
+      by_engines: whether copy engines, not kernels, move them under `COMPILER_OPTIONS`.
     """
 
     def __init__(
@@ -193,39 +193,39 @@ class Fetch:
             for d in range(n_columns)
         ]
 
-    # Redundant slot j·D + d is a copy of local expert j·D + d, of column d. What is on its way is
-    # in parts, one per column: put together early, it would have to be waited for.
+    # Redundant slot j·D + d is a copy of local expert j·D + d, of column d. Data in flight stays in
+    # parts, one per column, since concatenating early would wait for all of them.
 
     def delivered(self, wanted: Any) -> Any:
-        """What this rank gets when all have sent what is `wanted` of them, part by part."""
+        """Sends what is `wanted` of every rank; returns what this rank receives, part by part."""
         return [
             lax.ppermute(part, self._axes, pairs)
             for part, pairs in zip(wanted, self._pairs, strict=True)
         ]
 
     def wanted(self, weights: jax.Array) -> Any:
-        """The parts that others fetch of this rank's weights."""
+        """The parts of this rank's weights that others fetch."""
         return self._parts(weights[: self.n_copies])
 
     def slots(self, delivered: Any) -> jax.Array:
-        """The parts put together, slot by slot: `[n_copies, …]`."""
+        """Joins the parts slot by slot: `[n_copies, …]`."""
         return jnp.stack(delivered, axis=1).reshape(self.n_copies, *delivered[0].shape[1:])
 
     def write_into(self, weights: jax.Array, delivered: Any) -> jax.Array:
-        """The weights, whose last n_copies are overwritten with the copies."""
+        """Overwrites the last n_copies of the weights with the copies."""
         n_own = len(weights) - self.n_copies
         return lax.dynamic_update_slice_in_dim(weights, self.slots(delivered), n_own, axis=0)
 
     def sent_home(self, ct: jax.Array) -> Any:
-        """Of the gradients of all slots, the copies' on their owners' ranks, part by part."""
+        """Sends the copies' gradients, of those of all slots, to their owners, part by part."""
         of_copies = self._parts(ct[-self.n_copies :])
         (home,) = jax.linear_transpose(self.delivered, of_copies)(of_copies)
         return home
 
     def accumulate(self, ct: jax.Array, home: Any) -> jax.Array:
-        """The gradients of all slots, with what came home added to the owners'; none in room."""
-        # Autodiff would rewrite all of it; so, XLA may update in place the slots that change, if
-        # what it reads of them is another kernel's result.
+        """Adds the gradients that came home to the owners'; room gets none."""
+        # Autodiff would rewrite the whole array. This way XLA can update only the changed slots in
+        # place, if what it reads of them is another kernel's result.
         own = lax.optimization_barrier(ct[: self.n_copies] + self.slots(home))
         ct = lax.dynamic_update_slice_in_dim(ct, own, 0, axis=0)
         none, n_own = jnp.zeros_like(own), len(ct) - self.n_copies
@@ -236,22 +236,22 @@ class Fetch:
 
 
 def _as_ppermute_counts(axis_name: Any) -> tuple[tuple[Any, ...], list[int]]:
-    """The axes in the mesh's order, and the number of every rank of `axis_name` among them.
+    """The axes in the mesh's order, and the number of every rank of `axis_name` in that order.
 
-    `lax.ppermute` numbers ranks in the order of the mesh's axes whatever order it is given (or
-    refuses another one, in newer versions); all other collectives, in the order given.
+    `lax.ppermute` numbers ranks in the mesh's order of axes whatever order it is given (newer
+    versions refuse any other order); all other collectives use the order given.
     """
     axes, mesh_axes = axis_names(axis_name), jax.sharding.get_abstract_mesh().axis_names
     order = sorted(range(len(axes)), key=lambda i: mesh_axes.index(axes[i]))
     sizes = [lax.axis_size(axis) for axis in axes]
-    # The ranks numbered as all others do it, laid out in the mesh's order; inverted.
+    # Ranks as the other collectives number them, laid out in the mesh's order, then inverted.
     ranks = np.arange(math.prod(sizes)).reshape(sizes).transpose(order).ravel()
     return tuple(axes[i] for i in order), np.argsort(ranks).tolist()
 
 
 @jax.custom_vjp
 def filled(fetch: Fetch | FetchAnywhere, weights: jax.Array) -> jax.Array:
-    """The weights, whose room is overwritten with the copies."""
+    """Overwrites the weights' room with the copies."""
     return fetch.write_into(weights, fetch.delivered(fetch.wanted(weights)))
 
 
@@ -262,7 +262,7 @@ filled.defvjp(
 
 
 def _accumulated(fetch: Fetch | FetchAnywhere, ct: Any) -> Any:
-    """Integers, such as quantised weights, have gradients of no type to compute with."""
+    """Returns gradients to their owners; float0, of integers such as quantized weights, pass."""
     if ct.dtype == jax.dtypes.float0:
         return ct
     return fetch.accumulate(ct, fetch.sent_home(ct))

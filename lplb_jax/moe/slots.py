@@ -1,14 +1,14 @@
-"""Copies of any placement: an exchange whose rows are experts.
+"""Fetches the copies of any placement: an exchange whose rows are experts.
 
 Parameters are in home order (see `move_experts`): a rank holds the experts whose home it is. In a
-layer, a rank's weights stand in rows: its own experts where they are, then room for the copies, of
-which only those that serve tokens travel.
+layer, a rank's weights are laid out in rows: its own experts in place, then room for the copies.
+Only copies that serve tokens travel.
 
-An expert with many copies is passed on from rank to rank, and goes to another node once: see
-_relays.py. The gradients come home the same way. Where several meet, they are added in float32, in
-a fixed order, and rounded once.
+An expert with many copies is relayed from rank to rank and sent to each other node once: see
+_relays.py. The gradients come home the same way. Where several meet, they are summed in float32 in
+a fixed order and rounded once.
 
-Which expert is where is data. A new placement runs the same program.
+The placement is data: a new one runs the same program.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from lplb_jax.placement import Placement
 
 
 def room_for(placement: Placement) -> int:
-    """The most slots that a rank can have besides the homes of its own experts."""
+    """The most slots that a rank can have in addition to its own experts' homes."""
     n_local, slots_per_rank = rows_per_rank(placement), placement.n_physical // placement.ep_size
     padding = placement.ep_size * n_local - placement.n_logical
     return slots_per_rank - n_local + min(padding, n_local)
 
 
 def slots_by_row(placement: Placement) -> jax.Array:
-    """int32 `[ep_size, n_local + room]`: each rank's homes, then its copies, by number on the rank.
+    """int32 `[ep_size, n_local + room]`: local slots of each rank's homes, then of its copies.
 
-    slots_per_rank where a row has none.
+    slots_per_rank for rows without a slot.
     """
     n_ranks, room = placement.ep_size, room_for(placement)
     own = home_slots(placement)
@@ -56,7 +56,7 @@ def slots_by_row(placement: Placement) -> jax.Array:
 
 
 def inverted(slots: jax.Array, n_slots: int) -> jax.Array:
-    """int32 `[ep_size, n_slots]`: the row of each slot in `slots_by_row`; their number for none."""
+    """int32 `[ep_size, n_slots]`: each slot's row in `slots_by_row`; the number of rows if none."""
     n_ranks, n_rows = slots.shape
     rows = jnp.broadcast_to(numbers(n_rows)[None], slots.shape)
     empty = varying_as(jnp.full((n_ranks, n_slots), n_rows, jnp.int32), slots)
@@ -70,21 +70,21 @@ def inverted(slots: jax.Array, n_slots: int) -> jax.Array:
 )
 @dataclasses.dataclass(frozen=True)
 class FetchAnywhere:
-    """Who sends which weights to whom. Methods take one array, of a rank's rows as above.
+    """Who sends which weights to whom. Methods take one array, a rank's rows as above.
 
-    The tables are int32 `[ep_size, room]`, for the copies of all ranks; all ranks have the same.
+    The tables are int32 `[ep_size, room]`, for the copies of all ranks, and equal on all ranks.
 
     Attributes:
-      round: when a copy travels; −1 where there is none, or nobody needs it.
-      peer: the rank that sends it, and that gets its gradient.
-      row: what is sent: of the peer's own experts in round 0, later of its copies.
-      child: which of the copies sent of that row, and in that round, it is.
-      place: where among all that the peer receives in that round its gradient is.
+      round: when a copy travels; −1 if there is none, or no rank needs it.
+      peer: the rank that sends it and receives its gradient.
+      row: the row sent: among the peer's own experts in round 0, among its copies later.
+      child: its index among the copies sent of that row in that round.
+      place: the place of its gradient among all that the peer receives in that round.
       n_local: own experts of a rank (static).
-      limits: how many copies of an expert a rank sends, in how many rounds (static).
+      limits: the most copies of an expert that a rank sends, and the number of rounds (static).
       n_received: room for the gradients that come home (static).
       axis_name: the expert-parallel mesh axis (static).
-      transport: what moves them (static). If not exact in size, homes send all, in one round.
+      transport: moves the copies (static). If it is not exact, homes send all copies in one round.
     """
 
     round: jax.Array
@@ -100,7 +100,7 @@ class FetchAnywhere:
 
     @property
     def by_engines(self) -> bool:
-        """No: only the device knows who sends what."""
+        """False: only the device knows the transfers."""
         return False
 
     @property
@@ -109,11 +109,11 @@ class FetchAnywhere:
         return self.round.shape[1]
 
     def wanted(self, weights: jax.Array) -> jax.Array:
-        """What others may fetch of this rank's weights: all of them, where they are."""
+        """What others may fetch of this rank's weights: all of them, in place."""
         return weights
 
     def delivered(self, wanted: jax.Array) -> jax.Array:
-        """The copies that this rank gets, `[room, …]`; 0 where there is none."""
+        """The copies that this rank receives, `[room, …]`; 0 where there is none."""
         if not self.transport.exact:
             me = lax.axis_index(self.axis_name)
             sent = (self.round == 0) & (self.peer == me)
@@ -126,11 +126,11 @@ class FetchAnywhere:
         return copies
 
     def write_into(self, weights: jax.Array, delivered: jax.Array) -> jax.Array:
-        """The weights, whose room is overwritten with the copies."""
+        """Overwrites the weights' room with the copies."""
         return lax.dynamic_update_slice_in_dim(weights, delivered, self.n_local, axis=0)
 
     def sent_home(self, ct: jax.Array) -> jax.Array:
-        """Of the gradients of all rows, the copies', where homes receive them."""
+        """Sends the copies' gradients, of those of all rows, home; returns what homes receive."""
         of_copies = ct[self.n_local :]
         if not self.transport.exact:
             me = lax.axis_index(self.axis_name)
@@ -145,7 +145,7 @@ class FetchAnywhere:
         return self._send_back(of_copies, self.n_received, 0)
 
     def accumulate(self, ct: jax.Array, home: jax.Array) -> jax.Array:
-        """The gradients of all rows, with what came home added to the owners'; none in room."""
+        """Adds the gradients that came home to the owners'; room gets none."""
         children = self._children(self.n_local, self.limits.sent, len(home), 0)
         ct = add_received(ct, home, children)
         none = jnp.zeros_like(ct[self.n_local :])
@@ -164,10 +164,10 @@ class FetchAnywhere:
         return none.at[at].set(self.place, mode="drop").reshape(n_rows, most)
 
     def _swap(self, blocks: jax.Array) -> jax.Array:
-        """Block `[room, …]` r of each rank to rank r, and back."""
+        """Exchanges blocks `[room, …]`: block r of each rank goes to rank r."""
         return lax.all_to_all(blocks, self.axis_name, 0, 0, tiled=True)
 
-    # An update is a copy of rank r, sent to r or from r: r and its number are that of the update.
+    # An update is a copy of rank r, sent to or from r; r and the copy's number identify it.
 
     def _send_copies(self, array: jax.Array, out: jax.Array, n: int) -> jax.Array:
         me = lax.axis_index(self.axis_name)
@@ -196,7 +196,7 @@ def fetch_anywhere(
     fan_out: int | None = None,
     n_nodes: int | None = None,
 ) -> FetchAnywhere:
-    """The copies in the rows of `slots_by_row(placement)`, or, with `slot_loads`, those with rows.
+    """Fetches the copies in `slots_by_row(placement)`; with `slot_loads`, only those with tokens.
 
     `fan_out` bounds how many copies of its experts a rank sends. `n_nodes`: None for the
     placement's.
@@ -210,7 +210,7 @@ def fetch_anywhere(
     owner, row = at_home // n_local, at_home % n_local
     moves, n_senders = expert >= 0, n_ranks
     if slot_loads is not None:
-        # A rank that has an expert twice uses the first of its slots: none fetches its own.
+        # A rank with two slots of an expert uses the first, so no rank fetches from itself.
         loads = slot_loads.reshape(phy2log.shape).at[rank, slots].get(mode="fill", fill_value=0)
         moves, n_senders = moves & (loads > 0) & (owner != rank), n_ranks - 1
 
@@ -254,12 +254,12 @@ def _ragged(
     received: jax.Array,
     axis_name: Any,
 ) -> jax.Array:
-    """Rows of `array` written to rows of other ranks' `out`; every table is `[ep_size, updates]`.
+    """Writes rows of `array` to rows of other ranks' `out`; every table is `[ep_size, updates]`.
 
-    Update u to rank r is row `row[r, u]`, for place `place[r, u]` there, where `sent[r, u]`; and
-    rank r sends its update u where `received[r, u]`.
+    If `sent[r, u]`, update u to rank r is row `row[r, u]` and goes to place `place[r, u]` there. If
+    `received[r, u]`, rank r sends its update u here.
     """
-    # XLA moves an update by one block of threads, of which it takes some hundreds to fill a link.
+    # XLA moves each update with one thread block, and it takes some hundreds to saturate a link.
     length = array.shape[1] if array.ndim > 1 else 1
     n_pieces = _divisor(length, max(64, 512 // sent.size))
     piece = numbers(n_pieces)[None, None]

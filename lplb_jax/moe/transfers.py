@@ -1,11 +1,11 @@
 """The order in which tokens and copies travel, forwards and backwards.
 
-Tokens go first, there and back: the experts wait for them, and so do the layers below. The copies'
-weights travel while tokens are put in rows, and their gradients last of all, while those of the
-tokens are summed. Left alone, XLA would let the tokens wait for the copies.
+Tokens go first in both directions: the experts wait for them, and so do the layers below. The
+copies' weights travel while tokens are expanded to rows, and their gradients last of all, while
+those of the tokens are summed. Left alone, XLA would let the tokens wait for the copies.
 
-Barriers say so. The first of each function is what the copies wait for; without the second, XLA
-sees nothing to do between the beginning of their transfer and its end.
+Barriers enforce this order. The first one in each function holds back the copies; without the
+second, XLA sees nothing to do between the start and the end of their transfer.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ class AnyFetch(Protocol):
 
     @property
     def by_engines(self) -> bool:
-        """Whether copy engines move them, which leave the multiprocessors to others."""
+        """Whether copy engines move them, which occupy no SMs."""
         ...
 
     def wanted(self, weights: jax.Array) -> Any:
-        """What others fetch of this rank's weights."""
+        """The part of this rank's weights that others fetch."""
 
     def delivered(self, wanted: Any) -> Any:
-        """What this rank gets when all have sent what is `wanted` of them."""
+        """Sends what is `wanted` of every rank; returns what this rank receives."""
 
     def write_into(self, weights: jax.Array, delivered: Any) -> jax.Array:
-        """The weights, whose room is overwritten with the copies."""
+        """Overwrites the weights' room with the copies."""
         ...
 
     def sent_home(self, ct: jax.Array) -> Any:
-        """Of the gradients of all slots, the copies', on their owners' ranks."""
+        """Sends the copies' gradients, of those of all slots, to their owners."""
 
     def accumulate(self, ct: jax.Array, home: Any) -> jax.Array:
-        """The gradients of all slots, with what came home added to the owners'; none in room."""
+        """Adds the gradients that came home to the owners'; room gets none."""
         ...
 
 
 class Beside(NamedTuple):
-    """What becomes of the experts while the tokens travel to them.
+    """The experts' transfers while the tokens travel.
 
     Attributes:
       experts: a pytree of arrays `[n, …]`.
-      fetch: how the copies among them come meanwhile; None where none do.
-      waits: whether, backwards, the gradients of all slots wait for those of the tokens.
-      follows: whether what is fetched of the experts later waits for the tokens' arrival.
+      fetch: fetches the copies meanwhile; None without copies to fetch.
+      waits: whether, in the backward pass, all slots' gradients wait for those of the tokens.
+      follows: whether experts that are fetched later wait for the tokens' arrival.
     """
 
     experts: Any = ()
@@ -68,10 +68,9 @@ class Beside(NamedTuple):
 
 ALONE = Beside()  # tokens without experts
 
-# For `jax.jit(step, compiler_options=moe.COMPILER_OPTIONS)`, of use on GPUs: XLA starts transfers
-# early and ends them late, so that they hide behind computation, many at a time; and between GPUs
-# of one process, copies of weights and their gradients are moved by copy engines and leave the
-# multiprocessors to the products.
+# For `jax.jit(step, compiler_options=moe.COMPILER_OPTIONS)` on GPUs: XLA starts transfers early and
+# ends them late, many at a time, so that computation hides them. Between GPUs of one process, copy
+# engines move copies of weights and their gradients and leave the SMs to the GEMMs.
 COMPILER_OPTIONS = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_experimental_parallel_collective_overlap_limit": 16,
@@ -83,10 +82,10 @@ COMPILER_OPTIONS = {
 def send_tokens(
     fetch: AnyFetch | None, tokens: jax.Array, copies: Copies, experts: Any
 ) -> tuple[jax.Array, Any]:
-    """The tokens as they are sent, and the experts as they are.
+    """Lays the tokens out for sending; returns the experts unchanged.
 
-    Backwards, the gradients of all slots wait for those of the tokens; if `expand_rows` fetches the
-    copies, they go home from here.
+    In the backward pass, the gradients of all slots wait for those of the tokens. If `expand_rows`
+    fetches the copies, their gradients go home from here.
     """
     return copy(tokens, copies), experts
 
@@ -121,9 +120,9 @@ send_tokens.defvjp(_send_tokens_forward, _send_tokens_backward)
 
 
 def _of_floats(cts: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
-    """The gradients of floats, and a function that puts others in their place.
+    """The gradients of floats, and a function that substitutes others for them.
 
-    Integers, such as quantised weights, have some that are of no type to compute with.
+    The gradients of integers, such as quantized weights, are float0.
     """
     leaves, tree = jax.tree.flatten(cts)
     floats = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]
@@ -140,8 +139,8 @@ def _of_floats(cts: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], A
 def expand_rows(
     fetch: AnyFetch | None, tokens: jax.Array, gates: jax.Array, copies: Copies, experts: Any
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Received tokens in rows, their gates as they are, and experts with the copies that are to be
-    fetched. Backwards, the gradients of all slots pass, for `send_tokens`."""
+    """Expands received tokens to rows and fetches copies of experts; gates are unchanged. The
+    backward pass hands the gradients of all slots on to `send_tokens`."""
     if fetch is None:
         return copy(tokens, copies), gates, experts
     leaves, tree = jax.tree.flatten(experts)
@@ -177,7 +176,7 @@ expand_rows.defvjp(_expand_rows_forward, _expand_rows_backward)
 
 @jax.custom_vjp
 def after(tokens: jax.Array, experts: Any) -> tuple[jax.Array, Any]:
-    """Both as they are, but what is fetched of the experts waits for the tokens. Backwards, neither
+    """Both unchanged, but fetches of the experts wait for the tokens. In the backward pass neither
     waits for the other."""
     return lax.optimization_barrier((tokens, experts))
 
@@ -190,10 +189,10 @@ after.defvjp(
 
 @jax.custom_vjp
 def beside_rows(fetch: AnyFetch | None, rows: jax.Array, experts: Any) -> tuple[jax.Array, Any]:
-    """Rows that no exchange of XLA's brings, as they are, and experts with the copies that are to
-    be fetched, which wait for nothing. Copy engines fetch them while the rows come; backwards, they
-    move the copies' gradients while those of the rows are computed, see `gated_units`. Kernels
-    would take multiprocessors from both: the gradients then leave after those of the rows."""
+    """Fetches copies of experts, waiting for nothing, beside rows that no XLA exchange brings. Copy
+    engines fetch them while the rows arrive; in the backward pass they move the copies' gradients
+    while those of the rows are computed, see `gated_units`. Kernels would take SMs from both, so
+    without copy engines the gradients leave after those of the rows."""
     if fetch is None:
         return rows, experts
     leaves, tree = jax.tree.flatten(experts)

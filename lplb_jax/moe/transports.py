@@ -1,4 +1,4 @@
-"""Which transport carries the tokens of a call: what is asked for, or the best that can."""
+"""Chooses the transport of a call: the requested one, or the best available."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def choose_for_tokens(
     capacity: int,
     comm: Comm | None,
 ) -> Transport:
-    """ "peer" where it is asked for, or `comm` is ready for it; else what `choose` chooses."""
+    """ "peer" if requested or if `comm` is ready for it; otherwise the choice of `choose`."""
     if transport not in get_args(TokenTransport):
         names = ", ".join(get_args(TokenTransport))
         raise ValueError(f"transport: expected one of {names}, got {transport!r}")
@@ -45,14 +45,14 @@ def choose_for_tokens(
 
 
 def choose(transport: str, n_ranks: int) -> Collective:
-    """The collective that was asked for, or the best that can; all processes choose alike."""
+    """The requested collective, or the best available; all processes choose alike."""
     if transport not in get_args(WeightTransport):
         names = ", ".join(get_args(WeightTransport))
         raise ValueError(f"transport: expected one of {names}, got {transport!r}")
     if transport == "auto":
         return _best(n_ranks)
     chosen = COLLECTIVES[transport]
-    # JAX does not tell whose ranks an axis has; where a process may have them all, it is believed.
+    # JAX does not tell which processes an axis spans; if one process could hold it, assume it does.
     if jax.process_count() > 1 and n_ranks > jax.local_device_count():
         reason = chosen.why_not_over(n_ranks)
         if reason is not None:
@@ -63,8 +63,8 @@ def choose(transport: str, n_ranks: int) -> Collective:
     return chosen
 
 
-# Where ranks run programs at once, one may wait forever for another's window, see `ragged`; and its
-# gradients have not been compared with those of "padded" there yet (tests/ragged_checks.py).
+# With ranks in several processes, one may wait forever for another's window, see `ragged`; and
+# gradients have not been compared with "padded" there yet (tests/ragged_checks.py).
 _UNPROVEN = (
     "between processes that is to be asked for (transport='ragged'): openxla/xla issue 45406 says "
     "how it may hang"
@@ -84,5 +84,5 @@ def _best(n_ranks: int) -> Collective:
 
 
 def for_weights(transport: Transport, n_ranks: int) -> Collective:
-    """The collective that moves experts where this transport moves tokens."""
+    """The collective that moves experts when this transport moves tokens."""
     return transport if isinstance(transport, Collective) else choose("auto", n_ranks)

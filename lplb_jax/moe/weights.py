@@ -1,4 +1,4 @@
-"""What a rank holds: its own experts, all its slots, or its own experts and room for copies."""
+"""Weights on a rank: its own experts, all its slots, or its own experts with room for copies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lplb_jax.placement import Placement
 
 
 class Own(NamedTuple):
-    """A rank's own experts. `moe_layer` fetches the copies, and copies all weights once for that.
+    """A rank's own experts. `moe_layer` fetches the copies, for which it copies all weights once.
 
     Attributes:
       experts: a pytree of arrays `[n_local, …]`, in the order of the rank's slots; without
@@ -23,7 +23,7 @@ class Own(NamedTuple):
 
 
 class InSlots(NamedTuple):
-    """The weights of all slots of a rank: copies were fetched before, by `replicate_weights`.
+    """The weights of all slots of a rank, with copies already fetched by `replicate_weights`.
 
     Attributes:
       experts: a pytree of arrays `[slots_per_rank, …]`.
@@ -39,10 +39,10 @@ class WithRoom(NamedTuple):
     return the `LayerResult`'s before other results. The room has no gradient.
 
     Attributes:
-      experts: a pytree of arrays `[n_local + room, …]`, own experts as in `Own`. The room
-        is for the redundant slots, so the sum is slots_per_rank. Without a topology, if n_logical
-        is not a multiple of ep_size, it is for the most copies that a rank can have, which is
-        more. With balance="none" there is no room.
+      experts: a pytree of arrays `[n_local + room, …]`, own experts as in `Own`. The room is for
+        the redundant slots, so that n_local + room is slots_per_rank. Without a topology, if
+        n_logical is not a multiple of ep_size, there is more: room for the most copies that a rank
+        can have. With balance="none" there is no room.
     """
 
     experts: Any
@@ -89,5 +89,5 @@ def as_weights(
 
 
 def unwrapped(experts: Any) -> Any:
-    """The bare weights, with or without one of the three types."""
+    """The bare weights, unwrapped from one of the three types if need be."""
     return experts.experts if isinstance(experts, Own | InSlots | WithRoom) else experts
