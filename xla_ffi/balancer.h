@@ -1,4 +1,4 @@
-// rebalance where no other rank is involved: its call, for both platforms.
+// rebalance without other ranks: its call, for both platforms.
 #ifndef LPLB_XLA_FFI_BALANCER_H_
 #define LPLB_XLA_FFI_BALANCER_H_
 
@@ -12,7 +12,7 @@ struct RebalanceCall {
   Problem problem;
   Sources sources;  // of the counts that the call makes
   Tokens tokens;
-  SolveOperands in;  // loads are null: they are counted
+  SolveOperands in;  // `loads` is null: the call counts them
   SolveResults out;
   ChosenCopies copies;
 

@@ -1,5 +1,5 @@
-// place_copies: its call, for both platforms, and what other calls that choose copies share with
-// it.
+// place_copies: its call, for both platforms, and what it shares with other calls that choose
+// copies.
 #ifndef LPLB_XLA_FFI_BATCH_COPIES_H_
 #define LPLB_XLA_FFI_BATCH_COPIES_H_
 
@@ -11,10 +11,10 @@
 
 namespace lplb {
 
-// Copies that a call chooses for its loads, none where fan_out is 0.
+// Copies that a call chooses for its loads; none if fan_out is 0.
 struct ChosenCopies {
   int32_t fan_out = 0;  // copies of its experts that a rank may send
-  int32_t width = 0;    // places of an expert in log2phy
+  int32_t width = 0;    // places per expert in log2phy
   CopiesResults out = {};
 
   void ReadFanOut(Frame& frame, int64_t least) {
@@ -34,7 +34,7 @@ struct ChosenCopies {
     frame.Result("logcnt", {&sizes.n_logical}, &out.logcnt);
   }
 
-  // The tables of an element of a batch.
+  // The tables of one batch element.
   CopiesResults Of(const Problem& p, int64_t element) const {
     return {out.phy2log + element * p.n_physical, out.log2phy + element * (p.n_logical * width),
             out.logcnt + element * p.n_logical};

@@ -1,4 +1,4 @@
-// The operands that calls share, and what they must satisfy together.
+// The operands that calls share, and the conditions that they must satisfy together.
 #ifndef LPLB_XLA_FFI_CHECKS_H_
 #define LPLB_XLA_FFI_CHECKS_H_
 
@@ -10,7 +10,7 @@
 
 namespace lplb {
 
-// The sizes of a problem, under the names that messages use.
+// The sizes of a problem, by the names that messages use.
 struct ProblemSizes {
   Size ep_size = {"ep_size"};
   Size group_size = {"group_size"};
@@ -35,8 +35,8 @@ inline void ReadPlacement(Frame& frame, ProblemSizes& s, SolveOperands& in) {
   frame.Operand("r2o", {&s.group_size, &s.n_columns}, &in.r2o);
 }
 
-// The problem of these sizes, of zeros where they do not fit together. Where there is no r2o,
-// group_size and n_columns are 0.
+// The problem of these sizes, or one of zeros if they do not fit together. Without r2o, group_size
+// and n_columns are 0.
 inline Problem ProblemOf(Frame& frame, const ProblemSizes& s) {
   if (frame.failed()) return Problem();
   const bool has_r2o = s.group_size.value != Size::kUnknown;
@@ -78,7 +78,7 @@ inline Problem ProblemOf(Frame& frame, const ProblemSizes& s) {
   return problem;
 }
 
-// The shape of loads: a row of counts per source rank, or one in all.
+// The shape of loads: one row of counts per source rank, or a single row.
 struct SourceSizes {
   Size n_sources = {"1 or ep_size"};
   Size row = {"n_logical (+ 1)"};
@@ -96,7 +96,7 @@ inline Sources SourcesOf(Frame& frame, const SourceSizes& s, const Problem& prob
   return Sources{s.n_sources.narrow(), s.row.narrow()};
 }
 
-// What solve, ipm and rebalance give; ipm's quotas and loads may be float32.
+// The results of solve, ipm and rebalance. For ipm, quotas and loads may be float32.
 inline void ReadSplit(Frame& frame, const Problem& problem, ProblemSizes& s, ffi::DataType quota,
                       ffi::DataType load, SolveResults& out) {
   Size n_groups = {"n_groups", problem.n_groups};
@@ -106,7 +106,7 @@ inline void ReadSplit(Frame& frame, const Problem& problem, ProblemSizes& s, ffi
   frame.Result("status", {&n_groups}, &out.status);
 }
 
-// The tokens of a call, and where their slots go.
+// The tokens of a call, and the buffers for their slots.
 struct Tokens {
   int64_t n = 0;
   ffi::DataType type = ffi::DataType::INVALID;
@@ -114,7 +114,7 @@ struct Tokens {
   int32_t* physical = nullptr;     // [batch, n]
   int32_t* position = nullptr;     // [batch, n], or null
   int32_t* slot_counts = nullptr;  // [batch, n_physical], or null
-  int32_t* workspace = nullptr;    // [batch, n_tiles, words], of the GPU
+  int32_t* workspace = nullptr;    // [batch, n_tiles, words], GPU only
   int32_t n_tiles = 0;
   int64_t words = 0;
 

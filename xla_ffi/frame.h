@@ -1,5 +1,5 @@
-// Reads what XLA calls a handler with: attributes by name, operands and results in order, every
-// buffer's type and shape checked against those of all others.
+// Reads the arguments of a handler's call: attributes by name, operands and results in order. Every
+// buffer's type and shape is checked against all others.
 #ifndef LPLB_XLA_FFI_FRAME_H_
 #define LPLB_XLA_FFI_FRAME_H_
 
@@ -29,10 +29,10 @@ inline ffi::Error Invalid(const std::string& message) {
   }                                                                \
   static_assert(true, "")
 
-// A dimension that buffers share: the first buffer that has it defines it, unless it is known.
+// A dimension that buffers share. Unless it is known, the first buffer with it defines it.
 struct Size {
   static constexpr int64_t kUnknown = -1;
-  // Room for the places beside the experts that some arrays have.
+  // Leaves room for the extra places that some arrays have beside the experts.
   static constexpr int64_t kMost = kInt32Max - 8;
 
   const char* name;
@@ -41,8 +41,8 @@ struct Size {
   int32_t narrow() const { return static_cast<int32_t>(value); }
 };
 
-// After the first error all further reads do nothing and give zeros and null pointers, so that a
-// call is read from top to bottom and Finish is asked once, before anything is computed.
+// After the first error, all further reads do nothing and give zeros and null pointers. So a call
+// is read from top to bottom, and Finish is checked once, before anything is computed.
 class Frame {
  public:
   using Shape = std::initializer_list<Size*>;
@@ -57,7 +57,7 @@ class Frame {
   }
   bool failed() const { return error_.failure(); }
 
-  // An attribute of `low` to `high`.
+  // An attribute in [low, high].
   int64_t Attribute(const char* name, int64_t low, int64_t high) {
     ++n_attributes_;
     const auto value = attributes_.get<int64_t>(name);
@@ -71,8 +71,9 @@ class Frame {
   }
   bool Flag(const char* name) { return Attribute(name, 0, 1) != 0; }
 
-  // The next operand or result, of one of `types`, which is returned. `shape` is that of one batch
-  // element: all buffers have the same batch dimensions, any number of them, in front.
+  // The next operand or result. It must have one of `types`, and that type is returned. `shape` is
+  // the shape of one batch element: all buffers have the same batch dimensions, any number of them,
+  // in front.
   template <typename T>
   ffi::DataType Operand(const char* name, Types types, Shape shape, const T** data) {
     return Read(name, types, shape, operands_.get<ffi::AnyBuffer>(n_operands_++), data);
@@ -95,7 +96,7 @@ class Frame {
     if (batch_rank_ > 0) Fail(std::string(name) + ": expected no batch dimensions");
   }
 
-  // Batch elements, few enough for a grid of clusters; to be asked after the first buffer.
+  // Number of batch elements, few enough for a grid of clusters. Call it after the first buffer.
   int64_t batch() {
     if (batch_ > kInt32Max / 16) {
       Fail("batch: expected at most " + std::to_string(kInt32Max / 16) + " elements, got " +
@@ -104,7 +105,7 @@ class Frame {
     return failed() ? 0 : batch_;
   }
 
-  // The first error, also where the call has more than was read.
+  // The first error, or an error if the call has more than was read.
   ffi::Error Finish() {
     CheckCount("operands", n_operands_, operands_.size());
     CheckCount("results", n_results_, results_.size());

@@ -1,4 +1,4 @@
-// Handlers, and the list of them. A topic's file ends with one line for each of its handlers.
+// Handlers, and the list of them. Each topic's file ends with one line per handler.
 #ifndef LPLB_XLA_FFI_HANDLER_H_
 #define LPLB_XLA_FFI_HANDLER_H_
 
@@ -25,12 +25,12 @@ inline std::vector<Target>& AllTargets() {
   return targets;
 }
 
-// Adds a target to the list while the module is loaded.
+// Adds a target to the list when the module is loaded.
 struct Register {
   explicit Register(const Target& target) { AllTargets().push_back(target); }
 };
 
-// `function`, whose exceptions become errors: XLA's frames must not be unwound.
+// Calls `function` and turns its exceptions into errors: XLA's frames must not be unwound.
 template <typename Function>
 ffi::Error WithoutExceptions(Function&& function) {
   try {

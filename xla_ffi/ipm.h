@@ -7,7 +7,7 @@
 
 namespace lplb {
 
-constexpr int32_t kMostIpmRanks = 46340;  // Its matrix has the square of that, an int32.
+constexpr int32_t kMostIpmRanks = 46340;  // The square, the matrix's size, must be an int32.
 
 struct IpmCall {
   int64_t batch;

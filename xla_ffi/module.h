@@ -11,7 +11,7 @@
 
 namespace lplb {
 
-// All targets of the module, as jax.ffi.register_ffi_target takes them.
+// All targets of the module, in the form that jax.ffi.register_ffi_target takes.
 inline nanobind::dict Handlers() {
   const auto capsule = [](Handler* handler) {
     return nanobind::capsule(reinterpret_cast<void*>(handler));

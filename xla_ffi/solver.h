@@ -25,7 +25,7 @@ struct SolveCall {
   }
 };
 
-// Likewise where slots cost tiles, and ranks have some anyway.
+// solve where slots cost tiles and ranks have some tiles anyway.
 constexpr int64_t kMostRows = 1 << 20;  // of a tile
 
 struct SolveCostsCall {

@@ -1,5 +1,6 @@
-// The launchers on raw device pointers and a raw stream, for benchmarks and tests that time or
-// order kernels without XLA around them. The kernels are those of _cuda, which lends its launchers.
+// Calls the launchers on raw device pointers and a raw stream, for benchmarks and tests that time
+// or order kernels without XLA around them. The kernels are those of _cuda, which lends its
+// launchers.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 
@@ -53,7 +54,7 @@ void LaunchPlaceCopies(std::array<int32_t, 6> problem, std::array<int32_t, 2> so
 
 // in: indices (int32), phy2log, log2phy, r2o; out: physical, position, slot counts, quota,
 // max_load, lower_bound, status, workspace [n_tiles, words]; copies: phy2log, log2phy [n_logical,
-// width], logcnt of those that are chosen, none if fan_out is 0.
+// width] and logcnt of the chosen copies, none if fan_out is 0.
 cuda::RouteArguments ArgumentsOf(std::array<int32_t, 6> problem, int64_t batch, int64_t n_tokens,
                                  std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
                                  std::array<Pointer, 8> out, int32_t fan_out, int32_t width,
@@ -88,7 +89,7 @@ CommRank RankOf(int64_t comm, int32_t device) {
   return *found;
 }
 
-// As the rank that `device` is in communicator `comm`.
+// Runs as the rank of `device` in communicator `comm`.
 void LaunchSyncedRebalance(int64_t comm, int32_t device, Pointer rank,
                            std::array<int32_t, 6> problem, int64_t n_tokens,
                            std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
@@ -101,8 +102,8 @@ void LaunchSyncedRebalance(int64_t comm, int32_t device, Pointer rank,
   ThrowIf(Lent().synced_rebalance(arguments, As<CUstream_st>(stream)));
 }
 
-// Likewise for the interior point; `in` has the weights last, `options` are floats, weighted,
-// repair, cusolverdx.
+// Launches the interior point. `in` has the weights last. `options` are floats, weighted, repair,
+// cusolverdx.
 void LaunchIpm(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources,
                std::array<bool, 4> options, int64_t batch, std::array<Pointer, 5> in,
                std::array<Pointer, 4> out, Pointer stream) {
@@ -112,7 +113,7 @@ void LaunchIpm(std::array<int32_t, 6> problem, std::array<int32_t, 2> sources,
                      {As(out[0]), As(out[1]), As(out[2]), As(out[3])}, As<CUstream_st>(stream)));
 }
 
-// sync_loads as the rank that `device` is in communicator `comm`.
+// sync_loads as the rank of `device` in communicator `comm`.
 void LaunchSyncOf(int64_t comm, int32_t device, Pointer rank, Pointer counts, int32_t n,
                   Pointer matrix, Pointer stream) {
   ThrowIf(Lent().sync(RankOf(comm, device), As(rank), As(counts), n, As(matrix),
@@ -124,7 +125,7 @@ cuda::Routing RoutingOf(const std::array<int32_t, 4>& sizes, const std::array<Po
   return {As(of[0]), As(of[1]), As(of[2]), As(of[3]), sizes[0], sizes[1], sizes[2], sizes[3]};
 }
 
-// bytes: of a row and of a gate; blocks: all, and those that send. in: tokens, gates; out: rows,
+// bytes: per row and per gate; blocks: all, and those that send. in: tokens, gates; out: rows,
 // row_gates, numbers, sizes.
 void LaunchThere(int64_t comm, int32_t device, std::array<int32_t, 4> sizes,
                  std::array<int32_t, 2> bytes, std::array<int32_t, 2> blocks,
@@ -149,7 +150,7 @@ void LaunchBack(int64_t comm, int32_t device, std::array<int32_t, 4> sizes,
       {blocks[0], blocks[1]}, As<CUstream_st>(stream)));
 }
 
-// What a launch costs by itself.
+// The cost of a launch by itself.
 void LaunchEmpty(Pointer stream) { ThrowIf(Lent().empty(As<CUstream_st>(stream))); }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// A placement in force, changed step by step until it suits other loads. No XLA, no Python.
+// Changes the current placement step by step until it suits other loads. No XLA, no Python.
 #ifndef LPLB_XLA_FFI_CPU_AMENDING_H_
 #define LPLB_XLA_FFI_CPU_AMENDING_H_
 
@@ -12,7 +12,7 @@
 
 namespace lplb {
 
-// The sizes of a placement and what it may change into.
+// The sizes of a placement, and how it may change.
 struct AmendSizes {
   int32_t n_ranks;
   int32_t n_logical;
@@ -23,24 +23,24 @@ struct AmendSizes {
   int32_t n_physical() const { return n_ranks * slots_per_rank; }
 };
 
-// Loads to balance: `loads` [n_batches, n_logical], of which every batch has some, and for every
-// batch the largest over the mean rank load that is good enough.
+// Loads to balance, `loads` [n_batches, n_logical], each batch with a positive total. `over_mean`
+// [n_batches] is the ratio of largest to mean rank load that is good enough for each batch.
 struct Goals {
   const int64_t* loads;
   const double* over_mean;
   int32_t n_batches;
 };
 
-// Changes `phy2log` and `homes` in place until all batches reach their goals. The exact solver says
-// which sets of ranks are in the way. Of the steps that let load out of those sets the most
-// promising ones are tried, and the one is taken that gains most for every expert it moves.
+// Changes `phy2log` and `homes` in place until all batches reach their goals. The exact solver
+// identifies the sets of ranks that stand in the way. Among the steps that let load leave those
+// sets, the most promising are tried, and the one that gains most per moved expert is taken.
 class Amending {
  public:
   Amending(const AmendSizes& sizes, const Goals& goals, int32_t* phy2log, int32_t* homes)
       : sizes_(sizes), goals_(goals), phy2log_(phy2log), homes_(homes), graph_(Graph()) {}
 
-  // Returns by how much batches exceed their goals in the end, added up: 0 if they reach them,
-  // else no step helps or the solver has run `most_solves` times.
+  // Returns the sum over batches of the remaining excess over their goals. It is 0 if all reach
+  // them. Otherwise no step helps, or the solver has run `most_solves` times.
   double Run(int64_t most_solves) {
     double excess = Look();
     for (int64_t left = most_solves - goals_.n_batches; excess > 0 && left > 0;) {
@@ -66,19 +66,19 @@ class Amending {
   }
 
  private:
-  // Steps of a kind that are tried at a time.
+  // How many steps of each kind are tried at a time.
   static constexpr size_t kTried = 6;
 
   enum class Kind {
     kCopy,      // Slot `to`, a copy of `f` or empty, gets a copy of `e`.
     kExchange,  // The homes of `e` and `f` exchange experts.
-    kSwap,      // All slots of `e` and `f` do.
+    kSwap,      // All slots of `e` and `f` are exchanged.
   };
 
   struct Step {
     Kind kind;
-    double value;  // Estimated load that leaves, less than what comes in its place.
-    int32_t cost;  // Experts that move, twice for those that go to another node.
+    double value;  // Estimated load that leaves, minus the load that replaces it.
+    int32_t cost;  // Experts that move. Moves to another node count twice.
     int32_t e;
     int32_t f;
     int32_t to;
@@ -120,7 +120,7 @@ class Amending {
     return goals_.loads + static_cast<int64_t>(b) * sizes_.n_logical;
   }
 
-  // What a token of the batch is in mean rank loads.
+  // One token of the batch, in units of the mean rank load.
   double Unit(int32_t b) const {
     int64_t sum = 0;
     for (int32_t e = 0; e < sizes_.n_logical; ++e) sum += Loads(b)[e];
@@ -138,8 +138,8 @@ class Amending {
     return excess;
   }
 
-  // The same, and what the steps are estimated by: of the batches that exceed their goals, in mean
-  // rank loads and added up.
+  // Returns the same as Excess, and prepares what the estimates of steps use: sums over the batches
+  // that exceed their goals, in units of the mean rank load.
   double Look() {
     graph_ = Graph();
     GraphWaves waves(graph_);
@@ -221,15 +221,15 @@ class Amending {
     return same_node ? moved : 2 * moved;
   }
 
-  // Ranks that must fetch expert e where it gets the slots of f.
+  // The number of ranks that must fetch expert e if it gets the slots of f.
   int32_t Fetches(int32_t e, int32_t f) const {
     int32_t n = 0;
     for (int32_t c = graph_.first[f]; c < graph_.first[f + 1]; ++c) n += !Hosts(e, graph_.rank[c]);
     return n;
   }
 
-  // The heaviest confined experts get a copy where there is room and where the copy that has to go
-  // serves little.
+  // The heaviest confined experts get a copy where there is room and where the copy that it
+  // replaces serves little.
   Shortlist Copies() const {
     std::vector<int32_t> experts;
     for (int32_t e = 0; e < sizes_.n_logical; ++e) {
@@ -284,9 +284,9 @@ class Amending {
   int32_t* homes_;
   // See Look.
   ReplicaGraph graph_;
-  double need_ = 0;                 // Load that has to leave the tight sets.
+  double need_ = 0;                 // Load that must leave the tight sets.
   std::vector<double> load_;        // [n_logical]
-  std::vector<double> confined_;    // [n_logical], what of it cannot leave a tight set
+  std::vector<double> confined_;    // [n_logical], the part that cannot leave a tight set
   std::vector<int32_t> n_outside_;  // [n_logical], least number of hosts outside the tight set
   std::vector<double> room_;        // [n_ranks], up to the goal
   std::vector<bool> tight_;         // [n_ranks], in the tight set of some batch

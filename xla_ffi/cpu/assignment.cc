@@ -1,4 +1,4 @@
-// assign: which slot serves every token of one source rank.
+// assign: which slot serves each token of one source rank.
 #include "xla_ffi/assignment.h"
 
 #include <algorithm>
@@ -18,7 +18,7 @@ void Assign(const Problem& problem, const Sources& sources, const AssignOperands
   const Pieces pieces = problem.node_size > 0
                             ? LocalPieces(problem, sources, in, proportional).Make()
                             : PiecesAlongTopology(problem, sources, in, proportional);
-  // The piece that each expert's next token goes to.
+  // The piece that takes each expert's next token.
   struct Dealer {
     int32_t slot;
     int32_t position;

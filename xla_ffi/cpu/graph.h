@@ -1,4 +1,4 @@
-// Any placement as a graph: experts with several hosts tie ranks together. No XLA, no Python.
+// Any placement as a graph: experts with several hosts connect ranks. No XLA, no Python.
 #ifndef LPLB_XLA_FFI_CPU_GRAPH_H_
 #define LPLB_XLA_FFI_CPU_GRAPH_H_
 
@@ -8,9 +8,9 @@
 
 namespace lplb {
 
-// The cells of a placement. A cell is an expert on a rank that hosts it; if the rank hosts it
-// twice, the first slot serves all and the cell is that one. Cells are numbered expert by expert,
-// an expert's in the order of their ranks.
+// The cells of a placement. A cell is an expert on a rank that hosts it. If a rank hosts an expert
+// twice, the first slot serves all its tokens and is the cell's. Cells are numbered expert by
+// expert, and within an expert by rank.
 struct ReplicaGraph {
   // phy2log [n_ranks · slots_per_rank]: the expert in each slot, −1 in an empty one.
   ReplicaGraph(int32_t n_ranks_, int32_t n_logical_, int32_t slots_per_rank, const int32_t* phy2log)
@@ -21,7 +21,7 @@ struct ReplicaGraph {
         first_shared(n_ranks_ + 1) {
     constexpr int32_t kNoCell = -1;
     const int32_t n_physical = n_ranks * slots_per_rank;
-    std::vector<int32_t> nth(n_physical, kNoCell);  // Which of its expert's cells a slot is.
+    std::vector<int32_t> nth(n_physical, kNoCell);  // A slot's index among its expert's cells.
     std::vector<int32_t> last_host(n_logical, -1);
     for (int32_t r = 0, p = 0; r < n_ranks; ++r) {
       for (int32_t k = 0; k < slots_per_rank; ++k, ++p) {
@@ -53,8 +53,9 @@ struct ReplicaGraph {
 
   int32_t Hosts(int32_t expert) const { return first[expert + 1] - first[expert]; }
 
-  // The slot that serves an expert where nothing else says which: `home`, what log2phy names first,
-  // if that is a cell of the expert, else the expert's first cell; −1 if it has none.
+  // The slot that serves an expert unless quotas say otherwise. It is `home`, the first slot in
+  // log2phy, if that is a cell of the expert; otherwise the expert's first cell, or −1 if there is
+  // none.
   int32_t HomeOf(int32_t expert, int32_t home) const {
     if (IsCell(expert, home)) return home;
     return Hosts(expert) > 0 ? slot[first[expert]] : -1;
@@ -66,15 +67,15 @@ struct ReplicaGraph {
            begin + first[expert + 1];
   }
 
-  // Whether no slot holds an unknown id and every expert is at home where log2phy [n_logical,
-  // max_replicas] names a slot first.
+  // Whether no slot holds an unknown id, and log2phy [n_logical, max_replicas] names one of its
+  // cells first for every expert.
   bool Agrees(const int32_t* log2phy, int32_t max_replicas) const {
     bool agrees = known;
     for (int32_t e = 0; e < n_logical; ++e) agrees &= IsCell(e, log2phy[e * max_replicas]);
     return agrees;
   }
 
-  // The quotas where loads are too large to be divided: all at home.
+  // The quotas if loads are too large to be divided: everything stays at home.
   template <typename Load>
   void WriteHomeQuotas(const int32_t* log2phy, int32_t max_replicas, const Load* loads,
                        int32_t n_physical, Load* quota) const {
@@ -93,11 +94,11 @@ struct ReplicaGraph {
   int32_t n_ranks;
   int32_t n_logical;
   bool known;                         // No slot holds an id that names no expert.
-  std::vector<int32_t> first;         // [n_logical + 1], the first cell of every expert
+  std::vector<int32_t> first;         // [n_logical + 1], the first cell of each expert
   std::vector<int32_t> rank;          // [n_cells]
   std::vector<int32_t> slot;          // [n_cells]
   std::vector<Shared> shared;         // Cells of experts with several hosts, in slot order.
-  std::vector<int32_t> first_shared;  // [n_ranks + 1], the first of every rank in `shared`
+  std::vector<int32_t> first_shared;  // [n_ranks + 1], the first entry of each rank in `shared`
 };
 
 }  // namespace lplb

@@ -1,4 +1,4 @@
-// Handlers of the CPU.
+// CPU handlers.
 #ifndef LPLB_XLA_FFI_CPU_HANDLER_H_
 #define LPLB_XLA_FFI_CPU_HANDLER_H_
 

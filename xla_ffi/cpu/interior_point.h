@@ -1,5 +1,5 @@
-// The interior point for one group, with the names of lplb_jax/reference/interior_point.py, which
-// explains it.
+// The interior point for one group. The names are those of lplb_jax/reference/interior_point.py,
+// which explains the method.
 #ifndef LPLB_XLA_FFI_CPU_INTERIOR_POINT_H_
 #define LPLB_XLA_FFI_CPU_INTERIOR_POINT_H_
 
@@ -11,7 +11,7 @@
 
 namespace lplb {
 
-// How far a step may go until something is no longer positive.
+// How far a step may go before a variable is no longer positive.
 struct StepLimits {
   float primal = kNoLimit;
   float dual = kNoLimit;
@@ -21,7 +21,7 @@ struct StepLimits {
   }
 };
 
-// Network: what moves between the ranks, with its part of the iterate; see networks.h.
+// Network is what moves between the ranks, with its part of the iterate; see networks.h.
 template <typename Network>
 class InteriorPoint {
  public:
@@ -30,7 +30,7 @@ class InteriorPoint {
   InteriorPoint(Network& network, const Vector& weights)
       : n_(weights.size()), w_(weights), network_(network), cut_(n_) {}
 
-  // Leaves the best plan in the network. Returns the best cut.
+  // Returns the best cut. The best plan stays in the network.
   std::vector<bool> Run() {
     Start();
     KeepBest();
@@ -64,7 +64,7 @@ class InteriorPoint {
     network_.SetFirstDuals(y_, sum);
   }
 
-  // Factor without subtraction: off-diagonals o_ ≥ 0 and excesses; lower_ comes in o_'s place.
+  // Factors without subtraction, from off-diagonals o_ ≥ 0 and excesses. lower_ overwrites o_.
   void Factor() {
     o_.assign(n_ * n_, 0);
     Vector excess(n_);
@@ -100,7 +100,7 @@ class InteriorPoint {
     }
   }
 
-  // The direction to the targets of the products: those that the network has, and rs.
+  // The direction to the targets of the products: the network's, and rs.
   Direction Solve(const Vector& rs) const {
     const Vector load = network_.Loads();
     Vector q(n_);
@@ -125,7 +125,7 @@ class InteriorPoint {
     return d;
   }
 
-  // The longest primal and dual steps, at most 1, that keep everything positive.
+  // The longest primal and dual steps, at most 1, that keep all variables positive.
   void Limits(const Direction& d, float back_off, float& ap, float& ad) const {
     StepLimits limits;
     network_.Limit(d.moving, limits);
@@ -149,7 +149,7 @@ class InteriorPoint {
     mu /= n_pairs;
     Factor();
 
-    // Predictor: straight at the solution. How far it gets says how much to centre.
+    // Predictor: aims straight at the solution. How far it gets determines how much to centre.
     const Direction affine = Solve(rs);
     float ap, ad;
     Limits(affine, 1, ap, ad);
@@ -185,7 +185,7 @@ class InteriorPoint {
       largest_ = largest;
       network_.KeepPlan();
     }
-    // Of the sets {ranks whose y is at least y_r} the one that proves most.
+    // Among the sets {ranks whose y is at least y_r}, the one that proves most.
     const auto stuck = network_.Stuck(y_);
     for (int32_t r = 0; r < n_; ++r) {
       float weight = 0;

@@ -1,4 +1,4 @@
-// ipm: the interior point, as lplb_jax/reference/ipm.py specifies it.
+// ipm: the interior point, as specified by lplb_jax/reference/ipm.py.
 #include "xla_ffi/ipm.h"
 
 #include <algorithm>
@@ -17,14 +17,14 @@
 namespace lplb {
 namespace {
 
-// The ranks' loads and the edges' capacities of one group. The sums are of more range than Load, so
-// that they show an overflow.
+// The ranks' loads and the edges' capacities of one group. Sum has a larger range than Load, so
+// that an overflow shows.
 template <typename Load, typename Sum>
 struct Group {
   std::vector<Load> own;  // [group_size, n_local]
   std::vector<Sum> base;
   std::vector<Sum> cap;
-  std::vector<Sum> most;  // What a rank could receive at most, with what it has.
+  std::vector<Sum> most;  // A rank's load plus all that it could receive.
 
   Group(const Problem& p, const Waves& waves, const int32_t* r2o, std::vector<Load> loads)
       : own(std::move(loads)), base(p.group_size), cap(p.group_size * p.n_columns) {
@@ -50,7 +50,7 @@ std::vector<float> ToFloat(const std::vector<Load>& values) {
   return std::vector<float>(values.begin(), values.end());
 }
 
-// The best plan that the interior point finds along the topology, and its best cut.
+// The interior point's best plan along the topology, and its best cut.
 struct Found {
   std::vector<float> moved;
   std::vector<bool> cut;
@@ -65,7 +65,7 @@ Found FindBest(const Problem& p, const Waves& waves, std::vector<float> base,
   return {network.Moved(), std::move(cut)};
 }
 
-// The tokens that cannot leave the cut.
+// The number of tokens that cannot leave the cut.
 int64_t TokensOf(const Problem& p, const Waves& waves, const std::vector<bool>& cut,
                  const std::vector<int32_t>& base, const std::vector<int32_t>& cap) {
   int64_t tokens = 0;
@@ -80,7 +80,7 @@ int64_t TokensOf(const Problem& p, const Waves& waves, const std::vector<bool>& 
   return tokens;
 }
 
-// The least load / weight at which the ranks of the cut may have that many tokens.
+// The least load / weight at which the ranks of the cut can hold `tokens` tokens.
 float LeastValue(int64_t tokens, const std::vector<bool>& cut, const std::vector<float>& weights) {
   return LeastFloat([&](float value) {
     int64_t left = tokens;
@@ -91,9 +91,9 @@ float LeastValue(int64_t tokens, const std::vector<bool>& cut, const std::vector
   });
 }
 
-// What real loads prove that cannot leave the cut; for_kept(function) calls function(part, load) of
-// each. They are added in units of a power of two, so that a part's sum stays below 2³⁰, and never
-// rounded up.
+// The load / weight that a cut proves for real loads. for_kept(function) calls function(part, load)
+// for each load that cannot leave the cut. Loads are added in units of a power of two chosen so
+// that a part's sum stays below 2³⁰, and are never rounded up.
 template <typename ForKept>
 float ProvenByUnits(const std::vector<bool>& cut, const std::vector<float>& weights,
                     int32_t n_parts, ForKept&& for_kept) {
@@ -118,7 +118,7 @@ float LargestShare(const std::vector<Load>& load, const std::vector<float>& weig
   return largest;
 }
 
-// Whether some rank's load, or load / weight, could be more than kMostLoad.
+// Whether some rank's load, or load / weight, could exceed kMostLoad.
 bool TooMuch(const std::vector<float>& most, const std::vector<float>& weights) {
   const float largest = *std::max_element(most.begin(), most.end());
   return !(std::max(LargestShare(most, weights), largest) <= kMostLoad);
@@ -126,9 +126,9 @@ bool TooMuch(const std::vector<float>& most, const std::vector<float>& weights) 
 
 void Put(float value, int32_t* out) { memcpy(out, &value, sizeof(value)); }
 
-// Nothing is divided, and nothing proven; returns status bits.
+// Reports that nothing is divided and nothing proven. Returns status bits.
 int32_t GiveUp(const IpmOptions& options, int32_t* max_load, int32_t* lower_bound) {
-  *lower_bound = 0;  // As a float, too.
+  *lower_bound = 0;  // Also as a float.
   *max_load = kInt32Max;
   if (options.floats) {
     Put(std::numeric_limits<float>::infinity(), max_load);
@@ -138,9 +138,9 @@ int32_t GiveUp(const IpmOptions& options, int32_t* max_load, int32_t* lower_boun
   return kLoadOverflow;
 }
 
-// Integer loads of ranks of equal speed: proves, repairs, and returns status bits. `target` is
-// proven, and so is that the cut keeps `kept` tokens; balance(target) are the waves, which return
-// the target reached.
+// Integer loads on ranks of equal speed: proves, repairs, and returns status bits. `target` is a
+// proven bound, and `kept` the tokens that provably cannot leave the cut. balance(target) runs the
+// waves and returns the target reached.
 template <typename Load, typename Balance>
 int32_t FinishEqual(bool repair, const std::vector<bool>& cut, int64_t kept, int32_t target,
                     const std::vector<Load>& load, Balance&& balance, int32_t* max_load,
@@ -152,8 +152,8 @@ int32_t FinishEqual(bool repair, const std::vector<bool>& cut, int64_t kept, int
   return Converged(*max_load, *lower_bound) ? 0 : kNotConverged;
 }
 
-// Likewise for ranks of different speeds, where every rank has a target of its own: what the least
-// load / weight that is proven allows it.
+// The same for ranks of different speeds. Every rank has its own target: what the least proven load
+// / weight allows it.
 template <typename Load, typename Balance>
 int32_t FinishWeighted(bool repair, const std::vector<bool>& cut, int64_t kept,
                        const std::vector<float>& weights, std::vector<Load>& load,
@@ -180,7 +180,7 @@ int32_t FinishWeighted(bool repair, const std::vector<bool>& cut, int64_t kept,
   return Converged(largest, value) ? 0 : kNotConverged;
 }
 
-// Real quotas, and what is proven; returns status bits.
+// Evaluates real quotas and their bound. Returns status bits.
 int32_t FinishReal(const Problem& p, float bound, const std::vector<float>& weights,
                    const float* quota, int32_t* max_load, int32_t* lower_bound) {
   std::vector<float> load(p.group_size);
@@ -194,7 +194,7 @@ int32_t FinishReal(const Problem& p, float bound, const std::vector<float>& weig
   return Converged(largest, bound) ? 0 : kNotConverged;
 }
 
-// Integer loads; returns status bits.
+// Solves integer loads. Returns status bits.
 int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r2o,
                    std::vector<int32_t> own, bool overflow, const std::vector<float>& weights,
                    int32_t* quota, int32_t* max_load, int32_t* lower_bound) {
@@ -225,7 +225,7 @@ int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r
   return status;
 }
 
-// Real loads; returns status bits.
+// Solves real loads. Returns status bits.
 int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r2o,
                    std::vector<float> own, bool overflow, const std::vector<float>& weights,
                    float* quota, int32_t* max_load, int32_t* lower_bound) {
@@ -250,7 +250,7 @@ int32_t SolveGroup(const Problem& p, const IpmOptions& options, const int32_t* r
   return FinishReal(p, bound, weights, quota, max_load, lower_bound);
 }
 
-// The experts of any placement all of whose hosts are in the cut.
+// The experts of any placement whose hosts are all in the cut.
 std::vector<int32_t> Confined(const ReplicaGraph& graph, const std::vector<bool>& cut) {
   std::vector<int32_t> experts;
   for (int32_t e = 0; e < graph.n_logical; ++e) {
@@ -261,8 +261,8 @@ std::vector<int32_t> Confined(const ReplicaGraph& graph, const std::vector<bool>
   return experts;
 }
 
-// Whole tokens of an expert's cells by their shares: those up to each together have what they
-// should, rounded.
+// Deals an expert's whole tokens to its cells by their shares. The running sum up to each cell is
+// the rounded running share.
 void DealTokens(const ReplicaGraph& graph, const std::vector<float>& shares,
                 const std::vector<int32_t>& total, std::vector<int64_t>& tokens) {
   for (int32_t e = 0; e < graph.n_logical; ++e) {
@@ -280,7 +280,8 @@ void DealTokens(const ReplicaGraph& graph, const std::vector<float>& shares,
   }
 }
 
-// Any placement, integer loads, 0 of experts without a slot; returns status bits.
+// Solves any placement with integer loads, which are 0 for experts without a slot. Returns status
+// bits.
 int32_t SolveAnywhere(const Problem& p, const IpmOptions& options, const ReplicaGraph& graph,
                       const std::vector<int32_t>& total, const std::vector<float>& weights,
                       int32_t* quota, int32_t* max_load, int32_t* lower_bound) {
@@ -303,7 +304,7 @@ int32_t SolveAnywhere(const Problem& p, const IpmOptions& options, const Replica
   return status;
 }
 
-// Likewise, real loads.
+// The same for real loads.
 int32_t SolveAnywhere(const Problem& p, const IpmOptions&, const ReplicaGraph& graph,
                       const std::vector<float>& total, const std::vector<float>& weights,
                       float* quota, int32_t* max_load, int32_t* lower_bound) {
@@ -321,8 +322,8 @@ int32_t SolveAnywhere(const Problem& p, const IpmOptions&, const ReplicaGraph& g
   return FinishReal(p, bound, weights, quota, max_load, lower_bound);
 }
 
-// Whether some rank of any placement could get more than its type holds; `total` may already have
-// been more itself.
+// Whether some rank of any placement could exceed the range of its type. A `total` may already do
+// so by itself.
 bool MayOverflow(const ReplicaGraph& graph, const std::vector<int64_t>& total,
                  const std::vector<float>&) {
   std::vector<int64_t> most(graph.n_ranks);
@@ -341,8 +342,8 @@ bool MayOverflow(const ReplicaGraph& graph, const std::vector<float>& total,
   return TooMuch(most, weights);
 }
 
-// Rank weights of mean 1. Where one is no speed all count as equal, and none counts as less than
-// kLeastWeight of the largest; both set a status bit.
+// Rank weights scaled to mean 1. If one is not a valid speed, all count as equal. None counts as
+// less than kLeastWeight of the largest. Both cases set a status bit.
 std::vector<float> Normalised(const Problem& p, const IpmOptions& options, const float* weights,
                               int32_t& status) {
   std::vector<float> result(p.group_size, 1);
@@ -352,7 +353,7 @@ std::vector<float> Normalised(const Problem& p, const IpmOptions& options, const
     return result;
   }
   const float largest = *std::max_element(weights, weights + p.group_size);
-  const float power = PowerOfTwo(-Exponent(largest));  // Their sum could overflow.
+  const float power = PowerOfTwo(-Exponent(largest));  // Their sum could overflow otherwise.
   const float least = kLeastWeight * (largest * power);
   float sum = 0;
   for (int32_t r = 0; r < p.group_size; ++r) {
@@ -378,7 +379,7 @@ void SolveOne(const Problem& p, const Sources& sources, const IpmOptions& option
       if (row[e] >= 0) {
         total[e] += row[e];
       } else {
-        negative[e] = true;  // NaN, too.
+        negative[e] = true;  // Also for NaN.
       }
     }
     if (sources.row > p.n_logical && row[p.n_logical] != 0) shared_status |= kInvalidIndex;
@@ -391,7 +392,7 @@ void SolveOne(const Problem& p, const Sources& sources, const IpmOptions& option
     const ReplicaGraph graph(p.ep_size, p.n_logical, p.slots_per_rank, in.solve.phy2log);
     std::vector<Load> loads(p.n_logical);
     for (int32_t e = 0; e < p.n_logical; ++e) {
-      // Loads of experts without a slot reach no rank, and only make the placement a wrong one.
+      // Loads of experts without a slot reach no rank. They only make the placement invalid.
       if (graph.Hosts(e) == 0) continue;
       if (negative[e]) shared_status |= kNegativeLoad;
       loads[e] = static_cast<Load>(std::min(total[e], kMost));

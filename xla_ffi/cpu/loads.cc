@@ -10,9 +10,9 @@ namespace lplb {
 
 template <typename Index>
 void Count(const Index* indices, int64_t n_tokens, int32_t n_logical, int32_t* counts) {
-  // Tokens of one expert often follow one another; four tables keep their increments independent.
+  // Tokens of one expert often come in runs; four tables keep their increments independent.
   constexpr size_t kTables = 4;
-  const size_t width = static_cast<size_t>(n_logical) + 2;  // Ids −1 go to place 0.
+  const size_t width = static_cast<size_t>(n_logical) + 2;  // Id −1 counts in place 0.
   std::vector<int32_t> tables(kTables * width);
   int64_t i = 0;
   for (; i + int64_t{kTables} <= n_tokens; i += kTables) {

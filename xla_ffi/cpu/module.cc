@@ -15,16 +15,17 @@ namespace {
 template <typename T>
 using Array = nanobind::ndarray<T, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
 
-// Fills `homes` [n_logical] for the table phy2log [n_physical].
+// Fills `homes` [n_logical] from the table phy2log [n_physical].
 void Homes(Array<const int32_t> phy2log, int32_t ep_size, Array<int32_t> homes) {
   const ReplicaGraph graph(ep_size, static_cast<int32_t>(homes.size()),
                            static_cast<int32_t>(phy2log.size()) / ep_size, phy2log.data());
   FindHomes(graph, homes.data());
 }
 
-// Fills `phy2log` [n_physical] and `homes` [n_logical] by one way to place `loads` [n_logical]:
-// copies until no share exceeds `theta`, and the slots left as second copies in advance (`all`), or
-// afterwards, as links between ranks. With `home_ranks` [n_logical], homes are there.
+// Fills `phy2log` [n_physical] and `homes` [n_logical] with one placement for `loads` [n_logical].
+// Experts get copies until no share exceeds `theta`. The remaining slots hold second copies, made
+// before packing (`all`), or links between ranks, made afterwards. If given, `home_ranks`
+// [n_logical] fixes the homes.
 void Place(Array<const double> loads, std::optional<Array<const int32_t>> home_ranks,
            int32_t ep_size, int32_t n_nodes, bool stay, double theta, bool all, double meet,
            Array<int32_t> phy2log, Array<int32_t> homes) {
@@ -36,8 +37,8 @@ void Place(Array<const double> loads, std::optional<Array<const int32_t>> home_r
   placing.Write(phy2log.data(), homes.data());
 }
 
-// Fills `most` [n_batches] with the largest rank load of batches [n_batches · n_logical], balanced
-// exactly.
+// Fills `most` [n_batches] with the largest rank load of each of `batches` [n_batches · n_logical],
+// balanced exactly.
 void BestLoads(Array<const int32_t> phy2log, int32_t ep_size, Array<const int64_t> batches,
                Array<int64_t> most) {
   const int32_t n_logical = static_cast<int32_t>(batches.size() / most.size());
@@ -49,8 +50,9 @@ void BestLoads(Array<const int32_t> phy2log, int32_t ep_size, Array<const int64_
   }
 }
 
-// Changes `phy2log` and `homes` until batches [n_batches · n_logical] have the largest over mean
-// rank loads `goals` [n_batches], and returns what they exceed them by in all.
+// Changes `phy2log` and `homes` until each of `batches` [n_batches · n_logical] has at most the
+// ratio of largest to mean rank load in `goals` [n_batches]. Returns the sum of the remaining
+// excesses.
 double Amend(Array<int32_t> phy2log, Array<int32_t> homes, int32_t ep_size, int32_t n_nodes,
              bool swaps_only, Array<const int64_t> batches, Array<const double> goals,
              int64_t most_solves) {

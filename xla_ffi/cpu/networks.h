@@ -1,6 +1,6 @@
 // What the interior point moves, along a topology's edges or between an expert's hosts:
-// lplb_jax/reference/networks.py explains it. A network has its part of the iterate and of a step;
-// its loads are scaled, so that the largest load / weight is about 1.
+// lplb_jax/reference/networks.py explains it. A network holds its part of the iterate and of a
+// step. Its loads are scaled so that the largest load / weight is about 1.
 #ifndef LPLB_XLA_FFI_CPU_NETWORKS_H_
 #define LPLB_XLA_FFI_CPU_NETWORKS_H_
 
@@ -16,7 +16,7 @@
 
 namespace lplb {
 
-// Along the edges x moves, and xb = cap − x stays.
+// Along an edge, x moves and xb = cap − x stays.
 class EdgeNetwork {
  public:
   using Vector = std::vector<float>;
@@ -25,7 +25,7 @@ class EdgeNetwork {
     Vector x, zl, zu;
   };
 
-  // Edge e leads from rank u[e] to rank v[e]; of capacity 0 where it is none.
+  // Edge e leads from rank u[e] to rank v[e]. Capacity 0 means that there is no edge.
   EdgeNetwork(Vector base, Vector cap, const Vector& w, std::vector<int32_t> u,
               std::vector<int32_t> v)
       : n_(base.size()),
@@ -55,7 +55,7 @@ class EdgeNetwork {
 
   Vector LoadsOfPlan() {
     plan_.resize(m_);
-    // 0 where x is no number.
+    // Gives 0 if x is NaN.
     for (int32_t i = 0; i < m_; ++i) plan_[i] = std::min(std::max(0.0f, x_[i]), cap_[i]);
     return LoadsOf(plan_);
   }
@@ -64,7 +64,7 @@ class EdgeNetwork {
     for (int32_t i = 0; i < m_; ++i) best_[edge_[i]] = plan_[i];
   }
 
-  // What cannot leave the ranks whose y is at least its argument.
+  // Returns a function of `least`: the load that cannot leave the ranks with y ≥ least.
   auto Stuck(const Vector& y) const {
     return [this, &y](float least) {
       float stuck = 0;
@@ -89,7 +89,7 @@ class EdgeNetwork {
     }
   }
 
-  // The conductances, and the predictor's targets; adds the products to mu.
+  // Computes the conductances and the predictor's targets. Adds the products to mu.
   void BeginStep(float& mu) {
     for (Vector* a : {&H_, &rl_, &ru_}) a->resize(m_);
     for (int32_t i = 0; i < m_; ++i) {
@@ -148,7 +148,7 @@ class EdgeNetwork {
     }
   }
 
-  // The corrector's targets.
+  // Adds the corrector's targets.
   void Correct(float target, float c, const Change& affine) {
     for (int32_t i = 0; i < m_; ++i) {
       rl_[i] += target - c * affine.x[i] * affine.zl[i];
@@ -167,8 +167,8 @@ class EdgeNetwork {
   }
 
  private:
-  // Divides all loads by their scale, and leaves out the edges that can move next to nothing. A
-  // power of two comes first, since the sum of all ranks' loads could overflow.
+  // Divides all loads by their scale, and leaves out edges that can move next to nothing. Scales by
+  // a power of two first, since the sum of all ranks' loads could overflow.
   void Scale(const Vector& w) {
     power_ =
         PowerOfTwo(Exponent(base_.empty() ? 0 : *std::max_element(base_.begin(), base_.end())));
@@ -220,8 +220,8 @@ class EdgeNetwork {
   Vector H_, rl_, ru_;
 };
 
-// Experts and their hosts. Differences are taken to the host of an expert that has the largest
-// conductance, and what moves there is what the others' flows leave.
+// Experts and their hosts. For each expert, differences are taken relative to the host with the
+// largest conductance. That host's flow is what balances the flows of the others.
 class HostNetwork {
  public:
   using Vector = std::vector<float>;
@@ -259,7 +259,7 @@ class HostNetwork {
 
   int32_t n_pairs() const { return static_cast<int32_t>(x_.size()); }
 
-  // Of every expert's load, what its cells have of it in the best plan.
+  // The share of its expert's load that each cell has in the best plan.
   const Vector& Shares() const { return best_; }
 
   Vector Loads() const { return LoadsOf(x_); }
@@ -270,7 +270,7 @@ class HostNetwork {
     for (const Expert& e : expert_) {
       float sum = 0;
       for (int32_t i = e.begin; i < e.end; ++i) sum += std::max(0.0f, x_[i]);
-      // Equal shares where x is no number.
+      // Equal shares if x is NaN or infinite.
       const bool good = sum > 0 && sum < kNoLimit;
       const float equal = 1 / static_cast<float>(e.end - e.begin);
       for (int32_t i = e.begin; i < e.end; ++i) {
@@ -285,7 +285,7 @@ class HostNetwork {
     for (size_t i = 0; i < share_.size(); ++i) best_[cell_[i]] = share_[i];
   }
 
-  // What cannot leave the ranks whose y is at least its argument.
+  // Returns a function of `least`: the load that cannot leave the ranks with y ≥ least.
   auto Stuck(const Vector& y) const {
     Vector least_of_hosts(graph_.n_logical, -1);
     for (int32_t e = 0; e < graph_.n_logical; ++e) {
@@ -305,7 +305,8 @@ class HostNetwork {
     };
   }
 
-  // m where y is least of an expert's hosts, and as much more elsewhere as y is.
+  // Sets z to kStartProduct / (sum · x), plus the excess of y over the least y of the expert's
+  // hosts.
   void SetFirstDuals(const Vector& y, float sum) {
     for (const Expert& e : expert_) {
       float least = y[rank_[e.begin]];
@@ -316,7 +317,7 @@ class HostNetwork {
     }
   }
 
-  // The conductances, and the predictor's targets; adds the products to mu.
+  // Computes the conductances and the predictor's targets. Adds the products to mu.
   void BeginStep(float& mu) {
     h_.resize(x_.size());
     lack_.resize(x_.size());
@@ -385,7 +386,7 @@ class HostNetwork {
     }
   }
 
-  // The corrector's targets.
+  // Adds the corrector's targets.
   void Correct(float target, float c, const Change& affine) {
     for (size_t i = 0; i < x_.size(); ++i) lack_[i] += target - c * affine.x[i] * affine.z[i];
   }
@@ -401,16 +402,17 @@ class HostNetwork {
   }
 
  private:
-  // An expert with tokens to divide, and its cells of those that count.
+  // An expert with tokens to divide. Its cells are begin … end − 1 of the cells that count.
   struct Expert {
     int32_t begin;
     int32_t end;
-    int32_t main;  // That with the largest conductance.
+    int32_t main;  // The cell with the largest conductance.
     float total;
-    float sum;  // Of the conductances.
+    float sum;  // The sum of the conductances.
   };
 
-  // Divides all loads by their scale. A power of two comes first, since their sum could overflow.
+  // Divides all loads by their scale. Scales by a power of two first, since their sum could
+  // overflow.
   void Scale(const Vector& w) {
     const float largest = *std::max_element(total_.begin(), total_.end());
     for (float& total : total_) total *= PowerOfTwo(-Exponent(largest));
@@ -433,7 +435,7 @@ class HostNetwork {
     return load;
   }
 
-  // What moves by this drive: nothing in sum over an expert's hosts.
+  // The flow that this gradient drives. It sums to zero over an expert's hosts.
   Vector Flow(const Vector& g) const {
     Vector flow(x_.size());
     for (const Expert& e : expert_) {
@@ -453,8 +455,8 @@ class HostNetwork {
   const ReplicaGraph& graph_;
   int32_t n_;
   Vector total_;  // [n_logical], 0 for experts without a host
-  Vector fixed_;  // [n_ranks], of experts that have nothing to divide
-  Vector best_;   // [n_cells] of the graph
+  Vector fixed_;  // [n_ranks], loads of experts that have nothing to divide
+  Vector best_;   // [n_cells of the graph]
   std::vector<Expert> expert_;
   std::vector<int32_t> cell_, rank_;
   Vector share_, x_, z_, h_, lack_;

@@ -1,4 +1,4 @@
-// From quotas to tokens: how one source deals its tokens of every expert to the expert's slots.
+// From quotas to tokens: how one source deals its tokens of each expert to the expert's slots.
 #ifndef LPLB_XLA_FFI_CPU_PIECES_H_
 #define LPLB_XLA_FFI_CPU_PIECES_H_
 
@@ -11,14 +11,14 @@
 
 namespace lplb {
 
-// The source's tokens of an expert go to the slot of the expert's first piece until `end` of them
-// have been dealt, then to that of the next one. The last piece takes all that are left.
+// The source's tokens of an expert go to the slot of its first piece until `end` of them have been
+// dealt, then to the slot of the next piece. The last piece takes all remaining tokens.
 struct Piece {
   int32_t slot;  // −1: its tokens get none
   int32_t end;
 };
 
-// The pieces of all experts: at least one each, none of them empty.
+// The pieces of all experts. Each expert has at least one, and none is empty.
 class Pieces {
  public:
   explicit Pieces(const Problem& problem) : first_(1) {
@@ -26,15 +26,15 @@ class Pieces {
     pieces_.reserve(problem.n_physical + problem.n_logical);
   }
 
-  // The next `take` tokens of the expert at hand go to `slot`.
+  // The next `take` tokens of the current expert go to `slot`.
   void Add(int32_t slot, int64_t take) {
     if (take <= 0) return;
     const int32_t dealt = Started() ? pieces_.back().end : 0;
     pieces_.push_back({slot, static_cast<int32_t>(dealt + take)});
   }
 
-  // Ends the expert at hand: the tokens beyond its pieces go where the last of them go, or, if
-  // there is none, to `otherwise`.
+  // Ends the current expert. Tokens beyond its pieces go where its last piece goes. If it has none,
+  // they go to `otherwise`.
   void EndExpert(int32_t otherwise) {
     if (!Started()) pieces_.push_back({otherwise, 0});
     pieces_.back().end = kInt32Max;
@@ -50,7 +50,7 @@ class Pieces {
   std::vector<int32_t> first_;
 };
 
-// Along a topology: home keeps what its quota leaves to this source, and the replica gets the rest.
+// Along a topology: home keeps this source's part of its quota, and the replica gets the rest.
 inline Pieces PiecesAlongTopology(const Problem& p, const Sources& sources,
                                   const AssignOperands& in, bool proportional) {
   Pieces pieces(p);
@@ -64,8 +64,8 @@ inline Pieces PiecesAlongTopology(const Problem& p, const Sources& sources,
   return pieces;
 }
 
-// Any placement; the rule, and why no other keeps more tokens where they are, is told at
-// local_shares in lplb_jax/reference/assignment.py.
+// Any placement. local_shares in lplb_jax/reference/assignment.py explains the rule, and why no
+// other rule keeps more tokens where they are.
 class LocalPieces {
  public:
   LocalPieces(const Problem& problem, const Sources& sources, const AssignOperands& in,
@@ -81,7 +81,7 @@ class LocalPieces {
 
   Pieces Make() {
     for (int32_t e = 0; e < p_.n_logical; ++e) {
-      // Of one host nothing depends on quotas.
+      // With one host, nothing depends on quotas.
       if (graph_.Hosts(e) > 1) {
         ReadQuotas(e);
         if (proportional_) {
@@ -98,7 +98,7 @@ class LocalPieces {
   }
 
  private:
-  // The two sides of a node's line, and where what is left of its rooms begins in the line of all.
+  // The two sides of a node's line, and where its remaining room begins on the line over all nodes.
   struct Node {
     int64_t supply = 0;
     int64_t demand = 0;
@@ -106,7 +106,7 @@ class LocalPieces {
     int64_t upto = 0;
   };
 
-  // Tokens of an expert in a line, from `begin` up to before `end`.
+  // Tokens of an expert on a line: [begin, end).
   struct Interval {
     int64_t begin;
     int64_t end;
@@ -116,7 +116,7 @@ class LocalPieces {
     }
   };
 
-  // Quotas count up to a running sum of 2³¹ − 1, and negative ones as 0.
+  // Quotas count up to a running sum of 2³¹ − 1. Negative ones count as 0.
   void ReadQuotas(int32_t e) {
     quota_.clear();
     int64_t sum = 0;
@@ -164,7 +164,7 @@ class LocalPieces {
       nodes_[here].upto += quota_[k] - own_[k];
       pieces_.Add(SlotOf(e, k), mine.Overlap(first, nodes_[here].upto));
     }
-    // What is beyond the end of the node's line goes on in the line over all nodes.
+    // Tokens beyond the end of the node's line continue on the line over all nodes.
     const int64_t beyond = mine.end - std::max(mine.begin, nodes_[here].demand);
     if (beyond <= 0) return;
     mine.begin = std::max<int64_t>(mine.begin - nodes_[here].demand, 0);
@@ -187,8 +187,8 @@ class LocalPieces {
     }
   }
 
-  // What hosts keep of their own tokens, the two sides of every node's line, and this source's
-  // tokens in that of its node.
+  // Computes how many of their own tokens the hosts keep, and both sides of every node's line.
+  // Returns this source's interval on its node's line.
   Interval MeetInNodes(int32_t e) {
     std::fill(nodes_.begin(), nodes_.end(), Node());
     const int32_t here = me_ / p_.node_size;
@@ -227,7 +227,7 @@ class LocalPieces {
   Pieces pieces_;
   std::vector<Node> nodes_;
   std::vector<int64_t> quota_;  // of the expert's cells
-  std::vector<int64_t> own_;    // what the cells' ranks keep of their own tokens
+  std::vector<int64_t> own_;    // how many of their own tokens the cells' ranks keep
 };
 
 }  // namespace lplb

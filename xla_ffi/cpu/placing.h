@@ -1,5 +1,5 @@
-// Placements for exact balancing, made from past loads: where experts are at home, which of them
-// get copies, and on which ranks. No XLA, no Python.
+// Placements for exact balancing, made from past loads: where experts have their homes, which of
+// them get copies, and on which ranks. No XLA, no Python.
 #ifndef LPLB_XLA_FFI_CPU_PLACING_H_
 #define LPLB_XLA_FFI_CPU_PLACING_H_
 
@@ -13,24 +13,24 @@
 
 namespace lplb {
 
-// The sizes of a placement. A rank has slots for experts that are at home there, as many on every
-// rank if the experts divide so, else one more on some, and slots for copies.
+// The sizes of a placement. A rank has slots for the experts that have their home there, and slots
+// for copies. If experts do not divide evenly over ranks, some ranks have one more home.
 struct PlaceSizes {
   int32_t n_ranks;
   int32_t n_logical;
   int32_t slots_per_rank;
   int32_t ranks_per_node;
 
-  // Experts that are at home on rank r: ranks are alike, so the first ones may have one more.
+  // Number of homes on rank r. Ranks are alike, so the first ones get one more if needed.
   int32_t homes(int32_t r) const { return n_logical / n_ranks + (r < n_logical % n_ranks); }
   int32_t copies() const { return n_ranks * slots_per_rank - n_logical; }
 };
 
-// A placement that is being made from `loads` [n_logical].
+// A placement under construction for `loads` [n_logical].
 class Placing {
  public:
   // `stay`: copies stay on their expert's node while there is room. `home_ranks` [n_logical], if
-  // not null, says where experts are at home.
+  // not null, fixes the homes.
   Placing(const PlaceSizes& sizes, const double* loads, const int32_t* home_ranks, bool stay)
       : sizes_(sizes),
         loads_(loads),
@@ -47,9 +47,9 @@ class Placing {
     for (int32_t r = 0; r < sizes.n_ranks; ++r) copies_left_[r] = sizes.slots_per_rank - homes_[r];
   }
 
-  // Copies so that no expert's share of load exceeds `theta` of the mean rank load, if there are
-  // slots for so many; with `all`, the slots left give experts a second copy, then a third, the
-  // heaviest first.
+  // The number of copies of each expert, so that no expert's share of load exceeds `theta` of the
+  // mean rank load, as far as slots suffice. With `all`, the remaining slots give experts a second
+  // copy, then a third, heaviest first.
   std::vector<int32_t> Counts(double theta, bool all) const {
     std::vector<int32_t> counts(sizes_.n_logical, 1);
     int32_t left = sizes_.copies();
@@ -80,10 +80,10 @@ class Placing {
     return counts;
   }
 
-  // Puts `counts` copies of every expert on ranks of their own, the heaviest shares first, each
-  // onto the lightest rank with room. `meet` is what a meeting with an expert that the same ranks
-  // share already counts, in shares: many pairs of ranks then share something. What finds no room
-  // is left out.
+  // Puts the `counts` copies of each expert on different ranks. The heaviest shares come first,
+  // each to the lightest rank with room. `meet` is the cost, in shares, of meeting an expert that
+  // the same two ranks already share: it makes many pairs of ranks share something. Copies that
+  // find no room are left out.
   void Pack(const std::vector<int32_t>& counts, double meet) {
     std::vector<int32_t> shared(sizes_.n_ranks * sizes_.n_ranks);
     std::vector<double> crowd(sizes_.n_ranks);
@@ -111,8 +111,8 @@ class Placing {
     }
   }
 
-  // Fills the slots left: the ranks in turn, the heaviest first, lend an expert to the rank that is
-  // farthest from its hosts in the graph of ranks that share experts.
+  // Fills the remaining slots. The ranks in turn, heaviest first, lend an expert to the rank that
+  // is farthest from its hosts in the graph of ranks that share experts.
   void Link() {
     SetDistances();
     std::vector<int32_t> lent(sizes_.n_ranks);
@@ -137,8 +137,8 @@ class Placing {
     }
   }
 
-  // The experts of the slots: a rank's own, its copies, both by falling load, −1 where empty. And
-  // the home of every expert.
+  // Writes the expert in each slot: a rank's own experts, then its copies, both by falling load; −1
+  // if empty. Also writes the home of every expert.
   void Write(int32_t* phy2log, int32_t* homes) {
     std::fill_n(phy2log, sizes_.n_ranks * sizes_.slots_per_rank, -1);
     std::vector<int32_t> order(sizes_.n_logical);
@@ -158,7 +158,7 @@ class Placing {
   }
 
  private:
-  // By falling share, then more copies first, then the expert's number.
+  // Sorts by falling share, then by number of copies (more first), then by the expert's number.
   std::vector<int32_t> ByShare(const std::vector<int32_t>& counts) const {
     std::vector<int32_t> order(sizes_.n_logical);
     std::iota(order.begin(), order.end(), 0);
@@ -174,7 +174,7 @@ class Placing {
     return std::find(ranks_[e].begin(), ranks_[e].end(), r) != ranks_[e].end();
   }
 
-  // What is compared of ranks: another node than the home's comes last.
+  // The key by which ranks are compared: ranks on a different node from the home come last.
   std::pair<bool, double> Order(int32_t e, int32_t r, double cost) const {
     return {stay_ && !ranks_[e].empty() &&
                 r / sizes_.ranks_per_node != ranks_[e][0] / sizes_.ranks_per_node,
@@ -190,7 +190,7 @@ class Placing {
 
   double Share(int32_t e) const { return loads_[e] / ranks_[e].size(); }
 
-  // Lends an expert of `lender`, one with few copies and much load, to the farthest rank.
+  // Lends an expert of `lender`, with few copies and much load, to the farthest rank.
   bool Lend(int32_t lender) {
     std::vector<int32_t>& own = of_rank_[lender];
     std::stable_sort(own.begin(), own.end(), [&](int32_t a, int32_t b) {
@@ -213,8 +213,8 @@ class Placing {
     return false;
   }
 
-  // The rank with room farthest from the hosts of an expert, then with fewest copies, then the
-  // lightest.
+  // Among the ranks with room, the farthest from the hosts of an expert; then the one with fewest
+  // copies, then the lightest.
   int32_t Farthest(int32_t e) const {
     int32_t best = -1;
     int32_t best_distance = 0;
@@ -235,7 +235,7 @@ class Placing {
     return best;
   }
 
-  // Hops between ranks over shared experts, n_ranks where there is no path.
+  // Sets the number of hops between ranks over shared experts, n_ranks if there is no path.
   void SetDistances() {
     const int32_t n = sizes_.n_ranks;
     distance_.assign(n * n, n);
@@ -258,7 +258,7 @@ class Placing {
     }
   }
 
-  // Ranks a and b share an expert from now on.
+  // Updates the distances once ranks a and b share an expert.
   void Connect(int32_t a, int32_t b) {
     const int32_t n = sizes_.n_ranks;
     if (distance_[a * n + b] <= 1) return;
@@ -276,9 +276,9 @@ class Placing {
   const double* loads_;
   const int32_t* home_ranks_;
   const bool stay_;
-  std::vector<std::vector<int32_t>> ranks_;    // Hosts of every expert, its home first.
-  std::vector<std::vector<int32_t>> of_rank_;  // Experts of every rank.
-  std::vector<int32_t> homes_;                 // How many experts are at home on every rank.
+  std::vector<std::vector<int32_t>> ranks_;    // The hosts of each expert, its home first.
+  std::vector<std::vector<int32_t>> of_rank_;  // The experts of each rank.
+  std::vector<int32_t> homes_;                 // The number of homes on each rank.
   std::vector<int32_t> homes_left_;
   std::vector<int32_t> copies_left_;
   std::vector<double> load_;

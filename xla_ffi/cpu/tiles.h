@@ -16,13 +16,13 @@
 namespace lplb {
 
 // Along a topology: turns the tiles of every rank's replicated experts that are `away` into tokens,
-// so that the largest of the ranks' loads in tokens is least. `own` and `tiles` are those of every
-// rank's own experts, `load` what ranks have if nothing moves; it becomes what they have.
+// such that the largest rank load in tokens is least. `own` and `tiles` belong to every rank's own
+// experts. `load` holds the rank loads if nothing moves, and on return the final ones.
 inline void FillAlongTopology(const Problem& p, const Costs& costs, Waves& waves,
                               const std::vector<int32_t>& own, const std::vector<int32_t>& tiles,
                               std::vector<int32_t>& away, std::vector<int32_t>& load) {
-  // Of every column one expert at most has tiles at both ends; the empty places of its last tile
-  // are what may still move along the edge.
+  // In each column, at most one expert has tiles at both ends. The empty places of its last tile
+  // are what can still move along the edge.
   std::vector<int32_t> room(own.size());
   std::vector<int32_t> cap(waves.dst().size());
   std::vector<int32_t> moved(cap.size());
@@ -44,8 +44,8 @@ inline void FillAlongTopology(const Problem& p, const Costs& costs, Waves& waves
   for (size_t i = 0; i < away.size(); ++i) away[i] += more[i];
 }
 
-// Any placement: turns the tiles of all slots into tokens, likewise. `load` is what ranks have
-// anyway, in tokens. Returns the largest load.
+// Any placement: turns the tiles of all slots into tokens, in the same way. `load` is what ranks
+// have anyway, in tokens. Returns the largest load.
 inline int64_t FillAnywhere(const Problem& p, const Costs& costs, const std::vector<int32_t>& total,
                             const int32_t* phy2log, std::vector<int64_t> load, int32_t* quota) {
   std::vector<int32_t> held(p.n_physical, -1);
@@ -63,7 +63,7 @@ inline int64_t FillAnywhere(const Problem& p, const Costs& costs, const std::vec
   int64_t sum = 0;
   for (size_t c = 0; c < graph.slot.size(); ++c) load[graph.rank[c]] += tokens_of(c);
   for (const int64_t of_rank : load) sum += of_rank;
-  // More empty places are fewer tokens.
+  // More empty places mean fewer tokens.
   std::transform(load.begin(), load.end(), waves.load().begin(), std::negate<>());
   waves.HandOut(-CeilDiv(sum, p.ep_size));
   for (size_t c = 0; c < graph.slot.size(); ++c) {

@@ -1,4 +1,4 @@
-// What the two solvers share on the CPU: the waves, and the way from experts to edges and back.
+// What the two solvers share on the CPU: the waves, and the mapping from experts to edges and back.
 #ifndef LPLB_XLA_FFI_CPU_WAVES_H_
 #define LPLB_XLA_FFI_CPU_WAVES_H_
 
@@ -24,7 +24,7 @@ class Waves {
 
   int32_t Edge(int32_t rank, int32_t column) const { return rank * d_ + column; }
 
-  // The bounds of the set of all ranks and of the sets of one rank.
+  // The lower bound from the set of all ranks and from all single ranks.
   int32_t FirstTarget(const std::vector<int32_t>& base, const std::vector<int32_t>& cap) const {
     int64_t sum = 0;
     int64_t target = 0;
@@ -37,8 +37,9 @@ class Waves {
     return static_cast<int32_t>(std::max(target, CeilDiv(sum, n_)));
   }
 
-  // Balances `load`, of the legal plan `moved`, by moving up to `cap` tokens along every edge,
-  // until no rank is above `target`, which must be proven. Returns the target reached.
+  // Balances `load`, which must come from the valid plan `moved`, by moving up to `cap` tokens
+  // along every edge, until no rank exceeds `target`. `target` must be a proven lower bound.
+  // Returns the target reached.
   int32_t Run(std::vector<int32_t>& load, const std::vector<int32_t>& cap,
               std::vector<int32_t>& moved, int32_t target) {
     Run(load, cap, moved, target, [&](const std::vector<bool>& kept) {
@@ -56,8 +57,8 @@ class Waves {
     return target;
   }
 
-  // Likewise, where `raise` does what is to be done with the target, or with loads that are counted
-  // from one of each rank's own. Its argument says of every rank whether it is one of those that
+  // The same, but leaves it to `raise` to raise the target, or to shift loads that are counted
+  // relative to each rank's own target. Its argument tells for every rank whether it is one that
   // nothing more can leave.
   template <typename Raise>
   void Run(std::vector<int32_t>& load, const std::vector<int32_t>& cap, std::vector<int32_t>& moved,
@@ -75,8 +76,8 @@ class Waves {
   const std::vector<int32_t>& dst() const { return dst_; }
 
  private:
-  // Distance of every rank to the nearest one below the target, −1 where not reached; stops when
-  // all ranks above the target have one. Returns the depth, −1 if some of them is out of reach.
+  // Sets every rank's distance to the nearest rank below the target, −1 if unreached. Stops once
+  // all ranks above the target have one. Returns the depth, or −1 if some of them cannot reach one.
   int32_t SetLevels(const std::vector<int32_t>& load, const std::vector<int32_t>& cap,
                     const std::vector<int32_t>& moved, int32_t target) {
     int32_t above_left = 0;
@@ -166,8 +167,8 @@ inline bool Misplaced(const Problem& p, const SolveOperands& in, int32_t g) {
   return false;
 }
 
-// Of every rank's replicated experts, [group_size, n_redundant], what moves if `moved` does along
-// the edges: a column's experts in order. Uses up `moved`.
+// For every rank's replicated experts, [group_size, n_redundant]: the tokens that leave when
+// `moved` moves along the edges. A column's experts are served in order. Uses up `moved`.
 template <typename Load>
 std::vector<Load> TakeInOrder(const Problem& p, const Waves& waves, const std::vector<Load>& own,
                               std::vector<Load>& moved) {
@@ -182,7 +183,7 @@ std::vector<Load> TakeInOrder(const Problem& p, const Waves& waves, const std::v
   return away;
 }
 
-// Writes one group's quotas, where `away` is from TakeInOrder.
+// Writes one group's quotas; `away` comes from TakeInOrder.
 template <typename Load>
 void WriteQuotas(const Problem& p, const Waves& waves, const std::vector<Load>& own,
                  const std::vector<Load>& away, Load* quota) {

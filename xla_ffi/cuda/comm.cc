@@ -23,7 +23,7 @@ void ThrowIf(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device current, and the former one again at the end.
+// Makes a device current, and restores the previous one at the end.
 class DeviceScope {
  public:
   explicit DeviceScope(int device) {
@@ -37,7 +37,8 @@ class DeviceScope {
   int former_ = 0;
 };
 
-// By communicator and device. A program may run while another communicator is made.
+// Ranks by communicator and device. Guarded, since a program may run while another communicator is
+// made.
 std::mutex mutex;
 std::map<std::pair<int64_t, int32_t>, CommRank> all_ranks;
 
@@ -63,7 +64,7 @@ std::string MessageOf(const cuda::SyncReport& report, int64_t timeout_ns) {
   return "lplb_jax: comm: unknown failure";
 }
 
-// The first failure that a rank of this process has reported.
+// The first failure reported by a rank of this process.
 std::string FailureOf(int64_t id) {
   const std::lock_guard<std::mutex> lock(mutex);
   for (const auto& [key, found] : all_ranks) {
@@ -111,13 +112,13 @@ void EnablePeer(int device, int peer) {
   const DeviceScope scope(device);
   const cudaError_t error = cudaDeviceEnablePeerAccess(peer, 0);
   if (error == cudaErrorPeerAccessAlreadyEnabled) {
-    cudaGetLastError();  // It is not an error that the next launch should find.
+    cudaGetLastError();  // The next launch must not find this error.
     return;
   }
   ThrowIf(error, "cudaDeviceEnablePeerAccess");
 }
 
-// What Attach allocates on a device: the state, then the inboxes and the PEs of all ranks.
+// What Attach allocates on a device: the state, then the inboxes and PEs of all ranks.
 constexpr int64_t kStateBytes = 64;
 static_assert(sizeof(cuda::SyncState) <= kStateBytes);
 
@@ -129,7 +130,7 @@ T* CopyToDevice(const std::vector<T>& from, uintptr_t to) {
   return reinterpret_cast<T*>(to);
 }
 
-// Makes a device rank `rank` of communicator `id`; inboxes[r] is where rank r receives.
+// Makes a device rank `rank` of communicator `id`. inboxes[r] is rank r's inbox.
 void Attach(int64_t id, int device, int32_t rank, const std::vector<uintptr_t>& inboxes,
             int32_t stride, double timeout_s) {
   const DeviceScope scope(device);
@@ -154,7 +155,7 @@ void Attach(int64_t id, int device, int32_t rank, const std::vector<uintptr_t>& 
   all_ranks[{id, device}] = made;
 }
 
-// Loads a file of kernels, to which NVSHMEM then gives its state.
+// Loads a file of kernels, which NVSHMEM then initializes with its state.
 uintptr_t LoadLibrary(int device, const std::string& path) {
 #if CUDART_VERSION >= 12080
   const DeviceScope scope(device);
@@ -167,7 +168,7 @@ uintptr_t LoadLibrary(int device, const std::string& path) {
 #endif
 }
 
-// Lets an attached rank reach the peers whose inbox is 0 by the put kernel of `library`.
+// Lets an attached rank reach the peers whose inbox is 0 through the put kernel of `library`.
 void AttachPut(int64_t id, int device, uintptr_t library, const std::vector<int32_t>& pes,
                uintptr_t inbox, uintptr_t staging, uintptr_t signals) {
 #if CUDART_VERSION >= 12080
@@ -189,7 +190,7 @@ void AttachPut(int64_t id, int device, uintptr_t library, const std::vector<int3
 #endif
 }
 
-// Memory of a device that peers write to, for as long as this object lives.
+// Device memory that peers write to. Freed with this object.
 class Window {
  public:
   Window(int device, int64_t bytes) : device_(device), address_(Allocate(device, bytes)) {}
@@ -213,7 +214,7 @@ int64_t WindowBytes(const std::array<int32_t, 4>& shape) {
   return cuda::WindowShape{shape[0], shape[1], shape[2], shape[3]}.Bytes();
 }
 
-// Lets an attached rank exchange tokens; windows[r] is where rank r receives, cleared. `shape` is a
+// Lets an attached rank exchange tokens. windows[r] is rank r's window, cleared. `shape` is a
 // WindowShape.
 void AttachWindows(int64_t id, int device, const std::vector<uintptr_t>& windows,
                    const std::array<int32_t, 4>& shape) {
@@ -231,7 +232,7 @@ void AttachWindows(int64_t id, int device, const std::vector<uintptr_t>& windows
       reinterpret_cast<char* const*>(CopyToDevice(windows, memory + kStateBytes));
 }
 
-// Forgets communicator `id` and frees what Attach allocated, once the devices are done with it.
+// Forgets communicator `id` and, once the devices are done with it, frees what Attach allocated.
 void Detach(int64_t id) {
   std::vector<std::pair<int32_t, CommRank>> found;
   {
@@ -299,7 +300,7 @@ void DefineComm(nanobind::module_& m) {
   m.def("comm_load_library", LoadLibrary);
   m.def("comm_detach", Detach);
   m.def("comm_failure", FailureOf);
-  // Makes a device's context the current one of this thread.
+  // Makes a device's context current in this thread.
   m.def("comm_use_device", [](int device) {
     ThrowIf(cudaSetDevice(device), "cudaSetDevice");
     ThrowIf(cudaFree(nullptr), "cudaFree");

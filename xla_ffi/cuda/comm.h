@@ -1,5 +1,5 @@
-// Communicators: what a process keeps of each on its devices, for the handlers that exchange counts
-// and tokens.
+// Communicators: what a process keeps for each of them on its devices, for the handlers that
+// exchange counts and tokens.
 #ifndef LPLB_XLA_FFI_CUDA_COMM_H_
 #define LPLB_XLA_FFI_CUDA_COMM_H_
 
@@ -16,13 +16,13 @@ struct CommRank {
   cuda::Peers peers;
   cuda::PutPeers put;
   const void* put_kernel;   // null where all peers are mapped
-  cuda::Exchange exchange;  // of no ranks where there are no windows
+  cuda::Exchange exchange;  // has no ranks if there are no windows
 };
 
 ffi::ErrorOr<CommRank> FindRank(int64_t id, int32_t device);
 
-// The initialize stage of targets with an attribute `comm`: the communicator's failures, before
-// every execution, also of a program that was captured into a command buffer.
+// The initialize stage of targets with an attribute `comm`. It reports the communicator's failures
+// before every execution, also of programs captured into a command buffer.
 XLA_FFI_Error* InitializeComm(XLA_FFI_CallFrame* frame);
 
 // sync_loads as this rank.
@@ -34,7 +34,7 @@ inline cudaError_t LaunchSync(const CommRank& of, const int32_t* rank, const int
   return cuda::LaunchSyncPut(of.put_kernel, of.peers, of.put, rank, counts, n, matrix, stream);
 }
 
-// The functions with which lplb_jax/comm.py makes and closes communicators.
+// Defines the functions with which lplb_jax/comm.py makes and closes communicators.
 void DefineComm(nanobind::module_& module);
 
 }  // namespace lplb

@@ -25,7 +25,7 @@ cuda::RowType RowTypeOf(ffi::DataType type) {
   }
 }
 
-// What both ways have.
+// What both directions share.
 struct ExchangeCall {
   static constexpr Frame::Types kFloats = {ffi::DataType::BF16, ffi::DataType::F16,
                                            ffi::DataType::F32, ffi::DataType::F64};
@@ -39,8 +39,8 @@ struct ExchangeCall {
   Size n_lists = {"lists", cuda::kLists};
   Size capacity = {"capacity"};
   Size n_received = {"n_received"};
-  Size gates_each = {"top_k or 0"};      // of a token
-  Size n_row_gates = {"capacity or 0"};  // none where there are none of tokens
+  Size gates_each = {"top_k or 0"};      // per token
+  Size n_row_gates = {"capacity or 0"};  // 0 if tokens have no gates
   cuda::Routing routing = {};
   int32_t row_bytes = 0;
   int32_t gate_bytes = 0;
@@ -114,7 +114,7 @@ struct BackCall : ExchangeCall {
   }
 };
 
-// The window must have room for whatever the routing says: nothing checks it later.
+// The window must have room for everything the routing can ask for: nothing checks it later.
 ffi::Error CheckWindow(const ExchangeCall& call, const cuda::WindowShape& shape) {
   const auto number = [](int64_t value) { return std::to_string(value); };
   const int64_t others = std::max<int64_t>(shape.n_ranks - 1, 0);

@@ -1,4 +1,4 @@
-// The plan of an exchange on the GPU, of counts that are known or still to be exchanged.
+// The plan of an exchange on the GPU, from counts that are known or still to be exchanged.
 #include "cuda/exchange_plan.h"
 
 #include "cuda/device.h"
@@ -88,7 +88,7 @@ ffi::Error CheckPlanFits(const PlanCall& call) {
                  number(device.shared_bytes) + ": use fewer slots a rank");
 }
 
-// Those of the next batch element.
+// Moves to the next batch element.
 void Advance(const PlanCall& call, cuda::PlanArguments* arguments) {
   const int64_t choices = call.n_tokens.value * call.top_k.value;
   arguments->slot += choices;

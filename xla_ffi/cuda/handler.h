@@ -1,4 +1,4 @@
-// Handlers of CUDA devices.
+// CUDA handlers.
 #ifndef LPLB_XLA_FFI_CUDA_HANDLER_H_
 #define LPLB_XLA_FFI_CUDA_HANDLER_H_
 
@@ -17,7 +17,7 @@ struct OnDevice {
   cudaStream_t stream;
 };
 
-// The handler that reads a Call and launches it; XLA may capture the launch into a command buffer.
+// The handler that reads a Call and launches it. XLA may capture the launch into a command buffer.
 template <typename Call, ffi::Error (*run)(const Call&, const OnDevice&)>
 XLA_FFI_Error* CudaHandler(XLA_FFI_CallFrame* frame) {
   XLA_FFI_DEFINE_HANDLER(
@@ -31,7 +31,7 @@ XLA_FFI_Error* CudaHandler(XLA_FFI_CallFrame* frame) {
   return handler(frame);
 }
 
-// The kernels of solve and ipm find a batch element by 32-bit products; `call` is of either.
+// solve and ipm kernels address batch elements by 32-bit products. `call` is a call of either.
 template <typename Call>
 ffi::Error CheckElements(const Call& call) {
   const Problem& p = call.problem;

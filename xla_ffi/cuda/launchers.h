@@ -1,4 +1,4 @@
-// What _cuda lends to _bench, which has no kernels and knows no communicators of its own.
+// What _cuda lends to _bench, which has no kernels or communicators of its own.
 #ifndef LPLB_XLA_FFI_CUDA_LAUNCHERS_H_
 #define LPLB_XLA_FFI_CUDA_LAUNCHERS_H_
 

@@ -22,7 +22,7 @@ namespace {
 
 namespace nb = nanobind;
 
-// Why a problem is refused; empty where it is not.
+// Why a problem is refused; empty if it is not.
 using Refusal = std::string;
 
 std::string Number(int64_t number) { return std::to_string(number); }
@@ -59,7 +59,7 @@ std::string SizesOf(const Problem& p) {
   return "n_logical = " + Number(p.n_logical) + " and n_physical = " + Number(p.n_physical);
 }
 
-// Of the kernels that hold experts and slots in 16 bits.
+// For kernels that store experts and slots in 16 bits.
 Refusal TooManySlots(const Problem& p) {
   if (p.n_logical <= cuda::kMaxExperts && p.n_physical <= cuda::kMaxSlots) return "";
   return "the CUDA kernels take at most " + Number(cuda::kMaxExperts) + " experts and " +
@@ -73,7 +73,7 @@ Refusal RefuseSolveAnywhere(const Problem& p, int64_t bytes, const cuda::Device&
                      "use fewer experts or slots, a larger GPU, or the CPU");
 }
 
-// `bytes`: of a block's shared memory.
+// `bytes` is the shared memory per block.
 Refusal RefuseSolve(const Problem& p, int64_t bytes, const cuda::Device& device) {
   if (IsAnywhere(p)) return RefuseSolveAnywhere(p, bytes, device);
   if (p.group_size > cuda::kMaxGroupSize) {
@@ -90,7 +90,7 @@ Refusal RefuseRoute(const Problem& p, cuda::Quotas quotas, bool chooses, int64_t
     if (const Refusal refusal = TooManyRanks(p); !refusal.empty()) return refusal;
   }
   if (const Refusal refusal = TooManySlots(p); !refusal.empty()) return refusal;
-  // The blocks of a cluster share the choice of copies, so each may take less than one alone.
+  // The blocks of a cluster share the choice of copies, so each may need less than a block alone.
   if (cuda::ChooseShape(p, quotas, chooses, n_tokens, device).threads > 0) return "";
   return NeedsMemory("the tables of " + SizesOf(p) + " on " + Number(p.ep_size) + " ranks",
                      cuda::LeastSharedBytes(p, quotas, chooses), device,
@@ -211,9 +211,9 @@ void DefineLimits(nb::module_& m) {
         ThrowIf(cuda::AssumeDevice(device ? &*device : nullptr));
       },
       nb::arg().none());
-  // Blocks of a cluster (0: tiles), threads, rounds, bytes; a ValueError where nothing fits.
-  // `chooses`: copies for the batch come first. Without a topology all ranks are one node, unless
-  // there is no group either, as in assign along one.
+  // Returns blocks per cluster (0: tiles), threads, rounds and bytes, or raises ValueError if
+  // nothing fits. `chooses`: copies for the batch are chosen first. Without a topology all ranks
+  // are one node. But if there is no group either, the problem is an assign along a topology.
   m.def("route_shape", [](Sizes sizes, const std::string& quotas, bool chooses, int64_t n_tokens,
                           const cuda::Device& device) {
     Problem problem = ProblemOf(sizes);
@@ -222,7 +222,7 @@ void DefineLimits(nb::module_& m) {
     const auto shape = cuda::ChooseShape(problem, QuotasOf(quotas), chooses, n_tokens, device);
     return std::array<int32_t, 4>{shape.cluster, shape.threads, shape.rounds, shape.shared_bytes};
   });
-  // Bytes; likewise.
+  // Returns bytes, or raises in the same way.
   m.def("solve_bytes", [](Sizes sizes, const cuda::Device& device) {
     const int64_t bytes = cuda::SolveSharedBytes(ProblemOf(sizes));
     ThrowIf(RefuseSolve(ProblemOf(sizes), bytes, device));

@@ -15,12 +15,12 @@ inline cuda::IndexType IndexTypeOf(ffi::DataType type) {
       return cuda::IndexType::kUint8;
     case ffi::DataType::U16:
       return cuda::IndexType::kUint16;
-    default:  // Tokens reads no others.
+    default:  // Tokens accepts no other type.
       return cuda::IndexType::kInt32;
   }
 }
 
-// The arguments that both have; `call` is an AssignCall or a RebalanceCall.
+// The arguments that both share. `call` is an AssignCall or a RebalanceCall.
 template <typename Call>
 cuda::RouteArguments RouteArgumentsOf(const Call& call) {
   const Tokens& tokens = call.tokens;
