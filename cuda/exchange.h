@@ -24,7 +24,7 @@ struct ExchangeState {
 
 // A window: two slots, used in turn, each with room for `n_tokens` rows. A row travels with the
 // numbers of the rows it expands to, their gates, and a flag. The flag is the epoch, written last,
-// so whoever sees it has the row. A small batch is cut into pieces, so that more warps move it.
+// so a rank that sees it has the row. A small batch is cut into pieces, so that more warps move it.
 // Each piece has its own entry for numbers, gates and flag.
 //
 // Two slots suffice. In the header, a rank tells every other rank that it has begun epoch e + 1,

@@ -223,8 +223,8 @@ __device__ __forceinline__ void LoadRanks(const Problem& p, const SolveOperands&
   }
 }
 
-// Writes the quotas that no plan changes: for experts without a copy. Threads first, first +
-// stride, … take the ranks' experts.
+// Writes the quotas that no plan changes: for experts without a copy.
+// Threads first, first + stride, … take the ranks' experts.
 __device__ __forceinline__ void WriteFixedQuotas(const Problem& p, Groups groups,
                                                  const GroupMemory& memory, int32_t* quota,
                                                  int32_t first, int32_t stride) {

@@ -30,9 +30,9 @@ struct SyncReport {
 // captured.
 //
 // An inbox is [2, size, stride] of 64-bit words, each an epoch above a count: two slots with a row
-// per rank. A word is written at once, so whoever sees the awaited epoch has the count. Two slots
-// suffice, used in turn: a rank writes epoch e + 2 only after it has received e + 1 from all ranks,
-// and they send e + 1 only once they are done with e.
+// per rank. A word is written at once, so a rank that sees the awaited epoch has the count. Two
+// slots suffice, used in turn: a rank writes epoch e + 2 only after it has received e + 1 from all
+// ranks, and they send e + 1 only once they are done with e.
 struct Peers {
   const uint64_t* inbox;     // this rank's own
   uint64_t* const* inboxes;  // [size], in device memory; this rank's own is one of them

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int32_t kMaxThreads = 512;
 
-// The tiles that a rank has anyway. Sets a status bit if they are negative.
+// A rank's base load in tiles. Sets a status bit if it is negative.
 __device__ __forceinline__ int32_t BaseTiles(const Costs& costs, int32_t rank, int32_t* status) {
   const int32_t given = costs.base_load[rank];
   if (given < 0) atomicOr(status, kNegativeLoad);
@@ -56,7 +56,7 @@ __device__ __forceinline__ int32_t InvalidIn(const Problem& p, const Sources& so
 // placement of slots with tiles.
 int32_t HeldWords(const Problem& p) { return 2 * p.n_physical + p.n_logical; }
 
-// Adds the tiles that ranks have anyway, `unit` for each. A barrier must follow.
+// Adds the ranks' base loads, `unit` for each tile. A barrier must follow.
 __device__ __forceinline__ void AddBase(const Problem& p, const Costs& costs,
                                         const GraphMemory& graph, int32_t unit, int32_t sign) {
 #pragma unroll 1

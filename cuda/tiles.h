@@ -1,5 +1,5 @@
-// Launchers of the exact solver where slots cost tiles and ranks have some tiles anyway. Pointers,
-// sizes and a stream in, cudaError_t out.
+// Launchers of the exact solver where slots cost tiles and ranks have a base load. Pointers, sizes
+// and a stream in, cudaError_t out.
 #ifndef LPLB_CUDA_TILES_H_
 #define LPLB_CUDA_TILES_H_
 

@@ -1,4 +1,4 @@
-// What all kernels know about warps.
+// Warp constants that all kernels share.
 #ifndef LPLB_CUDA_WARP_CUH_
 #define LPLB_CUDA_WARP_CUH_
 

@@ -25,7 +25,7 @@ struct SolveCall {
   }
 };
 
-// solve where slots cost tiles and ranks have some tiles anyway.
+// solve where slots cost tiles and ranks have a base load.
 constexpr int64_t kMostRows = 1 << 20;  // of a tile
 
 struct SolveCostsCall {

@@ -44,8 +44,8 @@ inline void FillAlongTopology(const Problem& p, const Costs& costs, Waves& waves
   for (size_t i = 0; i < away.size(); ++i) away[i] += more[i];
 }
 
-// Any placement: turns the tiles of all slots into tokens, in the same way. `load` is what ranks
-// have anyway, in tokens. Returns the largest load.
+// Any placement: turns the tiles of all slots into tokens, in the same way. `load` is the ranks'
+// base load, in tokens. Returns the largest load.
 inline int64_t FillAnywhere(const Problem& p, const Costs& costs, const std::vector<int32_t>& total,
                             const int32_t* phy2log, std::vector<int64_t> load, int32_t* quota) {
   std::vector<int32_t> held(p.n_physical, -1);
