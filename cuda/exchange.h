@@ -86,8 +86,10 @@ enum List : int32_t {
   kLists
 };
 
-// Blocks wait for one another, and for blocks of other ranks that share the GPU. All must fit on it
-// at once, one per SM.
+// Receivers wait for senders, here and on other ranks, and senders start first. So a rank that has
+// its GPU alone makes progress as soon as its senders run, half of its blocks, one per SM: a kernel
+// on another stream that holds SMs until other ranks reach it, such as NCCL's, may delay the rest.
+// Ranks that share a GPU need room for all their blocks at once.
 struct ExchangeOptions {
   int32_t n_blocks;
   int32_t n_senders;  // Blocks that send first; the others receive at once.

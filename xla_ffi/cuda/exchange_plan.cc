@@ -85,7 +85,7 @@ ffi::Error CheckPlanFits(const PlanCall& call) {
   return Invalid("assignment: to plan rows, " + number(call.n_slots.value) + " slots on each of " +
                  number(call.n_ranks.value) + " ranks need " + number(bytes) +
                  " bytes of a block's shared memory, and this GPU has " +
-                 number(device.shared_bytes) + ": use fewer slots a rank");
+                 number(device.shared_bytes) + ": use fewer slots per rank");
 }
 
 // Moves to the next batch element.
