@@ -1,8 +1,8 @@
 """The specification: every step in plain JAX, one function per step, written to be read.
 
-It is the oracle of the tests, the fallback where there is no native code, and, through
-`jax.eval_shape`, the source of the native calls' result types. The native code equals it bit for
-bit, except that the interior point is float32 and equals it to rounding.
+It is the oracle of the tests, the fallback without native code and, through `jax.eval_shape`, the
+source of the native calls' result types. The native code matches it bit for bit, except the
+interior point, which is float32 and matches to rounding.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ __all__ = [
 
 
 def _with_default_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under JAX's default rules: stricter ones are for the code of those who set them.
+    """Runs `function` under JAX's default promotion rules, whatever rules the user has set.
 
-    Under jax_numpy_dtype_promotion="strict" and jax_numpy_rank_promotion="raise" the specification
-    would have to be written with casts and axes that say nothing about the method.
+    Under jax_numpy_dtype_promotion="strict" and jax_numpy_rank_promotion="raise", the specification
+    would need casts and axes that say nothing about the method.
     """
 
     @functools.wraps(function)

@@ -26,22 +26,22 @@ def assign(
     proportional: int,
     positions: int,
 ) -> tuple[Int32[Array, " tokens"], Int32[Array, " tokens_or_0"], Int32[Array, " physical_or_0"]]:
-    """Physical slot of every token, −1 where it names no expert.
+    """Physical slot of every token, −1 if it names no expert.
 
-    If `positions`, also every token's place in its slot's list of this source's tokens, in their
-    order, and the lengths of the lists; else two empty arrays.
+    With `positions`, also every token's place among this source's tokens of its slot, in order, and
+    the tokens per slot; otherwise two empty arrays.
 
-    `counts` are the tokens per expert of all source ranks, of which `indices` is number `rank`;
-    or, with one row, of `indices` alone. With one row the tokens are the whole batch, or, if
-    `proportional`, this source's part of a batch whose loads were only estimated. `node_size` is 0
-    along a topology; for any other placement, the ranks of a node.
+    `counts` are the tokens per expert of all source ranks; `indices` belong to source `rank`. A
+    single row counts `indices` alone: these are the whole batch or, with `proportional`, this
+    source's part of a batch whose loads are estimates. `node_size` is 0 along a topology, and the
+    ranks per node for any other placement.
 
-    A slot that log2phy gives an expert counts only if phy2log has that expert there: where a
-    placement contradicts itself, tokens may get no slot, but never that of another expert.
+    A slot that log2phy lists for an expert counts only if phy2log has the expert there: if a
+    placement contradicts itself, tokens may get no slot, but never another expert's.
     """
     n_logical = log2phy.shape[0]
     counts = jnp.maximum(counts[:, :n_logical], 0)
-    # The solvers' quotas are never negative, nor is an expert's sum above int32; others may be.
+    # The solvers' quotas are never negative and sum to at most int32's maximum; others may not.
     quota = jnp.maximum(quota, 0)
     if node_size:
         cells = graph.cells_of(phy2log, log2phy, ep_size)
@@ -66,13 +66,13 @@ def assign(
 
 
 class Pieces(NamedTuple):
-    """How a source deals an expert's tokens: the first to the first slot, up to its end, and so on.
+    """How a source deals an expert's tokens: the first slot takes tokens up to its end, and so on.
 
-    The last slot takes all that are left.
+    The last slot takes the rest.
     """
 
-    slot: Int32[Array, "n_logical n_pieces"]  # out of range: the tokens get none
-    end: Int32[Array, "n_logical n_pieces"]  # never falls
+    slot: Int32[Array, "n_logical n_pieces"]  # out of range: no slot for these tokens
+    end: Int32[Array, "n_logical n_pieces"]  # nondecreasing
 
 
 def pieces_along_topology(
@@ -84,7 +84,7 @@ def pieces_along_topology(
     ep_size: int,
     proportional: bool,
 ) -> Pieces:
-    """Home and replica: home gets its quota less what the sources before `rank` sent there."""
+    """Home and replica: home gets its quota minus what the sources before `rank` send there."""
     (home, has_home), (replica, has_replica) = (own_slot(phy2log, log2phy[:, k]) for k in (0, 1))
     stay, away = quota[jnp.where(has_home, home, 0)], quota[jnp.where(has_replica, replica, 0)]
     if proportional:
@@ -96,7 +96,7 @@ def pieces_along_topology(
         slots_per_rank = quota.size // ep_size
         before = tokens_before(counts, home // slots_per_rank, replica // slots_per_rank, rank)
         keep = jnp.maximum(stay - before, 0)
-    # An expert with one slot has nowhere else to go.
+    # The tokens of an expert with one slot have no other choice.
     keep = jnp.where(has_home & has_replica, keep, INT32_MAX)
     return Pieces(
         jnp.stack([home, replica], axis=1), jnp.stack([keep, jnp.full_like(keep, INT32_MAX)], 1)
@@ -106,7 +106,7 @@ def pieces_along_topology(
 def own_slot(
     phy2log: Int32[Array, " n_physical"], slot: Int32[Array, " n_logical"]
 ) -> tuple[Int32[Array, " n_logical"], Bool[Array, " n_logical"]]:
-    """Every expert's slot, −1 where log2phy names none that holds the expert; and where it does."""
+    """Every expert's slot, −1 if log2phy lists none that holds it; and whether it lists one."""
     expert = jnp.arange(slot.size, dtype=jnp.int32)
     known = (slot >= 0) & (phy2log.at[slot].get(mode="fill", fill_value=-1) == expert)
     return jnp.where(known, slot, -1), known
@@ -120,9 +120,9 @@ def pieces_anywhere(
     node_size: int,
     proportional: bool,
 ) -> Pieces:
-    """A piece for every rank, most of them empty; tokens beyond all go on to the last that is not.
+    """A piece per rank, mostly empty; tokens past the last end go to the last nonempty piece.
 
-    An expert's quotas count up to a running sum of 2³¹ − 1, which the solver's never pass.
+    An expert's quotas count up to a running sum of 2³¹ − 1, which the solver's never exceed.
     """
     ep_size = cells.slot.shape[1]
     nth = jnp.arange(ep_size, dtype=jnp.int32)
@@ -137,7 +137,7 @@ def pieces_anywhere(
         take = jnp.diff(upto, axis=1, prepend=0)
     else:
         take = local_shares(counts.T, jnp.diff(upto, axis=1, prepend=0), rank, node_size)
-        # Own rank, own node, then the others; within each, in the order of the ranks.
+        # Own rank, own node, then the others; each in rank order.
         far = (nth // node_size != rank // node_size).astype(jnp.int32)
         order = jnp.argsort(far + (nth != rank).astype(jnp.int32), stable=True)
     take = take[:, order]
@@ -153,15 +153,15 @@ def local_shares(
     rank: Int32[Array, ""],
     node_size: int,
 ) -> Int32[Array, "n_logical ep_size"]:
-    """Tokens that source `rank` sends to every rank, so that the quotas are met exactly.
+    """Tokens that source `rank` sends to every rank, such that the quotas are met exactly.
 
-    First every source keeps what its own rank's quota takes. Then, in each node, the sources' left
-    tokens are laid end to end in the order of the ranks and meet the left quotas, laid end to end:
-    a token goes where the quota at its place is. The line ends where either side does. What is left
-    of either meets in the same way over all nodes. No rule with these quotas keeps more tokens on
-    their own rank, nor then on their own node, and no source needs another one's result.
+    First every source keeps what its own rank's quota takes. Then, in each node, the sources'
+    remaining tokens are laid end to end in rank order, and so are the remaining quotas: a token
+    goes to the rank whose quota is at the same place. The line ends with its shorter side. What
+    remains is matched in the same way over all nodes. No rule with these quotas keeps more tokens
+    on their own rank and, among such rules, on their own node. No source needs another's result.
 
-    Sums of tokens stay at 2³¹ − 1, above every sum of quotas.
+    Sums of tokens saturate at 2³¹ − 1, above every sum of quotas.
     """
     n_logical, ep_size = count.shape
     source = jnp.arange(ep_size, dtype=jnp.int32)
@@ -171,7 +171,7 @@ def local_shares(
     left, room = count - own, quota - own
     in_nodes = (n_logical, ep_size // node_size, node_size)
 
-    # The line of every node: places of the rooms, and of this source's tokens in its own.
+    # One line per node: the places of the quotas, and of this source's tokens in its own node.
     place = jnp.cumsum(room.reshape(in_nodes), axis=2, dtype=jnp.int32).reshape(room.shape)
     demand = room.reshape(in_nodes).sum(axis=2, dtype=jnp.int32)
     supply, _ = exact_sum(left.reshape(in_nodes), axis=2)
@@ -179,7 +179,7 @@ def local_shares(
     end = capped_add(begin, left[:, rank])
     near = overlap(begin, end, place - room, place)
 
-    # The line over all nodes, of the tokens and of the rooms that are beyond the ends of theirs.
+    # One line over all nodes, of the tokens and quotas beyond the ends of their nodes' lines.
     spare = jnp.maximum(demand - supply, 0)
     excess = jnp.maximum(supply - demand, 0)
     ahead, _ = exact_sum(jnp.where(number < here, excess, 0), axis=1)
@@ -203,13 +203,13 @@ def overlap(
     first: Int32[Array, "n_logical ep_size"],
     last: Int32[Array, "n_logical ep_size"],
 ) -> Int32[Array, "n_logical ep_size"]:
-    """Length of what [begin, end) and [first, last) share."""
+    """Length of the intersection of [begin, end) and [first, last)."""
     shared = jnp.minimum(end[:, None], last) - jnp.maximum(begin[:, None], first)
     return jnp.maximum(shared, 0)
 
 
 def is_slot(slot: Int32[Array, "..."], n_physical: int) -> Bool[Array, "..."]:
-    """Whether `slot` is one, rather than padding."""
+    """Whether `slot` is a slot rather than padding."""
     return (slot >= 0) & (slot < n_physical)
 
 
@@ -221,8 +221,8 @@ def tokens_before(
 ) -> Int32[Array, " n_logical"]:
     """Tokens of each expert on the source ranks that come before `rank`.
 
-    The order of the sources keeps tokens where they are: the expert's home rank first, then the
-    other ranks in order, the replica's rank last. Sums stay at 2³¹ − 1, above every quota.
+    The order of sources keeps tokens local: the expert's home rank first, then the other ranks in
+    order, the replica's rank last. Sums saturate at 2³¹ − 1, above every quota.
     """
     source = jnp.arange(counts.shape[0])[:, None]
 
@@ -266,12 +266,12 @@ def proportional_share(
     zero = count * 0
     quotient, rest = lax.fori_loop(0, 31, digit, (zero, zero.astype(jnp.uint32) + 0 * load))
     quotient = quotient + (rest + offset >= load)
-    # An expert without an estimated load has no share to keep to: its tokens stay at home.
+    # An expert with no estimated load has no share: its tokens stay at home.
     return jnp.where(load == 0, count, quotient).astype(jnp.int32)
 
 
 def ordinals(expert: Int32[Array, " tokens"]) -> Int32[Array, " tokens"]:
-    """For every token, how many earlier tokens name the same expert."""
+    """The number of earlier tokens with the same expert, for every token."""
     order = jnp.argsort(expert, stable=True)
     ranked = expert[order]
     place = jnp.arange(expert.size, dtype=jnp.int32)

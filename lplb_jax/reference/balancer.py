@@ -1,4 +1,4 @@
-"""rebalance: the steps one after the other, without other ranks and with them."""
+"""rebalance: the steps in sequence, on one rank and across ranks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def rebalance(
     positions: int,
     fan_out: int,
 ) -> tuple[Int32[Array, "..."], ...]:
-    """The results of `assign`, then those of `solve`, for tokens that are all there are.
+    """The results of `assign`, then of `solve`, for the tokens of a whole batch.
 
-    Unless `fan_out` is 0, copies are chosen first; their tables, of `place_copies`, come last.
+    If `fan_out` is not 0, copies are chosen first, and the tables of `place_copies` come last.
     """
     counts = count(indices, n_logical=log2phy.shape[0])[None]
     rank = jnp.int32(0)
@@ -49,7 +49,7 @@ def synced_rebalance(
     positions: int,
     fan_out: int,
 ) -> tuple[Int32[Array, "..."], ...]:
-    """The same inside shard_map, where the other ranks of `axis_name` have tokens too."""
+    """`rebalance` inside shard_map, where the other ranks of `axis_name` have tokens too."""
     own = count(indices, n_logical=log2phy.shape[0])
     counts = sync(own, rank, axis_name=axis_name, comm=comm)
     sizes = {"ep_size": ep_size, "node_size": node_size, "positions": positions}

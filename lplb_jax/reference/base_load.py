@@ -1,4 +1,4 @@
-"""What ranks have to do besides: shared experts, a part of attention."""
+"""Base loads: other work of the ranks, such as shared experts or a part of attention."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lplb_jax.reference.sums import INT32_MAX
 
 
 class BaseLoad(NamedTuple):
-    """Of every rank, or of those of a group."""
+    """The base loads of all ranks, or of a group's."""
 
     tiles: Int32[Array, "*n_ranks"]  # the unit in which loads are balanced
     tokens: Int32[Array, "*n_ranks"]  # at most 2³¹ − 1
-    too_large: Bool[Array, "*n_ranks"]  # whether that is less than it should be
-    negative: Bool[Array, "*n_ranks"]  # which count as 0
+    too_large: Bool[Array, "*n_ranks"]  # whether `tokens` was capped
+    negative: Bool[Array, "*n_ranks"]  # counts as 0
 
     def none_if(self, overflow: Bool[Array, ""]) -> BaseLoad:
-        """Nothing where nothing is to be balanced."""
+        """Zero base loads if `overflow`, where nothing is balanced."""
         tiles, tokens = (jnp.where(overflow, 0, load) for load in self[:2])
         return self._replace(tiles=tiles, tokens=tokens)
 
 
 def base_load_of(given: Int32[Array, "*n_ranks"], tile: int) -> BaseLoad:
-    """From tiles of so many tokens; tiles of one are tokens."""
+    """Base loads from tiles of `tile` tokens; with `tile` 1, from tokens."""
     tiles = jnp.maximum(given, 0)
     too_large = tiles > INT32_MAX // tile
     tokens = jnp.where(too_large, INT32_MAX, tiles * tile)

@@ -1,31 +1,31 @@
-"""Copies chosen for the batch at hand: which experts fill the slots that are no expert's home.
+"""Copies chosen for the current batch: which experts fill the slots that are no expert's home.
 
 All arithmetic is int32 in a fixed order, so that every rank chooses the same copies.
 
-**One attempt**, for a target T: no rank shall have more than T tokens. At first all tokens are on
-their experts' homes. As long as a rank has more than T, one step is made:
+**One attempt** at a target T, the most tokens a rank may have. At first all tokens are on their
+experts' homes. While a rank has more than T, a step chooses
 
-1. The busiest rank r; of equals, the first.
-2. Of its experts the one with the most tokens left there; of equals, that of the first slot.
-3. The emptiest rank q among those with a free slot; of equals, the first.
-4. min(load of r − T, tokens left of the expert on r, T − load of q) tokens go from r to q, and the
-   expert takes q's first free slot.
+1. the busiest rank r; among equals, the first;
+2. its expert with the most tokens left there; among equals, the one in the first slot;
+3. the emptiest rank q that has a free slot; among equals, the first.
+4. Then min(load of r − T, tokens of the expert left on r, T − load of q) tokens go from r to q, and
+   the expert takes q's first free slot.
 
-The attempt fails if in a step no rank below T has a free slot, or if r has sent `fan_out` copies
-already. A step ends r's excess, the expert's tokens on r, or q's deficit. So r never sends the same
-expert to q twice, and no rank that receives ever sends; there are as many steps as copies.
+The attempt fails if no rank below T has a free slot, or if r has already sent `fan_out` copies. A
+step exhausts r's excess, the expert's tokens on r, or q's deficit. So r never sends the same expert
+to q twice, and no receiving rank ever sends; there are as many steps as copies.
 
 **Targets.** With m = ⌈all tokens / ranks⌉, M the largest load without copies, s = M − m, and
 f(x, i) = ⌊x · i² / 2¹⁰⌋, targets are T_i = m + f(f(s, i), i) for i = 1 … 32: dense near the mean.
-The last is M, which needs no copies, so one attempt always succeeds. They do not depend on one
-another and may run side by side.
+The last is M, which needs no copies, so one attempt always succeeds. Attempts are independent and
+may run in parallel.
 
-**Choice.** Let T* be the least target whose attempt succeeds. Of the successful attempts with a
-target of at most T* + ⌊m / 2⁹⌋ the one with the fewest copies is taken; of equals, the first: the
-transfer of an expert's weights costs more than the last five hundredth of balance gives back.
+**Choice.** Let T* be the least target whose attempt succeeds. Among the successful attempts with a
+target of at most T* + ⌊m / 2⁹⌋, the one with the fewest copies is chosen; among equals, the first.
+Transferring an expert's weights costs more than the last five-hundredth of balance gains.
 
-The tokens of the attempt are a legal split that loads no rank above T; they are not returned, since
-`solve` finds the best one over the chosen copies.
+The tokens of the attempt are a feasible split with no rank above T; they are not returned, since
+`solve` finds the best split over the chosen copies.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from jaxtyping import Bool, Int32
 from lplb_jax.reference.sums import ceil_mean, exact_sum
 
 N_TARGETS = 32
-# What fewer copies may cost: the mean rank load, shifted by so many bits.
+# The load that saving copies may cost: the mean rank load, shifted right by this many bits.
 WORTH = 9
 
 
@@ -58,15 +58,15 @@ def place_copies(
 ]:
     """phy2log, log2phy and logcnt of the placement with copies for these loads.
 
-    Every home stays in its slot, and all other slots are filled anew, whatever they hold; −1 where
-    there is no copy. An expert's home is the slot that log2phy names first; where that does not
-    hold the expert, it has no slot in the result, and `solve` finds a bad placement. Of log2phy the
-    rows are the home, then the copies in the order of their ranks, then −1, in `width` =
-    min(ep_size, 1 + slots that are no home, 1 + fan_out) places.
+    Every home stays in its slot; all other slots are refilled, whatever they held, with −1 for no
+    copy. An expert's home is the first slot in its row of log2phy. If that slot does not hold the
+    expert, the expert has no slot in the result, and `solve` reports a bad placement. Rows of
+    log2phy are the home, then the copies in rank order, then −1, `width` = min(ep_size, 1 + slots
+    that are no home, 1 + fan_out) entries in all.
 
-    `loads` has a row per source rank (or one in all); what a row has after n_logical places does
-    not matter. Negative loads count as 0. Where all loads together pass 2³¹ − 1 there are no copies
-    (with fewer, no sum passes it: neither here nor in the solver, whatever was copied where).
+    `loads` has a row per source rank, or a single row; entries past n_logical are ignored. Negative
+    loads count as 0. If the total exceeds 2³¹ − 1, there are no copies; otherwise no sum overflows,
+    neither here nor in the solver, whatever the copies.
     """
     n_logical, n_physical = log2phy.shape[0], phy2log.size
     total, too_large = exact_sum(jnp.maximum(loads[:, :n_logical], 0), axis=0)
@@ -78,7 +78,7 @@ def place_copies(
     homes = log2phy[:, 0].at[expert].get(mode="fill", fill_value=-1)
     is_home = homes == number
     tokens = jnp.where(is_home, total.at[expert].get(mode="fill", fill_value=0), 0)
-    # From the loads, too: under shard_map both must vary over the same axes.
+    # Derived from the loads, too: under shard_map both must vary over the same axes.
     slots = jnp.where(is_home, expert, -1) + 0 * tokens
 
     by_rank = (ep_size, n_physical // ep_size)
@@ -92,7 +92,7 @@ def choose(
     slots: Int32[Array, "ep_size slots_per_rank"],
     fan_out: int,
 ) -> Int32[Array, "ep_size slots_per_rank"]:
-    """The experts of all slots, from those of the homes alone and the tokens there."""
+    """The experts of all slots, given the homes' experts and the tokens there."""
     load = tokens.sum(axis=1, dtype=jnp.int32)
     mean = ceil_mean(load, jnp.ones(load.shape, bool))
     nth = jnp.arange(1, N_TARGETS + 1, dtype=jnp.int32)
@@ -112,11 +112,11 @@ def choose(
 
 
 class State(NamedTuple):
-    """Of one attempt."""
+    """The state of one attempt."""
 
     load: Int32[Array, " ep_size"]
-    left: Int32[Array, "ep_size slots_per_rank"]  # tokens that are still on the expert's home
-    slots: Int32[Array, "ep_size slots_per_rank"]  # −1 where free
+    left: Int32[Array, "ep_size slots_per_rank"]  # tokens still on the expert's home
+    slots: Int32[Array, "ep_size slots_per_rank"]  # −1 if free
     sent: Int32[Array, " ep_size"]  # copies of a rank's experts
     failed: Bool[Array, ""]
 
@@ -127,7 +127,7 @@ def attempt(
     slots: Int32[Array, "ep_size slots_per_rank"],
     fan_out: int,
 ) -> State:
-    """Copies with which no rank has more than `target` tokens, or as many as there could be."""
+    """Copies with which no rank exceeds `target` tokens; if it fails, those found until then."""
 
     def step(state: State) -> State:
         load, left, slots, sent, _ = state
@@ -157,7 +157,7 @@ def tables(
     homes: Int32[Array, " n_logical"],
     width: int,
 ) -> tuple[Int32[Array, "n_logical width"], Int32[Array, " n_logical"]]:
-    """log2phy and logcnt of a table in which no expert is twice on a rank."""
+    """log2phy and logcnt of a table in which no rank has an expert twice."""
     n_logical, n_ranks, n_slots = homes.size, len(slots), slots.size
     expert = jnp.where(slots >= 0, slots, n_logical)
     rank = jnp.arange(n_ranks, dtype=jnp.int32)[:, None]

@@ -1,10 +1,10 @@
 """Tokens to rows on all ranks, and rows to tokens: each other's transposes.
 
-`row` is −1 where a choice goes nowhere, else rank · capacity + row. `order` is the place of a token
-in its list to another rank, at its first choice that goes there; −1 elsewhere. `lists` has, by
-rank: tokens that go there, where their list begins in that rank's window and where that rank's
-begins in this one's; and, on the way back, where this rank's begins in that one's window and that
-one's here. Rows need not have gates: then both `gates` and `row_gates` are empty.
+`row` is rank · capacity + row, or −1 if a choice goes nowhere. `order` is a token's place in its
+list to another rank, given at its first choice for that rank, and −1 elsewhere. `lists` holds for
+each rank: the tokens sent there, where their list starts in that rank's window, and where that
+rank's list starts in this window; then, for the way back, where this rank's list starts in that
+window and that rank's in this one. Without gates, both `gates` and `row_gates` are empty.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def there(
     Int32[Array, "n_received top_k"],
     Int32[Array, " ep_size"],
 ]:
-    """Rows, their gates, the rows of every token that came from another rank, and their number."""
-    del comm, sms  # Who moves the tokens makes no difference.
+    """Rows, their gates, the rows of every token from another rank, and the number of tokens."""
+    del comm, sms  # The result does not depend on how tokens are moved.
 
     def of_all(array: Array) -> Array:
         return lax.all_gather(array, axis_name)
@@ -78,7 +78,7 @@ def back(
     comm: int,
     sms: int,
 ) -> tuple[Float[Array, "tokens hidden"], Float[Array, "tokens top_k_or_0"]]:
-    """Sums of a token's rows, first on each rank, rounded, then of the ranks; and its gates."""
+    """Sums of a token's rows, first per rank, rounded, then over ranks; and its gates."""
     del order, lists, rank, numbers, sizes, n_received, comm, sms
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     everyones = lax.all_gather(rows, axis_name)

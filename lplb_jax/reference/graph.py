@@ -1,15 +1,15 @@
 """Any placement: experts with any number of slots on any ranks, and the waves that balance them.
 
-A *cell* is an expert on a rank that hosts it. If the rank hosts it twice, the first slot serves all
-and the cell is that one. `tokens[e, r]` of expert e are served on rank r. We look for the integers
-that make the largest rank load as small as possible: a transportation network, so its optimum is
+A *cell* is an expert on a rank that hosts it. If the rank hosts it twice, the cell is the first of
+these slots, which serves all tokens. `tokens[e, r]` of expert e are served on rank r. We minimize
+the largest rank load over integers: a transportation problem, whose optimum is
 max over sets S of ⌈(load of the experts all of whose hosts lie in S) / |S|⌉. As in `solver`, the
 waves raise a target to that value from below, so that it is a proven bound at any time.
 
-From rank r an arc leads to every host of every expert that r serves tokens of. All arcs of such an
-expert share its tokens on r; that is why this is no list of edges with capacities.
+From rank r an arc leads to every host of every expert with tokens on r. All arcs of such an expert
+share its tokens on r, which is why the graph is not a list of edges with capacities.
 
-All arithmetic is int32 in a fixed order, and ranks of one distance touch no common cell.
+All arithmetic is int32 in a fixed order, and ranks at the same distance share no cell.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lplb_jax.reference.base_load import BaseLoad
 from lplb_jax.reference.sums import INT32_MAX, ceil_divide, ceil_mean, exact_sum
 from lplb_jax.reference.waves import balance, distances, hand_out, push_levels
 
-# A push is divided among so many ranks at most: more take longer than the phases they save.
+# A push is divided among at most this many ranks: more take longer than the phases they save.
 MAX_SPREAD = 4
 
 
 class Cells(NamedTuple):
-    """What depends on the placement only."""
+    """The cells of a placement, which depend on it alone."""
 
-    expert: Int32[Array, "ep_size slots_per_rank"]  # n_logical where the slot is no cell's
-    slot: Int32[Array, "n_logical ep_size"]  # n_physical where there is no cell
-    home: Int32[Array, " n_logical"]  # slot of a cell; n_physical where the expert has none
+    expert: Int32[Array, "ep_size slots_per_rank"]  # n_logical if the slot is not a cell
+    slot: Int32[Array, "n_logical ep_size"]  # n_physical if there is no cell
+    home: Int32[Array, " n_logical"]  # slot of a cell; n_physical if the expert has none
 
     @property
     def hosts(self) -> Bool[Array, "n_logical ep_size"]:
@@ -47,9 +47,9 @@ def cells_of(
     log2phy: Int32[Array, "n_logical max_replicas"],
     ep_size: int,
 ) -> Cells:
-    """The cells. Ids that name no expert leave their slot empty.
+    """The cells. Slots with an invalid expert id are empty.
 
-    The home is what log2phy names first, if that is a cell of the expert, else the first cell.
+    The home is the first slot in log2phy if that is a cell of the expert, else the first cell.
     """
     n_logical, n_physical = log2phy.shape[0], phy2log.size
     expert = jnp.where((phy2log >= 0) & (phy2log < n_logical), phy2log, n_logical)
@@ -67,7 +67,7 @@ def names_cell(
     slot: Int32[Array, "n_logical ep_size"],
     n_physical: int,
 ) -> Bool[Array, " n_logical"]:
-    """Whether the first slot that log2phy names is a cell of the expert."""
+    """Whether the first slot in log2phy is a cell of the expert."""
     return ((slot == log2phy[:, :1]) & (slot < n_physical)).any(axis=1)
 
 
@@ -76,9 +76,9 @@ def misplaced(
     log2phy: Int32[Array, "n_logical max_replicas"],
     cells: Cells,
 ) -> Bool[Array, ""]:
-    """Whether a slot holds no expert's id, or log2phy does not begin with a cell of the expert.
+    """Whether a slot's id is invalid, or log2phy does not start with a cell of the expert.
 
-    So is an expert without a slot.
+    The latter includes experts without a slot.
     """
     known = (phy2log >= -1) & (phy2log < len(log2phy))
     return ~(known.all() & names_cell(log2phy, cells.slot, phy2log.size).all())
@@ -99,7 +99,7 @@ def solve_any(
 ]:
     """Quotas, largest load, lower bound, largest load in tokens and overflow.
 
-    `too_large`: the total passed 2³¹ − 1.
+    `too_large`: whether the total exceeds 2³¹ − 1.
     """
     overflow = may_overflow(total, too_large, base, cells)
     loads = jnp.where(overflow, 0, total)
@@ -119,7 +119,7 @@ def may_overflow(
     base: BaseLoad,
     cells: Cells,
 ) -> Bool[Array, ""]:
-    """Whether some rank could get more than 2³¹ − 1, which no rank of any plan gets otherwise."""
+    """Whether some rank could exceed 2³¹ − 1; if not, no rank of any plan does."""
     hosted = jnp.where(cells.hosts, total[:, None], 0)
     _, rank_too_large = exact_sum(jnp.concatenate([hosted, base.tokens[None]]), axis=0)
     found = (too_large & cells.hosts.any(axis=1)).any() | rank_too_large.any()
@@ -132,7 +132,7 @@ def quotas(
     overflow: Bool[Array, ""],
     cells: Cells,
 ) -> Shaped[Array, " n_physical"]:
-    """Tokens per slot: those of its cell, or, where the loads are too large, all at home."""
+    """Tokens per slot: its cell's, or, if the loads are too large, all at home."""
     nothing = jnp.zeros(cells.expert.size, total.dtype)
     quota = nothing.at[cells.slot].set(tokens, mode="drop")
     return jnp.where(overflow, nothing.at[cells.home].set(total, mode="drop"), quota)
@@ -156,10 +156,10 @@ def fill(
     cells: Cells,
     tile: int,
 ) -> tuple[Int32[Array, "n_logical ep_size"], Int32[Array, " ep_size"]]:
-    """Tokens of every cell and rank loads, the largest of which is the least with so many tiles.
+    """Tokens of every cell, and rank loads whose largest is minimal for these tiles.
 
-    An expert's tiles have less than one tile of empty places, so that none of them gets empty
-    wherever those are: they move between its cells like tokens.
+    The empty places of an expert's tiles are fewer than one tile, so no tile can become empty. They
+    move between the expert's cells like tokens.
     """
     held = cells._replace(slot=jnp.where(tiles > 0, cells.slot, cells.expert.size))
 
@@ -181,7 +181,7 @@ def moves(cells: Cells) -> dict[str, Any]:
 def even_shares(
     total: Int32[Array, " n_logical"], hosts: Bool[Array, "n_logical ep_size"]
 ) -> Int32[Array, "n_logical ep_size"]:
-    """Loads divided evenly among the hosts, the first ones get one more."""
+    """Loads divided evenly among the hosts; the first ones get one more."""
     n_hosts = hosts.sum(axis=1, dtype=jnp.int32)[:, None]
     each, more = jnp.divmod(total[:, None], jnp.maximum(n_hosts, 1))
     nth = jnp.cumsum(hosts, axis=1, dtype=jnp.int32) - 1
@@ -194,7 +194,7 @@ def first_target(
     base: Int32[Array, " ep_size"],
     cells: Cells,
 ) -> Int32[Array, ""]:
-    """The bounds of the set of all ranks and of the sets of one rank, from any legal plan."""
+    """The bounds of the set of all ranks and of single ranks, from any feasible plan."""
     alone = cells.hosts.sum(axis=1, dtype=jnp.int32) == 1
     stays = base + jnp.where(alone[:, None], tokens, 0).sum(axis=0, dtype=jnp.int32)
     return jnp.maximum(ceil_mean(load, jnp.ones(load.shape, bool)), stays.max())
@@ -203,7 +203,7 @@ def first_target(
 def levels(
     cells: Cells, excess: Int32[Array, " ep_size"], tokens: Int32[Array, "n_logical ep_size"]
 ) -> tuple[Int32[Array, " ep_size"], Int32[Array, ""]]:
-    """`distances` over the arcs from a rank to every host of every expert that it has tokens of."""
+    """`distances` over the arcs from a rank to every host of every expert with tokens on it."""
     serves, hosts = (tokens > 0).astype(jnp.float32), cells.hosts.astype(jnp.float32)
     arc = serves.T @ hosts > 0
     return distances(excess, lambda frontier: (arc & frontier).any(axis=1))
@@ -216,10 +216,10 @@ def push(
     level: Int32[Array, " ep_size"],
     depth: Int32[Array, ""],
 ) -> tuple[Int32[Array, " ep_size"], Int32[Array, "n_logical ep_size"]]:
-    """Every rank pushes its excess one level down, the deepest level first; what is left of it."""
+    """Every rank pushes its excess one level down, deepest level first; returns what remains."""
     n_ranks, n_slots = cells.expert.shape
     rank = jnp.arange(n_ranks, dtype=jnp.int32)
-    # Row r: the ranks in cyclic order, beginning after r.
+    # Row r: the ranks in cyclic order, starting after r.
     after = (rank[:, None] + rank + 1) % n_ranks
     hosts = cells.hosts
 

@@ -1,15 +1,14 @@
-"""The interior point's iteration, for all kinds of networks: see `ipm` for what it solves.
+"""The interior point's iteration, for all kinds of networks: see `ipm` for the problem.
 
-A primal–dual predictor–corrector (Mehrotra). Per rank there are the slack s = t·w − L and the
-multiplier y ≥ 0 with wᵀy = 1; what moves in the network is x > 0, with multipliers z > 0. How far
-the iterate is from a solution are the residuals, and what the products x·z and s·y lack to their
-targets. A Newton step dx, …, dt takes all of them to 0. Eliminating all but dy and dt leaves the
-G × G system
+A primal–dual predictor–corrector (Mehrotra). Each rank has a slack s = t·w − L and a multiplier
+y ≥ 0 with wᵀy = 1; the flow in the network is x > 0, with multipliers z > 0. The distance from a
+solution is measured by the residuals and by what the products x·z and s·y lack to their targets. A
+Newton step dx, …, dt takes all of them to 0. Eliminating all but dy and dt leaves the G × G system
 
     M dy + w dt = q,   wᵀdy = rt,   M = diag(s/y) + a graph Laplacian
 
-near the solution almost singular, and the differences of dy between ranks are what matters. Two
-safeguards make float32 enough: `eliminate` never subtracts, and `solve_saddle` takes the mean out
+which is almost singular near the solution, where only differences of dy between ranks matter. Two
+safeguards make float32 sufficient: `eliminate` never subtracts, and `solve_saddle` removes the mean
 of the right-hand side.
 """
 
@@ -23,24 +22,24 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float32, Int32
 
-MAX_STEPS = 16  # 8 do on sparse topologies; where a rank has 30 edges, 12 were seen.
+MAX_STEPS = 16  # 8 suffice on sparse topologies; with 30 edges per rank, 12 were seen.
 STOP_GAP = np.float32(5e-5)  # Of the largest load.
 START_SLACK = np.float32(0.03)  # t above the largest load of the first plan.
-START_PRODUCT = np.float32(0.05)  # x·√(zl·zu) of the first iterate, of its s·y.
-BACK_OFF = np.float32(0.99)  # How much of the way to the boundary a step goes.
+START_PRODUCT = np.float32(0.05)  # x·√(zl·zu) of the first iterate, relative to its s·y.
+BACK_OFF = np.float32(0.99)  # The fraction of the way to the boundary that a step takes.
 LEAST_SIGMA = np.float32(0.01)  # The corrector's target is at least this much of the mean product,
-CAUTION = np.float32(0.3)  # and this much of it, times the square of what the predictor fell short.
+CAUTION = np.float32(0.3)  # and this much of it, times the square of the predictor's shortfall.
 LEAST_MU = np.float32(3e-8)
 LEAST_PRIMAL = np.float32(1e-12)
-LEAST_SHARE = np.float32(1e-3)  # Of what may move, where that is below LEAST_PRIMAL.
+LEAST_SHARE = np.float32(1e-3)  # Of what may move, if that is below LEAST_PRIMAL.
 LEAST_DUAL = np.float32(1e-20)
 
 
 class Network(abc.ABC):
-    """One group as the iteration sees it: its largest load / weight is about 1.
+    """One group as the iteration sees it, scaled to a largest load / weight of about 1.
 
-    Arrays of what moves are of one shape, and so are those of what drives it. `conductance` is how
-    much moves where something drives it.
+    All flows have one shape, and so have all potentials that drive them. `conductance` is the flow
+    per unit of potential.
     """
 
     w: Float32[Array, " n_ranks"]  # The ranks' weights.
@@ -48,12 +47,12 @@ class Network(abc.ABC):
     @property
     @abc.abstractmethod
     def live(self) -> Bool[Array, "*moving"]:
-        """What counts; all else moves nothing."""
+        """Where flow is possible; everything else moves nothing."""
 
     @property
     @abc.abstractmethod
     def most(self) -> Float32[Array, "*room"]:
-        """How much may move."""
+        """The most that may move."""
 
     @abc.abstractmethod
     def loads(self, x: Array) -> Float32[Array, " n_ranks"]:
@@ -61,27 +60,27 @@ class Network(abc.ABC):
 
     @abc.abstractmethod
     def inflow(self, x: Array) -> Float32[Array, " n_ranks"]:
-        """What of that is due to x; all of it counts."""
+        """The part of the loads due to x, where all of x counts."""
 
     @abc.abstractmethod
     def first_plan(self) -> Array:
-        """x in the middle of what is possible."""
+        """x in the middle of the feasible range."""
 
     @abc.abstractmethod
     def first_duals(self, y: Array, m: Array) -> Array:
-        """z that fits y exactly, about m where y does not ask for more."""
+        """z that satisfies its equation with y exactly, about m unless y requires more."""
 
     @abc.abstractmethod
     def legal(self, x: Array) -> Array:
-        """A plan near x; 0 where nothing counts."""
+        """A feasible plan near x; 0 where nothing is live."""
 
     @abc.abstractmethod
     def best_cut(self, y: Array) -> tuple[Bool[Array, " n_ranks"], Float32[Array, ""]]:
-        """Of the sets {ranks whose y is at least y_r} the one that proves most, and its bound."""
+        """The set with the highest bound among {ranks whose y is at least y_r}, and its bound."""
 
     @abc.abstractmethod
     def conductance(self, v: Iterate) -> Array:
-        """What moves per unit of what drives it."""
+        """The flow per unit of potential."""
 
     @abc.abstractmethod
     def laplacian(self, conductance: Array) -> Float32[Array, "n_ranks n_ranks"]:
@@ -89,22 +88,22 @@ class Network(abc.ABC):
 
     @abc.abstractmethod
     def drive(self, v: Iterate, lack: Array, conductance: Array) -> Array:
-        """What makes x move: the products' lack, and how far z is from fitting y."""
+        """The potential that moves x: the products' lack, and z's residual with y."""
 
     @abc.abstractmethod
     def against(self, dy: Array, conductance: Array) -> Array:
-        """How much less drives it if y changes by dy."""
+        """The decrease of the potential if y changes by dy."""
 
     @abc.abstractmethod
     def flow(self, drive: Array, conductance: Array) -> Array:
-        """The dx that is driven."""
+        """The dx that `drive` causes."""
 
 
 class Fractional(NamedTuple):
-    """What the interior point found.
+    """The interior point's result.
 
-    `plan` is a legal one, `largest` its largest load / weight, `cut` the ranks of the best cut,
-    `bound` that cut's value in float32, which proves nothing, and `steps` how many it took.
+    `plan` is feasible, `largest` its largest load / weight, `cut` the ranks of the best cut,
+    `bound` that cut's value in float32, which proves nothing, and `steps` the number of steps.
     """
 
     plan: Float32[Array, "*moving"]
@@ -115,7 +114,7 @@ class Fractional(NamedTuple):
 
 
 class Iterate(NamedTuple):
-    """Primal and dual variables, all but t positive; or a step of them."""
+    """Primal and dual variables, all positive except t; or a step of them."""
 
     x: Float32[Array, "*moving"]
     z: Float32[Array, "*moving"]
@@ -139,7 +138,7 @@ class Factor(NamedTuple):
 
 
 def iterate(network: Network) -> Fractional:
-    """The best of at most MAX_STEPS + 1 iterates and the best cut; feasible in any case."""
+    """The best of at most MAX_STEPS + 1 iterates and the best cut; always feasible."""
 
     def advance(state):
         v, best = state
@@ -156,16 +155,16 @@ def iterate(network: Network) -> Fractional:
 
 
 def judge(network: Network, v: Iterate) -> Fractional:
-    """The plan of an iterate, made legal, and the best of its cuts; `steps` is 0."""
+    """The plan of an iterate, made feasible, and the best of its cuts; `steps` is 0."""
     plan = network.legal(v.x)
     largest = (network.loads(plan) / network.w).max()
     cut, bound = network.best_cut(v.y)
-    # From the data, not a fresh constant: under shard_map it must vary over the same axes.
+    # Derived from the data, not a constant: under shard_map it must vary over the same axes.
     return Fractional(plan, largest, cut, bound, network.live.sum(dtype=jnp.int32) & 0)
 
 
 def better_of(best: Fractional, new: Fractional) -> Fractional:
-    """The better plan and the better cut, one step later. Nothing is better where it is NaN."""
+    """The better plan and the better cut, one step later. NaN is never better."""
     better, higher = new.largest < best.largest, new.bound > best.bound
     return Fractional(
         jnp.where(better, new.plan, best.plan),
@@ -177,7 +176,7 @@ def better_of(best: Fractional, new: Fractional) -> Fractional:
 
 
 def start(network: Network) -> Iterate:
-    """The first plan; y centred for it."""
+    """The first plan, and y centered for it."""
     live, x = network.live, network.first_plan()
     load = network.loads(x)
     t = (load / network.w).max() + START_SLACK
@@ -194,7 +193,7 @@ def step(network: Network, v: Iterate) -> Iterate:
     H = network.conductance(v)
     M = eliminate(network.laplacian(H), v.s / v.y)
 
-    # Predictor: straight at the solution. How far it gets says how much to centre.
+    # Predictor: straight at the solution. Its step length determines the centering.
     lack = Lack(-v.x * v.z, -v.s * v.y)
     d = direction(network, v, H, M, lack)
     primal, dual = step_lengths(v, d, network.live, np.float32(1))
@@ -232,14 +231,14 @@ def direction(network: Network, v: Iterate, H: Array, M: Factor, lack: Lack) -> 
 
 
 def products(network: Network, a: Iterate, b: Iterate) -> Float32[Array, ""]:
-    """The sum of all primal values of a times the dual ones of b."""
+    """The sum of a's primal values times b's dual values."""
     return jnp.where(network.live, a.x * b.z, 0).sum() + (a.s * b.y).sum()
 
 
 def target_mu(mu, affine, reach) -> Float32[Array, ""]:
     """The corrector's target for every product.
 
-    Their mean is mu now, and would be `affine` if the predictor's step went `reach` of its way.
+    Their mean is mu now, and would be `affine` after `reach` times the predictor's step.
     """
     sigma = jnp.maximum(LEAST_SIGMA, CAUTION * (1 - reach) ** 2)
     return jnp.maximum(jnp.maximum((affine / mu) ** 3, sigma) * mu, LEAST_MU)
@@ -266,8 +265,8 @@ def step_lengths(
 def eliminate(o: Float32[Array, "n_ranks n_ranks"], excess: Float32[Array, " n_ranks"]) -> Factor:
     """Eliminates without a single subtraction.
 
-    M's diagonal is never stored: a row is its off-diagonals −o ≤ 0 and its excess, by how much the
-    diagonal is larger than the sum of o. Elimination keeps that form, and all digits.
+    M's diagonal is never stored: a row is its off-diagonals −o ≤ 0 and its excess, the diagonal
+    minus the sum of o. Elimination keeps this form, and all digits.
     """
     n = len(excess)
     rank = jnp.arange(n)
@@ -291,7 +290,7 @@ def eliminate(o: Float32[Array, "n_ranks n_ranks"], excess: Float32[Array, " n_r
 def solve_factored(M: Factor, q: Float32[Array, " n_ranks"]) -> Float32[Array, " n_ranks"]:
     """M⁻¹q, by substitution."""
     n = len(q)
-    # As M varies, so that under shard_map the loop's carry keeps its type.
+    # Varies like M, so that under shard_map the loop's carry keeps its type.
     q = q + 0 * M.pivot
     q = lax.fori_loop(0, n, lambda k, q: q + M.lower[:, k] * q[k], q) / M.pivot
     return lax.fori_loop(0, n, lambda i, q: q.at[n - 1 - i].add(M.lower[:, n - 1 - i] @ q), q)
@@ -302,7 +301,7 @@ def solve_saddle(
 ) -> tuple[Float32[Array, " n_ranks"], Float32[Array, ""]]:
     """dy, dt of M dy + w dt = q, wᵀdy = rt.
 
-    M⁻¹ is huge along k = M⁻¹w, so q is first freed of its mean, the part that dt takes up.
+    M⁻¹ is huge along k = M⁻¹w, so q's mean is removed first; dt absorbs it.
     """
     k = solve_factored(M, w)
     wk = w @ k

@@ -2,14 +2,14 @@
 
 One group has G ranks. Along a topology, column d of rank u is an edge from u to v = dst[u, d] along
 which 0 ≤ x ≤ cap may move. On any placement, expert e has x_er tokens on its host r, which sum to
-its load. With weights w > 0 (relative speeds, of mean 1), we look for
+its load. With weights w > 0 (relative speeds, of mean 1), we
 
-    minimise t  such that  L + s = t·w,  s ≥ 0,  with L the ranks' loads.
+    minimize t  such that  L + s = t·w,  s ≥ 0,  with L the ranks' loads.
 
-`interior_point` is the iteration and `networks` what moves in it. The ranks sorted by y give cuts:
-for a set S of ranks, what cannot leave S, divided by w(S), is a lower bound. The best one so far is
-the certificate. What is reported as proven is computed anew from the loads, in integers
-(`proven_by_units`, `least_value`), and it alone decides whether the result counts as converged.
+`interior_point` has the iteration and `networks` the flows. The ranks sorted by y give cuts: for a
+set S of ranks, the load that cannot leave S, divided by w(S), is a lower bound. The best one so far
+is the certificate. The reported bound is recomputed from the loads in integers (`proven_by_units`,
+`least_value`), and it alone decides whether the result counts as converged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lplb_jax.status import Status
 
 CONVERGED_GAP = np.float32(1e-4)  # Of the largest load.
 LEAST_WEIGHT = np.float32(2.0**-40)  # Of the largest: smaller weights count as this.
-MOST_LOAD = np.float32(3.4e38)  # Just below float32's end, so that no rounding passes it.
+MOST_LOAD = np.float32(3.4e38)  # Just below float32's maximum, so that rounding cannot exceed it.
 MOST_TOKENS = np.float32(2147483520.0)  # The largest float32 that is an int32.
 INFINITY = np.int32(0x7F800000)  # The bits of float32's infinity.
 
@@ -53,9 +53,9 @@ def ipm(
 ) -> tuple[Array, Array, Array, Int32[Array, " n_groups"]]:
     """Quotas, largest loads, lower bounds and status of all groups; `loads` as for `solve`.
 
-    Quotas are of the loads' type. The largest loads and lower bounds are int32 where loads are
-    int32 and `weighted` is 0, else float32 and divided by the weights. `repair`: whether waves
-    finish what is rounded. `cusolverdx` changes nothing here: another way to compute the factor.
+    Quotas have the loads' dtype. The largest loads and lower bounds are int32 if loads are int32
+    and `weighted` is 0; otherwise float32 and divided by the weights. `repair`: whether waves
+    repair the rounded plan. `cusolverdx` selects a factorization in the native code only.
     """
     nothing = jnp.zeros(ep_size, jnp.int32)
     options = {"ep_size": ep_size, "weighted": weighted, "repair": repair}
@@ -74,10 +74,10 @@ def ipm_costs(
     weighted: int,
     repair: int,
 ) -> tuple[Array, Array, Array, Int32[Array, " n_groups"]]:
-    """The same where every rank has `base_load` besides."""
+    """`ipm` with a `base_load` on every rank."""
     n_logical = log2phy.shape[0]
     counts = loads[:, :n_logical]
-    negative = ~(counts >= 0)  # NaN, too.
+    negative = ~(counts >= 0)  # Includes NaN.
     counts = jnp.where(negative, 0, counts)
     negative, invalid = negative.any(axis=0), (loads[:, n_logical:] != 0).any()
     weights, taken = normalised(weights)
@@ -98,7 +98,7 @@ def ipm_costs(
         cells = graph.cells_of(phy2log, log2phy, ep_size)
         quota, *values = anywhere(*total, base_load=of_ranks, cells=cells, **options)
         max_load, bound, overflow = (value[None] for value in values)
-        # Loads of experts without a slot reach no rank, and only make the placement a wrong one.
+        # Loads of experts without a slot reach no rank; they only invalidate the placement.
         negative = (negative & cells.hosts.any(axis=1)).any() | base.negative.any()
         wrong = graph.misplaced(phy2log, log2phy, cells)
     else:
@@ -124,10 +124,10 @@ def ipm_costs(
 def normalised(
     weights: Float32[Array, " group_size"],
 ) -> tuple[Float32[Array, " group_size"], Bool[Array, ""]]:
-    """Weights of mean 1, and whether they are those given.
+    """Weights of mean 1, and whether they equal the given ones up to scale.
 
-    Where one is not positive and finite (numbers that are not normal count as 0), all count as
-    equal. None counts as less than LEAST_WEIGHT of the largest.
+    If one is not positive and finite (subnormal numbers count as 0), all count as equal. None
+    counts as less than LEAST_WEIGHT of the largest.
     """
     speeds = ((weights >= np.finfo(np.float32).tiny) & (weights < jnp.inf)).all()
     weights = jnp.where(speeds, weights, 1)
@@ -189,9 +189,9 @@ def whole_tokens(
     total: Int32[Array, " n_logical"],
     hosts: Bool[Array, "n_logical ep_size"],
 ) -> Int32[Array, "n_logical ep_size"]:
-    """Tokens by these shares: an expert's hosts up to each together have what they should, rounded.
+    """Whole tokens by these shares: rounds the prefix sums over an expert's hosts.
 
-    So all have, and each is off by less than one, float32's rounding aside.
+    The total is then exact, and each host is off by less than one, apart from float32 rounding.
     """
     last = jnp.where(hosts, jnp.arange(hosts.shape[1]), -1).max(axis=1)
 
@@ -213,8 +213,8 @@ def whole_tokens(
 def finish(weights, weighted, repair, load, moving, target, cut, kept, moves):
     """The plan of tokens, repaired or not, its largest load / weight, and its lower bound.
 
-    `target` is proven, and that the ranks of `cut` keep so many tokens, in limbs; `moves` are those
-    of the waves.
+    `target` is a proven bound; the ranks of `cut` provably keep `kept` tokens, in limbs; `moves`
+    are the waves' moves.
     """
     if not weighted:
         size = jnp.maximum(cut.sum(dtype=jnp.int32), 1)
@@ -224,7 +224,7 @@ def finish(weights, weighted, repair, load, moving, target, cut, kept, moves):
         return moving, load.max(), bound
     bound = least_value(kept[0], kept[1], cut, weights)
     if repair:
-        # Every rank has a target of its own, and ranks that nothing can leave what they have.
+        # Every rank has its own target; ranks that no token can leave keep their load.
         load, moving, bound = balance(
             load,
             moving,
@@ -247,9 +247,9 @@ def limbs(values: Int32[Array, " n"]) -> tuple[Int32[Array, ""], Int32[Array, ""
 def token_limits(
     value: Float32[Array, ""], w: Float32[Array, " group_size"]
 ) -> Int32[Array, " group_size"]:
-    """The most tokens of every rank whose load / weight is `value`.
+    """The most tokens of every rank at a load / weight of `value`.
 
-    Rounded up by more than float32 can have rounded down: what passes them is above `value`.
+    Rounded up by more than float32 can round down, so that more tokens are certainly above `value`.
     """
     limit = jnp.floor(value * w * np.float32(1 + 2.0**-21))
     tokens = jnp.minimum(limit, MOST_TOKENS).astype(jnp.int32)
@@ -262,9 +262,9 @@ def least_value(
     cut: Bool[Array, " group_size"],
     w: Float32[Array, " group_size"],
 ) -> Float32[Array, ""]:
-    """The least load / weight at which the ranks of `cut` may have high · 2¹⁶ + low tokens.
+    """The least load / weight at which the ranks of `cut` can hold high · 2¹⁶ + low tokens.
 
-    As the bits of floats are ordered as the floats are, it is found bit by bit.
+    Found bit by bit, since the bits of nonnegative floats are ordered like the floats.
     """
 
     def too_little(bits):
@@ -327,7 +327,7 @@ def reals_anywhere(total, base_load, cells, *, weights):
 def too_much(
     most: Float32[Array, " n_ranks"], weights: Float32[Array, " n_ranks"]
 ) -> Bool[Array, ""]:
-    """Whether some rank's load, or load / weight, could be more than MOST_LOAD."""
+    """Whether some rank's load, or load / weight, could exceed MOST_LOAD."""
     return ~(jnp.maximum(most, most / weights).max() <= MOST_LOAD)
 
 
@@ -343,12 +343,12 @@ def proven_by_units(
     cut: Bool[Array, " n_ranks"],
     w: Float32[Array, " n_ranks"],
 ) -> Float32[Array, ""]:
-    """What the loads that cannot leave the cut prove, never rounded up.
+    """The bound proven by the loads that cannot leave the cut, never rounded up.
 
-    They are added in units of a power of two: a part's sum stays below 2³⁰, and what is lost of an
-    expert is below 2⁻²⁸ of the largest of those sums.
+    Loads are summed in units of a power of two: each part's sum stays below 2³⁰, and truncation
+    loses less than 2⁻²⁸ of the largest of these sums per expert.
     """
-    # In two steps: the smallest loads take more than one power of two to get that far.
+    # In two steps: the smallest loads need a scale beyond a single float32 power of two.
     first = -exponent(kept.max())
     kept = kept * power_of_two(first)
     second = 28 - exponent(kept.sum(axis=1).max())
@@ -362,7 +362,7 @@ def proven_by_units(
 
 
 def exponent(value: Float32[Array, "..."]) -> Int32[Array, "..."]:
-    """e of value = m · 2^e with 1 ≤ m < 2, of values ≥ 0; from −126 to 126, so that 2^±e is."""
+    """e of value = m · 2^e with 1 ≤ m < 2, for values ≥ 0; from −126 to 126, so 2^±e is normal."""
     return jnp.clip((lax.bitcast_convert_type(value, jnp.int32) >> 23) - 127, -126, 126)
 
 
@@ -378,8 +378,8 @@ def interior_point(
     r2o: Int32[Array, "group_size n_columns"],
     dst: Int32[Array, "group_size n_columns"],
 ) -> Fractional:
-    """Along a topology; of the result only the plan is in the loads' unit."""
-    # A power of two first, since the sum of all ranks' loads could overflow.
+    """Along a topology; in the result, only the plan is in the loads' unit."""
+    # Scale by a power of two first, since the sum of all ranks' loads could overflow.
     power = exponent(base.max())
     base, cap = base * power_of_two(-power), cap * power_of_two(-power)
     scale = jnp.maximum(base.sum() / w.sum(), ((base - cap.sum(axis=1)) / w).max())
@@ -394,7 +394,7 @@ def between_hosts(
     hosts: Bool[Array, "n_logical ep_size"],
     w: Float32[Array, " ep_size"],
 ) -> tuple[Float32[Array, "n_logical ep_size"], Bool[Array, " ep_size"]]:
-    """Of every expert's load, what its hosts should have of it; the ranks of the best cut."""
+    """Every host's share of each expert's load, and the ranks of the best cut."""
     power = power_of_two(-exponent(jnp.maximum(total.max(), base.max())))
     total, base = total * power, base * power
     alone = jnp.where(hosts.sum(axis=1) == 1, total, 0)
@@ -407,7 +407,7 @@ def between_hosts(
 
 
 def inverse_or_zero(scale: Float32[Array, ""]) -> Float32[Array, ""]:
-    """1 / scale; 0 of 0."""
+    """1 / scale; 0 for 0."""
     return jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
 
 
@@ -417,7 +417,7 @@ def cut_value(
     cut: Bool[Array, " group_size"],
     dst: Int32[Array, "group_size n_columns"],
 ) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
-    """What cannot leave the cut, exactly: high · 2¹⁶ + low."""
+    """The load that cannot leave the cut, exactly: high · 2¹⁶ + low."""
     leaves = cut[:, None] & ~cut[dst]
 
     def limb(part):

@@ -1,6 +1,6 @@
-"""What the interior point moves: tokens along a topology's edges, or between an expert's hosts.
+"""The interior point's flows: tokens along a topology's edges, or between an expert's hosts.
 
-Along edges, x and what stays, xb = cap − x, have multipliers zl and zu with zl − zu = y_v − y_u.
+Along edges, x and the remainder xb = cap − x have multipliers zl and zu with zl − zu = y_v − y_u.
 Between hosts, every expert's x_er sum to its load and z_er = y_r − λ_e for some λ_e: an expert is a
 clique of its hosts, and with h = x/z its part of M is diag(h) − h hᵀ/Σh, whose off-diagonals
 −h_r h_q/Σh are ≤ 0. An edge is a clique of two, of conductance 1 / (zl/x + zu/xb).
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float32, Int32
 from lplb_jax.reference.interior_point import Iterate, Network
 from lplb_jax.reference.solver import arrived
 
-LEAST_EDGE = np.float32(1e-9)  # Of a rank's mean load: what moves less is left out.
+LEAST_EDGE = np.float32(1e-9)  # Of a rank's mean load: edges that move less are ignored.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class EdgeNetwork(Network):
 
     @property
     def counts(self) -> Bool[Array, "group_size n_columns"]:
-        """The edges that do."""
+        """The edges that are not ignored."""
         return self.cap > LEAST_EDGE * self.w[:, None]
 
     @property
@@ -51,12 +51,12 @@ class EdgeNetwork(Network):
         return net_inflow(x[0], self.r2o)
 
     def first_plan(self) -> Array:
-        """Half of everything moves."""
+        """Moves half of everything."""
         half = jnp.where(self.counts, self.cap / 2, 0)
         return jnp.stack([half, half])
 
     def first_duals(self, y: Array, m: Array) -> Array:
-        """The zl and zu of y's difference whose product is m²."""
+        """zl and zu with the difference that y requires and the product m²."""
         m = m[0]
         h = self.along(y) / 2
         larger = jnp.sqrt(m * m + h * h) + jnp.abs(h)
@@ -106,8 +106,8 @@ class EdgeNetwork(Network):
 class HostNetwork(Network):
     """Experts and their hosts; `x[e, r]` of expert e are on rank r.
 
-    Differences are taken to the host of an expert that has the largest conductance, and what moves
-    there is what the others' flows leave: so that float32 keeps the small flows of the others.
+    Differences are taken to the expert's host with the largest conductance, whose flow is minus the
+    sum of the others'. This way float32 keeps the small flows of the others.
     """
 
     total: Float32[Array, " n_logical"]
@@ -117,7 +117,7 @@ class HostNetwork(Network):
 
     @property
     def live(self) -> Bool[Array, "n_logical ep_size"]:
-        """Cells of experts with several hosts, as far as they have tokens that count."""
+        """Cells of experts with several hosts and a load that counts."""
         several = self.hosts.sum(axis=1) > 1
         fastest = jnp.where(self.hosts, self.w, 0).max(axis=1)
         return self.hosts & (several & (self.total > LEAST_EDGE * fastest))[:, None]
@@ -128,13 +128,13 @@ class HostNetwork(Network):
 
     @property
     def fixed(self) -> Float32[Array, "n_logical ep_size"]:
-        """The shares of the other experts: all of each on the first of its fastest hosts."""
+        """The other experts' shares: each is entirely on the first of its fastest hosts."""
         fastest = jnp.where(self.hosts, self.w, 0).argmax(axis=1)
         here = jnp.arange(len(self.w)) == fastest[:, None]
         return (here & self.hosts & ~self.live.any(axis=1)[:, None]).astype(jnp.float32)
 
     def shares(self, x: Array) -> Float32[Array, "n_logical ep_size"]:
-        """Of every expert's load, what its hosts have of it."""
+        """Every host's share of each expert's load."""
         x = jnp.where(self.live & (x > 0), x, 0)
         sum_of_expert = x.sum(axis=1, keepdims=True)
         return jnp.where(self.live, x / jnp.where(self.live, sum_of_expert, 1), self.fixed)
@@ -147,12 +147,12 @@ class HostNetwork(Network):
         return x.sum(axis=0)
 
     def first_plan(self) -> Array:
-        """All hosts have equally much."""
+        """Equal shares on all hosts."""
         n_hosts = self.hosts.sum(axis=1, keepdims=True, dtype=jnp.int32)
         return jnp.where(self.live, self.total[:, None] / jnp.maximum(n_hosts, 1), 0)
 
     def first_duals(self, y: Array, m: Array) -> Array:
-        """m where y is least, and as much more elsewhere as y is."""
+        """m at the least y, and larger elsewhere by as much as y is."""
         least = jnp.where(self.live, y, jnp.inf).min(axis=1, keepdims=True)
         return jnp.where(self.live, y - least + m, 0)
 
@@ -196,15 +196,15 @@ class HostNetwork(Network):
         return jnp.where(self.live, conductance / jnp.where(self.live, all_of_expert, 1), 0)
 
     def _is_main(self, conductance: Array) -> Bool[Array, "n_logical ep_size"]:
-        """Whether this is the expert's host with the largest conductance."""
+        """Whether a host is the expert's host with the largest conductance."""
         return jnp.arange(len(self.w)) == conductance.argmax(axis=1, keepdims=True)
 
     def _relative(self, values: Array, conductance: Array) -> Array:
-        """Differences to the value of that host."""
+        """Differences to the value at the host with the largest conductance."""
         main = jnp.where(self._is_main(conductance), values, 0).sum(axis=1, keepdims=True)
         return jnp.where(self.live, values - main, 0)
 
 
 def net_inflow(flow: Array, r2o: Int32[Array, "group_size n_columns"]) -> Array:
-    """What arrives at every rank less what leaves it."""
+    """The flow into every rank minus the flow out of it."""
     return (arrived(flow, r2o) - flow).sum(axis=1, dtype=flow.dtype)

@@ -1,9 +1,9 @@
-"""Where the rows of a batch stand on their ranks, and which tokens go to which rank.
+"""The rows of a batch on their ranks, and which tokens go to which rank.
 
-Rows stand group by group, and in a group source by source; a group has the rows of one slot. What
-finds no room on its rank comes last there. `counts` are int32 `[ep_size, ep_size, slots]`: rows
-from a source for a rank's slot; `groups` int32 `[ep_size, groups]`: the slot of each group of a
-rank, as many as there are slots for none.
+Rows are ordered by group, and within a group by source; a group has the rows of one slot. Rows
+without room come last on their rank. `counts` are int32 `[ep_size, ep_size, slots]`: rows from a
+source for a rank's slot; `groups` int32 `[ep_size, groups]`: the slot of each group of a rank, or
+the number of slots for none.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def plan(
     Int32[Array, " n_physical"],
     Int32[Array, ""],
 ]:
-    """What an exchange takes as `row`, `order` and `lists`, and what else follows from the counts.
+    """An exchange's `row`, `order` and `lists`, then other results from the counts.
 
-    Those are the rows of this rank's groups that have room, the rows of all slots whether or not
-    they have, and how many have none.
+    These are the rows with room of this rank's groups, the rows of all slots with or without room,
+    and the number of rows without room.
     """
     n_ranks, n_tokens = len(counts), len(slot)
     ranks = jnp.arange(n_ranks, dtype=jnp.int32)
@@ -51,7 +51,7 @@ def plan(
     first = is_first(rank, leaves)
     order = jnp.where(first, jnp.take_along_axis(before, rank, axis=1), -1)
 
-    # Between two ranks there are at most as many tokens as rows, and as the source has.
+    # Between two ranks travel at most as many tokens as there are rows, and as the source has.
     fits = fitting(by_group(counts, groups), capacity)
     room = jnp.minimum(fits.sum(axis=2, dtype=jnp.int32), n_tokens)
     room = jnp.where(ranks[:, None] != ranks, room, 0)
@@ -80,7 +80,7 @@ def synced_plan(
     Int32[Array, " n_physical"],
     Int32[Array, ""],
 ]:
-    """`plan`, of this rank's counts."""
+    """`plan`, given this rank's counts only."""
     everyones = loads.sync(counts, me, axis_name=axis_name, comm=comm)
     everyones = everyones.reshape(len(groups), len(groups), -1)
     return plan(slot, position, everyones, groups, me, capacity=capacity)
@@ -96,8 +96,8 @@ def rows_of_choices(
 ) -> tuple[Choices, Choices]:
     """The rank that serves every choice of this source, and the choice's row there.
 
-    Rows are numbered over all ranks, `capacity` on each; −1 where there is none. Without `groups`,
-    these are all slots one after the other.
+    Rows are numbered over all ranks, `capacity` on each; −1 if there is none. Without `groups`, the
+    groups are all slots in order.
     """
     used = jnp.maximum(slot, 0)
     rank = used // counts.shape[2]
@@ -111,30 +111,30 @@ def rows_of_choices(
 
 
 def is_first(rank: Choices, arrives: Bool[Array, "tokens top_k"]) -> Bool[Array, "tokens top_k"]:
-    """Whether a choice is its token's first that arrives on its rank: it has the token's place."""
+    """Whether a choice is its token's first to arrive on its rank; it defines the token's place."""
     top_k = rank.shape[1]
     same = arrives[:, None] & (rank[:, None] == rank[..., None])  # [tokens, top_k, top_k]
     return arrives & ~(same & jnp.tril(jnp.ones((1, top_k, top_k), bool), -1)).any(axis=2)
 
 
 def slot_loads(counts: Counts) -> Int32[Array, " n_physical"]:
-    """Rows for every slot from all sources, those without room included."""
+    """Rows for every slot from all sources, including rows without room."""
     return counts.sum(axis=0, dtype=jnp.int32).reshape(-1)
 
 
 def overflow(counts: Counts, capacity: int) -> Int32[Array, ""]:
-    """Rows of all ranks that found no room."""
+    """Rows of all ranks that do not fit."""
     received = counts.sum(axis=(0, 2), dtype=jnp.int32)
     return jnp.maximum(received - capacity, 0).sum(dtype=jnp.int32)
 
 
 def fitting(counts: Counts, capacity: int) -> Counts:
-    """The counts without the rows that find no room: those that come last."""
+    """The counts of the rows that fit; the last rows of a rank are dropped."""
     return jnp.clip(capacity - _row_starts(counts), 0, counts)
 
 
 def by_group(counts: Counts, groups: Array | None) -> Int32[Array, "ep_size ep_size groups"]:
-    """From the order of a rank's slots, which are the last axis, to that of its groups."""
+    """Reorders the last axis from a rank's slots to its groups."""
     if groups is None:
         return counts
     rank = jnp.arange(len(groups), dtype=jnp.int32)[:, None]
@@ -151,11 +151,11 @@ def _by_slot(of_groups: Array, groups: Array | None, n_slots: int) -> Array:
 
 
 def _row_starts(counts: Counts) -> Counts:
-    """Where rows start on their rank, slot by slot and source by source."""
+    """Where each source's rows of each slot start on their rank."""
     rows = counts.transpose(1, 2, 0)
     return starts(rows.reshape(len(counts), -1), axis=1).reshape(rows.shape).transpose(2, 0, 1)
 
 
 def starts(sizes: Array, axis: int) -> Array:
-    """Where each begins if they stand one after the other along `axis`."""
+    """The exclusive prefix sums of `sizes` along `axis`."""
     return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes

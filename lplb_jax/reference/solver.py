@@ -1,13 +1,13 @@
 """The exact integer solver: phased waves on the replica graph.
 
 One group has G ranks. Column d of rank u is an edge from u to the rank dst[u, d] that holds its
-copies; `moved[u, d]` of its `cap[u, d]` tokens are served there. We look for the integers that make
-the largest rank load as small as possible. This is a single-commodity flow: the optimum is
+copies; `moved[u, d]` of its `cap[u, d]` tokens are served there. We minimize the largest rank load
+over integers. This is a single-commodity flow: the optimum is
 max over sets S of ⌈(load that cannot leave S) / |S|⌉, and the waves raise a target T to that value
 from below, so that T is a proven lower bound at any time.
 
-All arithmetic is int32 in a fixed order. Sums over ranks can pass 2³¹ though no rank's load does;
-they are kept as two 16-bit limbs.
+All arithmetic is int32 in a fixed order. Sums over ranks can exceed 2³¹ although no rank's load
+does; they are kept as two 16-bit limbs.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def solve(
 ]:
     """Quotas, largest loads, lower bounds and status of all groups.
 
-    `loads` has a row per source rank (or one in all); `row` is n_logical, or n_logical + 1 with the
-    number of ids that named no expert in the last place (see `count`).
+    `loads` has a row per source rank, or a single row; `row` is n_logical, or n_logical + 1 if the
+    number of ids that name no expert comes last (see `count`).
     """
     nothing = jnp.zeros(ep_size, jnp.int32)
     split = solve_costs(loads, phy2log, log2phy, r2o, nothing, ep_size=ep_size, tile=1)
@@ -66,13 +66,13 @@ def solve_costs(
     Int32[Array, " n_groups"],
     Int32[Array, " n_groups"],
 ]:
-    """The same where slots cost tiles, ⌈quota / tile⌉, and ranks have some anyway, `base_load`.
+    """`solve` with slots that cost tiles, ⌈quota / tile⌉, and ranks with a `base_load`.
 
-    The largest loads and lower bounds are in tiles. Then come the largest loads in tokens, which
-    are the least possible with every slot's number of tiles.
+    The largest loads and lower bounds are in tiles. The largest loads in tokens come last; they are
+    minimal for the number of tiles of every slot.
 
-    An expert's tokens fill ⌈load / tile⌉ tiles or more, however they are split, and just so many
-    where all of its slots but one have whole tiles. So the fewest tiles are a flow of tiles.
+    An expert's tokens fill at least ⌈load / tile⌉ tiles, however they are split, and exactly that
+    many if all of its slots but one hold whole tiles. So minimizing tiles is a flow of tiles.
     """
     n_logical = log2phy.shape[0]
     group_size, n_columns = r2o.shape
@@ -85,7 +85,7 @@ def solve_costs(
         quota, *values = graph.solve_any(total, too_large, base, cells, tile)
         max_load, bound, max_tokens, overflow = (value[None] for value in values)
         wrong = graph.misplaced(phy2log, log2phy, cells)
-        # Loads of experts without a slot reach no rank, and only make the placement a wrong one.
+        # Loads of experts without a slot reach no rank; they only invalidate the placement.
         negative = (negative & cells.hosts.any(axis=1)).any() | base.negative.any()
         status = status_of(overflow, negative, invalid, wrong)
         return quota, max_load, bound, status, max_tokens
@@ -112,7 +112,7 @@ def status_of(
     invalid: Bool[Array, ""],
     wrong: Bool[Array, "*n_groups"],
 ) -> Int32[Array, " n_groups"]:
-    """The bits of what was found."""
+    """The status bits for these findings."""
     status = (
         jnp.where(overflow, Status.LOAD_OVERFLOW, 0)
         | jnp.where(negative, Status.NEGATIVE_LOAD, 0)
@@ -147,7 +147,7 @@ def solve_group(
         ),
         axis=1,
     )
-    # A plan's rank loads never pass this sum, so where it fits nothing in the waves overflows.
+    # A plan's rank loads never exceed this sum, so if it fits, nothing in the waves overflows.
     overflow = too_large | most_too_large.any() | base_load.too_large.any()
     base_load = base_load.none_if(overflow)
     loads = jnp.where(overflow, 0, own)
@@ -173,10 +173,10 @@ def fill(
     dst: Int32[Array, "group_size n_columns"],
     tile: int,
 ) -> tuple[Int32[Array, "group_size n_redundant"], Int32[Array, " group_size"]]:
-    """The tokens of the `away` tiles and rank loads, the largest of which is then the least.
+    """The tokens of the `away` tiles, and rank loads whose largest is minimal for these tiles.
 
-    Of every column one expert at most has tiles at both ends; the empty places of its last tile are
-    what may still move along the edge.
+    At most one expert of a column has tiles at both ends; the empty places of its last tile can
+    still move along the edge.
     """
     n_redundant, n_columns = away.shape[1], r2o.shape[1]
     replicated = own[:, :n_redundant]
@@ -196,7 +196,7 @@ def column_loads(
     dst: Int32[Array, "group_size n_columns"],
     n_redundant: int,
 ) -> tuple[Int32[Array, "group_size n_columns"], Int32[Array, "group_size n_columns"]]:
-    """What may leave every rank along its edges, and what may arrive; at most 2³¹ − 1 each."""
+    """Capacity out of every rank along its edges, and into it; at most 2³¹ − 1 each."""
     replicated = own[:, :n_redundant].reshape(len(own), -1, r2o.shape[1])
     rank = jnp.arange(len(own), dtype=jnp.int32)[:, None]
     cap = jnp.where(dst == rank, 0, exact_sum(replicated, axis=1)[0])
@@ -222,10 +222,10 @@ def taken_in_order(
     replicated: Shaped[Array, "group_size n_redundant"],
     moved: Shaped[Array, "group_size n_columns"],
 ) -> Shaped[Array, "group_size n_redundant"]:
-    """How much of every replicated expert moves: a column's experts in order."""
+    """The tokens of every replicated expert that move, taking a column's experts in order."""
     of_column = replicated.reshape(len(replicated), -1, moved.shape[1])
     before = jnp.cumsum(of_column, axis=1, dtype=replicated.dtype) - of_column
-    # Where nothing moves, `before` may have overflowed.
+    # If nothing moves, `before` may have overflowed.
     away = jnp.clip(moved[:, None, :] - before, 0, of_column)
     return jnp.where(moved[:, None, :] > 0, away, 0).reshape(replicated.shape)
 
@@ -235,7 +235,7 @@ def at_slots(
     away: Shaped[Array, "group_size n_redundant"],
     r2o: Int32[Array, "group_size n_columns"],
 ) -> Shaped[Array, "group_size slots_per_rank"]:
-    """Tokens per slot, where `away` are those of the replicated experts' copies."""
+    """Tokens per slot; `away` are the tokens of the replicated experts' copies."""
     n_redundant = away.shape[1]
     local = jnp.arange(n_redundant)
     copies = away[r2o[:, local % r2o.shape[1]], local]
@@ -272,7 +272,7 @@ def moves(
 def first_target(
     base: Int32[Array, " group_size"], cap: Int32[Array, "group_size n_columns"]
 ) -> Int32[Array, ""]:
-    """The bounds of the set of all ranks and of the sets of one rank."""
+    """The bounds of the set of all ranks and of single ranks."""
     everyone = jnp.ones(base.shape, bool)
     return jnp.maximum(ceil_mean(base, everyone), (base - cap.sum(axis=1, dtype=jnp.int32)).max())
 
@@ -303,7 +303,7 @@ def push(
     level: Int32[Array, " group_size"],
     depth: Int32[Array, ""],
 ) -> tuple[Int32[Array, " group_size"], Int32[Array, "group_size n_columns"]]:
-    """Every rank pushes its excess one level down, the deepest level first; what is left of it."""
+    """Every rank pushes its excess one level down, deepest level first; returns what remains."""
     n_columns = cap.shape[1]
     column = jnp.arange(n_columns)
 
@@ -329,7 +329,7 @@ def push(
 def arrived(
     sent: Shaped[Array, "group_size n_columns"], r2o: Int32[Array, "group_size n_columns"]
 ) -> Shaped[Array, "group_size n_columns"]:
-    """What a rank's redundant columns hold, from what the columns' owners sent."""
+    """The tokens in a rank's redundant columns, given what the columns' owners sent."""
     return sent[r2o, jnp.arange(r2o.shape[1])]
 
 
@@ -340,8 +340,8 @@ def misplaced(
 ) -> Bool[Array, " n_groups"]:
     """Whether phy2log, log2phy and r2o contradict one another in a group.
 
-    Every own slot must be the first slot of its expert, every redundant slot the second one of the
-    expert it copies along r2o, and log2phy name no others: −1 in all further places.
+    Every own slot must be the first slot of its expert, and every redundant slot the second slot of
+    the expert that it copies along r2o. All further entries of log2phy must be −1.
     """
     n_groups, group_size, slots_per_rank = slots.shape
     n_local = log2phy.shape[0] // (n_groups * group_size)

@@ -1,4 +1,4 @@
-"""Sums of int32 that may pass 2³¹, without 64 bits: two limbs of 16 bits each."""
+"""Sums of int32 that may exceed 2³¹, without 64 bits: two limbs of 16 bits each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INT32_MAX = np.int32(2**31 - 1)
 def exact_sum(
     values: Int32[Array, "..."], axis: int
 ) -> tuple[Int32[Array, "..."], Bool[Array, "..."]]:
-    """Sum of values ≥ 0, and whether it passes 2³¹ − 1, at which it then stays."""
+    """The sum of values ≥ 0, capped at 2³¹ − 1, and whether it was capped."""
     high = (values >> 16).sum(axis=axis, dtype=jnp.int32)
     low = (values & 0xFFFF).sum(axis=axis, dtype=jnp.int32)
     too_large = high + (low >> 16) >= 1 << 15
@@ -21,17 +21,17 @@ def exact_sum(
 
 
 def capped_add(a: Int32[Array, "..."], b: Int32[Array, "..."]) -> Int32[Array, "..."]:
-    """a + b of values ≥ 0, at most 2³¹ − 1."""
+    """a + b for values ≥ 0, capped at 2³¹ − 1."""
     return a + jnp.minimum(b, INT32_MAX - a)
 
 
 def ceil_divide(values: Int32[Array, "*n"], divisor: int) -> Int32[Array, "*n"]:
-    """⌈values / divisor⌉ of values ≥ 0."""
+    """⌈values / divisor⌉ for values ≥ 0."""
     return values // divisor + (values % divisor > 0)
 
 
 def ceil_mean(values: Int32[Array, " n"], chosen: Bool[Array, " n"]) -> Int32[Array, ""]:
-    """⌈sum of values / number chosen⌉ of values ≥ 0 that are 0 where not chosen."""
+    """⌈sum of values / number chosen⌉ for values ≥ 0 that are 0 if not chosen."""
     n = jnp.maximum(chosen.sum(dtype=jnp.int32), 1)
     high = (values >> 16).sum(dtype=jnp.int32)
     low = (values & 0xFFFF).sum(dtype=jnp.int32)

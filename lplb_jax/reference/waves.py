@@ -1,8 +1,8 @@
 """The phases of the waves, along a topology and on any placement.
 
-A plan says how much of what moves where; it may be anything that `levels` and `push` know. A bound
-is proven, and tells what every rank may have; the ranks above that hand their excess to others,
-until none is above.
+A plan describes what moves where, in any form that `levels` and `push` understand. A proven bound
+limits the load of every rank; ranks above their limit pass their excess on to others until none is
+above.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int32
 
 from lplb_jax.reference.sums import ceil_mean
 
-# By how much every rank is above what it may have; what moves.
+# Every rank's excess over its limit; the plan.
 Excess = Int32[Array, " n_ranks"]
 Moving = Any
 
@@ -24,7 +24,7 @@ Moving = Any
 def mean_load(
     load: Int32[Array, " n_ranks"], unseen: Bool[Array, " n_ranks"], target: Int32[Array, ""]
 ) -> Int32[Array, ""]:
-    """The target, raised to the mean load of the unseen ranks, none of which is below it."""
+    """The target, raised to the mean load of the unseen ranks, which are all at or above it."""
     return target + ceil_mean(jnp.where(unseen, load - target, 0), unseen)
 
 
@@ -38,12 +38,12 @@ def balance(
     allowed: Callable[[Array], Array] = lambda bound: bound,
     proven: Callable[[Array, Bool[Array, " n_ranks"], Array], Array] = mean_load,
 ) -> tuple[Int32[Array, " n_ranks"], Moving, Array]:
-    """From any legal plan and proven bound to a plan in which no rank is above the bound.
+    """Turns any feasible plan and proven bound into a plan in which no rank exceeds the bound.
 
-    `levels` are the distances of the ranks to those that may have more, −1 where there is no way,
-    and the largest of them. `push` lets every rank hand its excess one level down, the deepest of
-    so many levels first. `allowed(bound)` is what a rank may have; `proven(load, unseen, bound)`
-    the bound that follows where nothing can leave the unseen ranks.
+    `levels` returns the ranks' distances to ranks with room, −1 if there is no path, and the
+    largest distance. `push` moves every rank's excess one level down, the deepest level first.
+    `allowed(bound)` is the limit of a rank; `proven(load, unseen, bound)` the bound that follows if
+    nothing can leave the unseen ranks.
     """
 
     def phase(state):
@@ -52,7 +52,7 @@ def balance(
         level, depth = levels(excess, moving)
         unseen = level < 0
         stuck = (unseen & (excess > 0)).any()
-        # With depth 0 nothing is pushed.
+        # At depth 0 nothing is pushed.
         left, moving = push(excess, moving, level, jnp.where(stuck, 0, depth))
         bound = jnp.where(stuck, proven(load, unseen, bound), bound)
         return load + (left - excess), moving, bound
@@ -72,11 +72,11 @@ def hand_out(
     levels: Callable[[Excess, Moving], tuple[Int32[Array, " n_ranks"], Int32[Array, ""]]],
     push: Callable[[Excess, Moving, Int32[Array, " n_ranks"], Array], tuple[Excess, Moving]],
 ) -> tuple[Int32[Array, " n_ranks"], Moving, Array]:
-    """`balance` of loads of which not the tokens move but the empty places.
+    """`balance` of loads by moving empty places instead of tokens.
 
-    A rank below the bound has more of them than it needs, and pushes those along shortest paths to
-    ranks above. Where no such rank finds a way, nothing gets into the ranks that could be reached
-    from, and their mean load is the next bound.
+    A rank below the bound has spare ones and pushes them along shortest paths to ranks above it. If
+    no path is left, no empty place can enter the set of ranks from which a rank above the bound is
+    reachable, and the mean load of this set is the next bound.
     """
 
     def phase(state):
@@ -98,10 +98,10 @@ def hand_out(
 def distances(
     excess: Excess, reaches: Callable[[Bool[Array, " n_ranks"]], Bool[Array, " n_ranks"]]
 ) -> tuple[Int32[Array, " n_ranks"], Int32[Array, ""]]:
-    """Distance of every rank to the nearest rank that may have more, −1 where not reached.
+    """Distance of every rank to the nearest rank with room, −1 if not reached; and the largest one.
 
-    `reaches(frontier)` are the ranks from which an arc leads to one of the frontier. Ends when all
-    ranks with an excess are reached or nothing new is. Also returns the largest distance.
+    `reaches(frontier)` returns the ranks with an arc to the frontier. The search ends when all
+    ranks with an excess are reached, or no new rank is.
     """
 
     def reach(state):
@@ -115,7 +115,7 @@ def distances(
         return ((excess > 0) & (level < 0)).any() & progress
 
     level = jnp.where(excess < 0, 0, -1)
-    # From the excess, not a fresh constant: under shard_map they must vary over the same axes.
+    # Derived from the excess, not constants: under shard_map they must vary over the same axes.
     depth = excess.max() & 0
     level, depth, _ = lax.while_loop(unfinished, reach, (level, depth, depth == 0))
     return level, depth
@@ -128,9 +128,9 @@ def push_levels(
     depth: Int32[Array, ""],
     push_level: Callable[[Excess, Excess, Moving, Int32[Array, ""]], tuple[Excess, Moving]],
 ) -> tuple[Excess, Moving]:
-    """`push_level` for one level after the other, from the deepest to the first.
+    """Runs `push_level` for each level, from the deepest to the first.
 
-    It gets what the ranks of the level have to hand on, and the state.
+    It gets the excess of the level's ranks, and the state.
     """
 
     def step(state):
