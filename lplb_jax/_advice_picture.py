@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from lplb_jax._picture import FAINT, INK
 from lplb_jax._study import ANY, BATCH, EVEN, GIVEN, PACKED, Ageing, Choice
 
-# Okabe and Ito's colours, which colour-blind readers tell apart too.
+# Okabe and Ito's colors, which color-blind readers can distinguish.
 _COLOURS = {ANY: "#0072b2", BATCH: "#009e73", EVEN: "#d55e00"}
 _TOPOLOGIES = ("#cc79a7", "#e69f00", "#56b4e9", "#8c510a", "#7f7f7f", "#b8a200")
 _BEFORE, _AFTER = "#7f7f7f", "#0072b2"
@@ -24,7 +24,7 @@ def draw(
     before: Sequence[int],
     after: Sequence[int],
 ) -> Figure:
-    """Three panels, or two where nothing is known about age; arguments as in `Advice`.
+    """Three panels, or two if nothing is known about age; arguments as in `Advice`.
 
     >>> import lplb_jax
     >>> from lplb_jax._advice_picture import draw
@@ -55,7 +55,7 @@ def draw(
 
 
 def _balance(panel: Axes, choices: Sequence[Choice], best: Choice) -> None:
-    """The largest over the mean load by redundant slots, a line for every kind."""
+    """The largest over the mean load by redundant slots, one line per kind."""
     given, packed, *tried = choices
     panel.plot([0, 0], [given.mean, packed.mean], "s", color=INK, markersize=6)
     same = given.mean - packed.mean < 0.04 * (given.mean - 1)
@@ -99,7 +99,7 @@ def _ranks(panel: Axes, before: Sequence[int], after: Sequence[int]) -> None:
 
 
 def _age(panel: Axes, ageing: Ageing) -> None:
-    """How a placement that stays falls behind one that is made anew."""
+    """How a fixed placement falls behind a fresh one."""
     placement, redundants, age, kept, fresh, refresh_after = ageing
     panel.plot(age, kept, "-o", color=_COLOURS[EVEN], markersize=4, label="placed once")
     panel.plot(age, fresh, "-o", color=_AFTER, markersize=4, label="placed anew before each span")

@@ -1,4 +1,4 @@
-"""Mapped axes: their names and sizes, and the types of what varies along them."""
+"""Mapped axes: their names and sizes, and the types of values that vary along them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax import lax
 
 
 def check_axis(axis_name: Any) -> int:
-    """Size of a mapped axis in scope, or of several."""
+    """Size of a mapped axis in scope, or the product over several."""
     check_axis_names("axis_name", axis_name)
     try:
         return lax.axis_size(axis_name)
@@ -27,9 +27,9 @@ def axis_names(axis_name: Any) -> tuple[Any, ...]:
 
 
 def check_axis_names(argument: str, axis_name: Any) -> tuple[Any, ...]:
-    """`axis_names`; raises where that is not a tuple of different names."""
+    """`axis_names`; raises unless they are distinct names of axes."""
     names = axis_names(axis_name)
-    # JAX takes an integer for a dimension of the array, and not every collective takes a list.
+    # JAX treats an integer as a dimension of the array, and not every collective takes a list.
     named = all(isinstance(name, Hashable) and not isinstance(name, int) for name in names)
     if not named or not names or len(set(names)) < len(names):
         raise ValueError(
@@ -40,13 +40,13 @@ def check_axis_names(argument: str, axis_name: Any) -> tuple[Any, ...]:
 
 
 def varying_over(array: jax.Array, axis_name: Any) -> jax.Array:
-    """`array` typed as one that may differ along this mapped axis (or a tuple of axes)."""
+    """`array` typed as varying along this mapped axis (or a tuple of axes)."""
     varying = jax.typeof(array).manual_axis_type.varying
     missing = tuple(axis for axis in axis_names(axis_name) if axis not in varying)
     return lax.pcast(array, missing, to="varying") if missing else array
 
 
 def varying_as(tree: Any, array: jax.Array) -> Any:
-    """`tree` typed as leaves that may differ along all axes that `array` does."""
+    """`tree` with leaves typed as varying along all axes that `array` varies along."""
     axes = tuple(sorted(jax.typeof(array).manual_axis_type.varying))
     return jax.tree.map(lambda leaf: varying_over(leaf, axes), tree)

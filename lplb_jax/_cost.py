@@ -1,8 +1,8 @@
-"""How long a layer takes, from how even its ranks are: a model that fits on a page.
+"""Estimates the time of a layer from the balance of its ranks: a one-page model.
 
-The busiest rank's matrix products, or reading its experts' weights if that takes longer; the
-transfer of copies beside them, as far as it is longer still; and the exchange of tokens there and
-back, beside which nothing is done.
+The time of the busiest rank's GEMMs, or of reading its experts' weights if that is longer; plus the
+part of the copies' transfer that they do not hide; plus the exchange of tokens in both directions,
+which nothing hides.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ import dataclasses
 import math
 from typing import Any
 
-# What two H200s reach in docs/moe.md and README.md: products of 16-bit floats, rows of tokens
-# between GPUs of one host, memory that is read; and 400 Gb/s per GPU between hosts, at 90 %.
+# Rates of two H200s in docs/moe.md and README.md: GEMMs of 16-bit floats, rows of tokens between
+# GPUs of one host, memory reads; and 400 Gb/s per GPU between hosts, at 90 %.
 FLOPS, LINK, NODE_LINK, MEMORY = 5.5e14, 2.7e11, 4.5e10, 2.7e12
 
 
 def passes(inference: bool) -> int:
-    """Products of the size of the forward ones: with gradients, three times as many."""
+    """Multiples of the forward pass's GEMMs: three with gradients."""
     return 1 if inference else 3
 
 
 def ways(inference: bool) -> int:
-    """How often a copy's bytes travel: as weights, and as gradients back."""
+    """How often a copy's bytes travel: as weights there, and as gradients back."""
     return 1 if inference else 2
 
 
 def forward_seconds(rows: Any, parameters: float, flops: float) -> Any:
-    """Seconds of the products of so many rows with an expert's weights."""
+    """Seconds of the GEMMs of `rows` rows with an expert's weights."""
     return rows * 2 * parameters / flops
 
 
 def check_positive(values: dict[str, float | None]) -> None:
-    """Raises where a number is not finite or not above 0; None is no number."""
+    """Raises if a number is not finite or not positive; None is skipped."""
     for name, value in values.items():
         if value is None:
             continue
@@ -49,16 +49,16 @@ class Costs:
     """Sizes and rates of a layer.
 
     Attributes:
-      rows: tokens of a rank on average, each as often as it chooses an expert.
-      top_k: experts of a token.
+      rows: mean rows of a rank: its tokens, times the experts per token.
+      top_k: experts per token.
       hidden: width of a token, 16-bit floats.
-      parameters: of one expert.
-      bytes_per_expert: its weights.
+      parameters: parameters of one expert.
+      bytes_per_expert: bytes of an expert's weights.
       ep_size, n_nodes: ranks and nodes.
-      inference: forward alone, with weights that stay as they are.
-      flops: floating-point operations per second that products reach.
+      inference: forward pass only, with constant weights.
+      flops: floating-point operations per second of GEMMs.
       link, node_link: bytes per second out of a rank, within a node and between nodes.
-      memory: bytes per second that weights are read with.
+      memory: bytes per second when reading weights.
     """
 
     rows: float
@@ -75,16 +75,16 @@ class Costs:
     memory: float = MEMORY
 
     def products(self, imbalance: float, slots_per_rank: int) -> float:
-        """Seconds of the busiest rank's products."""
+        """Seconds of the busiest rank's GEMMs."""
         compute = forward_seconds(imbalance * self.rows, self.parameters, self.flops)
         reading = slots_per_rank * self.bytes_per_expert / self.memory
         return passes(self.inference) * max(compute, reading)
 
     def exchange(self, imbalance: float) -> float:
-        """Seconds of the tokens' way there and back, and of their gradients'."""
+        """Seconds of sending tokens there and back, and their gradients."""
         if self.ep_size == 1:
             return 0.0
-        # A token goes once to each rank that serves it. Experts are taken to be chosen alike.
+        # A token is sent once to each rank that serves it, assuming uniformly chosen experts.
         n_others = (self.ep_size - 1) * (1 - (1 - 1 / self.ep_size) ** self.top_k)
         sent = imbalance * self.rows / self.top_k * n_others * 2 * self.hidden
         ways = 2 if self.inference else 4
@@ -92,8 +92,8 @@ class Costs:
         return ways * sent * ((1 - abroad) / self.link + abroad / self.node_link)
 
     def traffic(self, n_copies: int, per_batch: bool) -> float:
-        """Bytes of copies that a rank receives, and of their gradients that it sends, per step."""
-        travels = per_batch or not self.inference  # In inference, static copies are there.
+        """Bytes per step of the copies that a rank receives, and of the gradients that it sends."""
+        travels = per_batch or not self.inference  # In inference, static copies stay in place.
         return ways(self.inference) * n_copies * self.bytes_per_expert * travels
 
     def layer(self, imbalance: float, slots_per_rank: int, traffic: float) -> float:

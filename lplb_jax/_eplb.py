@@ -1,4 +1,4 @@
-"""EPLB, DeepSeek's expert-parallel load balancer, to the letter: copies by load, then packing."""
+"""EPLB, DeepSeek's expert-parallel load balancer, as published: copies by load, then packing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def eplb(
 ) -> np.ndarray:
     """The experts of the slots, int32 `[ep_size, slots_per_rank]`, for loads `[n_logical]`.
 
-    If the nodes hold equally many groups of experts, groups are packed onto nodes, and each node
-    copies and packs its own experts (hierarchical); else all ranks are one node (global).
+    If groups of experts divide evenly among the nodes, groups are packed onto nodes, and each node
+    copies and packs its own experts (hierarchical); otherwise all ranks are one node (global).
     """
-    # In float32, as published: rounding decides between loads that are nearly the same.
+    # In float32, as published: rounding decides between almost equal loads.
     weight = weight.astype(np.float32)
     if n_groups % n_nodes:
         n_groups = n_nodes = 1
@@ -31,7 +31,7 @@ def eplb(
 def _place_node(
     weight: np.ndarray, experts: np.ndarray, n_ranks: int, slots_per_rank: int
 ) -> np.ndarray:
-    """Every slot left over goes to the expert with the most load per copy."""
+    """Gives every remaining slot to the expert with the most load per copy."""
     weight = weight[experts]
     copies = np.ones(len(experts), np.float32)
     of_slot = list(range(len(experts)))
@@ -46,14 +46,14 @@ def _place_node(
 
 
 def _packed(weight: np.ndarray, n_packs: int) -> np.ndarray:
-    """`pack`, but as published packs of one item are left in the order that they have."""
+    """`pack`, except that packs of one item keep their order, as published."""
     if len(weight) == n_packs:
         return np.arange(n_packs)[:, None]
     return pack(weight, n_packs)
 
 
 def pack(weight: np.ndarray, n_packs: int) -> np.ndarray:
-    """The items of every pack `[n_packs, items]`: heaviest first, onto the lightest with room."""
+    """The items of every pack, `[n_packs, items]`: heaviest first, to the lightest with room."""
     per_pack = len(weight) // n_packs
     packs: list[list[int]] = [[] for _ in range(n_packs)]
     lightest = [(weight.dtype.type(0), k) for k in range(n_packs)]

@@ -1,4 +1,4 @@
-"""Placements that keep what they can of the one in force, where that costs almost nothing."""
+"""Placements that keep as much of the previous one as costs almost no balance."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from lplb_jax._portfolio import (
 )
 
 # How much worse than a fresh placement one that keeps more may be, as a factor of the largest rank
-# load: on the batches as they are, and in the mean on what may soon become of them. Of the latter
-# a few show the way.
+# load: on the given batches, and on average over likely future ones. A few of the latter suffice
+# during the search.
 _WORSE, _SOON_WORSE, _SOON_BATCHES = 1.009, 1.05, 3
-# How much the exact solver may do on the way to each aim: batches solved times slots.
+# The exact solver's budget on the way to each aim: batches solved times slots.
 _MOST_WORK = 1_200_000
 
 
 def keep(
     previous: Table, fresh: Table, batches: np.ndarray, sizes: Sizes, *, along: bool = False
 ) -> Table:
-    """`previous`, with as few changes as make it nearly as good as `fresh`, or that one.
+    """`previous` with the fewest changes that make it nearly as good as `fresh`; or else `fresh`.
 
     Args:
-      previous: the placement in force.
-      fresh: one made for the batches.
-      batches: loads `[batches, n_logical]`, finite and not negative, not all 0.
-      sizes: of both.
-      along: both are along one topology. Experts then exchange all their slots. Otherwise what a
-        rank keeps stays in its slot, and the ranks of `fresh` get other numbers.
+      previous: the placement in use.
+      fresh: a placement made for the batches.
+      batches: loads `[batches, n_logical]`, finite and nonnegative, not all 0.
+      sizes: sizes of both placements.
+      along: whether both are along one topology. Experts then exchange all their slots. Otherwise
+        experts that stay on a rank keep their slots, and the ranks of `fresh` are renumbered.
     """
     tokens = as_tokens(batches)
     soon, _ = scenarios(tokens)
@@ -61,7 +61,7 @@ def keep(
 
 
 class _Aims(NamedTuple):
-    """Batches as they are and as they may soon become, and how large rank loads may be then."""
+    """The given batches and likely future ones, and the largest rank loads allowed for them."""
 
     tokens: np.ndarray
     as_is: np.ndarray
@@ -74,7 +74,7 @@ class _Aims(NamedTuple):
 
 
 def _candidates(previous: Table, aims: _Aims, sizes: Sizes, along: bool) -> Iterator[Table]:
-    """Placements that keep much of `previous`, and then less."""
+    """Placements that keep ever less of `previous`."""
     mean = aims.tokens.mean(axis=0)
     n_homes = np.bincount(previous.homes // sizes.slots_per_rank)
     if n_homes.max() * sizes.ep_size >= sizes.n_logical + sizes.ep_size:
@@ -93,7 +93,7 @@ def _candidates(previous: Table, aims: _Aims, sizes: Sizes, along: bool) -> Iter
 def _amended(
     table: Table, tokens: np.ndarray, goals: np.ndarray, sizes: Sizes, along: bool
 ) -> Table:
-    """The table, with changes until every batch reaches its goal or no change helps."""
+    """Changes the table until every batch reaches its goal or no change helps."""
     phy2log, homes = (np.array(array, np.int32) for array in table)
     how = sizes.ep_size, sizes.n_nodes, along
     native().amend(phy2log, homes, *how, tokens.ravel(), goals, _MOST_WORK // len(phy2log))
@@ -101,7 +101,7 @@ def _amended(
 
 
 def _similar_ranks(fresh: Table, previous: Table, sizes: Sizes) -> np.ndarray:
-    """For every rank the one of `fresh` that has much of what it had; nodes stay together."""
+    """For every rank, the rank of `fresh` with much the same experts; nodes stay together."""
     n_nodes, node_size = sizes.n_nodes, sizes.ep_size // sizes.n_nodes
     # Experts that rank r had and rank q would have; those at home on both count twice.
     members = zip(_members(previous, sizes), _members(fresh, sizes), strict=True)
@@ -113,7 +113,7 @@ def _similar_ranks(fresh: Table, previous: Table, sizes: Sizes) -> np.ndarray:
 
 
 def _matched(value: np.ndarray) -> np.ndarray:
-    """A column for every row, of its own: the pairs of most value first."""
+    """Assigns every row a distinct column greedily, highest values first."""
     left = value.astype(np.float64)
     column = np.empty(len(left), int)
     for _ in range(len(left)):
@@ -124,7 +124,7 @@ def _matched(value: np.ndarray) -> np.ndarray:
 
 
 def _members(table: Table, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
-    """Which expert is on which rank, and which is at home there, `[n_logical, ep_size]`."""
+    """Which experts are on which rank, and which have their home there, `[n_logical, ep_size]`."""
     on_rank, at_home = np.zeros((2, sizes.n_logical, sizes.ep_size), bool)
     slot = np.flatnonzero(table.phy2log >= 0)
     on_rank[table.phy2log[slot], slot // sizes.slots_per_rank] = True
@@ -133,7 +133,7 @@ def _members(table: Table, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _in_old_slots(table: Table, ranks: np.ndarray, previous: Table, sizes: Sizes) -> Table:
-    """Rank r gets what rank `ranks[r]` of the table has; what it had before stays in its slot."""
+    """Rank r gets the experts of the table's rank `ranks[r]`; those it had keep their slots."""
     old = previous.phy2log.reshape(sizes.ep_size, -1)
     new = table.phy2log.reshape(sizes.ep_size, -1)[ranks]
     for had, has in zip(old, new, strict=True):

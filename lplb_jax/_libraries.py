@@ -9,16 +9,16 @@ import pathlib
 
 
 def find(soname: str, package: str) -> ctypes.CDLL | None:
-    """The library that is already loaded, else that of the wheel: two would not know each other.
+    """The library that is already loaded, or else the wheel's: two instances share no state.
 
-    JAX's CUDA plugin loads NCCL and NVSHMEM of their wheels, and LD_PRELOAD may come before it.
+    JAX's CUDA plugin loads NCCL and NVSHMEM from their wheels, unless LD_PRELOAD provides them.
 
     Args:
-      soname: "libnccl.so.2".
-      package: the wheel's folder below `nvidia`.
+      soname: such as "libnccl.so.2".
+      package: the wheel's folder in `nvidia`.
 
     Returns:
-      The library, or None where there is none.
+      The library, or None if there is none.
     """
     candidates = [(soname, os.RTLD_NOLOAD | os.RTLD_NOW | os.RTLD_GLOBAL)]
     spec = importlib.util.find_spec("nvidia")

@@ -1,4 +1,4 @@
-"""Sizes of published mixture-of-experts models, and routing of the kind that they show."""
+"""Sizes of published mixture-of-experts models, and synthetic routing like theirs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 
 
 class Model(NamedTuple):
-    """What a layer's balance depends on.
+    """The sizes that a layer's balance depends on.
 
     Attributes:
       n_layers: layers with experts.
-      n_logical: experts of a layer, without those that every token uses.
+      n_logical: experts per layer, without shared experts.
       top_k: experts that a token chooses.
       hidden, width: sizes of a gated expert, `[hidden, 2 · width]` and `[width, hidden]`.
     """
@@ -36,7 +36,7 @@ MODELS = {
     "gpt-oss-120b": Model(36, 128, 4, 2880, 2880),
 }
 
-# Logarithms of the experts' popularity spread this much, and keep this much of themselves from one
+# The standard deviation of the logarithm of an expert's popularity, and its correlation from one
 # batch to the next.
 _SPREAD, _STAYS = 0.6, 0.98
 
@@ -46,14 +46,14 @@ def synthetic_loads(
 ) -> np.ndarray:
     """Loads int64 `[n_layers, n_batches, n_logical]` of a router whose preferences drift.
 
-    An expert's popularity is log-normal, of spread 0.6, and wanders: two batches that lie n apart
-    correlate by 0.98ⁿ. Within a batch, the choices of tokens are independent.
+    An expert's popularity is log-normal with a standard deviation of 0.6, and drifts: logarithms
+    that are n batches apart correlate by 0.98ⁿ. Within a batch, tokens choose independently.
 
     Args:
-      model: for its experts and top-k.
-      n_layers, n_batches: how many to draw.
-      tokens: of every batch, over all ranks.
-      seed: of the random numbers.
+      model: gives the experts and top-k.
+      n_layers, n_batches: numbers of layers and batches.
+      tokens: tokens of a batch, over all ranks.
+      seed: seed of the random numbers.
 
     >>> from lplb_jax._models import MODELS, synthetic_loads
     >>> synthetic_loads(MODELS["mixtral-8x7b"], 1, 3, tokens=100).sum(axis=2).tolist()

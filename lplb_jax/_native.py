@@ -19,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxlib import version
 
-# FFI platform name -> extension. `_cpu` is always built, `_cuda` where nvcc was found.
+# FFI platform name -> extension. `_cpu` is always built, `_cuda` if nvcc was found.
 _EXTENSIONS = {"cpu": "lplb_jax._cpu", "CUDA": "lplb_jax._cuda"}
 
 
@@ -57,22 +57,22 @@ def _register() -> dict[str, tuple[str, ...]]:
     return registered
 
 
-# FFI platform name -> the targets that are registered for it.
+# FFI platform name -> its registered targets.
 AVAILABLE = _register()
 
 
 def cpu() -> ModuleType | None:
-    """The CPU extension, or None where it was not built."""
+    """The CPU extension, or None if it was not built."""
     return _load(_EXTENSIONS["cpu"]) if "cpu" in AVAILABLE else None
 
 
 def cuda() -> ModuleType | None:
-    """The CUDA extension, or None where it was not built."""
+    """The CUDA extension, or None if it was not built."""
     return _load(_EXTENSIONS["CUDA"]) if "CUDA" in AVAILABLE else None
 
 
 def built_cuda() -> ModuleType:
-    """The CUDA extension, for those who know that it was built."""
+    """The CUDA extension, for callers that know it was built."""
     extension = cuda()
     assert extension is not None
     return extension
@@ -87,28 +87,28 @@ def call(
     only_cuda: str | None = None,
     **attributes: int,
 ) -> Any:
-    """Runs `target` natively, or `reference` where the platform has no native code.
+    """Runs `target` natively, or `reference` if the platform has no native code.
 
-    That is decided when the program is lowered: only then is the platform known for certain, as an
-    array may lie on another one than JAX's default.
+    The choice is made when the program is lowered, since an array may be on a platform other than
+    JAX's default.
 
     Args:
       target: name of the FFI target. It takes leading batch axes, the same on all operands.
-      reference: the specification, which takes `operands` and `attributes`. The result types,
-        device-varying axes included, are those of its results.
+      reference: the specification, called with `operands` and `attributes`. It defines the result
+        types, including device-varying axes.
       operands: arrays.
       axis_name: mapped axes of a target that waits for other ranks; `reference` takes them, too.
         `vmap` over such a call raises.
-      workspace: shape of an int32 buffer that the kernels may use: command buffers forbid to
-        allocate one. With it, `reference` returns a tuple.
-      only_cuda: what to say where the program is lowered for another platform than CUDA; None
-        where it may be.
+      workspace: shape of an int32 scratch buffer for the kernels, which must not allocate in
+        command buffers. With it, `reference` returns a tuple.
+      only_cuda: the error message if the program is lowered for a platform other than CUDA; None
+        if that is allowed.
       attributes: integers for `target` and `reference`.
     """
     operation = _Operation(
         target, reference, tuple(sorted(attributes.items())), axis_name, workspace, only_cuda
     )
-    # Batches are on their device by now: what still has to get there are small tables.
+    # Batches are on their device by now; only small tables still have to be transferred.
     with jax.transfer_guard("allow"):
         results = _call.bind(*map(whole, operands), operation=operation, n_batch=0)
     if workspace is not None:
@@ -119,7 +119,7 @@ def call(
 def whole(array: Any) -> jax.Array:
     """`array` without explicit sharding: native code sees all of it."""
     if isinstance(array, np.ndarray) and array.size == 0:
-        # Made by the program: XLA of jax 0.11 crashes on empty constants in shard_map on CPUs.
+        # Computed in the program: XLA of jax 0.11 crashes on empty constants in shard_map on CPUs.
         array = jnp.zeros(array.shape, array.dtype)
     array = jnp.asarray(array)
     sharding = jax.typeof(array).sharding
@@ -140,7 +140,7 @@ def sharded_as(array: jax.Array, like: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Operation:
-    """A call without its operands, see `call`. Hashable: equal ones share traces and programs."""
+    """A call without its operands, see `call`. Hashable: equal calls share traces and programs."""
 
     target: str
     reference: Callable[..., Any]
@@ -154,15 +154,15 @@ class _Operation:
         return f"{self.target}({attributes})"
 
 
-# One primitive for all targets, rather than jax.ffi.ffi_call: that one knows no other way to
-# compute a result than its target.
+# One primitive for all targets instead of jax.ffi.ffi_call, which cannot fall back to another way
+# of computing the result.
 _call = jax.extend.core.Primitive("lplb_call")
 _call.multiple_results = True
 
 
 @functools.lru_cache(maxsize=1024)
 def _specification(operation: _Operation, n_batch: int) -> Callable[..., Sequence[jax.Array]]:
-    """The reference over `n_batch` leading axes, with a result in the place of the workspace."""
+    """The reference over `n_batch` leading axes, with a placeholder result for the workspace."""
     options: dict[str, Any] = dict(operation.attributes)
     if operation.axis_name is not None:
         options["axis_name"] = operation.axis_name
@@ -203,7 +203,7 @@ def _batch(
     operation: _Operation,
     n_batch: int,
 ) -> tuple[Sequence[jax.Array], Sequence[int]]:
-    """All operands get the new axis, in front."""
+    """Moves the new axis to the front of all operands."""
     pairs = list(zip(operands, axes, strict=True))
     (size,) = {operand.shape[axis] for operand, axis in pairs if axis is not None}
     if operation.axis_name is not None:
@@ -220,7 +220,7 @@ def _batch(
     ]
     results = _call.bind(*operands, operation=operation, n_batch=n_batch + 1)
     if mapped:
-        # JAX takes every array that is mapped to be sharded along the new axis like the operands.
+        # JAX assumes that all mapped arrays are sharded along the new axis like the operands.
         results = [jax.sharding.reshard(result, mapped[0]) for result in results]
     return results, (0,) * len(results)
 
@@ -246,7 +246,7 @@ ad.primitive_jvps[_call] = _differentiate
 
 
 def _lowering(ffi_platform: str | None) -> Callable[..., Any]:
-    """How to lower for a platform with an extension, or, where that is None, for any other."""
+    """The lowering rule for a platform with an extension, or for all others if None."""
 
     def lower(ctx: Any, *operands: Any, operation: _Operation, n_batch: int) -> Any:
         if operation.only_cuda is not None and ffi_platform != "CUDA":
@@ -269,7 +269,7 @@ mlir.register_lowering(_call, _lowering("CUDA"), platform="cuda")
 
 
 def _why_missing(ffi_platform: str | None, platform: str) -> str:
-    """Why there is no native code, and what to do."""
+    """Why native code is missing, and what to do."""
     if ffi_platform is None:
         return f"lplb_jax has no native code for platform {platform!r}"
     remedy = {
@@ -282,7 +282,7 @@ def _why_missing(ffi_platform: str | None, platform: str) -> str:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """A warning that points at the first caller outside this library and JAX."""
+    """Warns once, at the first caller outside this library and JAX."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None:
         if frame.f_globals.get("__name__", "").split(".")[0] not in _NOT_THE_CALLER:

@@ -14,7 +14,7 @@ from lplb_jax._rendezvous import Rendezvous
 
 _SONAME = "libnvshmem_host.so.3"
 _INIT_WITH_UNIQUE_ID = 1 << 3
-_READY = 2  # nvshmemx_init_status: from here on the library can be used
+_READY = 2  # nvshmemx_init_status: from this value on the library is usable
 
 
 class _UniqueId(ctypes.Structure):
@@ -59,14 +59,14 @@ def _library() -> ctypes.CDLL | None:
 
 
 def missing() -> str | None:
-    """Why there is no NVSHMEM here, or None where there is."""
+    """Why NVSHMEM is missing, or None if it is available."""
     if _library() is None:
         return f"{_SONAME} was not found; install it with: pip install nvidia-nvshmem-cu13"
     return None
 
 
 def _loaded() -> ctypes.CDLL:
-    """Where `missing` has said that it is there."""
+    """The library, once `missing` has returned None."""
     library = _library()
     assert library is not None
     return library
@@ -76,7 +76,7 @@ Version = tuple[int, int, int]
 
 
 def missing_put() -> str | None:
-    """Why put with signal cannot be used, or None where it can."""
+    """Why put-with-signal is not available, or None if it is."""
     file = _put_file()
     if file is None:
         return (
@@ -87,11 +87,11 @@ def missing_put() -> str | None:
 
 
 def incompatible(built: Version, host: Version) -> str | None:
-    """Why a host library does not run device code of version `built`, or None where it does.
+    """Why a host library cannot run device code of version `built`, or None if it can.
 
-    Within a major version a host library runs device code of its own and of older minor versions:
-    release notes of NVSHMEM 3.0.6, and nvshmemi_is_version_compatible in its init.cu. Except for
-    IBGDA, whose queue pairs have another layout since 3.5.19, as that version's notes say.
+    Within a major version, a host library runs device code of its own and of older minor versions:
+    see the release notes of NVSHMEM 3.0.6, and nvshmemi_is_version_compatible in its init.cu. The
+    exception is IBGDA, whose queue pairs changed their layout in 3.5.19, see its release notes.
     """
     older = built[:2] < (3, 5) <= host[:2]
     if built[0] == host[0] and built[1] <= host[1] and not (older and _uses_ibgda()):
@@ -114,7 +114,7 @@ def _dotted(version: Version) -> str:
 
 
 def host_version() -> Version:
-    """Of the library that `missing` has found."""
+    """The version of the library that `missing` has found."""
     parts = [ctypes.c_int() for _ in range(3)]
     _loaded().nvshmemx_vendor_get_version_info(*map(ctypes.byref, parts))
     major, minor, patch = (part.value for part in parts)
@@ -122,7 +122,7 @@ def host_version() -> Version:
 
 
 def built_version(put: pathlib.Path) -> Version:
-    """Of the device library that the file was linked with; cmake/nvshmem.cmake names it so."""
+    """The device library's version, which cmake/nvshmem.cmake puts into the file's name."""
     major, minor, patch = re.findall(r"\d+", put.name)
     return int(major), int(minor), int(patch)
 
@@ -140,7 +140,7 @@ class Job:
         self.pe = _loaded().nvshmem_my_pe()
 
     def allocate(self, n_bytes: int) -> int:
-        """Zeroed memory on the heap of every process, which all must ask for."""
+        """Allocates zeroed memory on every process's heap; all processes must call it."""
         address = _loaded().nvshmem_malloc(n_bytes)
         if not address:
             raise MemoryError(
@@ -151,7 +151,7 @@ class Job:
 
     @functools.cached_property
     def put_library(self) -> int:
-        """The kernel that puts with a signal, ready to use; RuntimeError where it cannot be."""
+        """Loads the put-with-signal kernel; raises RuntimeError if that fails."""
         reason = missing_put()
         if reason is not None:
             raise RuntimeError(reason)
@@ -165,11 +165,11 @@ class Job:
         return library
 
     def free(self, address: int) -> None:
-        """All processes must call it."""
+        """Frees symmetric memory; all processes must call it."""
         _loaded().nvshmem_free(address)
 
     def pointer(self, address: int, pe: int) -> int:
-        """Where this GPU reaches the memory of another; 0 where it cannot."""
+        """The address at which this GPU reaches another's memory; 0 if it cannot."""
         return _loaded().nvshmem_ptr(address, pe) or 0
 
 
@@ -179,7 +179,7 @@ def _job(ordinal: int) -> Job:
 
 
 def join(ordinal: int, rendezvous: Rendezvous) -> Job:
-    """Initialises NVSHMEM on GPU `ordinal` for the processes of `rendezvous`, or reuses it."""
+    """Initializes NVSHMEM on GPU `ordinal` for the processes of `rendezvous`, or reuses it."""
     library = _loaded()
     _native.built_cuda().comm_use_device(ordinal)  # NVSHMEM takes the GPU of the current context.
     status = library.nvshmemx_init_status()
@@ -194,8 +194,8 @@ def join(ordinal: int, rendezvous: Rendezvous) -> Job:
         return _job(ordinal)
     if states != {0}:
         raise RuntimeError("NVSHMEM is initialised in some processes, or only half")
-    # Multicast over NVLink is not needed and can block the GPUs of a host; NCCL neither. The
-    # granule of its heap, 512 MiB where nothing is said, is far more than the inboxes need.
+    # Neither NVLink multicast, which can block the GPUs of a host, nor NCCL is needed. The default
+    # heap granularity, 512 MiB, is far more than the inboxes need.
     os.environ["NVSHMEM_DISABLE_NVLS"] = "1"
     os.environ.setdefault("NVSHMEM_DISABLE_NCCL", "1")
     os.environ.setdefault("NVSHMEM_CUMEM_GRANULARITY", str(2 << 20))
@@ -219,7 +219,7 @@ def join(ordinal: int, rendezvous: Rendezvous) -> Job:
         rank, n_processes, ctypes.byref(unique_id), ctypes.byref(attributes)
     )
     failed = library.nvshmemx_hostlib_init_attr(_INIT_WITH_UNIQUE_ID, ctypes.byref(attributes))
-    # Where it finds no GPU it returns 0, and any further call would end the process.
+    # If it finds no GPU it returns 0, and any further call would abort the process.
     if failed or library.nvshmemx_init_status() < _READY:
         raise RuntimeError(
             f"NVSHMEM could not be initialised (error {failed}); NVSHMEM_DEBUG=INFO says more"

@@ -1,4 +1,4 @@
-"""The demonstration's picture: how far every rank's load is from the mean, stage by stage."""
+"""The demo's picture: every rank's load relative to the mean, stage by stage."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from matplotlib.figure import Figure
 
 from lplb_jax._report import Layer
 
-# Okabe and Ito's colours, which colour-blind readers tell apart too.
+# Okabe and Ito's colors, which color-blind readers can distinguish.
 COLOURS = "#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7"
 INK, FAINT = "#222222", "#777777"
 
 
 def draw(layers: list[Layer], topology: str) -> Figure:
-    """A panel per layer: rank loads without replicas, evenly split, and after every `rebalance`.
+    """One panel per layer: rank loads without replicas, evenly split, and after each `rebalance`.
 
     Args:
       layers: `lplb_jax.demo.Layer` results, at least one.
-      topology: its name, for the captions.
+      topology: name of the topology, for the captions.
 
     Returns:
       A Matplotlib figure.
@@ -75,7 +75,7 @@ def _draw_layer(panel: Axes, layer: Layer, title: str, *, explain: bool) -> None
         panel.vlines(ranks, 1, loads, color=colour, linewidth=2.5)
         panel.plot(ranks, loads, "o", color=colour, markersize=6.5)
         centre = start + (n_ranks - 1) / 2
-        # Where all ranks are equally busy, none of them is the one to label.
+        # If all ranks are equally busy, there is no busiest rank to label.
         at = centre if stage >= 2 else ranks[loads.argmax()]
         panel.annotate(
             f"{loads.max():.2f}",

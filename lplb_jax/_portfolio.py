@@ -1,4 +1,4 @@
-"""Placements for exact balancing: made in several ways, judged by the exact solver."""
+"""Placements for exact balancing: built in several ways, evaluated by the exact solver."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import numpy as np
 from lplb_jax import _native
 from lplb_jax._eplb import eplb
 
-# Copies of an expert until its share of load is at most so many mean rank loads. 0: as EPLB does.
+# Copies of an expert until its share of load is at most this many mean rank loads. 0: as in EPLB.
 _MOST_SHARES = (0.0, 0.25, 0.5, 1.0, 2.0)
-# Batches are scaled to about so many tokens.
+# Batches are scaled to about this many tokens.
 _TOKENS = 1 << 40
-# What may become of a batch. Soon: single loads change, by factors of this spread (of logarithms).
-# Later: this much of an expert's load stays with it (a correlation of logarithms), and that counts
-# less.
+# Future batches. Soon: single loads change by log-normal factors of this standard deviation.
+# Later: loads keep this correlation (of logarithms) with an expert's present load, and count less.
 _SOON_BATCHES, _SPREAD = 16, 0.2
 _LATER_BATCHES, _STAYS, _CAUTION = 32, 0.5, 0.15
-# What copies on their experts' nodes may cost on the batches as they are, in mean rank loads.
+# What keeping copies on their experts' nodes may cost on the given batches, in mean rank loads.
 _FREE = 1e-3
 
 
@@ -28,7 +27,7 @@ class Table(NamedTuple):
     """A placement without topology.
 
     Attributes:
-      phy2log: int32 `[n_physical]`, −1 where a slot is empty.
+      phy2log: int32 `[n_physical]`, −1 for empty slots.
       homes: int32 `[n_logical]`, the home slot of every expert.
     """
 
@@ -37,7 +36,7 @@ class Table(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of a placement."""
+    """The sizes of a placement."""
 
     n_logical: int
     ep_size: int
@@ -48,14 +47,14 @@ class Sizes(NamedTuple):
 def best_table(batches: np.ndarray, sizes: Sizes, further: Iterable[Table] = ()) -> Table:
     """The best of several placements for exact balancing of `batches` `[batches, n_logical]`.
 
-    That is the one with the least largest over mean rank load, on the batches, on what may soon
-    become of them, and, to a lesser degree, on batches whose experts have exchanged part of their
-    loads. None is taken that is worse than EPLB's on the batches as they are, unless all are.
+    It minimizes the ratio of the largest to the mean rank load on the batches, on likely future
+    ones and, with a lower weight, on batches whose experts have exchanged part of their loads.
+    Placements that are worse than EPLB's on the given batches are excluded, unless all are.
 
     Args:
-      batches: loads, finite and not negative, not all 0.
-      sizes: of the placement.
-      further: other tables to choose among.
+      batches: loads, finite and nonnegative, not all 0.
+      sizes: sizes of the placement.
+      further: other tables to choose from.
     """
     tokens = as_tokens(batches)
     soon, later = scenarios(tokens)
@@ -91,7 +90,7 @@ def imbalances(phy2log: np.ndarray, ep_size: int, tokens: np.ndarray) -> np.ndar
 
 
 def native() -> ModuleType:
-    """The native module, which no placement without topology is made without."""
+    """The native module, which placements without topology require."""
     cpu = _native.cpu()
     if cpu is None:
         raise RuntimeError(
@@ -102,14 +101,14 @@ def native() -> ModuleType:
 
 
 def as_tokens(batches: np.ndarray) -> np.ndarray:
-    """Batches of equal size in whole tokens; those without load are left out."""
+    """Batches of equal size in whole tokens; batches without load are left out."""
     largest = batches.max(axis=1, keepdims=True)
     batches = batches[largest[:, 0] > 0] / largest[largest[:, 0] > 0]  # Sums stay finite.
     return np.rint(batches * (_TOKENS / batches.sum(axis=1, keepdims=True))).astype(np.int64)
 
 
 def scenarios(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Batches as they may become, soon and later; the same ones in every call."""
+    """Future batches, soon and later; the same in every call."""
     random = np.random.default_rng(0)
     n_logical = tokens.shape[1]
     soon = np.resize(tokens, (_SOON_BATCHES, n_logical))
@@ -124,12 +123,12 @@ def scenarios(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def constructions(
     loads: np.ndarray, sizes: Sizes, home_ranks: np.ndarray | None = None
 ) -> Iterator[Table]:
-    """Second copies for all where shares are small enough, packed or lent to far ranks.
+    """Placements with second copies for all experts with small shares, packed or on far ranks.
 
     Args:
       loads: float64 `[n_logical]`.
-      sizes: of the placement.
-      home_ranks: int32 `[n_logical]`, the rank where each expert is to be at home; None for any.
+      sizes: sizes of the placement.
+      home_ranks: int32 `[n_logical]`, the prescribed home rank of each expert; None for any.
     """
     for stay in (False, True)[: 1 + (sizes.n_nodes > 1)]:
         for share in _MOST_SHARES:
@@ -144,10 +143,10 @@ def constructions(
 
 
 def with_even_homes(phy2log: np.ndarray, loads: np.ndarray, sizes: Sizes) -> Table:
-    """The table, with homes such that no rank has more than it must, but for padding.
+    """The table with homes spread as evenly as possible over the ranks, apart from padding.
 
-    Where a table allows no such homes, some copies make room for an expert whose home is on a rank
-    with too many: slots that serve nothing, if there are any, else those with the least load.
+    If a table allows no such homes, some copies make room for experts from ranks with too many
+    homes: slots that serve nothing, if there are any, otherwise those with the least load.
     """
     phy2log, homes = np.array(phy2log, np.int32), np.empty(sizes.n_logical, np.int32)
     native().homes(phy2log, sizes.ep_size, homes)
@@ -169,7 +168,7 @@ def with_even_homes(phy2log: np.ndarray, loads: np.ndarray, sizes: Sizes) -> Tab
 
 
 def _abroad(table: Table, sizes: Sizes) -> int:
-    """Copies that are on another node than their expert's home."""
+    """The number of copies on a node other than their expert's home node."""
     of_node = sizes.ep_size // sizes.n_nodes * sizes.slots_per_rank
     used = table.phy2log >= 0
     home = table.homes[table.phy2log[used]] // of_node

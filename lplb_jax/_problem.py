@@ -27,8 +27,8 @@ SOLVERS = get_args(Solver)
 Factor = Literal["elimination", "cusolverdx"]
 FACTORS = get_args(Factor)
 MOST_ROWS = 1 << 20  # of a tile
-# What tile="auto" is, where slots have fewer than so many of those tiles in the mean. See
-# docs/solvers.md for what they were chosen by.
+# The tile of tile="auto", used if slots average fewer than this many tiles. See docs/solvers.md for
+# the measurements behind both.
 AUTO_TILE = 128
 AUTO_MOST_TILES = 4
 
@@ -37,8 +37,8 @@ AUTO_MOST_TILES = 4
 class Problem:
     """The checked static description of one balancing problem, and its placement.
 
-    Without a topology, r2o has no columns and a row per rank: any placement, one group of all.
-    `n_nodes` is what the caller says; None leaves it to the placement, if there is no topology.
+    Without a topology, r2o has no columns and one row per rank, and all ranks are one group.
+    `n_nodes` is the caller's; None takes the placement's if there is no topology.
     """
 
     r2o: Topology | np.ndarray
@@ -59,14 +59,14 @@ class Problem:
 
     @property
     def node_size(self) -> int:
-        """Ranks of a node; 0 along a topology, where nobody asks for nodes: home ranks first."""
+        """Ranks per node; 0 along a topology without `n_nodes`, where home ranks come first."""
         if self.n_nodes is None and self.along_topology:
             return 0
         return self.ep_size // (self.n_nodes or self.placement.n_nodes)
 
 
 def anywhere(placement: Placement, n_nodes: int | None = None) -> Problem:
-    """The problem of a placement as any other, whatever topology it was made along."""
+    """The problem of a placement as any placement, ignoring the topology it was made along."""
     return Problem(np.zeros((placement.ep_size, 0), np.int32), placement, n_nodes)
 
 
@@ -77,7 +77,7 @@ def check_problem(
     axis_name: Any,
     n_nodes: int | None = None,
 ) -> Problem:
-    """Finds ep_size and n_logical, and raises where the arguments contradict one another."""
+    """Finds ep_size and n_logical; raises if the arguments are inconsistent."""
     if r2o is None and isinstance(placement, Placement) and placement.topology is None:
         topology = anywhere(placement).r2o
     else:
@@ -114,12 +114,12 @@ def check_problem(
 
 
 def _cut_to_32_bits() -> bool:
-    """Whether JAX makes int32 of int64."""
+    """Whether JAX truncates int64 to int32."""
     return jax.dtypes.canonicalize_dtype(np.int64) == np.int32
 
 
 def check_indices(indices: Any) -> jax.Array:
-    """`indices` as an array of an accepted integer type."""
+    """`indices` as an array of an accepted integer dtype."""
     dtype = getattr(indices, "dtype", None)
     if dtype is None:
         indices = np.asarray(indices)
@@ -130,13 +130,13 @@ def check_indices(indices: Any) -> jax.Array:
             f".astype(jnp.int32)"
         )
     if isinstance(indices, np.ndarray) and dtype == np.int64 and _cut_to_32_bits():
-        # JAX would cut wide ids down to 32 bits, where they could name an expert.
+        # JAX would truncate wide ids to 32 bits, which could turn them into valid ids.
         indices = np.clip(indices, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
     return _native.whole(indices)
 
 
 def check_loads(loads: Any, *, floats: bool = False) -> jax.Array:
-    """`loads` as an int32 array (or float32, where allowed) of one or two dimensions."""
+    """`loads` as an int32 array (or float32, if allowed) of one or two dimensions."""
     dtype = getattr(loads, "dtype", None)
     if dtype != np.int32 and not (floats and dtype == np.float32):
         raise TypeError(
@@ -153,7 +153,7 @@ def check_loads(loads: Any, *, floats: bool = False) -> jax.Array:
 def check_sources(
     indices: jax.Array, loads: jax.Array | None, problem: Problem, axis_name: Any
 ) -> None:
-    """Raises where the loads of several sources meet indices that do not tell them apart."""
+    """Raises if loads have several sources but the indices' source is unknown."""
     if loads is None or loads.ndim == 1 or axis_name is not None:
         return
     if indices.ndim < 1 or indices.shape[0] != problem.ep_size:
@@ -164,7 +164,7 @@ def check_sources(
 
 
 def choose_solver(solver: str, loads: jax.Array | None, rank_weights: Any) -> str:
-    """ "exact" or "ipm"; raises where `solver` is unknown or cannot do what is asked."""
+    """ "exact" or "ipm"; raises if `solver` is unknown or does not support the arguments."""
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
     needs_ipm = None
@@ -180,7 +180,7 @@ def choose_solver(solver: str, loads: jax.Array | None, rank_weights: Any) -> st
 
 
 def check_factor(factor: str, method: str, problem: Problem, costs: Costs) -> bool:
-    """Whether the interior point shall use cuSolverDx; raises where it cannot."""
+    """Whether the interior point uses cuSolverDx; raises if it cannot."""
     if factor not in FACTORS:
         raise ValueError(f"factor: expected one of {', '.join(FACTORS)}, got {factor!r}")
     if factor == "elimination":
@@ -207,8 +207,8 @@ def check_factor(factor: str, method: str, problem: Problem, costs: Costs) -> bo
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What is balanced besides tokens one by one: tiles of so many rows, and what ranks have to do
-    anyway, in tokens or, with `tile`, in tiles."""
+    """The costs besides single tokens: tiles of `tile` rows, and base loads of the ranks, in tokens
+    or, with `tile`, in tiles."""
 
     tile: int | None = None
     base_load: jax.Array | None = None
@@ -224,7 +224,7 @@ NO_COSTS = Costs()
 def check_costs(
     tile: Any, base_load: Any, ep_size: int, method: str, most_tiles: float | None = None
 ) -> Costs:
-    """The checked costs; `most_tiles`: of `AUTO_TILE` rows, in a slot, where tile may be "auto"."""
+    """The checked costs; `most_tiles`: tiles of `AUTO_TILE` rows per slot if tile may be "auto"."""
     if tile == "auto":
         if most_tiles is None:
             raise ValueError(

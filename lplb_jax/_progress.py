@@ -1,4 +1,4 @@
-"""A bar for what takes long, in one line of the terminal."""
+"""A progress bar for long computations, in one line of the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _PATIENCE_S, _WIDTH = 2.0, 40
 
 
 class Bar:
-    """Call it with the share that is done; it shows itself after two seconds, if anybody looks.
+    """Call it with the completed fraction; it appears after two seconds if stderr is a terminal.
 
     >>> from lplb_jax._progress import Bar
     >>> bar = Bar("placing")
@@ -29,6 +29,6 @@ class Bar:
         self._shown = True
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Erases the bar."""
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

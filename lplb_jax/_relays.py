@@ -1,12 +1,11 @@
 """Which rank sends which copy to which, and when: relays, so that no link is the bottleneck.
 
-An expert's home sends it to at most four ranks of its own node and to one rank of at most four
-other nodes. In every round after that, each rank that has it sends it to three more: first the
-ranks that received it for their node to other nodes, until all nodes that use it have it; then all
-ranks within their nodes. Between nodes it travels once for each node. The gradients come home the
-same way.
+An expert's home sends it to at most four ranks of its own node and to one rank in each of at most
+four other nodes. In every later round, each rank that has it sends it to three more: first to other
+nodes, from the ranks that received it for their node, until all nodes that use it have it; then
+within the nodes, from all ranks. It enters each node once. The gradients come home the same way.
 
-Copies are numbered rank by rank; of an expert's copies, those with lower numbers come first.
+Copies are numbered rank by rank; among an expert's copies, lower numbers come first.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-FIRST = 4  # ranks that a home sends an expert to; after a round, so many times as many have it
+FIRST = 4  # ranks that a home sends an expert to; each round multiplies its holders by this factor
 
 
 class Limits(NamedTuple):
     """Static bounds.
 
     Attributes:
-      node_size: ranks of a node; all of them where there is one node.
+      node_size: ranks per node; all of them if there is one node.
       within: copies of an expert on its home's node.
-      nodes: other nodes that have some.
+      nodes: other nodes with copies.
       beyond: copies on each of these.
-      first: how many of either its home sends at once.
+      first: how many its home sends at once, within the node and to other nodes alike.
     """
 
     node_size: int
@@ -43,7 +42,7 @@ class Limits(NamedTuple):
 
     @property
     def sent_abroad(self) -> int:
-        """Of these, to other nodes."""
+        """Copies of an expert that its home sends to other nodes."""
         return min(self.nodes, self.first)
 
     @property
@@ -54,23 +53,23 @@ class Limits(NamedTuple):
 
     @property
     def rounds(self) -> int:
-        """As many as it may take until all have it."""
+        """The most rounds until all copies have arrived."""
         return max(1, self.levels(self.within), self.abroad + self.levels(self.beyond))
 
     @property
     def abroad(self) -> int:
-        """Rounds until all nodes have it."""
+        """Rounds until all nodes have the expert."""
         return max(1, self.levels(self.nodes)) if self.nodes else 0
 
     def levels(self, n: int) -> int:
-        """Rounds until n ranks have what one has, if those that have it serve `first` − 1 each."""
+        """Rounds until n ranks have what one has, if each holder sends to `first` − 1 per round."""
         return sum(self.first**k < n for k in range(n.bit_length()))
 
 
 def limits(ep_size: int, n_nodes: int, most: int, per_rank: int | None = None) -> Limits:
-    """For at most `most` copies of an expert, `per_rank` of them on a rank.
+    """The limits for at most `most` copies of an expert, `per_rank` of them on a rank.
 
-    None for one, and none on the home's rank.
+    `per_rank` None: one per rank, and none on the home's rank.
     """
     node_size = ep_size // n_nodes
     within = node_size - 1 if per_rank is None else node_size * per_rank
@@ -79,7 +78,7 @@ def limits(ep_size: int, n_nodes: int, most: int, per_rank: int | None = None) -
 
 
 def direct(ep_size: int, most: int) -> Limits:
-    """All copies are sent by homes, at once."""
+    """The limits if homes send all copies, at once."""
     return Limits(ep_size, most, 0, 0, first=most)
 
 
@@ -87,9 +86,9 @@ class Journeys(NamedTuple):
     """How copies get to their ranks, int32 `[n_copies]` each.
 
     Attributes:
-      round: when; −1 for those that do not travel.
-      parent: the copy that is passed on; −1 where the home sends its own.
-      child: which of the copies that its sender sends of it in that round.
+      round: when it travels; −1 if it does not.
+      parent: the copy that is passed on; −1 if the home sends it.
+      child: its index among the copies that its sender passes on in that round.
     """
 
     round: jax.Array
@@ -100,9 +99,9 @@ class Journeys(NamedTuple):
 def journeys(
     expert: jax.Array, rank: jax.Array, owner: jax.Array, moves: jax.Array, limits: Limits
 ) -> Journeys:
-    """Of copies of `expert` on `rank`, whose home is on `owner`, those that are to move.
+    """The journeys of copies of `expert` on `rank`, whose home is on `owner`.
 
-    All are `[n_copies]`. More copies than the limits allow do not travel.
+    All are `[n_copies]`. Copies beyond the limits do not travel.
     """
     node = rank // limits.node_size
     local = node == owner // limits.node_size
@@ -121,7 +120,7 @@ def journeys(
     most = jnp.where(leads, limits.nodes, jnp.where(local, limits.within, limits.beyond))
     moves = moves & (place < most)
 
-    # Ranks numbered below `span` have it already, and of each the one that many further on gets it.
+    # Ranks numbered below `span` already have it; each sends to the rank that many further on.
     level, span = jnp.zeros_like(place), jnp.ones_like(place)
     for k in range(limits.levels(max(limits.within, limits.nodes, limits.beyond))):
         later = place >= limits.first**k
@@ -135,7 +134,7 @@ def journeys(
         of_node & (in_node[None] == sender),
     )
     parent = jnp.where(is_parent, number[None], 0).sum(axis=1, dtype=jnp.int32)
-    # A home sends to other nodes at the same time.
+    # Homes send to other nodes at the same time.
     beside = jnp.where(local, limits.sent_abroad, 0)
     child = jnp.where(from_home, beside + place, place // span - 1)
     return Journeys(jnp.where(moves, start, -1), jnp.where(from_home, -1, parent), child)

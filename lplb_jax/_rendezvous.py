@@ -8,7 +8,7 @@ import jax
 
 
 class Rendezvous:
-    """Where the processes of a mesh meet; all of them call the same methods in the same order."""
+    """A meeting point of a mesh's processes, which all call the same methods in the same order."""
 
     def __init__(self, prefix: str, processes: Sequence[int], timeout_s: float):
         self.processes = list(processes)
@@ -18,7 +18,7 @@ class Rendezvous:
 
     @property
     def rank(self) -> int:
-        """This process's place among `processes`."""
+        """This process's index in `processes`."""
         return self.processes.index(jax.process_index())
 
     def exchange(self, name: str, value: str) -> list[str]:
@@ -45,7 +45,7 @@ class Rendezvous:
         return values
 
     def first_reason(self, reason: str | None) -> str | None:
-        """The first process's reason why it cannot go on; None where all can."""
+        """The first process's reason why it cannot continue; None if all can."""
         for process, said in zip(
             self.processes, self.exchange("reason", reason or ""), strict=True
         ):
@@ -55,7 +55,7 @@ class Rendezvous:
 
 
 def _client():
-    from jax._src import distributed  # JAX has no public way to its key-value store.
+    from jax._src import distributed  # JAX has no public API for its key-value store.
 
     client = distributed.global_state.client
     if client is None:

@@ -1,4 +1,4 @@
-"""What the demonstration finds, for its table and its picture."""
+"""The demo's results, for its table and its picture."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 
 
 class Run(NamedTuple):
-    """What `rebalance` made of one batch on one placement.
+    """The result of `rebalance` for one batch on one placement.
 
     Attributes:
       name: where its copies are, in a word or two.
       loads: int `[ep_size]`, tokens per rank, counted from the physical indices it returned.
-      lower_bound: what no routing over these copies can bring the busiest rank below.
-      n_copies: slots with an expert whose home is another one.
-      moved: tokens that another slot than their expert's home serves.
+      lower_bound: proven lower bound on the busiest rank's tokens over these copies.
+      n_copies: filled slots that are not their expert's home.
+      moved: tokens served by a slot other than their expert's home.
       seconds: median time of a call.
-      faults: what is wrong with the result, in words; empty if all is well.
+      faults: errors in the result, in words; empty if there are none.
     """
 
     name: str
@@ -30,12 +30,12 @@ class Run(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What one layer's batch came to. Loads are int `[ep_size]`, in tokens per rank.
+    """The results for one layer's batch. Loads are int `[ep_size]`, in tokens per rank.
 
     Attributes:
       home: loads without replicas.
-      even: loads where the tokens of experts copied along the topology are split evenly.
-      runs: what `rebalance` made of the batch, on one placement after the other.
+      even: loads if experts' tokens are split evenly over their copies along the topology.
+      runs: the results of `rebalance`, one per placement.
     """
 
     home: np.ndarray
@@ -55,5 +55,5 @@ class Layer(NamedTuple):
 
     @property
     def faults(self) -> list[str]:
-        """Those of all runs."""
+        """The faults of all runs."""
         return [f"{run.name}: {fault}" for run in self.runs for fault in run.faults]

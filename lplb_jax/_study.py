@@ -1,4 +1,4 @@
-"""Placements tried on a workload: how even they are, what they cost, how long they last."""
+"""Evaluates placements on a workload: their balance, cost and lifetime."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from lplb_jax.batch_copies import place_copies
 from lplb_jax.placement import Placement, place_experts
 from lplb_jax.solver import solve
 
-# Kinds of placements beside those along topologies.
+# Kinds of placements other than along topologies.
 GIVEN, PACKED, EVEN = "given order", "packed", "EPLB, even split"
 ANY, BATCH = "any ranks", "copies per batch"
 _REDUNDANTS = (1, 2, 4, 8)
-# What one more redundant slot must gain: of layer time, or of the mean load where that is unknown.
+# The gain that justifies one more redundant slot: in layer time, or in mean load if unknown.
 _WORTH = 0.005
-# A placement is too old when it costs so much more of the mean than a fresh one.
+# A placement is too old when it costs this much more of the mean than a fresh one.
 _TOO_OLD = 0.02
 _MOST_SPANS, _LEAST_LATER, _AGEING_LAYERS = 6, 4, 2
 
 
 class Choice(NamedTuple):
-    """One way to place experts, and what it comes to.
+    """One way to place experts, with its balance and cost.
 
     Attributes:
       placement: "given order": experts in the order of their ids. "packed": by load, without
         copies. "EPLB, even split": EPLB's copies, and equal shares for all copies of an expert.
-        "any ranks": `place_experts` without topology. "copies per batch": `place_copies`. Else the
-        name of a topology, or "cube of 8" for one in groups of 8 ranks. All but the even split are
-        balanced exactly.
+        "any ranks": `place_experts` without topology. "copies per batch": `place_copies`. Otherwise
+        the name of a topology, or "cube of 8" for one in groups of 8 ranks. All but the even split
+        are balanced exactly.
       redundants: redundant slots of each rank.
       mean: the largest over the mean rank load, averaged over all batches and layers.
-      p99: what 99 of 100 do not exceed.
-      bound: the mean of what no routing over the same copies can go below, as `mean` is.
+      p99: the 99th percentile of the same ratio.
+      bound: the mean of the same ratio for the proven lower bound over the same copies.
       memory: bytes of a rank's copies, in all layers of the model; None if unknown.
       traffic: bytes of copies and of their gradients per rank, layer and step; None if unknown.
-      seconds: of a layer, estimated; None if unknown.
+      seconds: estimated time of a layer; None if unknown.
       fits: whether the memory is within the budget.
     """
 
@@ -60,16 +60,16 @@ class Choice(NamedTuple):
 
 
 class Ageing(NamedTuple):
-    """What becomes of a placement that stays.
+    """How a fixed placement ages.
 
     Attributes:
-      placement: which, as in `Choice`.
-      redundants: likewise.
+      placement: the kind of placement, as in `Choice`.
+      redundants: redundant slots of each rank.
       age: batches since it was made, in the middle of each span.
       kept: largest over mean rank load with it.
-      fresh: the same with one made just before that span.
+      fresh: the same with a placement made just before that span.
       refresh_after: batches after which it costs 0.02 of the mean more than a fresh one; None if
-        it never did.
+        it never does.
     """
 
     placement: str
@@ -87,7 +87,7 @@ def plans(
     topology: str | None,
     n_nodes: int = 1,
 ) -> list[tuple[str, int]]:
-    """What to try: kinds of placement and redundant slots; raises where `topology` never fits."""
+    """Placements and redundant slots to try; raises if `topology` never fits."""
     n_local = -(-n_logical // ep_size)
     fitting = {
         kind: r2o.n_columns
@@ -118,8 +118,8 @@ def plans(
 
 
 def _along_topologies(ep_size: int, n_nodes: int) -> dict[str, topologies.Topology]:
-    """Those of all ranks by name; and of groups, "cube of 8", where a group is a node, or where
-    there is none of all ranks."""
+    """Topologies of all ranks by name; and of groups, such as "cube of 8", if a group is a node or
+    if there is none of all ranks."""
     found = topologies.named(ep_size)
     of_all = set(found)
     for size in range(2, ep_size):
@@ -139,7 +139,7 @@ def topology_of(kind: str, ep_size: int) -> tuple[str, int]:
 def _of_name(
     topology: str, n_logical: int, ep_size: int, fitting: dict[str, int]
 ) -> dict[str, int]:
-    """Of those that fit, the ones with this name; raises, with the others, where there is none."""
+    """The fitting topologies with this name; raises, listing the others, if there is none."""
     named = {kind: n for kind, n in fitting.items() if topology_of(kind, ep_size)[0] == topology}
     if named:
         return named
@@ -154,7 +154,7 @@ def _of_name(
 
 
 class Study:
-    """Placements for a workload, each made once."""
+    """Placements for a workload, each computed once."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class Study:
         self._ep_size, self._n_nodes = ep_size, n_nodes
 
     def judge(self, kind: str, redundants: int) -> Choice:
-        """How even the later batches are on placements from the earlier ones, and at what cost."""
+        """Balance of the later batches on placements from the earlier ones, and its cost."""
         results = []
         for history, batches in zip(self._workload.history, self._workload.batches, strict=True):
             placement = self._placement(kind, redundants, history)
@@ -228,7 +228,7 @@ class Study:
         return place_experts(history.sum(axis=0), r2o, **sizes, redundants_per_rank=redundants)
 
     def _exactly(self, kind: str, placement: Placement, batches: np.ndarray) -> np.ndarray:
-        """Largest over mean rank load of every batch, which no routing can go below."""
+        """Largest over mean rank load of every batch, at the optimum over all routings."""
         if kind != BATCH:
             return imbalances(placement.phy2log, self._ep_size, batches)
         chosen = np.asarray(_copies_of(batches.astype(np.int32), placement).phy2log)
@@ -236,7 +236,7 @@ class Study:
         return np.concatenate([imbalances(row, self._ep_size, batch[None]) for row, batch in pairs])
 
     def _evenly(self, placement: Placement, batches: np.ndarray) -> np.ndarray:
-        """The same where all copies of an expert get equal shares."""
+        """Largest over mean rank load of every batch with equal shares for an expert's copies."""
         share = np.append(batches / placement.logcnt, np.zeros((len(batches), 1)), axis=1)
         ranks = share[:, placement.phy2log].reshape(len(batches), self._ep_size, -1).sum(axis=2)
         return ranks.max(axis=1) / ranks.mean(axis=1)
@@ -251,7 +251,7 @@ class Study:
         return quota.reshape(self._ep_size, -1).sum(axis=1).tolist()
 
     def ageing(self, best: Choice, choices: Sequence[Choice]) -> Ageing | None:
-        """What becomes of the best placement, or of one on any ranks if that does not age."""
+        """The ageing of the best placement, or of one on any ranks if that does not age."""
         later = self._workload.batches.shape[1]
         if best.placement == BATCH:
             others = [c for c in choices if c[:2] == (ANY, best.redundants)]
@@ -271,7 +271,7 @@ class Study:
     def _ageing_of(
         self, choice: Choice, layer: int, spans: list[np.ndarray]
     ) -> list[tuple[float, float]]:
-        """Of one layer: with the first placement and with a new one, in every span."""
+        """The ratios of one layer with the first placement and with a fresh one, in every span."""
         history, batches = self._workload.history[layer], self._workload.batches[layer]
         kind, redundants = choice.placement, choice.redundants
         first = self._placement(kind, redundants, history)
@@ -291,9 +291,9 @@ def _copies_of(loads: jax.Array, placement: Placement) -> Placement:
 
 
 def recommended(choices: list[Choice]) -> Choice:
-    """The choice that takes least time, or nearly so with fewer redundant slots.
+    """The fastest choice, or one that is nearly as fast with fewer redundant slots.
 
-    An even split is never better than the exact one of the same copies.
+    An even split is never better than the exact split over the same copies.
     """
     possible = [choice for choice in choices if choice.fits and choice.placement != EVEN]
     costs = [choice.seconds for choice in possible if choice.seconds is not None]

@@ -1,4 +1,4 @@
-"""From the experts of the slots to a placement's other tables, on the host and traced."""
+"""Derives a placement's other tables from the experts of its slots, on the host and traced."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ def log2phy_of(
 ) -> tuple[Any, Any]:
     """log2phy `[n_logical, n_physical − n_logical + 1]` and logcnt of one table `[n_physical]`.
 
-    An expert's home comes first, then its first slots on other ranks in the order of the ranks,
-    then further slots of ranks that have one already, then −1. `homes[e]` is where e's home is; out
-    of range where it has none. Slots with ids that name no expert count as empty. `xp` is NumPy or
-    jax.numpy.
+    An expert's home comes first, then its first slots on other ranks in rank order, then further
+    slots on ranks that already have one, then −1. `homes[e]` is the home of e, out of range if it
+    has none. Slots with invalid ids count as empty. `xp` is NumPy or jax.numpy.
     """
     n_physical = phy2log.shape[0]
     expert = xp.where((phy2log >= 0) & (phy2log < n_logical), phy2log, n_logical)
@@ -43,15 +42,15 @@ def log2phy_of(
 def check_phy2log(phy2log: Any, ep_size: int, n_logical: int | None) -> tuple[Any, int]:
     """The table as int32 `[..., n_physical]`, and n_logical.
 
-    Raises where shape or type are wrong, and, for values that are known, where an id is out of
-    range or an expert has no slot.
+    Raises if shape or dtype are wrong and, for concrete values, if an id is out of range or an
+    expert has no slot.
     """
     traced = isinstance(phy2log, jax.core.Tracer)
     table = phy2log if traced else np.asarray(jax.device_get(phy2log))
     if not np.issubdtype(table.dtype, np.integer):
         raise TypeError(f"phy2log: expected integers, got {table.dtype}")
     if traced and table.dtype != np.int32:
-        # Wide ids could wrap around to others.
+        # Wide ids could wrap around to valid ones.
         raise TypeError(f"phy2log: expected int32 where it is traced, got {table.dtype}")
     shape: tuple[int, ...] = table.shape
     flat = len(shape) == 1 and shape[0] % ep_size == 0
@@ -131,10 +130,10 @@ def _traced_tables(phy2log: jax.Array, ep_size: int, n_logical: int) -> tuple[ja
 
 
 def _homes(solve: Any, phy2log: Any, ep_size: int, n_logical: int) -> Any:
-    """Where every expert is at home: the ranks are home of as even a number as the table allows.
+    """Every expert's home slot, such that homes are spread over the ranks as evenly as possible.
 
-    The exact solver balances loads of one token each, and the token is the home. n_physical where
-    an expert has no slot.
+    The exact solver balances loads of one token each; the token marks the home. n_physical if an
+    expert has no slot.
     """
     one_each = jnp.ones((1, n_logical), jnp.int32)
     no_log2phy = jnp.full((n_logical, 1), -1, jnp.int32)

@@ -1,4 +1,4 @@
-"""What `advise` is asked about: loads to place from, and others to judge by."""
+"""The workload of `advise`: loads to place from, and others to evaluate on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from lplb_jax._models import MODELS, Model, synthetic_loads
 from lplb_jax.data import Traces, arrays_of
 
-# More layers and batches say little more, and take longer.
+# More layers and batches add little information and take longer.
 _MOST_HISTORY, _MOST_JUDGED = 16, 64
 # If the number of tokens per rank is not given.
 _TOKENS_PER_RANK = 4096
@@ -18,18 +18,18 @@ _SYNTHETIC_BATCHES = 48
 
 
 class Workload(NamedTuple):
-    """Loads of some layers, and the sizes that came with them.
+    """Loads of some layers, and their sizes.
 
     Attributes:
-      name: where they come from, in words.
+      name: the source of the loads, in words.
       history: `[layers, batches, n_logical]`, to place from.
-      batches: int64 `[layers, batches, n_logical]`, to judge placements by, the later ones; of
-        the same batch as `history` where there is no other.
-      n_layers: of the model; `history` may hold fewer.
-      rows: tokens of a batch, each as often as it chooses an expert.
-      top_k: experts of a token, None if unknown.
-      model: its sizes, None if unknown.
-      in_order: whether `batches` follow `history` in time, so that age has a meaning.
+      batches: int64 `[layers, batches, n_logical]`, later batches to evaluate placements on; the
+        same batch as in `history` if there is only one.
+      n_layers: layers of the model; `history` may hold fewer.
+      rows: rows of a batch: its tokens, times the experts per token.
+      top_k: experts per token, None if unknown.
+      model: sizes of the model, None if unknown.
+      in_order: whether `batches` follow `history` in time, so that age is meaningful.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Workload(NamedTuple):
 
     @property
     def held_out(self) -> bool:
-        """Whether placements are evaluated on other batches than they were made from."""
+        """Whether placements are evaluated on batches that they were not made from."""
         return self.history is not self.batches
 
 
@@ -66,14 +66,14 @@ def find_workload(
     Args:
       workload: see `lplb_jax.advise`.
       ep_size: ranks.
-      n_logical: experts where only ids say how many; None for the largest id + 1.
-      tokens_per_rank: tokens of a rank in a batch; None for what the workload has.
-      top_k: experts of a token where loads do not say.
+      n_logical: number of experts, for workloads of ids; None for the largest id + 1.
+      tokens_per_rank: tokens of a rank in a batch; None for the workload's.
+      top_k: experts per token, for workloads of loads.
       most_layers: layers to look at, evenly spaced.
 
     Raises:
       OSError: the file cannot be read.
-      TypeError, ValueError: it holds something else; the message begins with an argument's name.
+      TypeError, ValueError: its contents are invalid; the message starts with an argument's name.
     """
     if isinstance(workload, str) and workload in MODELS and not Path(workload).exists():
         return _of_model(workload, ep_size, tokens_per_rank, most_layers)
@@ -124,7 +124,7 @@ def _of_arrays(
     top_k: int | None,
     most_layers: int,
 ) -> Workload:
-    """From `indices` or `loads`, and `history` of earlier batches where there is one."""
+    """From `indices` or `loads`, and an optional `history` of earlier batches."""
     history = None
     if "history" in arrays:
         history = _checked_loads(arrays["history"], n_logical, name)
@@ -158,7 +158,7 @@ def _of_arrays(
 
 
 def _split(name: str, loads: np.ndarray) -> Workload:
-    """The first half of the batches to place from, the rest to judge by."""
+    """The first half of the batches to place from, the rest to evaluate on."""
     n_batches = loads.shape[1]
     n_history = n_batches // 2
     tokens = _as_tokens(loads)
@@ -178,7 +178,7 @@ def _rows_of(
 
 
 def _some(n_layers: int, most: int) -> np.ndarray:
-    """Which layers to look at: all, or evenly spaced ones."""
+    """The layers to look at: all, or evenly spaced ones."""
     return np.unique(np.linspace(0, n_layers - 1, min(most, n_layers)).round().astype(int))
 
 
@@ -203,7 +203,7 @@ def _count(ids: np.ndarray, n_logical: int) -> np.ndarray:
 
 
 def _as_tokens(loads: np.ndarray) -> np.ndarray:
-    """int64 loads; those in other units than tokens become about a million."""
+    """int64 loads; loads in other units than tokens are scaled to about a million."""
     if loads.dtype.kind == "f" and not np.array_equal(loads, np.rint(loads)):
         total = loads.sum(axis=2, keepdims=True)
         loads = loads * ((1 << 20) / np.where(total > 0, total, 1))
@@ -220,7 +220,7 @@ def _checked_ids(indices: np.ndarray, n_logical: int | None, name: str) -> np.nd
     none = np.iinfo(indices.dtype).max if indices.dtype.kind == "u" else -1
     is_none = indices == none
     if is_none.any() and none >= 0 and n_logical is not None and none < n_logical:
-        is_none[:] = False  # A type that is full of experts has no id left for none.
+        is_none[:] = False  # If experts use all values of the dtype, no id is left for none.
     ids = np.where(is_none, -1, indices.astype(np.int64))
     most = n_logical if n_logical is not None else 1 << 20
     if ids.min() < -1 or ids.max() >= most:
