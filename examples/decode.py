@@ -1,10 +1,10 @@
-"""Decoding with small batches: the copies' weights are fetched once, the tokens balanced each step.
+"""Decoding with small batches: fetches copies' weights once and balances tokens in every step.
 
     python examples/decode.py                  # on 8 GPUs, or 8 virtual CPU devices
 
-Weights are int8 with a scale for every column; copies travel and stay as such. A decoder of random
-weights, with attention over a cache, continues a few sequences per device greedily, once without
-copies and once balanced. Few tokens are rarely even, so there is room for all of them on any rank.
+Weights are int8 with one scale per column, and copies travel and stay in int8. A decoder with
+random weights and attention over a cache continues a few sequences per device greedily, once
+without copies and once balanced. Few tokens are rarely even, so every rank has room for all.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def quantised(weights: jax.Array) -> dict[str, jax.Array]:
 
 
 def ffn(rows: jax.Array, experts: dict[str, Any], group_sizes: jax.Array) -> jax.Array:
-    """Gated units of quantised weights: products of int8 as given, scaled afterwards."""
+    """Gated units with quantized weights: GEMMs take int8 weights, and results are scaled."""
 
     def linear(x: jax.Array, layer: dict[str, jax.Array]) -> jax.Array:
         scales = moe.per_row(layer["scales"], group_sizes, len(x)).astype(x.dtype)
@@ -56,7 +56,7 @@ def init(key: jax.Array) -> dict[str, Any]:
         return {
             "qkv": normal(keys[0], HIDDEN, 3 * HIDDEN),
             "router": normal(keys[1], HIDDEN, N_EXPERTS),
-            "router_bias": jax.random.normal(keys[2], (N_EXPERTS,)),  # so some are chosen more
+            "router_bias": jax.random.normal(keys[2], (N_EXPERTS,)),  # makes some experts popular
             "experts": {
                 "gate_up": quantised(normal(keys[3], N_EXPERTS, HIDDEN, 2 * WIDTH)),
                 "down": quantised(normal(keys[4], N_EXPERTS, WIDTH, HIDDEN)),
@@ -123,14 +123,14 @@ def generate(
 
 
 def specs(weights: Any) -> Any:
-    """Experts are sharded along their second axis, behind the layers; the rest is everywhere."""
+    """Experts are sharded along their second axis, after layers; the rest is replicated."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: P(None, "ep") if is_expert(path) else P(), weights
     )
 
 
 def fetch_copies(weights: Any, placement: Placement, mesh: Mesh) -> Any:
-    """The weights of all slots, `[layers, n_physical, …]`: once, until the placement changes."""
+    """The weights of all slots, `[layers, n_physical, …]`, until the placement changes."""
 
     @jax.jit
     @functools.partial(
@@ -148,7 +148,7 @@ def fetch_copies(weights: Any, placement: Placement, mesh: Mesh) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, np.ndarray]:
-    """Runs the program; returns the tokens by kind of balance."""
+    """Runs the program; returns the tokens for each kind of balance."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--ranks", type=int, help="None for all GPUs, or else 8 CPU devices")
     parser.add_argument("--steps", type=int, default=16)
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> dict[str, np.ndarray]:
     )
     results, history = {}, np.ones((N_LAYERS, N_EXPERTS))
     for balance in ("none", "lplb"):
-        # What the first run has seen is what the second one's placement is made from.
+        # The second run's placement is made from the first run's loads.
         placement = place_experts(
             history, n_logical=N_EXPERTS, ep_size=mesh.size, redundants_per_rank=1
         )

@@ -1,4 +1,4 @@
-"""Experts as gpt-oss has them: biases, and gated units that are clamped. For `moe_layer(ffn=…)`."""
+"""gpt-oss's experts, with biases and clamped gated units, for `moe_layer(ffn=…)`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ALPHA, LIMIT = 1.702, 7.0
 
 
 def init(key: jax.Array, n_experts: int, hidden: int, width: int) -> dict[str, jax.Array]:
-    """Fresh weights in the order of experts' ids; gate and up are columns in turn."""
+    """Fresh weights in the order of expert ids; gate and up columns alternate."""
     first, last = jax.random.split(key)
     return {
         "gate_up": jax.random.normal(first, (n_experts, hidden, 2 * width)) * hidden**-0.5,
@@ -24,7 +24,7 @@ def init(key: jax.Array, n_experts: int, hidden: int, width: int) -> dict[str, j
 
 
 def ffn(rows: jax.Array, experts: dict[str, Any], group_sizes: jax.Array) -> jax.Array:
-    """What every slot's expert makes of its rows."""
+    """Applies every slot's expert to its rows."""
 
     def linear(x: jax.Array, name: str) -> jax.Array:
         bias = moe.per_row(experts[f"{name}_bias"], group_sizes, len(x))

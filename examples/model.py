@@ -1,7 +1,7 @@
 """A byte-level language model with mixture-of-experts layers, in plain JAX.
 
-Tokens are split over the ranks of one mesh axis, "ep", and so are the experts; everything else is
-on every rank. The functions see one rank's tokens and run inside `jax.shard_map`.
+Tokens and experts are sharded over one mesh axis, "ep"; everything else is replicated. The
+functions see one rank's tokens and run inside `jax.shard_map`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VOCABULARY = 256
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the model, and how its experts' load is balanced.
+    """Sizes of the model, and the balancing of its experts' load.
 
     Attributes:
       layers: transformer blocks, each with attention and a mixture of experts.
@@ -35,9 +35,9 @@ class Config:
       context: bytes of a sequence.
       aux_loss: weight of the loss that pulls the router towards equal loads.
       balance: "lplb", "eplb" or "none", see `lplb_jax.moe.moe_layer`; "any": "lplb" on placements
-        without topology; "batch": with copies chosen for the tokens at hand.
+        without topology; "batch": with copies chosen for each batch.
       capacity_factor: see `lplb_jax.moe.moe_layer`.
-      dtype: what the experts compute in; weights are kept in float32.
+      dtype: the experts' compute dtype; weights are kept in float32.
     """
 
     layers: int = 2
@@ -54,7 +54,7 @@ class Config:
 
 
 def init(key: jax.Array, config: Config) -> dict[str, Any]:
-    """Weights of the whole model; experts in the order of their ids."""
+    """Weights of the whole model, with experts in the order of their ids."""
     c = config
 
     def normal(shape: tuple[int, ...], fan_in: int) -> jax.Array:
@@ -84,12 +84,12 @@ def init(key: jax.Array, config: Config) -> dict[str, Any]:
 
 
 def is_expert(path: tuple[Any, ...]) -> bool:
-    """Whether a leaf with this path, of the weights or of an optimiser's state, is experts'."""
+    """Whether a leaf of the weights or of an optimizer's state belongs to experts, by its path."""
     return jax.tree_util.DictKey("experts") in path
 
 
 def specs(tree: Any) -> Any:
-    """How every leaf lies on the mesh: experts along it, the rest on every rank."""
+    """The sharding of every leaf: experts along the mesh, the rest replicated."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: P(AXIS) if is_expert(path) else P(), tree
     )
@@ -101,7 +101,7 @@ def loss(
     placements: list[Placement],
     config: Config,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Mean cross entropy of every next byte, over all ranks.
+    """Mean cross entropy of the next byte, over all ranks.
 
     Args:
       weights: from `init`; experts `[experts / ranks, …]` in the order of the rank's slots.
@@ -118,7 +118,7 @@ def loss(
     for block, placement in zip(weights["blocks"], placements, strict=True):
         experts = jax.tree.map(lambda array: array.astype(config.dtype), block["experts"])
         if config.balance not in ("none", "batch"):
-            # Before attention, so that the transfer can hide behind it.
+            # Before attention, so that attention can hide the transfer.
             experts = moe.replicate_weights(experts, None, AXIS, placement=placement)
         stream = stream + attention(block, stream, config.heads)
         tokens = norm(stream, block["norm_experts"]).reshape(-1, config.hidden)
@@ -163,16 +163,16 @@ def attention(block: dict[str, Any], stream: jax.Array, heads: int) -> jax.Array
 def route(
     router: jax.Array, tokens: jax.Array, top_k: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The router: experts and weights of every token, and how uneven its choices are.
+    """The router: experts and gates of every token, and the imbalance of its choices.
 
     Returns:
       `(ids, gates, aux)`: int32 and float32 `[tokens, top_k]`; and the balancing loss of the
-      Switch Transformer (Fedus et al. 2021), 1 where all experts are chosen equally often.
+      Switch Transformer (Fedus et al. 2021), 1 if all experts are chosen equally often.
     """
     probabilities = jax.nn.softmax(tokens @ router)
     gates, ids = lax.top_k(probabilities, top_k)
     n_experts = router.shape[1]
-    # Over all ranks: what counts is the load of the whole batch.
+    # Over all ranks, since the load of the whole batch matters.
     share = lax.pmean(jax.nn.one_hot(ids, n_experts).mean(axis=(0, 1)), AXIS)
     aux = n_experts * (share * lax.pmean(probabilities.mean(axis=0), AXIS)).sum()
     return ids, gates / gates.sum(axis=1, keepdims=True), aux

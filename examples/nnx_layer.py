@@ -3,8 +3,8 @@
     pip install flax optax
     python examples/nnx_layer.py               # on 8 GPUs, or 8 virtual CPU devices
 
-The module's experts are in home order, and its placement is a variable: state that is saved and
-replaced like any other, without tracing anew. Experts are those of gpt-oss.
+The module's experts are in home order. Its placement is a variable, so it is saved and replaced
+like any other state, without retracing. The experts are gpt-oss's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Tables(nnx.Variable):
 
 
 class Traffic(nnx.Variable):
-    """What went where in the last call."""
+    """The traffic of the last call."""
 
 
 class MoE(nnx.Module):
@@ -73,9 +73,9 @@ class MoE(nnx.Module):
 
 
 def place(model: MoE, optimizer: nnx.Optimizer) -> int:
-    """Places the experts anew, by the last batch's loads; weights and moments follow.
+    """Places the experts by the last batch's loads, and moves their weights and moments.
 
-    Returns how many homes moved. See `lplb_jax.refresh` for when that is worth it.
+    Returns the number of moved homes. `lplb_jax.refresh` decides when that is worth it.
     """
     old = jax.device_get(model.placement.get_value())
     loads = np.asarray(model.traffic.get_value().expert_loads)
@@ -90,7 +90,7 @@ def place(model: MoE, optimizer: nnx.Optimizer) -> int:
 
 @nnx.jit
 def train(model: MoE, optimizer: nnx.Optimizer, tokens: jax.Array, target: jax.Array) -> jax.Array:
-    """One step; the mean squared error before it."""
+    """Takes one step; returns the mean squared error before it."""
 
     def loss(model: MoE) -> jax.Array:
         return jnp.square(tokens + model(tokens) - target).mean()

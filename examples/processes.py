@@ -1,13 +1,13 @@
-"""rebalance with one process per GPU. Start all of them with one command, here two:
+"""rebalance with one process per GPU. One command starts all of them, here two:
 
     seq 0 1 | xargs -P 2 -I{} python examples/processes.py localhost:12345 2 {}
 
-Under Slurm or Open MPI JAX finds out by itself who is who, and it is
+Under Slurm or Open MPI, JAX detects the processes, and the command is
 
     srun python examples/processes.py        # or mpirun
 
-On GPUs of one host the counts go by NVSHMEM (pip install nvidia-nvshmem-cu13); without GPUs, or
-without NVSHMEM, by lax.all_gather.
+On GPUs of one host, NVSHMEM exchanges the counts (pip install nvidia-nvshmem-cu13); without GPUs or
+NVSHMEM, lax.all_gather does.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from lplb_jax import init_comm, place_experts, rebalance, topologies
 from lplb_jax.cli import at_least
 
-N_LOCAL, N_TOKENS = 32, 4096  # experts and tokens of a rank
+N_LOCAL, N_TOKENS = 32, 4096  # experts and tokens per rank
 
 
 def main() -> None:

@@ -2,10 +2,10 @@
 
     python examples/scanned_layers.py          # on 8 GPUs, or 8 virtual CPU devices
 
-Tokens are split over both axes, experts over "ep". The scan's body is rematerialised and computes
-in bfloat16; optax updates float32 weights. Every few steps `refresh` says whether to place experts
-anew, and then the whole training state moves in one call. What it learns is to imitate a network
-of random weights.
+Tokens are sharded over both axes, experts over "ep". The scan's body is rematerialized and computes
+in bfloat16; optax updates float32 weights. Every few steps `refresh` decides whether to place
+experts anew; if so, one call moves the whole training state. The model learns to imitate a network
+with random weights.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ TOKENS = P(("data", "ep"))
 
 def make_mesh() -> Mesh:
     """Two slices of data, with the other devices along "ep"."""
-    with contextlib.suppress(RuntimeError):  # Refused once JAX has been started.
+    with contextlib.suppress(RuntimeError):  # JAX refuses it once initialized.
         jax.config.update("jax_num_cpu_devices", 8)
     return Mesh(np.array(jax.devices()[:8]).reshape(2, -1), ("data", "ep"))
 
 
 def specs(tree: Any) -> Any:
-    """Experts are sharded along their second axis, behind the layers; the rest is everywhere."""
+    """Experts are sharded along their second axis, after layers; the rest is replicated."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: P(None, "ep") if is_expert(path) else P(), tree
     )
@@ -64,7 +64,7 @@ def init(key: jax.Array, placement: Placement) -> dict[str, Any]:
 def forward(
     weights: dict[str, Any], tokens: jax.Array, placement: Placement
 ) -> tuple[jax.Array, moe.Traffic]:
-    """All layers for this rank's tokens `[tokens, hidden]`; inside `jax.shard_map`."""
+    """Applies all layers to this rank's tokens `[tokens, hidden]`, inside `jax.shard_map`."""
 
     @jax.checkpoint
     def body(stream: jax.Array, layer: Any) -> tuple[jax.Array, moe.Traffic]:
@@ -88,7 +88,7 @@ def forward(
 
 
 class Training:
-    """Weights, optimiser, placements and loads, and the steps that change them."""
+    """Weights, optimizer state, placements and loads, and the steps that change them."""
 
     def __init__(self, mesh: Mesh, seed: int = 0) -> None:
         self.mesh, ep_size = mesh, mesh.shape["ep"]
@@ -106,7 +106,7 @@ class Training:
         self._step = self._compiled_step()
 
     def step(self, tokens: np.ndarray) -> tuple[float, moe.Traffic]:
-        """Learns from one batch `[tokens, hidden]`; the loss, and the traffic of all layers."""
+        """Learns from a batch `[tokens, hidden]`; returns the loss and all layers' traffic."""
         tokens = jax.device_put(tokens, NamedSharding(self.mesh, TOKENS))
         self.weights, self.state, self.history, loss, traffic = self._step(
             self.weights, self.state, self.history, tokens, self.placement
@@ -114,7 +114,7 @@ class Training:
         return float(loss), jax.tree.map(np.asarray, traffic)
 
     def place(self, steps: int) -> str:
-        """Places experts anew where that is worth it for so many steps; says so."""
+        """Places experts anew if `steps` steps repay it; returns the decision in words."""
         parameters = 3 * HIDDEN * WIDTH
         found = refresh(
             self.history,

@@ -1,15 +1,15 @@
-"""Trains a byte-level mixture-of-experts language model, and shows what balance does to it.
+"""Trains a byte-level mixture-of-experts language model, and shows the effect of balancing.
 
     python examples/train_moe.py                     # on all GPUs, or 8 virtual CPU devices
-    python examples/train_moe.py --balance none      # the same mathematics, another load
+    python examples/train_moe.py --balance none      # the same mathematics, different loads
     python examples/train_moe.py --balance any       # copies of any experts on any ranks
     python examples/train_moe.py --balance batch     # copies chosen in every step, nothing moves
     python examples/train_moe.py --help
 
 It learns from text files, by default the Python sources of the standard library. Every --refresh
-steps `lplb_jax.refresh` decides from the loads just seen whether to place experts anew; then their
-weights and the optimiser's state move with them. Where copies are chosen in every step, they stay.
-Out come a log (JSON lines), a picture, and, with --traces, the router's decisions for
+steps, `lplb_jax.refresh` decides from recent loads whether to place experts anew; their weights and
+optimizer state then move with them. With copies chosen in every step, experts stay in place. The
+output is a log (JSON lines), a picture and, with --traces, the router's decisions for
 `lplb-jax demo --traces`.
 """
 
@@ -116,7 +116,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace, ranks: int) -> None:
-    """Raises `ValueError` with a flag and a reason where options do not fit one another."""
+    """Raises `ValueError` with a flag and a reason if options are inconsistent."""
     for flag, value, factor, what in (
         ("--hidden", options.hidden, options.heads, "heads"),
         ("--experts", options.experts, ranks, "ranks"),
@@ -142,8 +142,8 @@ def check(options: argparse.Namespace, ranks: int) -> None:
 
 
 def make_mesh(ranks: int | None) -> Mesh:
-    """One axis over GPUs where there are enough, else over virtual CPU devices."""
-    # Refused once JAX has been started; what it has may be enough.
+    """One axis over GPUs if there are enough, otherwise over virtual CPU devices."""
+    # JAX refuses it once initialized, but may already have enough devices.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", ranks or 8)
     if ranks is None:
@@ -153,7 +153,7 @@ def make_mesh(ranks: int | None) -> Mesh:
 
 
 def topology(options: argparse.Namespace, ranks: int) -> tuple[topologies.Topology, int]:
-    """Who holds copies of whose experts, and how many a rank holds."""
+    """The topology, which says whose experts a rank copies, and the number of copies per rank."""
     _, r2o, _ = choose_topology(
         ranks, options.experts // ranks, redundants_per_rank=options.redundants
     )
@@ -161,7 +161,7 @@ def topology(options: argparse.Namespace, ranks: int) -> tuple[topologies.Topolo
 
 
 def read(paths: list[Path], context: int = 0) -> np.ndarray:
-    """The bytes of all files, one after the other: uint8 `[bytes]`, more than `context`."""
+    """The concatenated bytes of all files: uint8 `[bytes]`, more than `context`."""
     paths = paths or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = np.concatenate([np.frombuffer(path.read_bytes(), np.uint8) for path in paths])
     if len(text) <= context:
@@ -170,7 +170,7 @@ def read(paths: list[Path], context: int = 0) -> np.ndarray:
 
 
 def sample(text: np.ndarray, batch: int, context: int, seed: int) -> Iterator[np.ndarray]:
-    """Random pieces of the text, uint8 `[batch, context + 1]`, forever."""
+    """An endless stream of random pieces of the text, uint8 `[batch, context + 1]`."""
     rng = np.random.default_rng(seed)
     while True:
         starts = rng.integers(0, len(text) - context, batch)
@@ -178,7 +178,7 @@ def sample(text: np.ndarray, batch: int, context: int, seed: int) -> Iterator[np
 
 
 class Training:
-    """Weights, optimiser and placements, and the steps that change them."""
+    """Weights, optimizer state and placements, and the steps that change them."""
 
     def __init__(self, options: argparse.Namespace, mesh: Mesh) -> None:
         names = [field.name for field in dataclasses.fields(model.Config)]
@@ -186,7 +186,7 @@ class Training:
         self.mesh = mesh
         self.r2o, self.redundants = topology(options, mesh.size)
         self.tokens_per_step = options.batch * options.context
-        # As weights are made, in the order of their ids.
+        # Fresh weights are in the order of expert ids.
         self.placements = self.config.layers * [self._placed(None, self.r2o)]
         self.optimizer = optax.adamw(
             optax.warmup_cosine_decay_schedule(
@@ -206,7 +206,7 @@ class Training:
             self.move(self.config.layers * [self._placed(None, None)])
 
     def step(self, text: np.ndarray) -> dict[str, Any]:
-        """Learns from one batch, uint8 `[sequences, context + 1]`; returns what to log."""
+        """Learns from one batch, uint8 `[sequences, context + 1]`; returns the log record."""
         start = time.perf_counter()
         text = jax.device_put(text, NamedSharding(self.mesh, P(model.AXIS)))
         self.weights, self.state, self.history, seen = self._step(
@@ -232,13 +232,13 @@ class Training:
         }
 
     def place(self) -> str:
-        """Places experts anew in layers where that is worth it; returns the decision in words."""
+        """Places experts anew in layers that benefit from it; returns the decision in words."""
         parameters = 3 * self.config.hidden * self.config.width
         found = refresh(
             self.history,
             jax.tree.map(lambda *layers: np.stack(layers), *self.placements),
             steps=self.steps_between,
-            row_s=6 * parameters / 5.5e14,  # FLOP/s that an H200 reaches
+            row_s=6 * parameters / 5.5e14,  # measured FLOP/s of an H200
             bytes_per_expert=12 * parameters,  # weights and both moments of Adam, 32-bit floats
         )
         if found.moved.any():
@@ -247,13 +247,13 @@ class Training:
         return found.reason
 
     def move(self, new: list[Placement]) -> None:
-        """Moves what belongs to the experts to where new placements have them."""
+        """Moves the experts' weights and optimizer state to their new placements."""
         self.weights = self._moved(self.weights, new)
         self.state = self._moved(self.state, new)
         self.placements = new
 
     def write_traces(self, path: str) -> None:
-        """The last batch's router decisions, and loads of steps until then."""
+        """Writes the last batch's router decisions, and the loads of the steps until then."""
         indices = np.asarray(self.last_indices).astype(np.uint16)
         history = self.history.batches().sum(axis=1, dtype=np.int32)
         np.savez_compressed(path, indices=indices, history=history)
@@ -307,7 +307,7 @@ class Training:
 
 
 def report(options: argparse.Namespace, records: list[dict[str, Any]]) -> None:
-    """Says how it ended, and draws how it went."""
+    """Prints the final figures, and draws the course of the training."""
     last = records[-min(20, len(records)) :]
     keys = ("bits_per_byte", "imbalance_before", "imbalance_after", "tokens_per_second")
     mean = {key: float(np.mean([record[key] for record in last])) for key in keys}
@@ -328,17 +328,17 @@ def report(options: argparse.Namespace, records: list[dict[str, Any]]) -> None:
 
 
 def draw(options: argparse.Namespace, records: list[dict[str, Any]]) -> Figure:
-    """Two curves over one another: what is learnt, and how loaded the busiest rank is."""
+    """Two plots, one above the other: the loss, and the busiest rank's load."""
     from matplotlib.figure import Figure
 
     steps = [record["step"] for record in records]
-    few = "." if len(steps) < 20 else None  # of a single step there is no line to see
+    few = "." if len(steps) < 20 else None  # a single step has no visible line
     figure = Figure(figsize=(7, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True)
     top.plot(steps, [record["bits_per_byte"] for record in records], color="black", marker=few)
     top.set_ylabel("bits per byte")
     top.set_title("What it has learnt", loc="left")
-    # Labels stand beside the frame: the upper curve's above its height, the lower one's below.
+    # Labels are beside the frame: the upper curve's above its end, the lower curve's below.
     lines = [
         ("imbalance_before", "tab:red", "without copies", "bottom", 1),
         ("imbalance_after", "tab:blue", f"with {options.balance}", "top", -1),
