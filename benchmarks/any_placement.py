@@ -1,11 +1,11 @@
 """Times the kernels for any placement: solvers, copies of the batch, and rebalance as a whole.
 
-Placements are EPLB's for 256 experts. They are made for some loads and timed on others:
-the demo's routing, where random halves of a layer's sequences are the two, and eight load families,
-which drift by a fifth. Every instance is captured in a CUDA graph of twenty launches, launch and
-reading the loads included; each result must be optimal, the interior point's after its repair. The
-table has mean, 99th percentile and largest time over the instances, in µs, and the mean over the
-instances of the largest load over the mean one.
+Placements are EPLB's for 256 experts. They are made for some loads and timed on others: for the
+demo's routing, these are random halves of a layer's sequences; for eight load families, loads
+before and after a drift of one fifth. Every instance is captured in a CUDA graph of twenty
+launches, which include the launch itself and reading the loads. Each result must be optimal, the
+interior point's after its repair. The table has the mean, 99th percentile and largest time over the
+instances, in µs, and the mean ratio of the largest to the mean load.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOST_IPM_RANKS = 128
 
 
 def eplb(loads: np.ndarray, ep_size: int, redundants_per_rank: int) -> Placement:
-    """Where EPLB puts experts with these loads, on one node."""
+    """EPLB's placement for these loads, on one node."""
     return place_experts(
         loads,
         n_logical=N_LOGICAL,
@@ -95,7 +95,7 @@ def solve_times(placement: Placement, loads: np.ndarray) -> tuple[dict[str, floa
         times[solver] = graph.microseconds(launch, replays=5)
         quota, max_load, lower_bound, status = (np.asarray(a) for a in results)
         of_ranks = quota.reshape(ep_size, -1).sum(axis=1)
-        if solver != "ipm":  # which leaves the tokens as rounded
+        if solver != "ipm":  # without repair, tokens are only rounded
             assert status == 0
             assert max_load == lower_bound == of_ranks.max()
             largest.add(int(max_load[0]))
@@ -105,7 +105,7 @@ def solve_times(placement: Placement, loads: np.ndarray) -> tuple[dict[str, floa
 
 
 def copies_time(placement: Placement, loads: np.ndarray) -> tuple[float, float]:
-    """µs of one `place_copies`, and how many copies it places."""
+    """µs of one `place_copies`, and the number of copies."""
     ep_size, n_physical = placement.ep_size, placement.n_physical
     width = min(ep_size, 1 + n_physical - N_LOGICAL)
     operands = [jnp.asarray(a) for a in (loads[None], placement.phy2log, placement.log2phy)]

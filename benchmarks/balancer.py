@@ -1,9 +1,9 @@
-"""The whole step on one GPU: count, solve and assign, positions included.
+"""The whole step on one GPU: count, solve and assign, including positions.
 
     python benchmarks/balancer.py [--json FILE]
 
-Kernels are timed in a CUDA graph (see graph.py), their inputs in the L2 cache where they fit; the
-jitted program by wall time. Routing is that of the packaged traces.
+Kernels are timed in a CUDA graph (see graph.py), with inputs in the L2 cache if they fit; the
+jitted program is timed by wall time. The routing is from the packaged traces.
 """
 
 from __future__ import annotations
@@ -68,16 +68,16 @@ def copy_bandwidth(n_bytes: int = 1 << 30) -> float:
 
 
 def routing(n_tokens: int, layer: int = 0) -> np.ndarray:
-    """`n_tokens` real indices, repeated where the trace is shorter."""
+    """`n_tokens` real indices, repeated if the trace is shorter."""
     trace = load_traces().indices
     return np.resize(np.asarray(trace[layer % len(trace)]).reshape(-1), n_tokens).astype(np.int32)
 
 
 def layers_times(n_layers: int = 60, n_tokens: int = 32768) -> tuple[float, float]:
-    """µs per layer of a jitted program of many, wall time: of runs in a row, and of one alone.
+    """Wall time per layer of a jitted program of many, in µs: queued back to back, and alone.
 
-    Its result, the busiest ranks' loads, is written over that of the run before, as a training
-    step's state: where addresses change, XLA records its command buffer anew, 20 µs a kernel.
+    The result, the busiest ranks' loads, overwrites that of the previous run, like the state of a
+    training step: if addresses change, XLA re-records its command buffer, 20 µs per kernel.
     """
     r2o = topologies.cube()
     placement = place_experts(None, r2o, n_logical=N_LOGICAL, ep_size=8, redundants_per_rank=2)
@@ -105,7 +105,7 @@ def layers_times(n_layers: int = 60, n_tokens: int = 32768) -> tuple[float, floa
 
 
 def argsort_times(n_tokens: int = 32768) -> tuple[float, float]:
-    """Wall times in µs of the places in expert order by argsort, and of the whole rebalance."""
+    """Wall times in µs of sorting tokens by expert with argsort, and of the whole rebalance."""
     r2o = topologies.cube()
     placement = place_experts(None, r2o, n_logical=N_LOGICAL, ep_size=8, redundants_per_rank=2)
     indices = jnp.asarray(routing(n_tokens))
@@ -119,7 +119,7 @@ def argsort_times(n_tokens: int = 32768) -> tuple[float, float]:
     def whole(ids: jax.Array) -> jax.Array:
         return rebalance(ids, None, r2o, placement=placement, positions=True)[0].position
 
-    # Twenty in a row, so that neither pays for its dispatch.
+    # Twenty in a row, to amortize the dispatch.
     def chained(step: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
         def body(ids: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
             return ids, step(ids)[-1]

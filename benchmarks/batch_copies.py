@@ -1,4 +1,4 @@
-"""Copies chosen for every batch (`place_copies`) against none, and against the best static ones.
+"""Compares copies chosen for every batch (`place_copies`) with none and with the best static ones.
 
     python benchmarks/batch_copies.py [--ranks 8 16 32 64] [--slots 1 2] [--json out.json]
 
@@ -8,12 +8,12 @@
     static   `place_experts` without r2o, from the history
     batch    mean, and largest, with the same homes as `none`
     copies   mean number used, over all ranks
-    fan-out  most copies that a rank sends of its experts
-    limit 4  the mean where no rank sends more than four
+    fan-out  the most copies of its experts that a rank sends
+    limit 4  the mean if no rank sends more than four
 
-Loads: the packaged traces as in `placements.py`; and Zipf's law with exponents 1 to 2, and one
-expert with 10, 20 or 45 times the mean, of which the history says nothing. us: time
-of one call on the CPU, of 64 in one. Runs on the CPU.
+Loads: the packaged traces as in `placements.py`; Zipf's law with exponents 1 to 2; and one expert
+with 10, 20 or 45 times the mean. The history says nothing about the latter two. us: time of one
+call on the CPU, with 64 calls in one program. Runs on the CPU.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def unknown(rng: np.random.Generator) -> Iterator[Instance]:
-    """Loads of which the history, all ones, says nothing."""
+    """Loads about which the history, all ones, says nothing."""
 
     def instance(name: str, weight: np.ndarray) -> Instance:
         loads = rng.multinomial(ASSIGNMENTS, weight / weight.sum(), size=4)
@@ -127,7 +127,7 @@ def many(loads, placement):
 
 
 def microseconds(loads: np.ndarray, placement: Placement) -> float:
-    """Of one call on the batches, the best of five times 64."""
+    """Microseconds of one call on the batches: 64 calls in one program, best of five."""
     operands = jax.device_put((np.resize(loads, (64, EXPERTS)), placement))
     jax.block_until_ready(many(*operands))
     best = np.inf

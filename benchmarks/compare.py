@@ -1,11 +1,11 @@
-"""Finds regressions: compares the JSON of a benchmark's run with the committed one.
+"""Finds regressions: compares the JSON of a benchmark run with the committed JSON.
 
     python benchmarks/compare.py benchmarks/results/balancer_h200.json new.json [--tolerance 0.15]
     python benchmarks/compare.py benchmarks/results build/benchmarks   # every file of a folder
 
-Times and memory may exceed the committed ones by the tolerance. Exits with 1 if one does or is
-missing, and with 2 if the files come from different GPUs, whose times do not compare. In a folder,
-files without a committed counterpart are named and skipped.
+Times and memory may exceed the committed figures by the tolerance. Exits with 1 if one exceeds it
+or is missing, and with 2 if the files come from different GPUs, whose times are not comparable. In
+a folder, files without a committed counterpart are listed and skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-# Paths of the figures that are better the smaller they are, in the JSON of balancer.py, solver.py,
+# Paths of the figures for which smaller is better, in the JSON of balancer.py, solver.py,
 # load_sync.py, exchange.py, moe_layer.py and any_placement.py.
 SMALLER = re.compile(
     r"[^:]+/\d+|jit_per_layer(_alone)?|argsort|rebalance|microseconds:.*|kernels:.*"
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def compare(committed_path: pathlib.Path, new_path: pathlib.Path, tolerance: float) -> int:
-    """Prints what got worse; returns the exit status for these two files."""
+    """Prints the regressions; returns the exit status for these two files."""
     if not committed_path.exists():
         print(f"{new_path.name}: no committed figures")
         return 0
@@ -59,7 +59,7 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def device(figures: dict[str, Any]) -> str:
-    """What the figures were measured on, without versions."""
+    """The device that the figures were measured on, without versions."""
     return str(figures.get("device") or figures.get("machine")).split(", jax")[0]
 
 
@@ -73,15 +73,15 @@ def regressions(committed: dict[str, Any], new: dict[str, Any], tolerance: float
         after = got.get(name)
         if after is None:
             lines.append(f"{name}: {before:.3f}, now missing")
-        elif not after <= before * (1 + tolerance):  # NaN, too.
+        elif not after <= before * (1 + tolerance):  # Includes NaN.
             lines.append(f"{name}: {before:.3f}, now {after:.3f} ({after / before - 1:+.0%})")
     return lines
 
 
 def figures(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float]]:
-    """The figures that are better the smaller they are, by their paths.
+    """The figures for which smaller is better, by path.
 
-    An element of a list goes by its "case", so that runs of other cases compare.
+    Elements of lists are identified by "case", so that runs with other cases stay comparable.
     """
     if isinstance(tree, list):
         tree = {case_of(element, i): element for i, element in enumerate(tree)}

@@ -1,11 +1,12 @@
-"""Tokens to the peers and back, by SM count, beside XLA's ways.
+"""Times sending tokens to peers and back, by SM count, compared with XLA's collectives.
 
     python benchmarks/exchange.py [--json FILE]     # one process, all GPUs
 
-16,384 tokens of 4,096 bfloat16 a rank, each to another rank (top-1), and top-8 of all ranks, from
-where they lie to their rows, and sums of rows back. Kernels without XLA, in step; medians. Then
-small batches of 7,168, and as many ranks as share the GPUs. Last, what a layer of such batches
-takes besides its products, forward, its copies being there: --layers for nothing else.
+Each rank sends 16,384 tokens of 4,096 bfloat16 to another rank (top-1) or to top-8 of all ranks,
+from their place in memory to their rows, and sums of rows back. Kernels run without XLA, ranks in
+step; times are medians. Next come small batches of 7,168, and several ranks per GPU. The last
+figure is a layer's forward pass on such batches minus its GEMMs, with copies already fetched;
+--layers measures only this.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ N_CALLS = 10  # in one graph or program
 
 
 def milliseconds(ranks: VirtualRanks, batch: ExchangeBatch) -> dict[str, float]:
-    """Of a call there, and of one back, all ranks in step: CUDA graphs of N_CALLS, medians."""
+    """Median ms of a call there and of one back, all ranks in step, in CUDA graphs of N_CALLS."""
     size = len(ranks.ids)
     times = {}
     for way in ("there", "back"):
@@ -55,7 +56,7 @@ def milliseconds(ranks: VirtualRanks, batch: ExchangeBatch) -> dict[str, float]:
             for rank, graph in enumerate(graphs):
                 ranks.use_device(rank)
                 graph.start()
-            # The rank that was started last has waited for none to be started.
+            # The rank that started last did not wait for others to start.
             of_way.append(min([graph.seconds() for graph in graphs]) / N_CALLS)
         times[way] = float(np.median(of_way[2:])) * 1e3
         for rank, graph in enumerate(graphs):
@@ -65,7 +66,7 @@ def milliseconds(ranks: VirtualRanks, batch: ExchangeBatch) -> dict[str, float]:
 
 
 def by_kernels(n_gpus: int, size: int, n_tokens: int, hidden: int, top_k: int, sms: Any) -> Any:
-    """Times of `size` ranks that share n_gpus; of top-1 every token goes to another rank."""
+    """Times of `size` ranks that share n_gpus; with top-1 every token goes to another rank."""
     rng = np.random.default_rng(0)
     windows = Windows(size, n_tokens * min(size - 1, top_k), top_k, 2 * hidden)
     figures = {}
@@ -87,7 +88,7 @@ def by_kernels(n_gpus: int, size: int, n_tokens: int, hidden: int, top_k: int, s
 
 
 def by_xla(mesh: Mesh) -> dict[str, float]:
-    """Milliseconds of XLA's ways for as many bytes to one peer, without rows and sums."""
+    """Milliseconds of XLA's collectives for as many bytes to one peer, without rows and sums."""
     size = mesh.size
     here = np.arange(size)
     sizes = np.zeros((size, size), np.int32)
@@ -124,10 +125,10 @@ def by_xla(mesh: Mesh) -> dict[str, float]:
 
 
 class SmallLayer:
-    """moe_layer of a small batch, forward: 32 experts of 7,168 × 2,048, top-8, two copies a rank.
+    """moe_layer's forward pass on a small batch: 32 experts of 7,168 × 2,048, top-8, two copies.
 
     Attributes:
-      programs: by name, what is compiled: the layer N_CALLS times in a row, and its products.
+      programs: compiled programs by name: the layer N_CALLS times in a row, and its GEMMs.
     """
 
     experts, width, top_k, copies = 32, 2048, 8, 2
@@ -181,7 +182,7 @@ class SmallLayer:
         return run.lower(*self.batch, self.weights).compile()
 
     def microseconds(self) -> dict[str, float]:
-        """Of one call of each, medians of interleaved repeats; and the rest of a layer."""
+        """One call of each, medians of interleaved repeats; and a layer minus its GEMMs."""
         times: dict[str, list[float]] = {name: [] for name in self.programs}
         for _ in range(25):  # The first five warm up.
             for name, run in self.programs.items():
@@ -194,7 +195,7 @@ class SmallLayer:
 
 
 def by_layers(mesh: Mesh) -> dict[str, Any]:
-    """Small layers' times, by tokens of a rank."""
+    """Small layers' times, by tokens per rank."""
     sharding = NamedSharding(mesh, P("ep"))
     n = mesh.size * (SmallLayer.experts // mesh.size + SmallLayer.copies)
 

@@ -1,4 +1,4 @@
-"""A batch of tokens that ranks exchange, made in NumPy: what the kernels take, and must give."""
+"""A batch of tokens that ranks exchange, made in NumPy: kernels' inputs and expected results."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float64": 3}  # cuda/excha
 
 
 class ExchangeBatch:
-    """`ranks_of` [n_ranks, tokens, top_k] says where every choice goes, −1 for nowhere.
+    """A batch; `ranks_of` [n_ranks, tokens, top_k] is each choice's destination, −1 for none.
 
     Attributes:
-      row: int32 of that shape, rank · capacity + row; −1 for choices without room, too.
-      sizes, n_bytes, row_type, blocks: what a launch takes.
-      tokens, gates: of every rank.
+      row: int32 of that shape, rank · capacity + row; −1 also for choices without room.
+      sizes, n_bytes, row_type, blocks: arguments of a launch.
+      tokens, gates: the inputs of every rank.
       sent: tokens from each rank to each other.
     """
 
@@ -60,7 +60,7 @@ class ExchangeBatch:
         self.blocks, self.row_type = list(blocks), _TYPES[dtype]
         self.dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
         self.n_bytes = [hidden * self.dtype.itemsize, 4]
-        # Sums of small integers are exact in every type and order.
+        # Sums of small integers are exact in every dtype and order.
         self.tokens = rng.integers(-8, 8, (n_ranks, n_tokens, hidden), np.int8).astype(self.dtype)
         self.gates = rng.random(ranks_of.shape).astype(np.float32)
         self._put, self._ranks = put, []
@@ -72,7 +72,7 @@ class ExchangeBatch:
         self.clear()
 
     def clear(self) -> None:
-        """New memory for all results: what is right in it was written since."""
+        """Clears all results, so that correct values were written afterwards."""
         (n_tokens, top_k, capacity, n_received), n_ranks = self.sizes, len(self.row)
         out = [
             np.zeros((capacity, self.tokens.shape[2]), self.dtype),
@@ -88,12 +88,12 @@ class ExchangeBatch:
     def of(
         self, rank: int, claimed: jax.Array
     ) -> tuple[list[int], list[jax.Array], list[jax.Array], list[jax.Array]]:
-        """Routing, as pointers; tokens and gates; what the way there gives; and the way back."""
+        """Pointers to the routing, to tokens and gates, and to the results there and back."""
         routing, *arrays = self._ranks[rank]
         return ([pointer(array) for array in (claimed, *routing)], *arrays)
 
     def check(self) -> None:
-        """Raises where a row, gate, sum or number of tokens is not what it must be."""
+        """Raises if a row, gate, sum or number of tokens is wrong."""
         n_ranks = len(self.row)
         rows, row_gates, _, sizes = (
             np.stack([np.asarray(of_rank[2][i]) for of_rank in self._ranks]) for i in range(4)
@@ -112,6 +112,6 @@ class ExchangeBatch:
             np.testing.assert_array_equal(gates, np.where(self.row[rank] >= 0, self.gates[rank], 0))
 
     def is_poisoned(self, rank: int) -> bool:
-        """Whether all that came there is NaN."""
+        """Whether everything that the rank received is NaN."""
         rows, gates = (np.asarray(array, np.float64) for array in self._ranks[rank][2][:2])
         return bool(np.isnan(rows).all() and np.isnan(gates).all())

@@ -1,4 +1,4 @@
-"""Times kernels by themselves: captured into a CUDA graph, replayed, between CUDA events."""
+"""Times kernels alone: captured into a CUDA graph and replayed between CUDA events."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-runtime: Any = importlib.import_module("cuda.bindings.runtime")  # only where GPUs are
+runtime: Any = importlib.import_module("cuda.bindings.runtime")  # only installed with GPUs
 
 
 def check(result: tuple) -> Any:
@@ -21,7 +21,7 @@ def check(result: tuple) -> Any:
 
 
 class Graph:
-    """`launches` launches in a row, captured on the current device; `launch(stream)` makes one."""
+    """`launches` launches in a row, captured on the current device; `launch(stream)` runs one."""
 
     def __init__(self, launch: Callable[[int], None], launches: int):
         self._stream = check(runtime.cudaStreamCreate())
@@ -31,7 +31,7 @@ class Graph:
             launch(int(self._stream))
         self._graph = check(runtime.cudaStreamEndCapture(self._stream))
         self._executable = check(runtime.cudaGraphInstantiate(self._graph, 0))
-        # Now, so that no start has to while another graph's kernels wait for this one's.
+        # Upload now: a start must not do it while another graph's kernels wait for this one's.
         check(runtime.cudaGraphUpload(self._executable, self._stream))
         check(runtime.cudaStreamSynchronize(self._stream))
         self._events = [check(runtime.cudaEventCreate()) for _ in range(2)]
@@ -42,7 +42,7 @@ class Graph:
         check(runtime.cudaEventRecord(self._events[1], self._stream))
 
     def seconds(self) -> float:
-        """How long the last start took, once it is done."""
+        """Waits for the last start; returns its duration."""
         check(runtime.cudaEventSynchronize(self._events[1]))
         return check(runtime.cudaEventElapsedTime(*self._events)) * 1e-3
 

@@ -1,11 +1,11 @@
-"""Load sync between GPUs, in jitted programs, against lax.psum and lax.all_gather.
+"""Load sync between GPUs, in jitted programs, compared with lax.psum and lax.all_gather.
 
     python benchmarks/load_sync.py [--gpus N] [--json FILE]            # one process, all GPUs
     python benchmarks/load_sync.py --transport nvshmem [--json FILE]   # one process per GPU
 
-Wall time per call of a jitted program with many: several runs at a time, without waiting for one
-before the next is started, and the ways in turn; medians, warm. In one process also the kernels
-alone, of as many ranks as GPUs, and of four and eight ranks that share them.
+Wall time per call, in a jitted program of many: several runs are queued back to back, and methods
+alternate; warm medians. In one process also the kernels alone, with as many ranks as GPUs, and with
+four and eight ranks that share them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ N_INDICES = 32_768  # per rank and layer
 
 
 def everywhere(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """Row r of `array` on rank r, whatever process that is in."""
+    """Row r of `array` on rank r, in whichever process it is."""
     sharding = NamedSharding(mesh, P("ep"))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
@@ -58,10 +58,9 @@ Program = Callable[[], Any]
 
 
 def steady(rank: Callable[..., jax.Array], mesh: Mesh, operands: Any, result: tuple) -> Program:
-    """A program whose result is written over that of the run before, as a training step's state.
+    """A program whose result overwrites that of the previous run, like a training step's state.
 
-    `rank(operands)` is what one rank does; XLA launches its recorded kernels again as they are,
-    since no address changes.
+    `rank(operands)` runs on every rank. Since no address changes, XLA replays its command buffer.
     """
 
     def body(operands: Any, state: jax.Array) -> jax.Array:
@@ -82,7 +81,7 @@ def steady(rank: Callable[..., jax.Array], mesh: Mesh, operands: Any, result: tu
 
 
 def medians(programs: dict[str, Program], runs: int = 10, repeats: int = 20) -> dict[str, float]:
-    """Median seconds of each program, of several runs at a time, the programs in turn."""
+    """Median seconds of each program, with several runs queued, alternating programs."""
     times: dict[str, list[float]] = {name: [] for name in programs}
     for repeat in range(repeats + 2):  # The first two warm up.
         for name, run in programs.items():
@@ -95,12 +94,12 @@ def medians(programs: dict[str, Program], runs: int = 10, repeats: int = 20) -> 
 
 
 def after(operand: jax.Array, earlier: jax.Array) -> jax.Array:
-    """`operand`, but not before `earlier` is there, as in a model; XLA would merge what it can."""
+    """`operand` once `earlier` is available, as in a model; XLA would otherwise merge calls."""
     return lax.optimization_barrier((operand, earlier))[0]
 
 
 def sync_programs(mesh: Mesh, comm: Comm) -> dict[str, Program]:
-    """N_CALLS of each way, each of what the one before gave: the sum, or one row, in turn."""
+    """N_CALLS of each method, each on the previous result: the sum, or one row after another."""
     size = mesh.devices.size
     counts = np.random.default_rng().integers(0, 1000, (size, N_LOGICAL)).astype(np.int32)
     counts = everywhere(mesh, counts)
@@ -121,7 +120,7 @@ def sync_programs(mesh: Mesh, comm: Comm) -> dict[str, Program]:
 
 
 def kernel_times(ranks: VirtualRanks) -> dict[str, float]:
-    """Seconds of a call without XLA, all ranks in step: CUDA graphs of N_CALLS, medians."""
+    """Median seconds of a call without XLA, all ranks in step, in CUDA graphs of N_CALLS."""
     size = len(ranks.ids)
     counts = [ranks.put(rank, np.arange(N_LOGICAL, dtype=np.int32)) for rank in range(size)]
     matrix = np.full((size, N_LOGICAL), -7, np.int32)
@@ -151,7 +150,7 @@ def kernel_times(ranks: VirtualRanks) -> dict[str, float]:
             for rank, graph in enumerate(graphs):
                 ranks.use_device(rank)
                 graph.start()
-            # The rank that was started last has waited for none to be started.
+            # The rank that started last did not wait for others to start.
             times.append(min([graph.seconds() for graph in graphs]) / N_CALLS)
         seconds[name] = float(np.median(times[2:]))
         for rank, graph in enumerate(graphs):
@@ -169,7 +168,7 @@ def kernel_times(ranks: VirtualRanks) -> dict[str, float]:
 
 
 def placements(size: int) -> dict[str, tuple[Topology | None, Placement]]:
-    """Experts along a topology in the given order, and on any ranks, by the routing's loads."""
+    """Placements along a topology, in the given order, and on any ranks, by the routing's loads."""
     r2o = topologies.cube() if size == 8 else topologies.ring(size)
     sizes: dict[str, Any] = {
         "n_logical": N_LOGICAL,
@@ -190,7 +189,7 @@ def routing(size: int, layer: int) -> np.ndarray:
 
 
 def layers_programs(mesh: Mesh, comm: Comm) -> dict[str, Program]:
-    """N_LAYERS rebalances of real routing, and the same without other ranks or through XLA."""
+    """N_LAYERS rebalances of real routing, and the same on single ranks or through XLA."""
     size = mesh.devices.size
     placed = placements(size)
     layers = [everywhere(mesh, routing(size, i)) for i in range(N_LAYERS)]

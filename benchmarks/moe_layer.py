@@ -1,24 +1,24 @@
-"""What balance is worth in an expert-parallel layer: step time and memory on all GPUs there are.
+"""The value of balance in an expert-parallel layer: step time and memory on all available GPUs.
 
     python benchmarks/moe_layer.py [--hidden 2048 --width 1024 --experts 64] [--json FILE]
     python benchmarks/moe_layer.py --traces           # the packaged traces as they are
-    python benchmarks/moe_layer.py --moving           # other experts are hot in every step
-    python benchmarks/moe_layer.py --compile-for 8    # what memory 8 such GPUs would need
+    python benchmarks/moe_layer.py --moving           # different experts are hot in every step
+    python benchmarks/moe_layer.py --compile-for 8    # the memory that 8 such GPUs would need
     python benchmarks/moe_layer.py --processes        # one process per GPU
 
-Routing is that of a packaged trace. The experts are arranged so that the busiest rank has 1.1,
-1.3 and 1.6 times the mean load; then, side by side in one run, a step (forward and backward) is
-timed without copies ("none"), with an even split over copies ("eplb"), with `rebalance` ("lplb")
-and with as many slots for copies chosen in the step ("batch"). There are as many copies as balance
-needs, and buffers are as small as they can be without overflow. Each result is checked. GPUs of one
-kind differ in speed by some per cent: the busiest rank is the first of them and the last in turn,
-and times are means of both.
+The routing is from a packaged trace. The experts are arranged so that the busiest rank has 1.1, 1.3
+and 1.6 times the mean load. One run then times a step (forward and backward) without copies
+("none"), with an even split over copies ("eplb"), with `rebalance` ("lplb") and with the same
+number of slots for copies chosen in the step ("batch"). There are as many copies as balance needs,
+and buffers are as small as possible without overflow. Each result is checked. GPUs of one kind
+differ in speed by a few per cent, so the busiest rank is the first and the last GPU in turn, and
+times are means of both.
 
 With --traces, the experts of every layer of every trace are placed by the loads of an earlier
-step of training, as in the demo. With --moving, too, but then come batches whose loads differ:
-other sequences of a trace in every step, one for each rank; and loads after Zipf's law, where it is
-drawn anew in every step which expert is hot. Placements stay as they are, and only "batch" can
-follow. Buffers have room for the worst of the batches; times and imbalances are means of all.
+training step, as in the demo. --moving places them in the same way, but then the loads of the
+batches change: every step has different sequences of a trace, one per rank, or loads by Zipf's law
+with hot experts drawn anew. Placements are fixed, and only "batch" can follow. Buffers have room
+for the worst batch; times and imbalances are means over all batches.
 """
 
 from __future__ import annotations
@@ -124,14 +124,14 @@ def main() -> None:
         record.write(options.json, figures)
 
 
-# A label, and the choices of all ranks, batch by batch: int32 `[batches, tokens, 8]`, experts being
-# numbered rank by rank and on each in the order of its slots. Several arrays where several
-# arrangements are timed as one.
+# A label, and the choices of all ranks, batch by batch: int32 `[batches, tokens, 8]`, with experts
+# numbered rank by rank and, on each rank, slot by slot. Several arrays if several arrangements are
+# timed together.
 Sources = Iterator[tuple[str, list[np.ndarray]]]
 
 
 def traced(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
-    """Every layer of every trace, its experts placed by the loads of an earlier step."""
+    """Every layer of every trace, with experts placed by the loads of an earlier step."""
     for aux_loss in AUX_LOSSES:
         for layer, (chosen, history) in enumerate(zip(*load_traces(aux_loss), strict=True)):
             order = placed(history, options, r2o, n_ranks)
@@ -142,7 +142,7 @@ def traced(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
 def placed(
     history: np.ndarray, options: Any, r2o: Topology | np.ndarray, n_ranks: int
 ) -> np.ndarray:
-    """The experts rank by rank, from earlier loads."""
+    """The experts rank by rank, placed by earlier loads."""
     placement = place_experts(
         history, r2o, n_logical=len(history), ep_size=n_ranks,
         redundants_per_rank=options.redundants,
@@ -151,11 +151,11 @@ def placed(
 
 
 def moving(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
-    """Batches of other loads than the ones that the experts are placed by, and than one another."""
+    """Batches with different loads, none of which the experts are placed by."""
     traces = load_traces()
     merged, history = merged_by_load(traces.history[0], options.experts)
     order = placed(history, options, r2o, n_ranks)
-    # A step has one sequence of 1,024 tokens for each rank, as often as it takes.
+    # A step has one sequence of 1,024 tokens per rank, repeated as needed.
     sequences = merged[traces.indices[0]].reshape(-1, n_ranks, 1024, TOP_K)
     batches = [
         np.concatenate([np.resize(sequence, (options.tokens, TOP_K)) for sequence in of_ranks])
@@ -175,7 +175,7 @@ def moving(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
 
 
 def arranged(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
-    """One trace, its experts arranged to the given imbalances."""
+    """One trace, with experts arranged to the given imbalances."""
     ids = routing(n_ranks * options.tokens, options.experts)
     loads = np.bincount(ids.ravel(), minlength=options.experts)
     for imbalance in options.imbalances:
@@ -184,23 +184,23 @@ def arranged(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
 
 
 def renumbered(ids: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """The ids, where expert order[i] is called i."""
+    """The ids after renaming expert order[i] to i."""
     number = np.empty(len(order), np.int32)
     number[order] = np.arange(len(order))
     return number[ids]
 
 
 def routing(n_tokens: int, n_experts: int) -> np.ndarray:
-    """int32 `[n_tokens, 8]`: the trace's choices, repeated where it is shorter."""
+    """int32 `[n_tokens, 8]`: the trace's choices, repeated if it is shorter."""
     indices = load_traces().indices[0]
     merged, _ = merged_by_load(np.bincount(indices.ravel(), minlength=256), n_experts)
     return np.resize(merged[indices], (n_tokens, TOP_K))
 
 
 def merged_by_load(loads: np.ndarray, n_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """A number below n_experts for each of 256 experts, and the loads by these numbers.
+    """A new id below n_experts for each of 256 experts, and the loads by new id.
 
-    Those with similar loads become one, so that the loads keep their skew.
+    Experts with similar loads are merged, so that the loads keep their skew.
     """
     by_load = np.argsort(-loads, kind="stable")
     merged = np.empty(256, np.int32)
@@ -211,7 +211,7 @@ def merged_by_load(loads: np.ndarray, n_experts: int) -> tuple[np.ndarray, np.nd
 def arrangement(loads: np.ndarray, n_ranks: int, imbalance: float, busiest: str) -> np.ndarray:
     """Order of the experts, rank by rank and heaviest first.
 
-    The first rank, or the last, has `imbalance` times the mean load, and the others alike.
+    The first or the last rank has `imbalance` times the mean load; the others have equal loads.
     """
     n_local = len(loads) // n_ranks
     target = imbalance * loads.sum() / n_ranks
@@ -225,7 +225,7 @@ def arrangement(loads: np.ndarray, n_ranks: int, imbalance: float, busiest: str)
         missing = target - loads[order[0]].sum()
         rank = 1 + turn % (n_ranks - 1)
         change = loads[order[rank]][None] - loads[order[0]][:, None]
-        # In small steps, so that all other ranks lose alike.
+        # In small steps, so that all other ranks lose equally.
         step = missing if n_ranks == 2 else missing / (n_ranks - 1)
         i, j = np.unravel_index(np.argmin(np.abs(change - step)), change.shape)
         if abs(missing - change[i, j]) < abs(missing):
@@ -239,7 +239,7 @@ def arrangement(loads: np.ndarray, n_ranks: int, imbalance: float, busiest: str)
 
 
 class Batch(NamedTuple):
-    """What a step takes besides the experts: arrays over all ranks."""
+    """A step's arguments besides the experts: arrays over all ranks."""
 
     tokens: jax.Array
     gates: jax.Array
@@ -248,10 +248,10 @@ class Batch(NamedTuple):
 
 
 class Case:
-    """One arrangement of the experts: its steps, compiled and timed.
+    """One arrangement of the experts, with its compiled and timed steps.
 
     Attributes:
-      imbalance: by the name of a step, what is left of each batch's imbalance.
+      imbalance: by the name of a step, the remaining imbalance of each batch.
     """
 
     names = ("none", "eplb", "lplb", "batch")
@@ -274,7 +274,7 @@ class Case:
         self.steps: dict[str, Any] = {}
 
     def place(self, loads: np.ndarray, n_copies: int) -> None:
-        """With so many copies on every rank; what imbalance that leaves."""
+        """Places `n_copies` copies on every rank, and computes the remaining imbalance."""
         n_ranks, n_logical = self.mesh.size, loads.shape[1]
         self.n_copies = n_copies
         self.placement = place_experts(
@@ -289,7 +289,7 @@ class Case:
             "lplb": [solved(of_batch).quota for of_batch in loads],
             "batch": [solved_anywhere(*both).quota for both in zip(loads, chosen, strict=True)],
         }
-        # Of all ranks: what a step moves.
+        # Copies of all ranks that a step moves.
         n_chosen = np.mean([np.sum(np.asarray(copies.phy2log) >= 0) for copies in chosen])
         self.copies = {"none": 0.0, "batch": float(n_chosen) - n_logical}
         self.copies |= dict.fromkeys(("eplb", "lplb"), float(n_ranks * n_copies))
@@ -299,7 +299,7 @@ class Case:
         }
 
     def batches(self) -> list[Batch]:
-        """They differ in the choices."""
+        """The batches, which differ only in their choices."""
         rng = np.random.default_rng(0)
         n_rows, hidden = self.ids.shape[1], self.sizes[1]
         gates = rng.random((n_rows, TOP_K)).astype(np.float32)
@@ -316,7 +316,7 @@ class Case:
         return make(jax.random.key(seed))
 
     def experts(self, name: str) -> moe.Experts:
-        """The same weights for all; where copies come in place, followed by room for them."""
+        """The same weights for all kinds of steps, with room for copies except for "none"."""
         n_local, hidden, width = self.sizes
         n_slots = self.mesh.size * (n_local + self.n_copies)
         own = moe.Experts(
@@ -336,7 +336,7 @@ class Case:
         return experts
 
     def layer(self, name: Any, tokens: jax.Array, gates: jax.Array, experts: Any, ids: Any) -> Any:
-        """One rank's forward pass: output, and what is left of it."""
+        """One rank's forward pass."""
         of_batch = name == "batch"
         result = moe.moe_layer(
             tokens, ids, gates, experts, placement=self.placement, axis_name="ep",
@@ -346,8 +346,8 @@ class Case:
         return result.out, (result.experts, result.traffic)
 
     def key(self, name: str) -> tuple[str, float, int]:
-        """What a step is compiled for: its kind, room over the mean load, and copies."""
-        # A little more for eplb, where every source splits its tokens on its own.
+        """The parameters a step is compiled for: its kind, room over the mean load, and copies."""
+        # A little more for eplb, where every source splits its own tokens.
         slack = 1.002 if name == "eplb" else 1 + 1e-6
         return name, max(1.0, slack * max(self.imbalance[name])), self.n_copies
 
@@ -359,10 +359,10 @@ class Case:
                 lambda tokens, gates, experts: self.layer(name, tokens, gates, experts, batch.ids),
                 batch.tokens, batch.gates, experts, has_aux=True,
             )  # fmt: skip
-            # In a model, what comes back depends on what went out.
+            # In a model, the cotangents depend on the output.
             out, upstream = jax.lax.optimization_barrier((out, batch.upstream))
             slopes = pull(upstream)
-            # The experts come first: XLA reuses the donated buffers for the first that fit.
+            # The experts come first: XLA reuses donated buffers for the first results that fit.
             return experts, slopes, out, traffic
 
         run = jax.shard_map(
@@ -376,7 +376,7 @@ class Case:
         return run.lower(*shapes).compile()
 
     def check(self, batch: Batch) -> None:
-        """All give the same results, and nothing overflows."""
+        """All kinds of steps must give the same results, without overflow."""
         want = None
         for name in self.names:
             _, slopes, out, traffic = self.steps[name](self.experts(name), batch)
@@ -388,12 +388,12 @@ class Case:
             assert all(map(close, got, want)), name
 
     def own(self, of_slots: jax.Array) -> jax.Array:
-        """Of the gradients of all slots, those of the ranks' own experts."""
+        """The gradients of the ranks' own experts, among those of all slots."""
         by_rank = of_slots.reshape(self.mesh.size, -1, *of_slots.shape[1:])
         return by_rank[:, : self.sizes[0]]
 
     def gib(self, name: str) -> float:
-        """Arguments, results and temporaries of a step on one GPU."""
+        """GiB of a step's arguments, results and temporaries on one GPU."""
         memory = self.steps[name].memory_analysis()
         return (
             memory.argument_size_in_bytes
@@ -432,7 +432,7 @@ def measure(label: str, turns: list[Case], repeats: int) -> dict[str, Any]:
 
 
 def step_times(turns: list[Case], repeats: int, calls: int = 8) -> dict[Any, float]:
-    """ms of every case and kind of step: medians of interleaved repeats of a few in a row."""
+    """ms of every case and kind of step: medians of interleaved repeats of `calls` calls each."""
     batches = {case: case.batches() for case in turns}
     for case, each in batches.items():
         for batch in each:
@@ -453,13 +453,13 @@ def step_times(turns: list[Case], repeats: int, calls: int = 8) -> dict[Any, flo
 
 @jax.jit
 def close(got: jax.Array, want: jax.Array) -> jax.Array:
-    """Equal up to bfloat16's rounding of sums in another order."""
+    """Whether results are equal up to bfloat16 rounding of sums in a different order."""
     got, want = got.astype(jnp.float32), want.astype(jnp.float32)
     return jnp.sqrt(((got - want) ** 2).sum() / (want**2).sum()) < 1e-2
 
 
 def rebalance_time(mesh: Mesh, case: Case, copies: Any, n_layers: int = 50) -> float:
-    """ms of one `rebalance`, the exchange of loads included: of many layers in one program."""
+    """ms of one `rebalance`, including the exchange of loads, in a program of many layers."""
 
     def rank(ids: jax.Array) -> jax.Array:
         def layer(shift: jax.Array, _: Any) -> Any:

@@ -9,13 +9,13 @@ import sys
 
 import jax
 
-_PLACE = "LPLB_BENCHMARK_PLACE"  # coordinator, number of processes, and which of them this one is
+_PLACE = "LPLB_BENCHMARK_PLACE"  # coordinator, number of processes, and index of this one
 
 
 def one_per_gpu(n_gpus: int | None = None) -> None:
-    """Returns in each of `n_gpus` processes (default: as many as GPUs), with JAX initialised.
+    """Returns in each of `n_gpus` processes (default: one per GPU), with JAX initialized.
 
-    In the process that is not one of them it does not: it starts them and exits when they end.
+    It does not return in the parent process, which starts the others and exits when they end.
     """
     place = os.environ.get(_PLACE)
     if place is None:

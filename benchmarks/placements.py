@@ -1,20 +1,20 @@
-"""Compares placements by the load of the busiest rank on batches that they were not made from.
+"""Compares placements by the busiest rank's load on batches that they were not made from.
 
     python benchmarks/placements.py [--ranks 8 16 32 64] [--slots 1 2 4] [--json out.json]
 
-256 experts; largest over mean rank load, in the mean over batches and instances (1 is the best):
+256 experts; largest over mean rank load, averaged over batches and instances (1 is optimal):
 
     none        no copies: experts packed onto ranks
-    EPLB even   EPLB's placement, every slot of an expert serves an equal share
+    EPLB even   EPLB's placement; every slot of an expert serves an equal share
     EPLB exact  the same placement, every batch balanced exactly
     topology    along cube, hypercube, torus or ring over all ranks, balanced exactly
     auto        place_experts without r2o, balanced exactly
 
 Loads: the packaged traces (two auxiliary losses, four layers), one half of the batches for the
 other (`same step`, 4,096 tokens; `small batches`, 512 tokens), or the loads of step 300 for batches
-of step 1200 (`stale`); Zipf's law with exponent 1.5, of which single loads drift by 10 %; one
-expert with 10, 20 or 45 times the mean of the others; mixtures of six domains, of which past and
-future batches prefer different ones (`domain shift`). Runs on the CPU.
+of step 1200 (`stale`); Zipf's law with exponent 1.5, with single loads drifting by 10 %; one expert
+with 10, 20 or 45 times the mean of the others; mixtures of six domains, where past and future
+batches prefer different domains (`domain shift`). Runs on the CPU.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from lplb_jax.data import AUX_LOSSES, load_traces
 
 EXPERTS = 256
 COLUMNS = ("none", "EPLB even", "EPLB exact", "topology", "auto")
-ASSIGNMENTS = 1 << 18  # Of a synthetic batch: 32,768 tokens, top-8.
+ASSIGNMENTS = 1 << 18  # Per synthetic batch: 32,768 tokens, top-8.
 
 
 class Instance(NamedTuple):
-    """Loads `[batches, experts]`: what a placement is made from, and what it is judged by."""
+    """Loads `[batches, experts]` to make a placement from, and to evaluate it on."""
 
     name: str
     history: np.ndarray
@@ -134,7 +134,7 @@ def even(placement: Placement, tokens: np.ndarray) -> float:
 
 
 def report(rows: list[list]) -> None:
-    """How often the automatic placement is behind the others, and by how much."""
+    """Prints how often the automatic placement is worse than the others, and by how much."""
     numbers = np.array([row[3:] for row in rows])
     behind_eplb = numbers[:, 4] - numbers[:, 2]
     behind_best = numbers[:, 4] - numbers[:, 2:4].min(axis=1)

@@ -1,4 +1,4 @@
-"""A launch of rebalance's kernels on raw pointers: its operands and results, without XLA."""
+"""Launches rebalance's kernels on raw pointers, without XLA."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lplb_jax.topologies import Topology
 
 
 class Results(NamedTuple):
-    """What the kernels write, in their order; see `lplb_jax.Assignment` and `lplb_jax.Split`."""
+    """The kernels' results, in order; see `lplb_jax.Assignment` and `lplb_jax.Split`."""
 
     physical_indices: jax.Array
     position: jax.Array
@@ -29,13 +29,13 @@ class Results(NamedTuple):
 class RebalanceCall:
     """int32 `indices` of one source over a placement, all on one device.
 
-    With `fan_out`, over copies that are chosen first, of which a rank sends so many at most.
+    With `fan_out`, copies are chosen first, and each rank sends at most `fan_out`.
 
     Attributes:
-      arguments: problem, number of tokens, tiles, pointers of operands and of results, and how
-        copies are chosen: what `launch_synced_rebalance` takes before the stream.
-      results: what a launch writes to.
-      tables: phy2log, log2phy and logcnt of the copies that were chosen.
+      arguments: the arguments of `launch_synced_rebalance` before the stream: problem, number of
+        tokens, tiles, pointers to operands and results, and how copies are chosen.
+      results: the arrays that a launch writes.
+      tables: phy2log, log2phy and logcnt of the chosen copies.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RebalanceCall:
         )
 
     def time(self, *, replays: int = 20) -> float:
-        """Median µs of one launch, see `microseconds`; its results must reach the bound."""
+        """Median µs of one launch, see `microseconds`; results must reach the bound."""
         problem, *rest = self.arguments
         launch: Any = _bench.launch_rebalance
         median = microseconds(lambda stream: launch(problem, 1, *rest, stream), replays=replays)

@@ -1,4 +1,4 @@
-"""What a benchmark writes: its figures, and beside them what they depend on."""
+"""Writes a benchmark's figures, together with the conditions of the run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _OF_GPU = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm",
 
 
 def write(path: str, figures: dict[str, Any]) -> None:
-    """Writes the figures as JSON, and under "run" what `run` says."""
+    """Writes the figures as JSON, with the result of `run` under "run"."""
     with open(path, "w") as file:
         json.dump(figures | {"run": run()}, file, indent=1)
         file.write("\n")
 
 
 def run() -> dict[str, Any]:
-    """Command, commit, versions and machine; clocks are those at the end of the run.
+    """Command, commit, versions and machine; clocks are read at the end of the run.
 
     Outside a repository the environment variable COMMIT names the commit.
     """
@@ -49,7 +49,7 @@ def run() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing where it is missing or fails."""
+    """The output of a command; empty if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

@@ -1,16 +1,16 @@
-"""Times the solvers' kernels by themselves, over many instances, and checks every result.
+"""Times the solvers' kernels alone, over many instances, and checks every result.
 
     python benchmarks/solver.py [--instances 200] [--topologies cube ...] [--json out.json]
 
 Median time per launch in a CUDA graph (see graph.py): mean, p50, p95 and max over instances of
-eight load families. Launch and reading the int32 loads are included. The exact solver's max_load
-must be its lower bound, and the interior point's repaired one the same; without repair, its real
-plan must be within 1e-4 of what it proves: where not, the script ends with status 1. The interior
-point's steps are those of the plain-JAX specification. Where the library was built with cuSolverDx,
-the same kernel with that factor is timed beside, and what it leaves unconverged counted.
+eight load families, including the launch and reading the int32 loads. max_load must equal the lower
+bound for the exact solver and for the repaired interior point; without repair, its real plan must
+be within 1e-4 of its proven bound. Otherwise the script exits with 1. The interior point's steps
+are counted by the plain-JAX specification. If the library was built with cuSolverDx, the same
+kernel with its factorization is timed as well, and unconverged instances are counted.
 
-Then 58 layers, and 64 groups, in one launch: its time, as a multiple of the mean time of those that
-it solves alone, and of the slowest of them, which it has to wait for.
+Next come 58 layers, and 64 groups, in one launch: its time as a multiple of the mean time of these
+layers or groups alone, and of the slowest, which it has to wait for.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ FAMILIES = [mild, skewed, zipf, one_hot, zeros_mixed, tiny, huge, half_empty]
 
 @dataclasses.dataclass
 class Bench:
-    """One topology's placement and device buffers, for `most` elements of a batch."""
+    """One topology's placement and device buffers, for batches of up to `most` elements."""
 
     r2o: Topology | np.ndarray
     n_local: int
@@ -119,7 +119,7 @@ class Bench:
             array = np.asarray(array, dtype)
             return jnp.asarray(np.broadcast_to(array, (self.most, *array.shape)))
 
-        # Kept alive here: the launchers get addresses.
+        # Kept alive here, since the launchers get addresses.
         self.loads = None
         self.inputs = [repeated(a) for a in (place.phy2log, place.log2phy, self.r2o)]
         self.weights = repeated(np.ones(group_size), np.float32)
@@ -143,7 +143,7 @@ class Bench:
         )
 
     def check(self, loads: np.ndarray) -> dict[str, Any]:
-        """Solves all instances through JAX; the worst gaps, and whether anything is not optimal."""
+        """Solves all instances through JAX; returns the worst gaps, and any lack of optimality."""
 
         def run(dtype, **options):
             solve = jax.jit(
@@ -171,7 +171,7 @@ class Bench:
         return result
 
     def steps(self, loads: np.ndarray) -> np.ndarray:
-        """The interior point's steps for all instances, as the specification counts them."""
+        """The interior point's steps for all instances, counted by the specification."""
         group_size, n_columns = self.r2o.shape
         own = loads.reshape(len(loads), group_size, self.n_local).astype(np.float32)
         cap = own[:, :, : self.n_redundant].reshape(*own.shape[:2], -1, n_columns).sum(axis=2)

@@ -1,24 +1,24 @@
-"""Tiles of the busiest rank, over the fewest possible; and what they cost on a GPU.
+"""Tiles of the busiest rank relative to the fewest possible, and their cost on a GPU.
 
     python benchmarks/tiles.py [--tile 128] [--ranks 8 32 64] [--tokens 32 128 512 4096]
     python benchmarks/tiles.py --gpu [--tokens 32 128 512]
     python benchmarks/tiles.py --solve [--tokens 32 128 512 4096]
 
-The table, on any backend: the packaged traces, top-8 of 256 experts, placed by the loads of an
-earlier step with two redundant slots per rank, on any ranks. Batches of consecutive sequences;
-where all ranks together have more than the 32,768 tokens that there are, they are taken again. Per
-cent of tiles above the fewest, in the mean over batches and layers of both traces:
+The table, on any backend, uses the packaged traces, top-8 of 256 experts, placed by the loads of an
+earlier step with two redundant slots per rank, on any ranks. Batches consist of consecutive
+sequences, repeated if all ranks together have more than the 32,768 available tokens. Columns are
+per cent of tiles above the fewest, averaged over batches and layers of both traces:
 
     none    no copies: every expert at home
     even    every expert's tokens are split evenly over its slots
     tokens  `solve`: the busiest rank has the fewest tokens
-    excess  of tokens over the fewest, with the fewest tiles
+    excess  tokens above the fewest, with the fewest tiles
 
-The last column is the busiest rank's number of tiles over its slots, by `solve(tile=…)`.
+The last column is the busiest rank's tiles per slot with `solve(tile=…)`.
 
-With --gpu: the feed-forward networks of that rank's slots (bfloat16), with the quotas of both, side
-by side in turn: milliseconds in the median. With --solve: microseconds of a `solve` that counts
-tokens, and of one that counts tiles, in a jitted loop over those loads.
+--gpu times the feed-forward networks of that rank's slots (bfloat16) with both quotas, alternating:
+median milliseconds. --solve times a `solve` that counts tokens and one that counts tiles, in a
+jitted loop over the same loads: microseconds.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def solve_times(placement, loads: np.ndarray, tile: int, n: int = 512) -> list[f
 
 
 def busiest(placement, loads: np.ndarray, n_ranks: int, tile: int) -> list[np.ndarray]:
-    """Quotas of the slots of the rank with most tiles, by tokens and by tiles."""
+    """Slot quotas of the rank with the most tiles, by balancing tokens and by balancing tiles."""
     quotas = []
     for split in splits(loads[:1], placement, tile):
         of_rank = np.asarray(split.quota)[0].reshape(n_ranks, -1)
@@ -182,7 +182,7 @@ def measure(rows, experts, sizes: np.ndarray, repeats: int = 20) -> np.ndarray:
         return jax.lax.scan(again, rows, None, length=10)[0]
 
     taken = np.zeros((repeats, *sizes.shape[:2]))
-    for repeat in range(-1, repeats):  # The first one compiles.
+    for repeat in range(-1, repeats):  # The first run compiles.
         for i, which in np.ndindex(sizes.shape[:2]):
             group_sizes = jax.block_until_ready(jnp.asarray(sizes[i, which], jnp.int32))
             start = time.perf_counter()

@@ -1,11 +1,11 @@
-"""One model trained with each kind of balance: what it learns, how even ranks are, how fast it is.
+"""Trains one model with each kind of balance: its loss, the balance of ranks, and its speed.
 
     python benchmarks/training.py --json out.json         # on all GPUs, or 8 virtual CPU devices
     python benchmarks/training.py -- --hidden 256 …       # options of examples/train_moe.py
 
-The model, the batches and the seed are those of examples/train_moe.py. The trainings take each step
-one after the other, so that what else the machine does meets all of them alike. On virtual devices
-all ranks share the same cores, and an even load saves no time.
+The model, the batches and the seed are those of examples/train_moe.py. The trainings alternate step
+by step, so that other work on the machine affects all of them alike. On virtual devices all ranks
+share the same cores, and an even load saves no time.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def of_steps(done: list[dict[str, Any]], every: int) -> dict[str, Any]:
-    """Means of so many steps."""
+    """Means over every `every` steps."""
     kept = len(done) // every * every
     return {
         key: np.array([one[key] for one in done[:kept]])

@@ -1,6 +1,6 @@
-"""More ranks than GPUs: what many do to one another's memory, shown by few.
+"""More ranks than GPUs: tests accesses to peer memory by many ranks on few GPUs.
 
-XLA knows one device per GPU, so nothing of it is here: kernels on raw pointers and streams.
+XLA has one device per GPU, so kernels run without it, on raw pointers and streams.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lplb_jax.topologies import Topology
 
 
 class VirtualRanks:
-    """Ranks dealt out to `gpus`, each a communicator's only device on a stream of its own.
+    """Ranks distributed over `gpus`, each the only device of a communicator, with its own stream.
 
-    At most four ranks on a GPU: it has few queues for streams, and the kernels of two streams in
-    one queue wait for one another. A context manager that ends them.
+    At most four ranks per GPU: a GPU has few queues for streams, and kernels of two streams in one
+    queue wait for one another. A context manager that ends the ranks.
 
     Attributes:
-      ids: of every rank, its communicator.
-      devices: of every rank, its GPU.
+      ids: every rank's communicator.
+      devices: every rank's GPU.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class VirtualRanks:
         indices: np.ndarray,
         fan_out: int = 0,
     ) -> RebalanceCall:
-        """What `rebalance` takes as this rank."""
+        """The arguments of `rebalance` on this rank."""
         return RebalanceCall(r2o, placement, indices, self.devices[rank], fan_out)
 
     def sync(
@@ -98,7 +98,7 @@ class VirtualRanks:
         stream: int | None = None,
         claimed: jax.Array | None = None,
     ) -> None:
-        """Launches `sync_loads` as this rank; `claimed` is another rank, to see it refused."""
+        """Launches `sync_loads` as this rank; a different rank `claimed` must be refused."""
         claimed = self._claimed[rank] if claimed is None else claimed
         pointers = pointer(claimed), pointer(counts), counts.size, pointer(matrix)
         _bench.launch_sync(*self._who(rank), *pointers, self._on(rank, stream))
@@ -119,7 +119,7 @@ class VirtualRanks:
         )  # fmt: skip
 
     def back(self, rank: int, batch: ExchangeBatch, stream: int | None = None) -> None:
-        """Launches the way back of what `there` has brought."""
+        """Launches the way back of what `there` sent."""
         routing, _, out, home = batch.of(rank, self._claimed[rank])
         _bench.launch_back(
             *self._who(rank), batch.sizes, batch.n_bytes, batch.row_type, batch.blocks, routing,
@@ -128,7 +128,7 @@ class VirtualRanks:
         )  # fmt: skip
 
     def failures(self) -> list[str]:
-        """What every rank has reported; "" where all is well."""
+        """Every rank's error report; "" if there is none."""
         return [self._native.comm_failure(identifier) for identifier in self.ids]
 
     def use_device(self, rank: int) -> None:
@@ -136,7 +136,7 @@ class VirtualRanks:
         self._native.comm_use_device(self._ordinals[rank])
 
     def wait(self) -> None:
-        """Until all that was launched is done."""
+        """Waits until all launches are done."""
         for stream in self._streams:
             check(runtime.cudaStreamSynchronize(stream))
 
@@ -144,7 +144,7 @@ class VirtualRanks:
         return self.ids[rank], self._ordinals[rank]
 
     def _on(self, rank: int, stream: int | None) -> int:
-        """The stream to launch on; another than the rank's own is of the current device."""
+        """The stream to launch on; any other than the rank's own belongs to the current device."""
         if stream is None:
             self.use_device(rank)
         return self._streams[rank] if stream is None else stream

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def median_seconds(function: Callable[..., Any], *arguments: Any, repeats: int) -> float:
-    """Median of calls that are waited for, after one that is not counted."""
+    """Median duration of synchronized calls, after one warm-up call."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(repeats):
