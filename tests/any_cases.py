@@ -1,4 +1,4 @@
-"""Placements of any kind, loads for them, and what is right about them, found by other means."""
+"""Placements of any kind, loads for them, and independent oracles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lplb_jax import Placement
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of one problem; n_logical need not divide by ep_size."""
+    """Sizes of one problem; n_logical need not be a multiple of ep_size."""
 
     ep_size: int
     slots_per_rank: int
@@ -29,14 +29,14 @@ class Sizes:
         order = rng.permutation(self.n_physical)
         table[order[: self.n_logical]] = rng.permutation(self.n_logical)
         n_copies = rng.integers(0, self.n_physical - self.n_logical, endpoint=True)
-        # From even chances to nearly all copies for a few experts, so twice on a rank as well.
+        # From even chances to nearly all copies for a few experts, including several on a rank.
         heat = rng.random(self.n_logical) ** rng.choice([0, 1, 4, 30])
         copies = rng.choice(self.n_logical, n_copies, p=heat / heat.sum())
         table[order[self.n_logical :][:n_copies]] = copies
         return table
 
     def phy2log_one_everywhere(self, rng: np.random.Generator) -> np.ndarray:
-        """One expert is on every rank that has a slot to spare."""
+        """One expert is on every rank with a spare slot."""
         table = self.phy2log(rng).reshape(self.ep_size, -1)
         count = np.bincount(table[table >= 0], minlength=self.n_logical)
         for row in table:
@@ -75,7 +75,7 @@ SMALL_SIZES = {name: SIZES[name] for name in ["one rank", "no room", "3 x 4", "8
 
 @dataclasses.dataclass(frozen=True)
 class AnyCase:
-    """As `cases.Case`, of any placement: one group of all ranks."""
+    """Like `cases.Case`, for any placement: one group of all ranks."""
 
     sizes: Sizes
     n_groups: int = 1
@@ -93,7 +93,7 @@ class AnyCase:
         return self.sizes.n_logical
 
     def placement(self, rng: np.random.Generator) -> Placement:
-        """A random one; now and then, one expert is everywhere."""
+        """A random placement; now and then, one expert is everywhere."""
         table = self.sizes.phy2log if rng.random() < 0.8 else self.sizes.phy2log_one_everywhere
         return Placement.from_phy2log(
             table(rng).reshape(self.ep_size, -1), ep_size=self.ep_size, n_logical=self.n_logical
@@ -101,7 +101,7 @@ class AnyCase:
 
 
 def loads_for(rng: np.random.Generator, sizes: Sizes, hosts: np.ndarray) -> np.ndarray:
-    """Loads of a random kind, int32 `[n_logical]`, of which a rank's sum below 2³¹."""
+    """Loads of a random kind, int32 `[n_logical]`, with sums below 2³¹ on every rank."""
     n = sizes.n_logical
     kind = rng.integers(7)
     if kind == 0:
@@ -118,14 +118,14 @@ def loads_for(rng: np.random.Generator, sizes: Sizes, hosts: np.ndarray) -> np.n
         )
     if kind == 5:  # fewer tokens than ranks
         return rng.multinomial(sizes.ep_size // 2 + 1, np.full(n, 1 / n)).astype(np.int32)
-    # Totals above 2³¹ where there are ranks enough; the fullest rank could get all but a little.
+    # Totals above 2³¹ with enough ranks; the fullest rank could get almost 2³¹.
     loads = rng.integers(0, INT32_MAX, n).astype(float)
     return (loads * (INT32_MAX - n) / (loads @ hosts).max()).astype(np.int32)
 
 
 def without_a_slot(rng: np.random.Generator, sizes: Sizes, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tables `[n, n_physical]` that lack some experts, and loads `[n, ep_size, n_logical]`, of
-    which some are negative or more than int32 holds, also those of experts that are lacking."""
+    """Tables `[n, n_physical]` without some experts, and loads `[n, ep_size, n_logical]`, some of
+    them negative or above int32's range, including loads of missing experts."""
     tables, loads = [], []
     for _ in range(n):
         table = sizes.phy2log(rng)
@@ -143,8 +143,8 @@ def without_a_slot(rng: np.random.Generator, sizes: Sizes, n: int) -> tuple[np.n
 def can_improve(quota: np.ndarray, phy2log: np.ndarray, sizes: Sizes) -> bool:
     """Whether another split has a smaller largest load, in integers of any size.
 
-    From a plan whose largest load is M, one token has to leave each rank that has M, for ranks that
-    have less than M − 1: a maximum flow by single paths.
+    In a plan whose largest load is M, one token has to leave each rank with M, for ranks with less
+    than M − 1: a maximum flow by single augmenting paths.
     """
     tokens = np.zeros((sizes.n_logical, sizes.ep_size), np.int64)
     slot = np.flatnonzero(phy2log >= 0)
@@ -182,9 +182,9 @@ def can_improve(quota: np.ndarray, phy2log: np.ndarray, sizes: Sizes) -> bool:
 def deal_slowly(
     count: list[int], quota: list[int], rank_of: list[int], node_size: int
 ) -> list[list[int]]:
-    """For every source the hosts of one expert's tokens in order, token by token.
+    """For every source, the hosts of one expert's tokens in order, token by token.
 
-    `quota[k]` is that of the host on rank `rank_of[k]`.
+    `quota[k]` is the quota of the host on rank `rank_of[k]`.
     """
     dealt: list[list[int]] = [[] for _ in count]
     left, room = list(count), list(quota)

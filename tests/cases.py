@@ -1,4 +1,4 @@
-"""Inputs: problems over topologies, loads of every kind, and tokens that have those loads."""
+"""Inputs: problems over topologies, loads of every kind, and tokens with these loads."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ class Case:
 
 
 def random_topology(rng: np.random.Generator, n_ranks: int, n_columns: int) -> np.ndarray:
-    """Columns that are permutations and nothing else: with self-copies and repeated edges."""
+    """Columns that are arbitrary permutations, including self-copies and repeated edges."""
     return np.stack([rng.permutation(n_ranks) for _ in range(n_columns)], axis=1).astype(np.int32)
 
 
 def repeated_edges(rng: np.random.Generator, n_ranks: int, n_columns: int) -> np.ndarray:
-    """All columns lead along the same edges, and one rank copies from itself alone."""
+    """All columns have the same edges, and one rank copies only from itself."""
     column = np.append(rng.permutation(n_ranks - 1), n_ranks - 1)
     return np.repeat(column[:, None], n_columns, axis=1).astype(np.int32)
 
 
-# Topologies that are random are drawn anew in every test.
+# Random topologies are drawn anew in every test.
 CASES: dict[str, Callable[[np.random.Generator], Case]] = {
     "one rank": lambda rng: Case(np.array([[0]], np.int32), 3),
     "ring 2": lambda rng: Case(topologies.ring(2), 3),
@@ -87,7 +87,7 @@ SMALL_CASES = {
 
 
 def mild(rng, case, placement):
-    """Noise of a fifth around equal loads."""
+    """Equal loads with 20 % noise."""
     return rng.normal(200, 40, case.n_logical).clip(0)
 
 
@@ -103,7 +103,7 @@ def zipf(rng, case, placement):
 
 
 def one_hot(rng, case, placement):
-    """One expert has everything, and another nothing but a token or none."""
+    """One expert has almost everything, another at most one token."""
     loads = np.zeros(case.n_logical)
     loads[rng.integers(case.n_logical)] = rng.integers(1, 100_000)
     loads[rng.integers(case.n_logical)] += rng.integers(2)
@@ -122,7 +122,7 @@ def tiny(rng, case, placement):
 
 
 def huge(rng, case, placement):
-    """Totals above 2³¹ wherever sums over ranks can reach it; what a rank can get just fits."""
+    """Totals above 2³¹ where sums over ranks can reach it; every rank's possible load just fits."""
     most = INT32_MAX // (case.n_local + case.redundants_per_rank)
     return most - rng.integers(0, max(most // 5, 1), case.n_logical)
 
@@ -165,7 +165,7 @@ def layers(stacked: Placement) -> list[Placement]:
 
 
 def tokens(rng: np.random.Generator, case: Case, n_tokens: int, absent=0.1) -> np.ndarray:
-    """Ids `[ep_size, n_tokens]`, skewed, another skew on every source, some −1."""
+    """Ids `[ep_size, n_tokens]`, with a different skew on every source, some −1."""
     ids = np.empty((case.ep_size, n_tokens), np.int32)
     for row in ids:
         weight = rng.lognormal(0, 1.5, case.n_logical)
@@ -184,7 +184,7 @@ def counts_of(indices: np.ndarray, n_logical: int) -> np.ndarray:
 
 
 def spoiled(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
-    """Some values replaced by small and by arbitrary ones."""
+    """Replaces some values by small and by arbitrary ones."""
     wild = rng.integers(-(2**31), 2**31, array.shape)
     near = rng.integers(-2, 100, array.shape)
     kind = rng.integers(0, 20, array.shape)

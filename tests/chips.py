@@ -1,8 +1,8 @@
-"""Chips that are made up, so that every one's launches can be tested without it."""
+"""Simulated chips, to test launches for chips that are not present."""
 
 from lplb_jax import _native
 
-# Compute capability, shared memory of a block, largest cluster, dependent launch.
+# Compute capability, shared memory per block, largest cluster, dependent launch.
 CHIPS = {
     "A100": (80, 166_912, 0, False),
     "RTX 3090": (86, 101_376, 0, False),

@@ -1,4 +1,4 @@
-"""One of several processes that agree on how to share loads, without a GPU.
+"""One of several processes that agree on how to exchange loads, without a GPU.
 
 python comm_process.py COORDINATOR N_PROCESSES PROCESS SCENARIO
 """
@@ -18,11 +18,11 @@ import lplb_jax.comm
 from lplb_jax import _native, _nvshmem, init_comm
 from lplb_jax._rendezvous import Rendezvous
 
-FOREVER = 1000.0  # seconds; however loaded the machine is, the other processes come before
+FOREVER = 1000.0  # seconds; the other processes arrive earlier even on a loaded machine
 
 
 def agreement(process: int, processes: list[int]) -> None:
-    """Everybody sees everybody's word, in order, and the first reason not to go on."""
+    """Every process sees all values in order, and the first reason not to continue."""
     rendezvous = Rendezvous("test", processes, timeout_s=FOREVER)
     assert rendezvous.rank == process
     assert rendezvous.exchange("square", str(process**2)) == [str(p**2) for p in processes]
@@ -33,10 +33,10 @@ def agreement(process: int, processes: list[int]) -> None:
 
 
 def init(process: int, processes: list[int]) -> None:
-    """One process cannot: all fall back or raise, for the same reason."""
+    """If one process fails, all fall back or raise, for the same reason."""
     mesh = Mesh(np.array(jax.devices()), "ep")
     assert init_comm(mesh, max_experts=8).transport == "xla"
-    lplb_jax.comm._on_gpus = lambda groups: True  # What follows finds no CUDA or no NVSHMEM.
+    lplb_jax.comm._on_gpus = lambda groups: True  # Later steps find no CUDA or no NVSHMEM.
     lplb_jax.comm._probe_nvshmem = lambda groups: "its NVSHMEM is broken" if process == 1 else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -51,7 +51,7 @@ def init(process: int, processes: list[int]) -> None:
 
 
 def versions(process: int, processes: list[int]) -> None:
-    """The host library of one process does not run the put: none does, and its memory is freed."""
+    """If one process's host library cannot run the put, none uses it, and its memory is freed."""
     library = Library((3, 4, 5) if process == 1 else (3, 8, 0))
     _nvshmem._library = lambda: library
     _nvshmem._put_file = lambda: pathlib.Path("sync_put-nvshmem-3.6.5.fatbin")
@@ -72,7 +72,7 @@ def versions(process: int, processes: list[int]) -> None:
 
 
 class Library:
-    """NVSHMEM's host library where no other GPU's memory can be mapped."""
+    """A stand-in for NVSHMEM's host library that cannot map other GPUs' memory."""
 
     def __init__(self, version: tuple[int, int, int]):
         self._version = version
@@ -100,7 +100,7 @@ class Library:
 
 
 class Native:
-    """What the CUDA module does until a rank is attached."""
+    """A stand-in for the CUDA module, up to attaching a rank."""
 
     comm_inbox_bytes = staticmethod(lambda size, stride: 16 * size * stride)
     comm_clear = staticmethod(lambda ordinal, address, n_bytes: None)
@@ -108,7 +108,7 @@ class Native:
 
 
 def late(process: int, processes: list[int]) -> None:
-    """A process does not come: the others say which, within their timeout."""
+    """If a process does not come, the others name it within their timeout."""
     mesh = Mesh(np.array(jax.devices()), "ep")
     lplb_jax.comm._on_gpus = lambda groups: True
     if process != 1:

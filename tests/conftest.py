@@ -1,4 +1,4 @@
-"""Fixtures: fresh random numbers whose seed a failure shows, and eight virtual CPU devices."""
+"""Fixtures: random numbers with a fresh seed, shown on failure, and eight virtual CPU devices."""
 
 import importlib.util
 import os
@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-# Before any backend starts. Workers of pytest-xdist share a GPU, of whose memory the first would
-# take three quarters.
+# Before any backend starts. Workers of pytest-xdist share a GPU, and the first would take three
+# quarters of its memory.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Tests that need no particular device run on JAX's default one.
@@ -21,10 +21,10 @@ _CHECKED = importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("b
 if _CHECKED:
     from jaxtyping import install_import_hook
 
-    # Before lplb_jax is imported: shapes in the specification's signatures are checked here only.
+    # Before lplb_jax is imported: shapes in the specification's signatures are only checked here.
     install_import_hook("lplb_jax.reference", "beartype.beartype")
 
-# The database would leave files behind; compilation makes single examples slow.
+# No database, which would leave files behind; no deadline, since compilation slows single examples.
 hypothesis.settings.register_profile("lplb", database=None, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("lplb")
 
@@ -34,7 +34,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # As an option it reaches the workers of pytest-xdist.
+    # Options are passed on to the workers of pytest-xdist.
     if config.option.seed is None:
         config.option.seed = secrets.randbits(32)
 
@@ -46,7 +46,7 @@ def pytest_report_header(config):
 
 @pytest.fixture
 def rng(request) -> np.random.Generator:
-    """Random numbers that depend on the seed and the test's name alone."""
+    """Random numbers that depend only on the seed and the test's name."""
     seed = request.config.option.seed
     request.node.add_report_section("call", "seed", f"to repeat: --seed={seed}")
     return np.random.default_rng([seed, zlib.crc32(request.node.nodeid.encode())])

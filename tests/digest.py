@@ -37,7 +37,7 @@ def transformed(ids, placements):
 
 @jax.jit
 def unrolled(ids, placements):
-    """Layers one after the other, each fed by the one before: a long row of kernels."""
+    """Layers in sequence, each fed by the previous one: a long sequence of kernels."""
     shift, results = 0, []
     for i in range(N_LAYERS):
         placement = jax.tree.map(lambda array, i=i: array[i], placements)

@@ -1,8 +1,8 @@
 """Calls every CPU target as no public function would: `handler_fuzz.py SEED N_CALLS`.
 
-A call starts valid; then its values, types, shapes or attributes are spoiled. It must end in an
-error of this library's with a sentence, or in what the specification gives. The number of a call is
-written before it starts, so that after a crash the last one is the culprit.
+A call starts valid; then its values, dtypes, shapes or attributes are corrupted. It must end in one
+of this library's error messages, or in the specification's result. The number of a call is written
+before it starts, so after a crash the last number identifies the call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES = ["int32", "float32", "int8", "uint8", "uint16", "bool", "float16", "com
 
 @dataclasses.dataclass
 class Call:
-    """One call of a target, and what the specification says it gives."""
+    """One call of a target, and the specification's result."""
 
     target: str
     operands: list[Any]
@@ -40,7 +40,7 @@ class Call:
         return [np.asarray(result) for result in handler(*self.operands, **self.attributes)]
 
     def expected(self) -> list[Any]:
-        """What the specification gives; of the interior point, which rounds, types and shapes."""
+        """The specification's result; for the float32 interior point, dtypes and shapes."""
         attributes = tuple((name, int(value)) for name, value in self.attributes.items())
         specified = specification(self.target, attributes)
         if self.target == "ipm":
@@ -54,7 +54,7 @@ def specification(target: str, attributes: tuple[tuple[str, int], ...]) -> Any:
 
 
 def some_cases(rng: np.random.Generator) -> list[Case]:
-    """Few, since each compiles the specification."""
+    """A few cases, since each compiles the specification."""
     return [
         Case(np.array([[0]], np.int32), 2),
         Case(random_topology(rng, 4, 1), 3, n_groups=2),
@@ -129,7 +129,7 @@ def valid_call(rng: np.random.Generator, case: Case) -> Call:
 
 
 def spoil_values(rng: np.random.Generator, call: Call) -> None:
-    """Other values of some operands."""
+    """Replaces values of some operands."""
     for i, operand in enumerate(map(np.asarray, call.operands)):
         if rng.integers(3) == 0:
             continue
@@ -153,7 +153,7 @@ def spoiled_shape(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[int
 
 
 def spoil_shape(rng: np.random.Generator, call: Call) -> None:
-    """Another shape of one or more buffers."""
+    """Changes the shape of one or more buffers."""
     for _ in range(rng.integers(1, 3)):
         i = int(rng.integers(len(call.operands) + len(call.results)))
         if i < len(call.operands):
@@ -166,7 +166,7 @@ def spoil_shape(rng: np.random.Generator, call: Call) -> None:
 
 
 def spoil_dtype(rng: np.random.Generator, call: Call) -> None:
-    """Another type of one buffer."""
+    """Changes the dtype of one buffer."""
     i = int(rng.integers(len(call.operands) + len(call.results)))
     dtype = np.dtype(str(rng.choice(DTYPES)))
     if i < len(call.operands):
@@ -177,7 +177,7 @@ def spoil_dtype(rng: np.random.Generator, call: Call) -> None:
 
 
 def spoil_batch(rng: np.random.Generator, call: Call) -> None:
-    """No elements at all, so that any other size costs nothing."""
+    """Empties the batch, so that any other size costs nothing."""
     size = int(rng.choice(WILD_SIZES))
     axis = int(rng.integers(3))
 
@@ -194,7 +194,7 @@ def spoil_batch(rng: np.random.Generator, call: Call) -> None:
 
 
 def spoil_attributes(rng: np.random.Generator, call: Call) -> None:
-    """Another value or type of one, one fewer or one more."""
+    """Changes the value or type of an attribute, removes one or adds one."""
     name = str(rng.choice([*call.attributes, "other"]))
     kind = rng.integers(5)
     if kind == 0:
@@ -206,7 +206,7 @@ def spoil_attributes(rng: np.random.Generator, call: Call) -> None:
 
 
 def spoil_count(rng: np.random.Generator, call: Call) -> None:
-    """One buffer fewer or one more."""
+    """Removes or adds one buffer."""
     buffers = [call.operands, call.results][rng.integers(2)]
     if rng.integers(2) and len(buffers) > 1:
         buffers.pop(int(rng.integers(len(buffers))))
@@ -229,7 +229,7 @@ SPOILERS = [
 
 
 def check(call: Call, only_values: bool) -> None:
-    """Raises where the call's end is neither an error with a sentence nor what is specified."""
+    """Raises unless the call ends in one of our error messages or in the specified result."""
     try:
         results = call.run()
     except Exception as error:  # ValueError or JaxRuntimeError, by the error's code
@@ -242,7 +242,7 @@ def check(call: Call, only_values: bool) -> None:
     if not call.operands or call.operands[0].shape[:1] == (0,):
         return
     if all(result.size == 0 for result in results):
-        return  # XLA makes empty results without a call.
+        return  # XLA creates empty results without a call.
     expected = call.expected()
     for result, value in zip(results, expected, strict=False):
         assert (result.shape, result.dtype) == (value.shape, value.dtype), (result, value)

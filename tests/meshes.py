@@ -1,4 +1,4 @@
-"""Arrays and programs over a mesh, whatever processes it spans."""
+"""Arrays and programs over a mesh of one or several processes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ RANKS = P("ep")
 
 
 def everywhere(mesh: Mesh, array: np.ndarray, spec: P = RANKS) -> jax.Array:
-    """The same global array, whatever process holds its parts."""
+    """The same global array on all processes, whichever process holds its parts."""
     return jax.make_array_from_callback(
         array.shape, NamedSharding(mesh, spec), lambda index: array[index]
     )
 
 
 def per_rank(function, mesh: Mesh, n_inputs: int = 1, axis: Any = "ep"):
-    """jit of shard_map; every rank's outputs get a leading axis, so that each one is seen."""
+    """jit of shard_map; outputs get a leading axis of ranks, to check every rank's."""
 
     def rank(*operands):
         return jax.tree.map(lambda array: jnp.asarray(array)[None], function(*operands))
@@ -34,12 +34,12 @@ def per_rank(function, mesh: Mesh, n_inputs: int = 1, axis: Any = "ep"):
 
 
 def n_compiled(run: Any) -> int:
-    """How many programs jit has compiled of a function."""
+    """The number of programs that jit has compiled for a function."""
     return run._cache_size()
 
 
 def assert_equal(got, expected) -> None:
-    """The parts of two results that this process holds, bit for bit."""
+    """Compares the parts of two results that this process holds, bit for bit."""
     got, expected = jax.tree.leaves(got), jax.tree.leaves(expected)
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):

@@ -1,4 +1,4 @@
-"""What an expert-parallel layer must compute, on any mesh: value and gradients, plainly."""
+"""The plain mathematics of an expert-parallel layer, on any mesh: value and gradients."""
 
 import dataclasses
 import functools
@@ -14,18 +14,18 @@ from meshes import everywhere
 from lplb_jax import Placement, moe, topologies
 
 HIDDEN, WIDTH, TOP_K = 16, 12, 3
-ROOM: dict[str, Any] = {"capacity_factor": 8.0}  # so much that nothing can overflow
+ROOM: dict[str, Any] = {"capacity_factor": 8.0}  # enough that nothing can overflow
 
 
 def case_of(n_ranks):
-    """Few experts, and on some ranks some that nobody chooses."""
+    """Few experts; on some ranks, some experts that no token chooses."""
     if n_ranks == 8:
         return Case(topologies.cube(), 5, combined=2)
     return Case(topologies.ring(n_ranks), 5, combined=3)
 
 
 def balanced(rng, case, n_tokens):
-    """Every expert equally often."""
+    """Every expert is chosen equally often."""
     ids = np.resize(rng.permutation(case.n_logical), n_tokens * TOP_K)
     return ids.reshape(n_tokens, TOP_K)
 
@@ -38,7 +38,7 @@ def skewed(rng, case, n_tokens):
 
 
 def one_expert(rng, case, n_tokens):
-    """Nearly all ranks get nothing."""
+    """Almost all ranks get nothing."""
     return np.full((n_tokens, TOP_K), rng.integers(case.n_logical))
 
 
@@ -74,7 +74,7 @@ def problem(rng, case, routing, n_tokens=64, dtype=np.float32, sizes=(HIDDEN, WI
 
 
 def plainly(tokens, gates, experts, ids):
-    """Every token through every expert, and of that what was chosen. No slots, no ranks."""
+    """Runs every token through every expert and selects the choices. No slots, no ranks."""
 
     def expert(gate_up, down):
         gate, up = jnp.split(tokens @ gate_up, 2, axis=1)
@@ -87,7 +87,7 @@ def plainly(tokens, gates, experts, ids):
 
 @dataclasses.dataclass(frozen=True)
 class AnyCase:
-    """Placements without topology: several copies, also on one rank, and empty slots."""
+    """Placements without topology: several copies, also on the same rank, and empty slots."""
 
     ep_size: int
     slots_per_rank: int
@@ -95,7 +95,7 @@ class AnyCase:
     r2o: None = None
 
     def placement(self, rng):
-        """Homes as even as can be; of the other slots, some hold a hot expert and some nothing."""
+        """Homes as even as possible; other slots hold a hot expert, or are empty."""
         per_rank = np.resize(np.arange(self.ep_size), self.n_logical)
         ranks = rng.permutation(self.ep_size)[per_rank]
         table = np.full((self.ep_size, self.slots_per_rank), -1, np.int32)
@@ -112,7 +112,7 @@ class AnyCase:
 
 
 def in_slots(experts, placement):
-    """From the order of experts to that of the ranks' own slots, padded: home order."""
+    """Reorders experts from id order to home order, padded."""
     home = np.asarray(placement.log2phy)[:, 0]
     n_ranks, n_local = placement.ep_size, -(-len(home) // placement.ep_size)
     by_rank = [[] for _ in range(n_ranks)]
@@ -129,7 +129,7 @@ def in_slots(experts, placement):
 
 
 def ragged_by_gather(operand, output, starts, sizes, places, received, *, axis_name):
-    """`lax.ragged_all_to_all`, which CPUs lack; NaN or −1 where sender and receiver disagree."""
+    """`lax.ragged_all_to_all`, which CPUs lack; NaN or −1 if sender and receiver disagree."""
     n_ranks, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     operands = jax.lax.all_gather(operand, axis_name)
     starts, sizes, places = (
@@ -151,7 +151,7 @@ def ragged_by_gather(operand, output, starts, sizes, places, received, *, axis_n
 
 
 def layer_over(mesh, case, *, check_vma=True, **options):
-    """The layer on all ranks; experts come and go in the order of the ranks' own slots."""
+    """The layer on all ranks; experts are passed and returned in home order."""
 
     def rank(tokens, gates, experts, ids, placement):
         out, traffic = moe.moe_layer(
@@ -187,8 +187,8 @@ NAMES = ["output", "tokens", "gates", "gate_up", "down"]
 
 
 def assert_equals_plain_mathematics(run, mesh, floats, ids, placement, rng, tolerance):
-    """`run` of with_slopes(layer_over()), of whose results every process sees its part; returns
-    the Traffic."""
+    """Checks `run`, from with_slopes(layer_over()), on every process's part of the results;
+    returns the Traffic."""
     upstream = rng.normal(0, 1, floats[0].shape).astype(np.float32)
     tokens, gates, experts = floats
     by_rank = (tokens, gates, in_slots(experts, placement)), upstream, ids

@@ -1,4 +1,4 @@
-"""What is right, found by other means than the library's: HiGHS, all subsets, slow Python."""
+"""Independent oracles: HiGHS, all subsets, slow Python."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def host_matrix(placement: Placement) -> np.ndarray:
 
 
 def cut_bounds(loads: np.ndarray, hosts: np.ndarray, subsets: np.ndarray) -> np.ndarray:
-    """⌈load whose hosts all lie in S / |S|⌉ of every S in bool `[n_subsets, n_ranks]`, exactly."""
+    """⌈load whose hosts all lie in S / |S|⌉ for every S in bool `[n_subsets, n_ranks]`, exactly."""
     stays = ~(subsets[:, None, :] < hosts[None]).any(axis=2)
     load = (stays * loads.astype(np.int64)).sum(axis=1)
     return -(-load // subsets.sum(axis=1))
@@ -80,11 +80,11 @@ def every_subset(n_ranks: int) -> np.ndarray:
 def weighted_optimum(
     loads: np.ndarray, hosts: np.ndarray, weights: np.ndarray, subsets: np.ndarray | None = None
 ) -> float:
-    """The least largest load / weight, of whole tokens where `loads` are integers.
+    """The minimal largest load / weight, of whole tokens if `loads` are integers.
 
-    Max-flow min-cut: a split exists if no set of ranks has to keep more than it is allowed to.
-    Float64 sums of terms ≥ 0, so that loads and weights may be of any size; `subsets` are all sets
-    that could matter, by default all there are.
+    Max-flow min-cut: a split exists if no set of ranks must keep more than its limit. Sums are
+    float64 of terms ≥ 0, so loads and weights can have any size; `subsets` are all sets that could
+    matter, by default all subsets.
     """
     subsets = every_subset(hosts.shape[1]) if subsets is None else subsets
     stays = ~(subsets[:, None, :] < hosts[None]).any(axis=2)
@@ -101,21 +101,21 @@ def weighted_optimum(
 
 
 def optimum(loads: np.ndarray, hosts: np.ndarray) -> int:
-    """The least integer largest load, proven: HiGHS's dual values name the set of the best cut.
+    """The minimal integer largest load, proven by the set that HiGHS's dual values give.
 
-    Of the optimal dual solution some level set {rank: y ≥ θ} is a largest cut; its bound is then
-    computed in integers, so the solver's float tolerance does not enter.
+    Some level set {rank: y ≥ θ} of the optimal dual solution is a best cut. Its bound is computed
+    in integers, so the solver's float tolerance does not enter.
     """
     value, dual = linear_program(loads, hosts)
     levels = dual[:, None] >= np.unique(dual)[None]
     bound = int(cut_bounds(loads, hosts, levels.T).max())
-    # Otherwise the dual was no good and the bound proves nothing.
+    # Otherwise the dual solution was too inaccurate, and the bound proves nothing.
     assert bound - 1 - 1e-6 * bound - 1e-3 <= value <= bound * (1 + 1e-6) + 1e-3
     return bound
 
 
 def group_views(loads: np.ndarray, case: Case, placement: Placement):
-    """Loads and hosts of every group on its own."""
+    """Loads and hosts of each group."""
     hosts = host_matrix(placement).reshape(case.n_logical, case.n_groups, -1)
     for g in range(case.n_groups):
         mine = hosts[:, g].any(axis=1)
@@ -124,7 +124,7 @@ def group_views(loads: np.ndarray, case: Case, placement: Placement):
 
 
 def assert_feasible(loads: np.ndarray, split: Split, case: Case, placement: Placement) -> None:
-    """Every token is served once, by a slot that holds its expert, and max_load says the truth."""
+    """Every token is served once, by a slot that holds its expert, and max_load is correct."""
     quota = np.asarray(split.quota)
     assert quota.dtype == np.int32
     assert quota.shape == (placement.n_physical,)
@@ -141,7 +141,7 @@ def assert_feasible(loads: np.ndarray, split: Split, case: Case, placement: Plac
 
 
 def assert_optimal(loads: np.ndarray, split: Split, case: Case, placement: Placement) -> None:
-    """Nothing can be better, by HiGHS and, for few ranks, by all cuts."""
+    """The split is optimal, by HiGHS and, for few ranks, by all cuts."""
     for g, (group_loads, hosts) in enumerate(group_views(loads, case, placement)):
         best = optimum(group_loads, hosts)
         if hosts.shape[1] <= 8:
@@ -154,7 +154,7 @@ def assert_optimal(loads: np.ndarray, split: Split, case: Case, placement: Place
 def assign_slowly(
     indices: np.ndarray, quota: Values, case: Case, placement: Placement
 ) -> np.ndarray:
-    """Token by token: the home rank's tokens first, then by source, the replica's rank last."""
+    """Assigns token by token: the home rank's first, then by source, the replica's rank last."""
     slots_per_rank = placement.n_physical // placement.ep_size
     physical = np.full(indices.shape, -1)
     for expert, slots in enumerate(slots_of(placement)):
@@ -175,7 +175,7 @@ def assign_slowly(
 
 
 def proportional_keep(count: int, stay: int, load: int, rank: int, ep_size: int) -> int:
-    """Of `count` tokens, how many stay: the exact share, rounded at an offset of its rank."""
+    """How many of `count` tokens stay: the exact share, rounded with an offset by rank."""
     if load == 0:
         return count
     offset = load * (2 * rank + 1) // (2 * ep_size)
@@ -183,13 +183,13 @@ def proportional_keep(count: int, stay: int, load: int, rank: int, ep_size: int)
 
 
 def tokens_at_slots(physical: Values, n_physical: int) -> np.ndarray:
-    """How many tokens every slot got."""
+    """Tokens per slot."""
     slots = np.asarray(physical).reshape(-1)
     return np.bincount(slots[slots >= 0], minlength=n_physical)
 
 
 def assert_hosted(indices: Values, physical: Values, placement: Placement) -> None:
-    """Every token is at a slot that holds its expert, and those without an expert at none."""
+    """Every token is in a slot that holds its expert; tokens without an expert are in none."""
     experts, slots = np.asarray(indices).astype(np.int64), np.asarray(physical)
     known = (experts >= 0) & (experts < placement.n_logical)
     np.testing.assert_array_equal(slots[~known], -1)
@@ -197,7 +197,7 @@ def assert_hosted(indices: Values, physical: Values, placement: Placement) -> No
 
 
 def assert_positions(physical: Values, position: Values, counts: Values) -> None:
-    """Of each row, a slot's tokens are numbered 0, 1, … in their order, and counted."""
+    """In each row, a slot's tokens are numbered 0, 1, … in order, and counted."""
     rows = np.asarray(physical).reshape(-1, np.shape(physical)[-1])
     of_rows = np.asarray(position).reshape(rows.shape), np.asarray(counts).reshape(len(rows), -1)
     for slots, places, lengths in zip(rows, *of_rows, strict=True):

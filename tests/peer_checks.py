@@ -1,4 +1,4 @@
-"""What transport "peer" must do on any devices, in one process or, run as a script, in several.
+"""Checks of transport "peer" on any devices, in one process or, run as a script, in several.
 
 python peer_checks.py COORDINATOR N_PROCESSES PROCESS SEED SCENARIO
 """
@@ -30,7 +30,7 @@ WINDOWS = {"max_tokens": 256, "hidden_bytes": 2048, "top_k": 8, "capacity_factor
 def check_layer(
     mesh, comm, rng, *, balance="lplb", routings=(moe_checks.skewed,), options=None, check_vma=True
 ):
-    """Value and gradients are those of one device."""
+    """Value and gradients equal those on one device."""
     case = moe_checks.case_of(mesh.size)
     how: dict[str, Any] = {
         "comm": comm,
@@ -47,7 +47,7 @@ def check_layer(
 
 
 def check_anywhere(mesh, comm, rng):
-    """The same for a placement without topology, whose copies travel as ever."""
+    """The same for a placement without topology; copies travel as with other transports."""
     case = moe_checks.AnyCase(mesh.size, 5, 3 * mesh.size)
     layer = moe_checks.layer_over(mesh, case, comm=comm, transport="peer", **moe_checks.ROOM)
     with jax.default_matmul_precision("highest"):
@@ -57,7 +57,7 @@ def check_anywhere(mesh, comm, rng):
 
 
 def assigned(ids, n_ranks):
-    """Slots as they are given, −1 for none, in the order of ranks and tokens: one slot a rank."""
+    """Assigns the given slots, one per rank, −1 for none, in the order of ranks and tokens."""
     flat = ids.reshape(-1)
     chosen = flat[:, None] == jnp.arange(n_ranks, dtype=jnp.int32)[None]
     counts = chosen.sum(axis=0, dtype=jnp.int32)
@@ -68,8 +68,8 @@ def assigned(ids, n_ranks):
 
 
 def check_parts(mesh, comm, rng, n_rounds=4, dtypes=("float32",)):
-    """dispatch and combine, and their transposes, against those of "padded": the same rows, and
-    sums to rounding."""
+    """dispatch, combine and their transposes against "padded": the same rows, and sums to
+    rounding."""
     n_ranks = mesh.size
 
     def both_ways(transport, capacity):
@@ -114,10 +114,10 @@ def check_parts(mesh, comm, rng, n_rounds=4, dtypes=("float32",)):
 
 
 def check_many(mesh, comm, rng, n_batches=100):
-    """Batches of all kinds in one program, ranks delayed at random: every row, gate and sum.
+    """Batches of all kinds in one program, with random delays of ranks: every row, gate and sum.
 
-    A batch is made from its key on all ranks alike, so each knows what must come. One rank gets
-    everything, or ranks are silent; there is room for half of all rows.
+    All ranks derive a batch from its key, so each knows what it must receive. One rank gets
+    everything, or some ranks send nothing; there is room for half of all rows.
     """
     n_ranks, hidden = mesh.size, 8 * int(rng.integers(1, 65))
     n_tokens, top_k = int(rng.integers(1, 33)), int(rng.integers(1, TOP_K + 1))
@@ -180,13 +180,13 @@ def check_many(mesh, comm, rng, n_batches=100):
 
 
 def check_ten_thousand(mesh, comm, rng):
-    """In two programs of other sizes."""
+    """`check_many` in two programs of different sizes."""
     for _ in range(2):
         check_many(mesh, comm, rng, n_batches=5000)
 
 
 def check_scan(mesh, comm, rng):
-    """Layers replayed in a scan's backward pass, another collective between: as without comm."""
+    """Layers replayed in a scan's backward pass, another collective in between: as without comm."""
     case = moe_checks.case_of(mesh.size)
 
     def model(**options):
@@ -219,7 +219,7 @@ def check_scan(mesh, comm, rng):
 
 
 def exchange_until_error(mesh, comm, on_call=lambda i: None) -> tuple[str, float]:
-    """Sends tokens around until an error comes; returns it and how long the last call took."""
+    """Sends tokens around until an error occurs; returns it and the duration of the last call."""
     n_ranks = mesh.size
 
     def rank(tokens, ids):
@@ -283,7 +283,7 @@ def main() -> None:
         assert "DEADLINE_EXCEEDED" in error
         assert "of rank 1" in error
         assert seconds < timeout_s + 2
-        os._exit(0)  # Without the process that is gone nothing can end in order.
+        os._exit(0)  # With a process missing, no orderly shutdown is possible.
     for check in CHECKS:
         start = time.perf_counter()
         check(mesh, comm, rng)

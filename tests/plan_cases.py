@@ -1,4 +1,4 @@
-"""Random batches whose rows are to be planned, and the plan as it is said, row by row, in NumPy."""
+"""Random batches, and their plans computed row by row in NumPy."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lplb_jax.moe.plan import workspace
 
 @dataclasses.dataclass(frozen=True)
 class PlanCase:
-    """What `reference.plan` takes, of rank `me`; `slots` [ep_size, tokens, top_k] are everybody's.
+    """Arguments of `reference.plan` on rank `me`; `slots` [ep_size, tokens, top_k] are all ranks'.
 
-    `groups` [ep_size, n_groups] has every slot at most once, and as many as there are for none.
+    `groups` [ep_size, n_groups] has every slot at most once, and the number of slots for none.
     """
 
     slots: np.ndarray
@@ -37,7 +37,7 @@ class PlanCase:
         return own, positions(own), self.counts, self.groups, np.int32(self.me)
 
     def run(self) -> tuple[jax.Array, ...]:
-        """The plan of gathered counts, natively where there is a GPU."""
+        """The plan of gathered counts, natively on a GPU."""
         slots = self.operands[0]
         return jax.jit(
             lambda *operands: _native.call(
@@ -50,12 +50,12 @@ class PlanCase:
         )(*self.operands)
 
     def rows(self) -> np.ndarray:
-        """Of every source's choices, rank · capacity + row, or −1."""
+        """rank · capacity + row of every source's choices, or −1."""
         rank, slot = np.divmod(self.slots.ravel(), self.n_slots)
         group = np.full((len(self.groups), self.n_slots + 2), -1)
         numbers = np.broadcast_to(np.arange(self.groups.shape[1]), self.groups.shape)
         np.put_along_axis(group, self.groups, numbers, axis=1)
-        # A stable sort leaves sources, and the choices of each, in their order.
+        # A stable sort keeps the order of sources, and of each source's choices.
         by_place = np.lexsort((group[rank, slot], rank))
         by_place = by_place[self.slots.ravel()[by_place] >= 0]
         first = np.searchsorted(rank[by_place], np.arange(len(self.groups)))
@@ -94,7 +94,7 @@ class PlanCase:
 
 
 def positions(slots: np.ndarray) -> np.ndarray:
-    """Of every choice, how many before it have its slot; −1 where it has none."""
+    """The number of earlier choices with the same slot, for every choice; −1 without a slot."""
     flat = slots.ravel()
     by_slot = np.argsort(flat, kind="stable")
     starts = np.searchsorted(flat[by_slot], flat[by_slot])
@@ -106,7 +106,7 @@ def positions(slots: np.ndarray) -> np.ndarray:
 def random_case(
     rng: np.random.Generator, n_ranks: int, n_slots: int, n_tokens: int, top_k: int
 ) -> PlanCase:
-    """Sometimes little room, tokens without choices, and slots that no group has."""
+    """A random case, maybe with little room, tokens without choices, or slots without groups."""
     shape = n_ranks, n_tokens, top_k
     slots = rng.integers(0, n_ranks * n_slots, shape)
     if rng.random() < 0.3:
@@ -125,7 +125,7 @@ def random_case(
 
 
 def check(got: tuple, case: PlanCase) -> None:
-    """Raises where a plan is not the one that is expected."""
+    """Raises if a plan differs from the expected one."""
     names = ("row", "order", "lists", "group_sizes", "slot_loads", "overflow")
     for name, a, b in zip(names, got, case.expected(), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)

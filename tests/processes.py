@@ -1,4 +1,4 @@
-"""Programs of several processes that find one another."""
+"""Runs programs of several processes that connect to one another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 
-GRACE_S = 20.0  # for the others, when one has failed
+GRACE_S = 20.0  # for the others after one has failed
 
 
 def run(
@@ -19,16 +19,17 @@ def run(
 ) -> list[str]:
     """Outputs of `python file COORDINATOR n i *arguments` for every process i; all must exit 0.
 
-    Within `limit_s`, and soon where one fails: then none is left, and all outputs are in the error.
+    Takes at most `limit_s`, and ends soon after a failure, which leaves no process running; the
+    error then has all outputs.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    # -P: not the source tree, which has no native modules; what tests import is beside this file.
+    # -P excludes the source tree, which has no native modules; test modules are beside this file.
     path = [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **environment}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
-        # Files: a pipe that nobody reads stops its writer, and with it all who wait for that one.
+        # Files, since an unread pipe blocks its writer, and with it all processes that wait for it.
         logs = [pathlib.Path(folder) / f"{i}.log" for i in range(n)]
         processes = [
             subprocess.Popen(
@@ -55,7 +56,7 @@ def run(
 
 
 def _exit_codes(processes: list[subprocess.Popen[bytes]], limit_s: float) -> list[int | None]:
-    """None for those that run on at the end of the time."""
+    """Exit codes; None for processes that still run when time is up."""
     deadline = time.monotonic() + limit_s
     while True:
         codes = [process.poll() for process in processes]

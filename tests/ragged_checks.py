@@ -1,8 +1,8 @@
-"""lax.ragged_all_to_all between processes against lax.all_to_all: values, gradients, bit for bit.
+"""lax.ragged_all_to_all between processes against lax.all_to_all: same bits, gradients included.
 
 python ragged_checks.py COORDINATOR N_PROCESSES PROCESS SEED
 
-One GPU per process, with memory preallocated. A newer NCCL than the installed one:
+One GPU per process, with memory preallocated. To use a newer NCCL than the installed one:
 LD_PRELOAD=…/libnccl.so.2.
 """
 
@@ -33,18 +33,18 @@ HOW = tuple(itertools.product(EXPERTS, (False, True)))  # and whether with COMPI
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of a check; these are for the fast matrix products."""
+    """Sizes of a check; the defaults allow the fast GEMMs."""
 
     hidden: int = 256
     width: int = 128
-    tokens: int = 2048  # of a rank
+    tokens: int = 2048  # per rank
     layers: int = 3
     calls: int = 4
     dtype: Any = jnp.bfloat16
 
 
 def model(mesh, case, transport, n_layers):
-    """Layers in a row, as a scheduler has collectives of several to choose from."""
+    """Several layers, so that the scheduler can reorder their collectives."""
     layer = moe_checks.layer_over(mesh, case, transport=transport, **moe_checks.ROOM)
 
     def run(tokens, gates, experts, ids, placement):
@@ -59,7 +59,7 @@ def model(mesh, case, transport, n_layers):
 
 
 def batch(rng, mesh, case, sizes):
-    """A new one, as every process sees it."""
+    """A new batch, the same on every process."""
     n_tokens = sizes.tokens * case.ep_size
     routing = rng.choice([moe_checks.balanced, moe_checks.skewed, moe_checks.half_silent])
     floats, ids, placement = moe_checks.problem(
@@ -74,7 +74,7 @@ def batch(rng, mesh, case, sizes):
 
 
 def differences(got, expected) -> list[str]:
-    """Leaves of which this process's parts are not the same bits."""
+    """Leaves whose parts on this process differ in some bits."""
     found = []
     paths = jax.tree_util.tree_leaves_with_path(got)
     for (path, a), b in zip(paths, jax.tree.leaves(expected), strict=True):

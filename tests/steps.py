@@ -1,6 +1,6 @@
-"""The native code and its specification side by side, compiled once per shape, with batches.
+"""Batched calls of the native code and of its specification, compiled once per shape.
 
-Inside the checks of the public functions, so that r2o and placements may vary within a batch.
+They bypass the checks of the public functions, so r2o and placements can vary within a batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lplb_jax.topologies import Topology
 
 
 def on_cpu(function):
-    """Runs `function` on the CPU, also where the default device is a GPU."""
+    """Runs `function` on the CPU, even if the default device is a GPU."""
 
     def run(*operands, **options):
         with jax.default_device(jax.devices("cpu")[0]):
@@ -41,7 +41,7 @@ def solve_instances(loads, stacked, case, **options):
 @jax.jit
 @jax.vmap
 def native_solve(loads, r2o, placement):
-    """loads `[batch, n_sources, n_logical]`; r2o and placement with a leading axis, too."""
+    """loads `[batch, n_sources, n_logical]`; r2o and placement also have a leading axis."""
     return tuple(solve_checked(loads, Problem(r2o, placement)))
 
 
@@ -54,13 +54,13 @@ def spec_solve(loads, r2o, placement):
 
 
 def problem_of(placement):
-    """Along the placement's topology, or of any placement."""
+    """The problem along the placement's topology, or of any placement."""
     no_columns = np.zeros((placement.ep_size, 0), np.int32)
     return Problem(no_columns if placement.topology is None else placement.topology, placement)
 
 
 def _over_ranks(assign_of_rank):
-    """All source ranks of all instances: indices `[batch, ep_size, tokens]` and counts likewise."""
+    """Maps over all source ranks of all instances: indices and counts are `[batch, ep_size, …]`."""
 
     def assign(indices, counts, quota, placement, *, proportional, positions=True):
         one = functools.partial(assign_of_rank, proportional=proportional, positions=positions)
@@ -91,7 +91,7 @@ def spec_assign(indices, counts, quota, placement, *, proportional, positions):
 
 @functools.partial(jax.jit, static_argnames="positions")
 def native_rebalance(indices, r2o, placement, *, positions=True):
-    """indices `[batch, tokens]`: all tokens there are."""
+    """indices `[batch, tokens]`: all tokens of each batch."""
 
     def one(indices, r2o, placement):
         problem = Problem(r2o, placement)
@@ -120,7 +120,7 @@ def spec_count(indices, n_logical):
 
 
 def repeated(tree, times):
-    """The same for every instance of a batch, topologies outside of placements included."""
+    """Repeats a tree for every instance of a batch, including topologies outside placements."""
 
     def stacked(x):
         return np.repeat(np.asarray(x)[None], times, axis=0)
@@ -129,7 +129,7 @@ def repeated(tree, times):
 
 
 def assert_same(left, right) -> None:
-    """Equal bit for bit: values, shapes and types of all arrays."""
+    """Equal bit for bit: values, shapes and dtypes of all arrays."""
     left, right = jax.tree.leaves(left), jax.tree.leaves(right)
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):

@@ -1,4 +1,4 @@
-"""What load sync must do on any number of GPUs, in one process or, run as a script, in several.
+"""Checks of load sync on any number of GPUs, in one process or, run as a script, in several.
 
 python sync_checks.py COORDINATOR N_PROCESSES PROCESS N_GPUS SEED SCENARIO
 """
@@ -64,7 +64,7 @@ def placed_anywhere(rng, size, n_logical):
 
 
 def check_rebalance(mesh, comm, rng) -> None:
-    """All results as without comm, for batches of one launch and of two, groups and dtypes; along
+    """All results as without comm: for batches of one and of two launches, groups and dtypes; along
     a topology, anywhere, and over copies of the batch."""
     size = mesh.devices.size
     shapes = [topologies.ring(size), None, topologies.complete(size), "batch"]
@@ -81,7 +81,7 @@ def check_rebalance(mesh, comm, rng) -> None:
         else:
             placement = placed(rng, r2o, size, n_logical)
         dtype = ["int32", "uint16"][i // 2 % 2]
-        ids = rng.zipf(1.3, size * n_tokens) % (n_logical + 1)  # Some name no expert.
+        ids = rng.zipf(1.3, size * n_tokens) % (n_logical + 1)  # Some ids are invalid.
         ids = everywhere(mesh, ids.astype(dtype))
 
         def step(ids, comm=None, r2o=r2o, placement=placement, copies=copies):
@@ -106,7 +106,7 @@ def check_ipm(mesh, comm, rng) -> None:
 
 
 def check_programs(mesh, comm, rng) -> None:
-    """Scan, replayed forward passes, other collectives between, two programs in turn."""
+    """Scan, replayed forward passes, other collectives between calls, two alternating programs."""
     size = mesh.devices.size
     r2o = topologies.ring(size)
     n_logical = 32 * size
@@ -143,7 +143,7 @@ def check_programs(mesh, comm, rng) -> None:
 
 
 def check_layer(mesh, comm, rng) -> None:
-    """A layer that has its counts from comm, transfers hidden or not: value and gradients."""
+    """A layer that exchanges counts by comm, with transfers hidden or not: value and gradients."""
     case = moe_checks.case_of(mesh.devices.size)
     layer = moe_checks.layer_over(mesh, case, comm=comm, **moe_checks.ROOM)
     with jax.default_matmul_precision("highest"):  # as the plain mathematics
@@ -163,7 +163,7 @@ def check_layer(mesh, comm, rng) -> None:
 
 
 def check_many(mesh, comm, rng, n_calls: int = 100_000) -> None:
-    """Back-to-back calls; now and then a rank is late by a random time. No count is wrong."""
+    """Back-to-back calls with occasional random delays of a rank. All counts must be correct."""
     size, n = mesh.devices.size, 256
 
     def counts_of(i, rank):
@@ -198,7 +198,7 @@ def check_many(mesh, comm, rng, n_calls: int = 100_000) -> None:
 
 
 def check_sub_axis(devices, transport, rng) -> None:
-    """Every row of a data × expert mesh is a group of its own, and each axis can be the one."""
+    """Every row of a data × expert mesh is its own group, and either axis can be `axis_name`."""
     mesh = Mesh(np.asarray(devices).reshape(-1, len(devices) // 2), ("data", "ep"))
     for axis in ("data", "ep", ("data", "ep")):
         with init_comm(mesh, axis, max_experts=64, transport=transport) as comm:
@@ -219,7 +219,7 @@ CHECKS = [check_sync, check_rebalance, check_ipm, check_programs, check_layer, c
 
 
 def run_until_error(mesh, comm, on_call=lambda i: None) -> tuple[str, float]:
-    """Calls until an error comes; returns it and how many seconds the last call took."""
+    """Calls until an error occurs; returns it and the duration of the last call in seconds."""
     step = per_rank(lambda c: sync_loads(c, "ep", comm=comm), mesh)
     counts = everywhere(mesh, np.ones(mesh.devices.size * 8, np.int32))
     for i in range(10_000):
@@ -234,7 +234,7 @@ def run_until_error(mesh, comm, on_call=lambda i: None) -> tuple[str, float]:
 
 
 def failed_status(mesh, comm) -> int:
-    """The status that a rebalance returns whose peers do not come; runs it on all devices."""
+    """The status of a rebalance whose peers do not come; runs it on all devices."""
     size = mesh.devices.size
     r2o = topologies.ring(size)
     placement = place_experts(None, r2o, n_logical=size, ep_size=size, redundants_per_rank=1)
@@ -251,9 +251,9 @@ def main() -> None:
     process, n_processes, n_gpus = int(process), int(n_processes), int(n_gpus)
     shared = n_processes > n_gpus
     if shared:
-        # NCCL takes no two ranks on one GPU of a host, so let it take each process for a host.
+        # NCCL refuses two ranks on one GPU of a host, so make each process look like its own host.
         os.environ.update(NCCL_HOSTID=f"rank {process}", NCCL_SOCKET_IFNAME="lo")
-    mine = [process % n_gpus] if n_gpus else None  # without GPUs, each has a CPU device
+    mine = [process % n_gpus] if n_gpus else None  # without GPUs, each process has a CPU device
     jax.distributed.initialize(coordinator, n_processes, process, local_device_ids=mine)
     print(f"--seed={seed}", flush=True)
     rng = np.random.default_rng(int(seed))
@@ -272,11 +272,11 @@ def main() -> None:
         assert seconds < 3 + 2
         assert "counts of rank 1" in (comm.failure() or "")
         comm.close()
-        os._exit(0)  # Without the process that is gone nothing can end in order.
+        os._exit(0)  # With a process missing, no orderly shutdown is possible.
     with init_comm(mesh, "ep", max_experts=512, transport=scenario) as comm:
         assert comm.transport == {"auto": "nvshmem"}.get(scenario, scenario), comm
         for check in CHECKS:
-            # Processes that share a GPU take turns on it, of milliseconds.
+            # Processes that share a GPU take turns of milliseconds on it.
             options: dict[str, Any] = {"n_calls": 1000} if shared and check is check_many else {}
             start = time.perf_counter()
             check(mesh, comm, rng, **options)

@@ -14,9 +14,9 @@ def tiles_of(quota: np.ndarray, tile: int) -> np.ndarray:
 
 
 def fewest_tiles(loads: np.ndarray, phy2log: np.ndarray, base_load: np.ndarray, tile: int) -> int:
-    """Of any split, by HiGHS: slot p has n_p tiles (an integer) and at most tile · n_p tokens.
+    """The fewest over all splits, by HiGHS: slot p has n_p tiles and at most tile · n_p tokens.
 
-    phy2log `[n_ranks, slots]` and base_load `[n_ranks]` are those of one group.
+    phy2log `[n_ranks, slots]` and base_load `[n_ranks]` describe one group; n_p are integers.
     """
     of_expert, of_rank = _sums(loads, phy2log)
     n_slots, n_ranks = phy2log.size, len(phy2log)
@@ -38,7 +38,7 @@ def fewest_tiles(loads: np.ndarray, phy2log: np.ndarray, base_load: np.ndarray, 
 
 
 def fewest_tokens(quota: np.ndarray, base_tokens: np.ndarray, phy2log: np.ndarray, tile: int):
-    """Of any split with as many tiles in every slot as these quotas `[n_ranks, slots]` have."""
+    """The fewest over all splits with as many tiles per slot as these quotas `[n_ranks, slots]`."""
     tiles = tiles_of(quota, tile).ravel()
     n_logical = int(phy2log.max()) + 1
     loads = np.zeros(n_logical)
@@ -57,12 +57,12 @@ def fewest_tokens(quota: np.ndarray, base_tokens: np.ndarray, phy2log: np.ndarra
         ],
     )
     assert found.success, found.message
-    # A flow with integer boxes: the integer optimum is the linear one, rounded up.
+    # A flow with integer bounds: the integer optimum is the linear one, rounded up.
     return math.ceil(found.fun - 1e-6)
 
 
 def _sums(loads, phy2log):
-    """Matrices that add what slots have, by expert and by rank."""
+    """Matrices that sum over slots, by expert and by rank."""
     slot = np.flatnonzero(phy2log.ravel() >= 0)
     expert = phy2log.ravel()[slot]
     shape = (len(loads), phy2log.size)
@@ -76,6 +76,6 @@ def _column(n: int, value: float):
 
 
 def _bounds(n: int, phy2log: np.ndarray, repeats: int) -> scipy.optimize.Bounds:
-    """Nothing in empty slots."""
+    """Bounds that keep empty slots at 0."""
     most = np.tile(np.where(phy2log.ravel() >= 0, np.inf, 0), repeats)
     return scipy.optimize.Bounds(np.zeros(n + 1), np.append(most, np.inf))
