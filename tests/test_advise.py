@@ -28,7 +28,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def drawn(rng, n_layers=2, n_batches=6, n_logical=N_LOGICAL):
-    """Loads that are skewed alike in all batches of a layer."""
+    """Loads with the same skew in all batches of a layer."""
     skew = rng.lognormal(4, 0.8, (n_layers, 1, n_logical))
     return rng.poisson(skew * np.ones((n_layers, n_batches, 1))) + 1
 
@@ -38,14 +38,14 @@ def figures(advice):
 
 
 def optimum(phy2log, batch):
-    """The largest over mean rank load that is possible, by the oracle."""
+    """The optimal largest over mean rank load, by the oracle."""
     table = np.reshape(phy2log, (N_RANKS, -1))
     hosts = np.array([(table == expert).any(axis=1) for expert in range(len(batch))])
     return best_cut(batch, hosts) * N_RANKS / batch.sum()
 
 
 def test_figures_are_those_of_an_oracle(rng):
-    """Every kind, made again from the first half and judged by the second."""
+    """Every kind, rebuilt from the first half and evaluated on the second."""
     loads = drawn(rng)
     advice = lplb_jax.advise(loads, ep_size=N_RANKS, redundants=[1, 3])
     ring = topologies.ring(N_RANKS)
@@ -88,7 +88,7 @@ def test_figures_are_those_of_an_oracle(rng):
     ],
 )  # fmt: skip
 def test_groups_smaller_than_all_ranks(rng, n_ranks, n_nodes, along):
-    """Judged by the oracle, each; experts have copies in their own group only."""
+    """Each is evaluated by the oracle; experts have copies only in their own group."""
     loads = drawn(rng, n_layers=1, n_logical=4 * n_ranks)
     given: dict[str, Any] = {"ep_size": n_ranks, "n_nodes": n_nodes}
     advice = lplb_jax.advise(loads, redundants=[1, 2, 3], **given)
@@ -128,7 +128,7 @@ def evenly(phy2log, batch):
 
 
 def test_copies_per_batch(rng):
-    """Chosen for every batch anew, over the homes that are packed by load."""
+    """Chosen anew for every batch, over homes packed by load."""
     loads = drawn(rng, n_layers=1)
     advice = lplb_jax.advise(loads, ep_size=N_RANKS, redundants=[2])
     sizes: dict[str, Any] = {"n_logical": N_LOGICAL, "ep_size": N_RANKS, "redundants_per_rank": 0}
@@ -212,7 +212,7 @@ def test_inference_fetches_only_copies_of_the_batch():
 
 
 def test_a_budget(rng):
-    """Of 2 copies of 100 bytes in each of two layers, where more would be better."""
+    """A budget for 2 copies of 100 bytes in each of two layers, where more would be better."""
     loads = drawn(rng)
     given: dict[str, Any] = {
         "ep_size": N_RANKS,
@@ -257,7 +257,7 @@ def test_age(rng):
 
 
 def test_synthetic_routing_drifts():
-    """Neighbouring batches are alike, and those far apart less."""
+    """Neighboring batches are alike, distant ones less so."""
     loads = synthetic_loads(MODELS["deepseek-v3"], 1, 60, tokens=1 << 18, seed=3)[0]
     assert (loads.sum(axis=1) == 8 << 18).all()
     logs = np.log(loads)
@@ -269,7 +269,7 @@ def test_synthetic_routing_drifts():
 
 
 def test_types_of_ids(rng):
-    """−1 and the largest value of an unsigned type are no expert; all else gives the same."""
+    """−1 and the largest value of an unsigned dtype are no expert; the advice is the same."""
     ids = rng.integers(0, N_LOGICAL, (2, 4 * 40, 3))
     missing = rng.random(ids.shape) < 0.1
     results = []
@@ -302,7 +302,7 @@ def test_types_of_loads(rng, dtype):
 
 
 def test_shares_of_loads(rng):
-    """Frequencies in the place of tokens: nothing but the rounding differs."""
+    """Frequencies instead of tokens: only the rounding differs."""
     loads = drawn(rng)
     given: dict[str, Any] = {"ep_size": N_RANKS, "redundants": [1]}
     a_token = N_RANKS / loads.sum(axis=2).min()

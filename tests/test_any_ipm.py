@@ -1,4 +1,4 @@
-"""The interior point on placements of any kind: legal, proven, and as good as HiGHS's."""
+"""The interior point on any placement: feasible, proven, and as good as HiGHS."""
 
 import functools
 from typing import Any
@@ -44,7 +44,7 @@ def solve_all(loads, stacked, weights=None, **options):
 
 
 def served(quota: np.ndarray, placement: Placement) -> np.ndarray:
-    """What all slots of every expert have together; empty ones must have nothing."""
+    """The sum over each expert's slots; empty slots must have nothing."""
     phy2log = np.asarray(placement.phy2log)
     assert (quota >= 0).all()
     assert not quota[phy2log < 0].any()
@@ -64,10 +64,10 @@ def mean_one(weights: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_real_loads(rng, name, weighted):
-    """Within 1e-4 of what is proven, and what is proven is true: HiGHS."""
+    """Within 1e-4 of the proven bound, and the bound is correct by HiGHS."""
     sizes = SHAPES[name]
     loads, stacked = instances(rng, sizes, 6 if sizes.n_physical > 250 else 25)
-    # Not of integers, and not of any particular unit.
+    # Neither integers nor in any particular unit.
     unit = 10.0 ** rng.integers(-20, 20)
     loads = (loads * rng.uniform(0.5, 1, loads.shape) * unit).astype(np.float32)
     weights = some_weights(rng, sizes.ep_size) if weighted else None
@@ -91,7 +91,7 @@ def test_real_loads(rng, name, weighted):
 @pytest.mark.parametrize("repair", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_tokens(rng, name, repair):
-    """Repaired, as few on the busiest rank as the exact solver; else as the status says."""
+    """With repair, as few on the busiest rank as by the exact solver; else as the status says."""
     sizes = SHAPES[name]
     loads, stacked = instances(rng, sizes, 6 if sizes.n_physical > 250 else 40)
     best = jax.jit(jax.vmap(lambda row, placement: solve(row, placement=placement).max_load))
@@ -140,7 +140,7 @@ def test_weighted_tokens(rng, name, repair):
 
 @pytest.mark.parametrize(("name", "floats"), [("3 x 4", False), ("8 x 6", True)])
 def test_agrees_with_the_specification(rng, name, floats):
-    """To float32's tolerance: plans may differ, what they reach may not."""
+    """To float32's tolerance: plans may differ, their largest loads may not."""
     sizes = SIZES[name]
     loads, stacked = instances(rng, sizes, 40)
     loads[::5] *= 5  # Some overflow, some are negative.
@@ -174,7 +174,7 @@ def test_agrees_with_the_specification(rng, name, floats):
 
 
 def test_loads_that_are_no_numbers(rng):
-    """NaN and negative loads count as 0; with infinity nothing is divided."""
+    """NaN and negative loads count as 0; with infinity nothing is split."""
     placement = AnyCase(SIZES["5 x 7"]).placement(rng)
     run = jax.jit(lambda loads: solve(loads, placement=placement))
     loads = rng.uniform(1, 2, 11).astype(np.float32)
@@ -195,7 +195,7 @@ def test_loads_that_are_no_numbers(rng):
 
 
 def test_overflow_and_bad_tables_as_the_exact_solver(rng):
-    """The status of tables that contradict themselves, and all of the result of large loads."""
+    """The status of inconsistent tables, and the complete result for large loads."""
     sizes = SIZES["8 x 6"]
     good = AnyCase(sizes).placement(rng)
     solvers = [

@@ -54,7 +54,7 @@ from lplb_jax import (
 
 
 def placements(rng, sizes: Sizes, n: int, n_nodes: int = 1) -> Placement:
-    """Random ones, stacked; in every eighth one expert is everywhere."""
+    """Random placements, stacked; in every eighth, one expert is everywhere."""
     tables = [
         sizes.phy2log_one_everywhere(rng) if i % 8 == 7 else sizes.phy2log(rng) for i in range(n)
     ]
@@ -115,7 +115,7 @@ def metrics_of(quota: np.ndarray, sizes: Sizes) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["33 x 3", "65 x 2", *SMALL_SIZES])
 def test_solve_equals_the_specification(rng, name):
-    """Bit for bit, loads that overflow or are negative included."""
+    """Bit for bit, including loads that overflow or are negative."""
     sizes = SIZES[name]
     n = 3 if sizes.ep_size > 32 else 40
     stacked = placements(rng, sizes, n)
@@ -154,7 +154,7 @@ def test_garbage_is_the_same_garbage_everywhere(rng, name):
 
 @pytest.mark.parametrize("name", [name for name in SIZES if SIZES[name].ep_size <= 64])
 def test_every_slot_gets_its_quota_in_the_documented_order(rng, name):
-    """Own rank first, then own node, then anywhere: as much as these quotas allow."""
+    """Own rank first, then own node, then anywhere, as far as these quotas allow."""
     sizes = SIZES[name]
     n_nodes = int(rng.choice([v for v in range(1, sizes.ep_size + 1) if sizes.ep_size % v == 0]))
     node_size = sizes.ep_size // n_nodes
@@ -190,7 +190,7 @@ def test_every_slot_gets_its_quota_in_the_documented_order(rng, name):
 @pytest.mark.parametrize("name", ["one rank", "5 x 7", "16 x 5"])
 @pytest.mark.parametrize("proportional", [False, True])
 def test_assign_equals_the_specification(rng, name, proportional):
-    """Every rank's part as the ranks themselves compute it; with quotas that fit nothing, too."""
+    """Every rank's part as the ranks compute it themselves, also with arbitrary quotas."""
     sizes = SIZES[name]
     n_nodes = 2 if sizes.ep_size % 2 == 0 else 1
     stacked = placements(rng, sizes, 12, n_nodes)
@@ -291,7 +291,7 @@ def traced_solve(table, loads, sizes):
 
 @pytest.mark.parametrize("wrong", ["none", "too large", "negative", "no slot"])
 def test_traced_tables(rng, wrong):
-    """As on the host; what is wrong with the values is a bit of the status."""
+    """As on the host; invalid values set a status bit."""
     sizes = SIZES["5 x 7"]
     table = sizes.phy2log(rng)
     loads = rng.integers(0, 9, sizes.n_logical).astype(np.int32)
@@ -316,7 +316,7 @@ def test_traced_tables(rng, wrong):
 
 @pytest.mark.parametrize("name", ["3 x 4", "8 x 6", "33 x 3"])
 def test_experts_without_a_slot(rng, name):
-    """Their loads set no other bit, whatever they are; native code and reference agree."""
+    """Their loads, of any value, set no other bit; native code and reference agree."""
     sizes, n = SIZES[name], 24
     tables, loads = without_a_slot(rng, sizes, n)
     hosted = np.stack([sizes.hosts(table) for table in tables])
@@ -348,7 +348,7 @@ def test_experts_without_a_slot(rng, name):
 
 
 def test_homes_are_even(rng):
-    """Each rank is home of ⌈n_logical / ep_size⌉ experts at most, where the table allows it."""
+    """Each rank is home of at most ⌈n_logical / ep_size⌉ experts, if the table allows it."""
     for sizes in SMALL_SIZES.values():
         # With the experts dealt to the ranks in turn there is such a choice.
         rank = rng.permutation(sizes.n_logical) % sizes.ep_size
@@ -411,7 +411,7 @@ def test_wrong_tables(table, options, error, message):
 
 
 def test_wrong_placements(rng):
-    """Made by hand: the values are checked where they are known."""
+    """Made by hand: concrete values are checked."""
     placement = Placement.from_phy2log([[0, 1, 0], [0, 2, -1]], ep_size=2)
     loads = np.array([9, 1, 1], np.int32)
     swapped = placement.log2phy[:, [1, 0, 2, 3]]
@@ -513,7 +513,7 @@ def test_index_types(rng, dtype):
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("promotion", ["standard", "strict"])
 def test_modes(rng, x64, promotion):
-    """The same bits in all of JAX's modes; the specification, too."""
+    """The same bits in all of JAX's modes, also by the specification."""
     sizes = SIZES["3 x 4"]
     placement = layer(placements(rng, sizes, 1, n_nodes=3), 0)
     ids = tokens(rng, sizes, 50)

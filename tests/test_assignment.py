@@ -57,7 +57,7 @@ def test_all_tokens_in_one_source(rng, name):
 @pytest.mark.parametrize("name", ["one rank", "cube", "random 16x8", "random 33x1", *SMALL_CASES])
 @pytest.mark.parametrize("proportional", [False, True])
 def test_equals_the_specification(rng, name, proportional):
-    """Every rank's part as the ranks themselves compute it; with quotas that fit nothing, too."""
+    """Every rank's part as the ranks compute it themselves, also with arbitrary quotas."""
     case = CASES[name](rng)
     placement = case.placement(rng)
     ids = tokens(rng, case, 61)
@@ -72,7 +72,7 @@ def test_equals_the_specification(rng, name, proportional):
 
 @pytest.mark.parametrize("kind", ["all here", "by source", "estimates"])
 def test_no_token_goes_to_another_experts_slot(rng, kind):
-    """Also where a traced placement says so: then the tokens get none, and the status tells."""
+    """Also with a traced placement: then the tokens get no slot, and the status says so."""
     case = Case(topologies.ring(4), 3, n_groups=2)
     placement = case.placement(rng)
     ids = tokens(rng, case, 100)
@@ -101,7 +101,7 @@ def test_no_token_goes_to_another_experts_slot(rng, kind):
 
 
 def test_quotas_of_no_solver(rng):
-    """Negative ones count as 0, and where two pass int32 nothing wraps."""
+    """Negative quotas count as 0, and sums beyond int32 do not wrap."""
     case = Case(topologies.ring(4), 2)
     placements = repeated(case.placement(rng), 20)
     ids = repeated(tokens(rng, case, 60), 20)
@@ -162,7 +162,7 @@ def test_positions_keep_the_shape(rng):
 
 
 def test_positions_sort_into_expert_order(rng):
-    """What they are for: with the lists' starts, a scatter puts tokens in the slots' order."""
+    """Their purpose: with the lists' starts, a scatter sorts tokens by slot."""
     case = Case(topologies.cube(), 8)
     ids = tokens(rng, case, 200, absent=0)[0]
     split = solve(count_loads(ids, 64), case.r2o)
@@ -257,7 +257,7 @@ def test_proportional_share_is_exact(rng, kind):
 
 
 def test_proportional_share_of_large_counts(rng):
-    """Counts near 2³¹ that stand for tokens that are not there: only the arithmetic matters."""
+    """Counts near 2³¹ without the tokens: only the arithmetic matters."""
     placement = Case(topologies.ring(2), 1).placement()
     stay = rng.integers(0, INT32_MAX, 200, endpoint=True)
     away = rng.integers(0, INT32_MAX - stay, endpoint=True)
@@ -288,7 +288,7 @@ def test_equal_sources_together_miss_the_quota_by_at_most_one(rng):
 
 
 def test_tokens_before_saturate_instead_of_wrapping(rng):
-    """Counts of the sources whose sum passes 2³¹: later ranks' tokens all go to the replica."""
+    """Source counts whose sum exceeds 2³¹: later ranks' tokens all go to the replica."""
     case = Case(topologies.ring(4), 1)
     loads = np.full((4, 4), INT32_MAX, np.int32)
     quota = np.full(8, INT32_MAX // 2, np.int32)

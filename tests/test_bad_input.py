@@ -1,4 +1,4 @@
-"""Every error is raised at trace time and names the argument, what was expected and what came."""
+"""Every error is raised at trace time and names the argument, what was expected and what it got."""
 
 import dataclasses
 from typing import Any
@@ -36,14 +36,14 @@ def changed(**arrays):
 
 
 def swapped():
-    """Two experts changed places in phy2log alone."""
+    """Two experts swapped in phy2log only."""
     phy2log = PLACEMENT.phy2log.copy()
     phy2log[[0, 1]] = phy2log[[1, 0]]
     return phy2log
 
 
 def reversed_without_topology():
-    """Along another topology, and telling nothing of it."""
+    """Along a different topology, without recording it."""
     return dataclasses.replace(Case(RING[::-1], 4).placement(), topology=None)
 
 
@@ -101,7 +101,7 @@ BAD_PLACEMENTS = [
 
 
 def refused(error, words, function, *operands):
-    """The message names the argument, what was expected and what came."""
+    """The message names the argument, what was expected and what it got."""
     with pytest.raises(error, match=words) as raised:
         function(*operands)
     assert "expected" in str(raised.value)
@@ -167,7 +167,7 @@ def test_r2o(r2o, error, words):
 
 
 def test_no_r2o():
-    """It is found at the placement; without one, nothing tells who holds copies."""
+    """The placement provides it; without one, the holders of copies are unknown."""
     words = "^r2o: expected a topology, got None with no placement; pass one"
     refused(ValueError, words, lambda: solve(LOADS))
     refused(ValueError, words, lambda: rebalance(IDS, LOADS))
@@ -245,7 +245,7 @@ NO_AXIS_NAMES = [3, ["ep"], (), ("ep", "ep"), ("ep", 3), {"ep"}, (["ep"],), True
 
 @pytest.mark.parametrize("axis_name", NO_AXIS_NAMES)
 def test_axis_that_is_no_name(cpu_devices, axis_name):
-    """The same sentence everywhere, at the start of each call and inside and outside shard_map."""
+    """The same message everywhere, at the start of each call, inside and outside shard_map."""
     words = "^axis_name: expected a mesh axis's name or a tuple of different names, got "
     options = {"placement": PLACEMENT, "axis_name": axis_name}
     calls = [
@@ -294,7 +294,7 @@ def test_assign_needs_the_gathered_counts(cpu_devices):
 
 
 def test_stacked_layers_are_taken_one_by_one(rng):
-    """What the message about leading axes advises works."""
+    """The advice in the message about leading axes works."""
     stacked = repeated(CASE.placement(rng), 2)
     loads = rng.integers(0, 9, (2, 16)).astype(np.int32)
     splits = jax.vmap(lambda loads, placement: solve(loads, RING, placement=placement))(
@@ -305,7 +305,7 @@ def test_stacked_layers_are_taken_one_by_one(rng):
 
 
 def test_an_error_leaves_nothing_behind(rng):
-    """The next call, right, gives the right result."""
+    """The next, valid call gives the right result."""
     before = rebalance(IDS, LOADS, RING)
     for bad in (LOADS[:3], LOADS.astype(np.int64), None):
         with pytest.raises((TypeError, ValueError)):

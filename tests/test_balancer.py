@@ -1,4 +1,4 @@
-"""rebalance: all ways to give loads, what it composes, and input at its limits."""
+"""rebalance: all ways to pass loads, equality with its steps, and input at its limits."""
 
 from typing import Any
 
@@ -221,7 +221,7 @@ def test_zero_loads():
 
 
 def test_one_expert_with_everything(rng):
-    """Half goes to its copy, no more; where it has none, all stays and the bound says so."""
+    """At most half goes to its copy; without a copy all stays, and the bound says so."""
     case = Case(topologies.ring(4), 2)
     placement = case.placement()
     for expert, best in [(2, 501), (3, 1001)]:
@@ -284,7 +284,7 @@ def test_overflow_sends_every_token_home(rng):
 
 
 def test_more_columns_of_log2phy_are_accepted(rng):
-    """Types do not assume two copies per expert: padding by −1 changes nothing."""
+    """Shapes do not assume two copies per expert: padding with −1 changes nothing."""
     case = Case(topologies.cube(), 4)
     narrow = case.placement(rng)
     padding = np.full((32, 3), -1, np.int32)

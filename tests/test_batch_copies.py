@@ -1,4 +1,4 @@
-"""Copies chosen for a batch: against the method told once more in Python's integers."""
+"""Copies chosen for a batch: against an independent implementation in Python's integers."""
 
 import functools
 import types
@@ -33,7 +33,7 @@ NAMES = ["one rank", "no room", "3 x 4", "8 x 6", "16 x 5", "65 x 2"]
 
 
 def homes_somewhere(rng, sizes: Sizes) -> Placement:
-    """Homes in any slots of any ranks; in the other slots anything."""
+    """Homes in any slots of any ranks, and anything in the other slots."""
     return Placement.from_phy2log(
         sizes.phy2log(rng).reshape(sizes.ep_size, -1),
         ep_size=sizes.ep_size,
@@ -125,7 +125,7 @@ def homes_alone(placement: Placement) -> Placement:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_method(rng, name):
-    """By native code and by the specification: the same bits, and the same as told here."""
+    """By native code and by the specification: the same bits as by the implementation here."""
     sizes = SIZES[name]
     n = 6 if sizes.ep_size > 16 else 20
     fan_out = [None, 1, 2][rng.integers(3)]
@@ -145,7 +145,7 @@ def test_the_method(rng, name):
 
 
 def assert_tables(placement: Placement, homes: np.ndarray) -> None:
-    """Homes first, then the copies in the order of the ranks, none of them twice on one."""
+    """Homes first, then the copies in rank order, no expert twice on a rank."""
     for row in placement.phy2log.reshape(placement.ep_size, -1):
         assert len(set(row[row >= 0])) == (row >= 0).sum()
     for e, slots in enumerate(placement.log2phy):
@@ -156,7 +156,7 @@ def assert_tables(placement: Placement, homes: np.ndarray) -> None:
 
 
 def test_two_slots_are_nearly_enough_for_perfect_balance(rng):
-    """One expert has 45 times the mean load; nothing was known before."""
+    """One expert has 45 times the mean load, with no prior knowledge."""
     empty = np.pad(np.arange(256).reshape(64, 4), [(0, 0), (0, 2)], constant_values=-1)
     empty = Placement.from_phy2log(empty, ep_size=64)
     weight = rng.gamma(4, 1, 256)
@@ -184,7 +184,7 @@ def test_of_a_placement_along_a_topology(rng):
 
 
 def test_loads_that_are_too_large(rng):
-    """A sum of 2³¹: no copies; one less: as ever."""
+    """A sum of 2³¹ gives no copies; one less is balanced normally."""
     sizes = SIZES["5 x 7"]
     placement = homes_somewhere(rng, sizes)
     loads = np.zeros((5, 11), np.int64)
@@ -213,7 +213,7 @@ def test_negative_loads_count_as_none(rng):
 
 
 def test_garbage_is_the_same_garbage_everywhere(rng):
-    """No crash and slots that exist; a home that holds another expert is told by the status."""
+    """No crash, and valid slots; the status reports a home that holds another expert."""
     loads, placements = stacked_problems(rng, SIZES["3 x 4"], 40)
     loads[::3] = spoiled(rng, loads[::3])
     right = placements
@@ -282,7 +282,7 @@ def test_under_shard_map(rng, cpu_devices, monkeypatch, check_vma, native):
 
 
 def test_a_module_without_this_target_runs_the_reference(rng, monkeypatch, recwarn):
-    """As the CUDA module does until it has the kernel; nothing is said of it."""
+    """Like a CUDA module without the kernel; no warning."""
     loads, placements = stacked_problems(rng, SIZES["5 x 7"], 1)
     one = jax.tree.map(lambda x: x[0], placements)
     expected = place_copies(loads[0], one)
@@ -319,7 +319,7 @@ def test_steps_where_a_gpu_has_no_room_for_one_launch(rng, monkeypatch):
         current_device=lambda: "the GPU", route_shape=refused_if_it_chooses
     )
     monkeypatch.setattr(_native, "cuda", lambda: fake)
-    assert run("batch")[1:] == (True, False)  # Nobody asks: there is no GPU.
+    assert run("batch")[1:] == (True, False)  # No query without a GPU.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     got, *at_once = run("batch")
     assert at_once == [False, True]

@@ -1,4 +1,4 @@
-"""What the benchmarks write, and how a run is compared with the committed figures."""
+"""The benchmarks' output, and its comparison with the committed figures."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def exit_status(tmp_path, committed, new, *options):
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_a_regression_is_found_by_its_name(rng, path):
-    """One figure at random, too large, missing or NaN; smaller ones and those within are fine."""
+    """A random figure too large, missing or NaN; smaller figures or within tolerance are fine."""
     committed = compare.read(path)
     names = dict(compare.figures(committed))
     assert len(names) >= 3
@@ -73,7 +73,7 @@ def test_exit_status(tmp_path):
 
 
 def test_folders(tmp_path):
-    """Every file with its committed one; the worst decides, and what has none is named."""
+    """Compares every file with its committed one; the worst decides, and others are named."""
     results, new = ROOT / "benchmarks" / "results", tmp_path / "new"
     new.mkdir()
     (new / "balancer_a100.json").write_text("{}")
@@ -98,7 +98,7 @@ def test_folders(tmp_path):
 
 
 def test_cases_compare_by_name():
-    """Not by where they are in the list: a run of other cases says which are missing."""
+    """Not by position in the list: a run with other cases reports the missing ones."""
     committed = compare.read(ROOT / "benchmarks/results/moe_layer_4096_h200x2.json")
     new = copy.deepcopy(committed)
     new["results"].reverse()
@@ -113,7 +113,7 @@ def test_cases_compare_by_name():
     "path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem
 )
 def test_every_committed_file_says_how_it_was_made(path):
-    """What was not recorded at the time says so."""
+    """Conditions that were not recorded are marked."""
     made = compare.read(path)["run"]
     assert made.keys() == record.run().keys()
     assert None not in made.values(), made

@@ -1,4 +1,4 @@
-"""What a build asks pip for, and in which versions."""
+"""The packages and versions that a build requires from pip."""
 
 import itertools
 import pathlib
@@ -11,7 +11,7 @@ build = pytest.importorskip("scikit_build_core.build")
 
 PROJECT = pathlib.Path(__file__).parent.parent
 TOOLKIT = "cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]"
-# Values of each variable, and the packages that nothing but PyPI brings where one is set.
+# Values of each variable, and the packages that only PyPI provides if it is set.
 NEEDS = {
     "LPLB_CUDA": {"auto": [], "on": [], "off": [], "pypi": [TOOLKIT]},
     "LPLB_MATHDX": {"off": [], "on": ["nvidia-libmathdx-cu13", "nvidia-cuda-nvrtc"]},
@@ -20,7 +20,7 @@ NEEDS = {
 
 
 def requirements(monkeypatch, **options):
-    """What a build with these variables asks for."""
+    """The requirements of a build with these variables."""
     monkeypatch.chdir(PROJECT)
     for name in NEEDS:
         monkeypatch.delenv(name, raising=False)
@@ -49,7 +49,7 @@ def versions(requirements, package):
 
 
 def test_built_with_the_oldest_versions_it_runs_with(monkeypatch):
-    """Newer ones run what was compiled for these, and not the other way round."""
+    """Newer versions run code compiled for these, but not vice versa."""
     settings = tomllib.loads((PROJECT / "pyproject.toml").read_text())
     (jaxlib,) = versions(settings["build-system"]["requires"], "jaxlib")
     assert jaxlib.replace("==", ">=") in versions(settings["project"]["dependencies"], "jax")

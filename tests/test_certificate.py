@@ -1,4 +1,4 @@
-"""verify() against all subsets and HiGHS: it accepts what is right, and names each fault."""
+"""verify() against all subsets and HiGHS: it accepts correct results, and names each fault."""
 
 import dataclasses
 
@@ -102,7 +102,7 @@ def test_what_it_accepts(rng):
 
 @pytest.mark.parametrize("name", ["ring 8", "cube, three groups", "random 16x8"])
 def test_quotas_of_another_split(rng, name):
-    """Everything at home is legal; whether it is optimal, all subsets or HiGHS know."""
+    """Everything at home is feasible; all subsets or HiGHS decide whether it is optimal."""
     case, placement, loads = instance(rng, name)
     split = solve(loads, placement=placement)
     quota = np.zeros_like(placement.phy2log)

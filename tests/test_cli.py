@@ -1,4 +1,4 @@
-"""The command line: what it refuses, in which words, and what it writes."""
+"""The command line: its errors and its output."""
 
 import io
 import os
@@ -28,13 +28,13 @@ def arrays(rng, n_logical=16, n_tokens=N_TOKENS, n_layers=2, top_k=2):
 
 
 def traces(rng, **sizes):
-    """A file of them; its name."""
+    """Writes a file of traces; returns its name."""
     np.savez("traces.npz", **arrays(rng, **sizes))
     return "traces.npz"
 
 
 def changed(name, change):
-    """A file in which one array is `change` of what it should be."""
+    """A file in which one array is replaced by `change` of it."""
 
     def write(rng):
         right = arrays(rng)
@@ -63,7 +63,7 @@ def containing(content, name="traces.npz"):
 
 
 def damaged(rng):
-    """The right size, and the zip's directory as it should be, but other bytes in an array."""
+    """The right size and a valid zip directory, but corrupted bytes in an array."""
     name = traces(rng)
     content = bytearray(pathlib.Path(name).read_bytes())
     at = content.index(b"NUMPY") + 200
@@ -122,7 +122,7 @@ def options(rng, **sizes):
     return ["--traces", traces(rng, **sizes)]
 
 
-# What no program can do for the user, by the flag that the message must name.
+# Invalid arguments, by the flag that the message must name.
 BAD = {
     **{
         f"traces: {name}": (lambda rng, make=make: ["--traces", make(rng)], "--traces", words)
@@ -175,7 +175,7 @@ BAD = {
 
 
 def refused(capsys, run, flag, words):
-    """Status 2, the flag and the reason in one sentence of the program's own, and nothing done."""
+    """Status 2, the flag and the reason in one sentence, and nothing done."""
     with pytest.raises(SystemExit) as exit_:
         run()
     assert exit_.value.code == 2
@@ -207,7 +207,7 @@ def test_no_command(given):
 
 
 def test_an_error_of_the_program_is_not_the_users(monkeypatch):
-    """Only a message that begins with an argument is one about it."""
+    """Only a message that starts with an argument is about it."""
 
     def fail(**_):
         raise ValueError("operands could not be broadcast together")
@@ -218,7 +218,7 @@ def test_an_error_of_the_program_is_not_the_users(monkeypatch):
 
 
 def test_a_picture_that_cannot_be_written_at_the_end(capsys, rng, monkeypatch):
-    """Whatever happened meanwhile: it is not the status of a wrong result."""
+    """A folder that vanishes meanwhile must not give the status of a wrong result."""
 
     def remove_folder(*_):
         pathlib.Path("out").rmdir()

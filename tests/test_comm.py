@@ -74,7 +74,7 @@ def test_xla_equals_no_comm(rng, mesh, solver):
 
 @pytest.mark.parametrize("axis", ["data", "ep", ("data", "ep"), ("ep", "data")])
 def test_groups_are_the_ranks_that_lax_counts(rng, cpu_devices, axis):
-    """Of every device, its place in its group is its axis_index."""
+    """Every device's place in its group is its axis_index."""
     mesh = Mesh(rng.permutation(cpu_devices).reshape(2, 4), ("data", "ep"))
     groups = lplb_jax.comm._groups(mesh, axis)
 
@@ -146,7 +146,7 @@ def test_nvshmem_versions(monkeypatch, built, host, runs):
 
 
 class Host:
-    """A host library that tells its version."""
+    """A host library that reports its version."""
 
     def __init__(self, version):
         self._version = version
@@ -157,7 +157,7 @@ class Host:
 
 
 def test_ibgda_needs_the_same_side_of_3_5(monkeypatch):
-    """Its queue pairs have another layout since then, which the host library does not check."""
+    """The layout of its queue pairs changed then, which the host library does not check."""
     for value, runs in {"1": False, "true": False, "0": True, "false": True, "": True}.items():
         monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", value)
         reason = _nvshmem.incompatible((3, 4, 5), (3, 6, 5))
@@ -186,7 +186,7 @@ initialise(0, ctypes.byref(ctypes.c_int()), 0, None, Version(*built), None)
 @pytest.mark.parametrize("major", [-1, 0, 1])
 @pytest.mark.parametrize("minor", [-1, 0, 1])
 def test_the_host_library_says_the_same(major, minor):
-    """It compares the versions first of all, and prints that they do not match."""
+    """It compares the versions first, and prints a mismatch."""
     code = [sys.executable, "-P", "-c", HOST_LIBRARY, str(major), str(minor)]
     done = subprocess.run(code, capture_output=True, text=True)
     (number,) = re.findall(r"host \((.*?)\)", done.stdout)
@@ -361,7 +361,7 @@ def test_processes(scenario, n):
 
 
 def test_every_check_between_processes(request):
-    """What is checked on GPUs, the layer included, without one; loads by lax.all_gather."""
+    """The checks for GPUs, including the layer, without one; loads by lax.all_gather."""
     arguments = "0", str(request.config.option.seed), "xla"
     for output in processes.run(2, sync_checks.__file__, *arguments, **WITHOUT_GPUS):
         assert "all passed" in output

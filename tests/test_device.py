@@ -1,4 +1,4 @@
-"""What the kernels ask of a chip, for chips that are made up: it takes the CUDA module, no GPU."""
+"""The kernels' launches on simulated chips: needs the CUDA module, but no GPU."""
 
 import re
 import types
@@ -22,13 +22,13 @@ KINDS = [(quotas, False) for quotas in QUOTAS] + [("solved", True), ("synced", T
 
 
 def sizes_of(ep_size, group_size, n_columns, n_local, n_redundant, quotas="solved", chooses=False):
-    """As the module takes them; assign has no r2o, and copies of the batch no columns."""
+    """Sizes as the module expects; assign has no r2o, and copies of the batch no columns."""
     group = (0, 0) if quotas == "given" else (ep_size, 0) if chooses else (group_size, n_columns)
     return (ep_size, *group, ep_size * n_local, ep_size * (n_local + n_redundant), 2)
 
 
 def random_sizes(rng):
-    """Everything from one expert on one rank to more than any chip takes."""
+    """Everything from one expert on one rank to more than any chip supports."""
     group_size = int(rng.choice([1, 2, 5, 8, 16, 32, 33, 64, 128]))
     ep_size = group_size * int(rng.choice([1, 1, 2, 4]))
     n_columns = int(rng.choice([1, 2, 3, 4, 5, 8]))
@@ -89,7 +89,7 @@ def shape_or_refusal(sizes, quotas, n_tokens, device, chooses=False):
 @pytest.mark.parametrize(("quotas", "chooses"), KINDS)
 @pytest.mark.parametrize("name", CHIPS)
 def test_every_shape_fits_its_chip(rng, name, quotas, chooses):
-    """And every problem without a shape gets a sentence with the sizes, the limit and a remedy."""
+    """Every problem without a shape gets a message with the sizes, the limit and a remedy."""
     capability, shared_bytes, largest_cluster, _ = CHIPS[name]
     for _ in range(300):
         sizes = sizes_of(*random_sizes(rng), quotas, chooses)
@@ -110,7 +110,7 @@ def test_every_shape_fits_its_chip(rng, name, quotas, chooses):
         assert threads.bit_count() == 1
         assert 64 <= threads <= 512
         if chooses:
-            assert threads >= 256  # Those that the solver of any placement has at most.
+            assert threads >= 256  # The most that the solver of any placement uses.
         elif cluster == 0:
             assert threads >= sizes[1]  # A thread for every rank of a group.
         if cluster > 0:
@@ -122,8 +122,8 @@ def test_every_shape_fits_its_chip(rng, name, quotas, chooses):
 
 @pytest.mark.parametrize(("quotas", "chooses"), KINDS)
 def test_the_bytes_of_a_refusal_are_the_least(rng, quotas, chooses):
-    """A chip with as many takes the problem, and one with a byte less does not."""
-    # The blocks of a cluster share the choice of copies: then one alone does not take the least.
+    """A chip with exactly these bytes accepts the problem; with one byte less it does not."""
+    # The blocks of a cluster share the choice of copies, so a single block does not need the least.
     cluster = 0 if chooses else 16
     for _ in range(100):
         sizes = sizes_of(*random_sizes(rng), quotas, chooses)
@@ -159,7 +159,7 @@ def test_the_bytes_of_a_refusal_are_the_least(rng, quotas, chooses):
     ],
 )
 def test_large_problems_on_small_chips(name, sizes, quotas, expected):
-    """1,024 and 2,048 experts work with fewer warps, or are refused before the launch is."""
+    """1,024 and 2,048 experts work with fewer warps, or are refused before the launch."""
     got = shape_or_refusal(sizes_of(*sizes, quotas), quotas, 16_384, chip(*CHIPS[name]))
     if isinstance(expected, str):
         assert re.search(expected, got)
@@ -204,7 +204,7 @@ def solver_bytes(solver, sizes, device, options=(False, False, False)):
 
 @pytest.mark.parametrize("solver", ["exact", "interior point"])
 def test_solvers_fit_or_are_refused(rng, solver):
-    """A group that needs more than a block has gets a sentence; exactly as much is enough."""
+    """A group that needs more than a block has gets a message; exactly as much is enough."""
     for _ in range(200):
         sizes = sizes_of(*random_sizes(rng))
         options = tuple(rng.integers(2, size=3).astype(bool).tolist())
@@ -255,7 +255,7 @@ def test_too_large_groups_are_refused(solver):
 
 
 def test_the_workspace_is_as_large_as_the_kernels_take_it(rng):
-    """Python makes it where programs are traced, maybe on a machine without the CUDA module."""
+    """Python allocates it when tracing, maybe on a machine without the CUDA module."""
     for n_logical in [1, 256, *rng.integers(1, 2049, 20).tolist()]:
         n_tiles, n_words = workspace_shape(int(rng.integers(0, 1 << 24)), n_logical)
         assert n_tiles >= 1

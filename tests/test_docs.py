@@ -34,7 +34,7 @@ PUBLIC_MODULES = {
 
 
 def public_functions():
-    """Everything that a user calls, by its name."""
+    """All public functions, by name."""
     for name in lplb_jax.__all__:
         value = getattr(lplb_jax, name)
         if inspect.isfunction(value):
@@ -73,7 +73,7 @@ def test_every_public_name_has_a_docstring(name):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_sections_of_a_functions_docstring(name):
-    """Arguments with their types, what comes back, errors where it checks, and an example."""
+    """Arguments with their types, results, errors if it checks, and an example."""
     function = FUNCTIONS[name]
     documented = inspect.getdoc(function) or ""
     parameters = inspect.signature(function).parameters
@@ -113,7 +113,7 @@ def test_fields_are_documented(result):
 
 
 def test_signatures_are_the_contract():
-    """What everything later builds on: names, order and defaults of the arguments."""
+    """The public interface: names, order and defaults of the arguments."""
     expected = {
         "rebalance": (
             "(indices, loads, r2o=None, *, placement=None, axis_name=None, comm=None, "
@@ -176,12 +176,12 @@ WITH_PYTHON = [page for page in PAGES if "```python" in (ROOT / page).read_text(
 
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_python_of_a_page_runs(tmp_path, page):
-    """All its blocks, one after the other, as a user would type them."""
+    """Runs all its blocks in sequence, as a user would type them."""
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
     assert blocks, f"{page} has no example"
     if any("import orbax" in block for block in blocks):
         pytest.importorskip("orbax.checkpoint")
-    # -P: not the source tree, which has no native modules. A warning would say that they lack.
+    # -P excludes the source tree, whose missing native modules would cause a warning.
     done = subprocess.run(
         [sys.executable, "-P", "-W", "error::UserWarning", "-c", "\n".join(blocks)],
         cwd=tmp_path,
@@ -193,7 +193,7 @@ def test_python_of_a_page_runs(tmp_path, page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_a_page(page):
-    """Files are there, and so are the headings that links name. The site checks the same."""
+    """Files and headings that links name exist. The site checks the same."""
     for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
         if target.startswith("http"):
             continue
@@ -232,7 +232,7 @@ def test_every_page_is_in_the_sites_menu():
 
 
 def test_no_command_takes_the_library_from_pypi():
-    """It is not there."""
+    """PyPI does not have it."""
     for path in subprocess.check_output(["git", "-C", ROOT, "ls-files"], text=True).splitlines():
         if path.endswith((".py", ".md", ".cc", ".h", ".toml", ".yml")) and "test_docs" not in path:
             said = (ROOT / path).read_text()
@@ -241,7 +241,7 @@ def test_no_command_takes_the_library_from_pypi():
 
 
 def test_pictures_are_drawn(tmp_path):
-    """All that the pages show, from the committed figures."""
+    """Everything that the pages show, from the committed figures."""
     pytest.importorskip("matplotlib")
     subprocess.run([sys.executable, "-P", ROOT / "docs/figures.py", tmp_path], check=True)
     drawn = {path.name for path in tmp_path.iterdir()}

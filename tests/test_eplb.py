@@ -1,4 +1,4 @@
-"""place_experts(method="eplb"): what DeepSeek's EPLB answers, and what its own words say."""
+"""place_experts(method="eplb"): against DeepSeek's EPLB, and against its description."""
 
 import pathlib
 
@@ -16,7 +16,7 @@ def by_rank(placement: Placement) -> np.ndarray:
 
 
 def rank_loads(weight, phy2log, logcnt, n_ranks):
-    """Loads of the ranks where every copy gets an equal share."""
+    """Rank loads if every copy gets an equal share."""
     return (weight / logcnt)[phy2log].reshape(n_ranks, -1).sum(axis=1)
 
 
@@ -35,7 +35,7 @@ def packed(items, n_packs):
 
 
 def published(weight, n_physical, n_groups, n_nodes, n_ranks):
-    """EPLB as its README tells it, item by item: the experts of every rank."""
+    """EPLB as its README describes it, item by item: the experts of every rank."""
     weight = [np.float32(w) for w in weight]
     if n_groups % n_nodes:
         n_groups = n_nodes = 1
@@ -54,7 +54,7 @@ def published(weight, n_physical, n_groups, n_nodes, n_ranks):
 
 @pytest.mark.parametrize("example", range(12))
 def test_deepseeks_answers(example):
-    """Where loads tie, another order of equals is as right: counts and rank loads decide."""
+    """With tied loads, any order of equals is right: counts and rank loads decide."""
     with np.load(EXAMPLES) as file:
         n_physical, n_groups, n_nodes, n_ranks = map(int, file[f"{example}_cfg"])
         weight, phy2log, logcnt = (
@@ -115,7 +115,7 @@ def test_the_published_method(rng, sizes, skew):
 
 
 def test_homes_are_as_even_as_the_table_allows(rng):
-    """With a copy of every expert on another rank there is a choice, so all ranks get as many."""
+    """With a copy of every expert on another rank, homes can be even, and they are."""
     placement = place_experts(
         np.ones(32), n_logical=32, ep_size=8, redundants_per_rank=4, method="eplb"
     )

@@ -1,4 +1,4 @@
-"""The training example: balance changes where tokens go, and nothing of what is learnt."""
+"""The training example: balance changes where tokens go, not what is learned."""
 
 import itertools
 import json
@@ -44,8 +44,8 @@ def test_balance_does_not_change_what_is_learnt(rng):
     none, *balanced = (np.array([record["bits_per_byte"] for record in run]) for run in runs)
     assert none[-1] < none[0] - 1, "nothing was learnt"
     for curve in balanced:
-        # As a rule 2e-7. A top-k that is tied but for rounding sends a token elsewhere in one of
-        # both: that step differs by the token's share of the loss, later ones by what it taught.
+        # Usually 2e-7. A near tie in top-k may send a token elsewhere in one of the runs: that step
+        # differs by the token's share of the loss, and later ones by its gradient.
         apart = np.sort(np.abs(curve - none) / none)
         assert np.median(apart) < 1e-5, apart
         assert apart[-3] < 1e-4, apart
@@ -62,7 +62,7 @@ def test_balance_does_not_change_what_is_learnt(rng):
 
 @pytest.mark.parametrize("balance", ["lplb", "any"])
 def test_experts_move_exactly(rng, balance):
-    """Every expert's weights and optimiser state, bit for bit; all else stays as it is."""
+    """Every expert's weights and optimizer state, bit for bit; all else stays unchanged."""
     given = ["--steps", "5", "--balance", balance, "text"]
     options = train_moe.command_line().parse_args([*SMALL, *given])
     training = train_moe.Training(options, train_moe.make_mesh(8))
@@ -122,7 +122,7 @@ def test_default_text_is_the_standard_library():
 COUNTS = shlex.split(
     "layers hidden heads experts top-k width context redundants batch steps refresh"
 )
-# Options that nothing can be trained with, the flag that the message names, and its reason.
+# Invalid options, the flag that the message names, and its reason.
 BAD = [
     *(
         (f"--{flag} {value}", f"--{flag}", "at least 1, got")
@@ -170,7 +170,7 @@ def test_bad_options(capsys, given, flag, words):
 
 
 def test_every_option_has_a_bad_value():
-    """A new one is not forgotten above."""
+    """A new option must be added above."""
     flags = {flag for _, flag, _ in BAD}
     for action in train_moe.command_line()._actions:
         assert {"-h", *action.option_strings, action.dest} & {"--help", *flags}, action.dest
@@ -187,7 +187,7 @@ def test_the_topology_fits_the_experts(experts):
 @pytest.mark.parametrize("balance", ["lplb", "any", "batch", "none"])
 @pytest.mark.parametrize("n_steps", [1, 2, 5, 300])
 def test_labels_are_beside_the_frame(rng, balance, n_steps):
-    """Not over it, not over one another, and within the picture; also where curves coincide."""
+    """Labels overlap neither it nor one another, and are in the picture; also with equal curves."""
     pytest.importorskip("matplotlib")
     options = train_moe.command_line().parse_args(
         ["--steps", str(n_steps), "--balance", balance, "--refresh", "1"]

@@ -93,7 +93,7 @@ def test_any_number_of_layers(rng):
 
 
 def test_the_checks_are_needed():
-    """They name exactly what JAX asks for."""
+    """They name exactly what JAX requires."""
     solver = jax.jit(lambda loads: solve(loads, CASE.r2o))
     with pytest.raises(ValueError, match="lplb_solve"):
         export.export(solver)(np.ones(16, np.int32))
@@ -128,7 +128,7 @@ np.savez(sys.argv[2], physical=physical, **split._asdict())
 
 @pytest.mark.parametrize("n_ranks", [1, 8])
 def test_in_another_process(rng, cpu_devices, tmp_path, n_ranks):
-    """On one device any number of tokens; over ranks a fixed one, as JAX's shard_map has it."""
+    """On one device any number of tokens; over ranks a fixed one, as JAX's shard_map requires."""
     case = Case(topologies.cube(), 4)
     placement = case.placement(rng)
     ids = tokens(rng, case, 70)

@@ -1,4 +1,4 @@
-"""moe_layer with networks of the user's, against one device: biases, integers, fp8, no gate."""
+"""moe_layer with user networks, against one device: biases, integers, fp8, no gate."""
 
 import functools
 
@@ -40,7 +40,7 @@ def normal(rng, *shape):
 
 
 class Biased:
-    """As gpt-oss has them: gate and up in turn, clamped, with biases."""
+    """Like gpt-oss: alternating gate and up columns, clamped, with biases."""
 
     @staticmethod
     def make(rng, n):
@@ -69,7 +69,7 @@ class Biased:
 
 
 class Quantised:
-    """Weights of eight bits, with a scale for every column and one number for every expert."""
+    """8-bit weights, with one scale per column and one number per expert."""
 
     dtype: type
 
@@ -106,19 +106,19 @@ class Quantised:
 
 
 class Int8(Quantised):
-    """Which take no gradient."""
+    """Integer weights, which take no gradient."""
 
     dtype = jnp.int8
 
 
 class Fp8(Quantised):
-    """Whose gradients are of eight bits, too."""
+    """fp8 weights, whose gradients are also 8-bit."""
 
     dtype = jnp.float8_e4m3fn
 
 
 class Loop:
-    """No function of this library's: a mask for every slot, and a width of its own."""
+    """Without this library's functions: a mask per slot, and its own width."""
 
     @staticmethod
     def make(rng, n):
@@ -131,7 +131,7 @@ class Loop:
         out = jnp.zeros((len(rows), 5))
         for weights, end, size in zip(*experts, ends, group_sizes, strict=True):
             out += jnp.where((row >= end - size) & (row < end), jnp.sin(rows) @ weights, 0)
-        return out + jnp.nan * (row >= ends[-1])  # which must not matter
+        return out + jnp.nan * (row >= ends[-1])  # must not matter
 
     @staticmethod
     def plain(x, expert):
@@ -154,7 +154,7 @@ def layer_of(mesh, case, network, *, early=False, transport="padded", **options)
 
 
 def slopes_of(function):
-    """jit of (floats, upstream, …) -> output, gradients, and what else comes out."""
+    """jit of (floats, upstream, …) -> output, gradients and other results."""
 
     def loss(floats, upstream, *others):
         out, aux = function(*floats, *others)
@@ -169,7 +169,7 @@ def slopes_of(function):
 
 
 def plain_layer(network):
-    """Every token through every expert, and of that what was chosen."""
+    """Runs every token through every expert and selects the choices."""
 
     def layer(tokens, gates, experts, ids):
         of_expert = jax.vmap(lambda expert: network.plain(tokens, expert))(experts)
@@ -180,7 +180,7 @@ def plain_layer(network):
 
 
 def room_behind(experts, placement):
-    """For the copies that a rank may have."""
+    """Room for the copies that a rank may have."""
     along = placement.topology is not None
     n = placement.redundants_per_rank if along else room_for(placement)
 
@@ -221,7 +221,7 @@ def assert_equals_one_device(rng, mesh, case, network, **options):
             if options.get("in_place"):
                 expected = room_behind(expected, placement)
             assert slope.dtype == expected.dtype
-            # Sums of several numbers of four bits.
+            # Sums of several 4-bit numbers.
             tolerance = 0.2 if slope.dtype.itemsize == 1 else 1e-5
             assert_close(jax.tree_util.keystr(path), slope, expected, tolerance)
     assert n_compiled(run) == 1
@@ -268,7 +268,7 @@ def test_equals_one_device_by_the_ragged_transport(rng, mesh, monkeypatch, netwo
 
 
 def test_what_is_kept_for_the_backward_pass(rng, mesh):
-    """Neither copies nor what they are converted to, where they are fetched again."""
+    """Neither copies nor their converted values are kept if they are fetched again."""
     placement = ANY.placement(rng)
     own = in_slots(Int8.make(rng, ANY.n_logical), placement)
     ids = skewed(rng, ANY, 64).astype(np.int32)
@@ -286,7 +286,7 @@ def test_what_is_kept_for_the_backward_pass(rng, mesh):
 
 
 def test_what_experts_share_is_closed_over(rng, mesh):
-    """Its gradient comes, also where copies are fetched again."""
+    """It gets its gradient, also if copies are fetched again."""
     placement = ANY.placement(rng)
     ids = skewed(rng, ANY, 64).astype(np.int32)
     (weights,) = Loop.make(rng, ANY.n_logical)
@@ -351,14 +351,14 @@ def test_a_diverged_expert_reaches_its_own_tokens_only(rng, mesh):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e5m2])
 def test_the_parts_have_true_derivatives(rng, dtype):
-    """Groups of all sizes; rows past the last hold anything, and so do their gradients."""
+    """Groups of all sizes; rows past the last group and their gradients hold arbitrary values."""
     n_rows, n_groups, k, n = 300, 6, 4, 3
     rows_dtype = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
     cuts = np.sort(rng.integers(0, n_rows + 1, n_groups + 1))
     sizes = np.diff(cuts).astype(np.int32)
     sizes[rng.integers(n_groups)] = 0
     used, group = sizes.sum(), np.repeat(np.arange(n_groups), sizes)
-    rows = rng.integers(-3, 4, (n_rows, k)).astype(rows_dtype)  # of which sums are exact
+    rows = rng.integers(-3, 4, (n_rows, k)).astype(rows_dtype)  # sums are exact
     slope = rng.integers(-1, 2, (n_rows, n)).astype(rows_dtype)
     rows[used:] = slope[used:] = np.nan
     weights, bias = (
@@ -390,7 +390,7 @@ def test_the_parts_have_true_derivatives(rng, dtype):
 
 
 def test_sums_of_biases_by_the_kernel(rng, monkeypatch):
-    """As on Hopper, with a product of the same shapes in its place."""
+    """As on Hopper, with a stand-in product of the same shapes."""
     calls = []
 
     def of_weights(rows, slope, sizes):

@@ -66,13 +66,13 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def on_gpu():
-    """Otherwise these tests would compare the CPU with itself."""
+    """Without native code, these tests would compare the CPU with itself."""
     assert jax.default_backend() == "gpu"
     assert "CUDA" in _native.AVAILABLE
 
 
 def test_results_are_on_the_gpu():
-    """Not a copy of what the CPU or the reference computed: the program calls the handlers."""
+    """The program calls the handlers, instead of copying results of the CPU or the reference."""
     placement = Case(topologies.cube(), 2).placement()
 
     @jax.jit
@@ -91,7 +91,7 @@ def test_results_are_on_the_gpu():
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_solve(rng, name):
-    """All load families, 58 instances at once, each with a placement of its own."""
+    """All load families, 58 instances at once, each with its own placement."""
     case = SHAPES[name](rng)
     loads, stacked = batch(rng, case, (FAMILIES * 7)[:58])
     operands = (loads[:, None], repeated(case.r2o, 58), stacked)
@@ -101,7 +101,7 @@ def test_solve(rng, name):
 @pytest.mark.parametrize("n_instances", [1, 3])
 @pytest.mark.parametrize("name", ["8x2, 256 experts", "33x1"])
 def test_solve_small_batches_by_source(rng, name, n_instances):
-    """Loads of every source, some negative, with another topology for every instance."""
+    """Loads of every source, some negative, with a different topology for every instance."""
     case = SHAPES[name](rng)
     stacked = repeated(case.placement(rng), n_instances)
     n_ranks, n_columns = case.r2o.shape
@@ -122,7 +122,7 @@ def test_solve_garbage(rng, name):
 
 @pytest.mark.parametrize("name", ["8x2, 256 experts", "5x4, three groups", "8x7", "128x1"])
 def test_a_topology_that_is_none_is_a_bad_placement(rng, name):
-    """r2o's values are addresses. Without the public functions' checks, too, no kernel faults."""
+    """r2o's values are addresses. No kernel faults, even without the public functions' checks."""
     case = SHAPES[name](rng)
     loads, stacked = batch(rng, case)
     n_ranks, n_columns = case.r2o.shape
@@ -228,7 +228,7 @@ def test_ipm(rng, name, floats, weighted, repair, garbage):
 
 
 def test_ipm_with_cusolverdx(rng):
-    """Slower, and it may not converge, but it says so, and the split is legal and no lie."""
+    """Slower, and it may not converge, but says so; the split is feasible and consistent."""
     case = SHAPES["32x4"](rng)
     loads, stacked = batch(rng, case)
     loads = loads.astype(np.float32)
@@ -385,7 +385,7 @@ def test_rebalance(rng, name, mode):
 
 
 def test_transformations(rng):
-    """jit, nested vmap, scan and checkpoint give what plain calls give, and the CPU's bits."""
+    """jit, nested vmap, scan and checkpoint give the results of plain calls, and the CPU's bits."""
     inputs = digest.inputs(rng)
     results = digest.transformed(*inputs)
     assert_same(results, on_cpu(digest.transformed)(*inputs))
@@ -429,7 +429,7 @@ def test_command_buffers(request, flags):
 
 
 def test_too_many_experts_are_refused():
-    """Limits of the kernels are errors with a sentence, not wrong results."""
+    """Exceeding the kernels' limits raises clear errors and never gives wrong results."""
     with pytest.raises(Exception, match=r"n_logical: .*at most"):
         jax.block_until_ready(count_loads(np.zeros(5, np.int32), 10_000))
     ring = topologies.ring(8)
@@ -445,7 +445,7 @@ def test_too_large_groups_are_refused():
 
 
 def test_the_device_is_asked():
-    """Not assumed: what the driver says of this GPU."""
+    """Properties come from the driver instead of assumptions."""
     device = _native.built_cuda().current_device()
     major, minor = jax.devices()[0].compute_capability.split(".")
     assert device.capability == 10 * int(major) + int(minor)
@@ -457,11 +457,11 @@ def test_the_device_is_asked():
 
 @pytest.fixture
 def assume():
-    """Has the launches chosen as if the first GPU were a smaller chip."""
+    """Chooses launches as if the first GPU were a smaller chip."""
     real = _native.built_cuda().current_device()
 
     def choose(capability, shared_bytes, largest_cluster, dependent_launch):
-        # What XLA has recorded in command buffers it plays again without asking anybody.
+        # XLA replays recorded command buffers without choosing launches again.
         jax.clear_caches()
         _native.built_cuda().assume_device(
             chip(
@@ -524,7 +524,7 @@ def test_copies_of_the_batch_on_other_chips(rng, assume, ep_size, name):
 
 
 def test_what_a_chip_has_no_room_for_is_refused(assume):
-    """By every call, with a sentence, before the launch fails."""
+    """Every call refuses it with a clear message, before the launch fails."""
     ids, ring = np.zeros((8, 5), np.int32), topologies.ring(8)
     placement = place_experts(None, ring, n_logical=64, ep_size=8, redundants_per_rank=1)
     split = solve(np.ones(64, np.int32), ring, placement=placement)

@@ -26,7 +26,7 @@ SHAPES = SIZES | {
 
 
 def on(platform: str, function, *arguments):
-    """What jitted `function` gives there, as NumPy arrays."""
+    """The results of jitted `function` there, as NumPy arrays."""
     device = jax.devices(platform)[0]
     with jax.default_device(device):
         result = jax.jit(function)(*jax.device_put(arguments, device))
@@ -36,7 +36,7 @@ def on(platform: str, function, *arguments):
 
 
 def same_on_both(function, *arguments):
-    """The GPU's result, which must be the CPU's."""
+    """The GPU's result, which must equal the CPU's."""
     on_gpu = on("gpu", function, *arguments)
     assert_same(jax.tree.leaves(on_gpu), jax.tree.leaves(on("cpu", function, *arguments)))
     return on_gpu
@@ -87,7 +87,7 @@ def test_solve(rng, name):
 
 @pytest.mark.parametrize("name", ["3 x 4", "8 x 40", "64 x 6", "128 x 3", "256 x 3"])
 def test_solve_by_source_with_bad_loads(rng, name):
-    """Negative loads, ids that were no expert, and loads that no rank's int32 holds."""
+    """Negative loads, invalid ids, and rank loads above int32's range."""
     sizes = SHAPES[name]
     placement = placement_of(rng, sizes)
     for high in (100, 2**31 - 1):
@@ -119,7 +119,7 @@ def test_tables_that_contradict_themselves(rng, name):
 
 @pytest.mark.parametrize("name", ["3 x 4", "8 x 6", "64 x 6", "144 x 3"])
 def test_experts_without_a_slot(rng, name):
-    """Their loads set no bit, whatever they are."""
+    """Their loads, of any value, set no bit."""
     sizes = SHAPES[name]
     tables, loads = without_a_slot(rng, sizes, 24)
     options = {"ep_size": sizes.ep_size, "n_logical": sizes.n_logical}
@@ -136,7 +136,7 @@ def test_place_copies(rng, name, fan_out):
     """The same tables, for a batch of problems in which ties are the rule, and of large loads."""
     sizes = SHAPES[name]
     loads, placements = stacked_problems(rng, sizes, 8)
-    # One passes int32 on its experts, one in all together only.
+    # One exceeds int32 on its experts, one only in total.
     loads[0, 0] = 2**31 - 1
     loads[1] = 0
     loads[1, 0] = 2 * (2**30 // sizes.n_logical)
@@ -156,7 +156,7 @@ def test_place_copies_of_tables_that_contradict_themselves(rng, name):
 @pytest.mark.parametrize("n_tokens", [0, 1, 700, 8192, 30_000, 300_000])
 @pytest.mark.parametrize("name", ["one rank", "5 x 7", "8 x 40", "33 x 3", "64 x 6", "128 x 3"])
 def test_rebalance(rng, name, n_tokens):
-    """In one launch and in two, for a batch with a placement each."""
+    """In one launch and in two, for a batch with one placement per instance."""
     sizes = SHAPES[name]
     ids, placements = tokens(rng, sizes, 2, n_tokens), stacked(rng, sizes, 2)
     assignment, split = same_on_both(

@@ -1,4 +1,4 @@
-"""The interior point of any placement on an NVIDIA GPU: as good as the CPU's, and as HiGHS says."""
+"""The interior point on any placement on an NVIDIA GPU: as good as the CPU's, and by HiGHS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lplb_jax import Placement, Status, rebalance, solve
 pytestmark = pytest.mark.gpu
 
 CONVERGED = 1e-4
-# Around the numbers of ranks that have a kernel of their own (16, 32, 64, 128).
+# Around the numbers of ranks with a specialized kernel (16, 32, 64, 128).
 SHAPES = {
     name: SIZES[name]
     for name in ["one rank", "2 x 3", "8 x 6", "8 x 40", "16 x 5", "33 x 3", "64 x 6", "65 x 2"]
@@ -45,7 +45,7 @@ def solver(weighted: bool, repair: bool = True):
 
 
 def check(loads, split, placement: Placement, weights, slack: float) -> None:
-    """The split is legal, max_load is its own, and lower_bound no larger than HiGHS's optimum."""
+    """The split is feasible, max_load matches it, and lower_bound is at most HiGHS's optimum."""
     quota, phy2log = split.quota.astype(np.float64), np.asarray(placement.phy2log)
     assert (quota >= 0).all()
     assert not quota[phy2log < 0].any()
@@ -112,7 +112,7 @@ def test_tokens(rng, name, weighted, repair):
 @pytest.mark.parametrize("name", ["2 x 3", "8 x 6", "33 x 3", "128 x 3"])
 @pytest.mark.parametrize("floats", [False, True])
 def test_bad_input(rng, name, floats):
-    """Loads that are none or too large, by source; weights that are none; tables that are wrong."""
+    """Invalid or too large loads, by source; invalid weights; invalid tables."""
     sizes = SHAPES[name]
     n = 40
     _, stacked, weights = instances(rng, sizes, n, floats)

@@ -48,7 +48,7 @@ def test_the_plan(rng, n_ranks, n_slots, n_tokens, top_k):
 
 @pytest.fixture
 def virtual_ranks():
-    """Makes VirtualRanks on the first GPUs, or skips where there are not as many."""
+    """Creates VirtualRanks on the first GPUs, or skips if there are too few."""
     with contextlib.ExitStack() as stack:
 
         def make(n_gpus, size, n_tokens, top_k, row_bytes, timeout_s=20.0):
@@ -62,7 +62,7 @@ def virtual_ranks():
 
 
 def random_batch(rng, ranks, size):
-    """Of any sizes; sometimes ranks send nothing, one gets everything, or there is little room."""
+    """Any sizes; sometimes ranks send nothing, one gets everything, or there is little room."""
     n_tokens, top_k = int(rng.integers(1, 60)), int(rng.integers(1, 9))
     kind = rng.choice(["any", "one", "silent", "nothing", "little room"])
     ranks_of = rng.integers(-1, size, (size, n_tokens, top_k))
@@ -83,7 +83,7 @@ def random_batch(rng, ranks, size):
 
 @pytest.mark.parametrize(("n_gpus", "size"), [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (2, 8)])
 def test_virtual_ranks(rng, virtual_ranks, n_gpus, size):
-    """Thousands of exchanges in bursts, of random batches in turn: every row, gate and sum."""
+    """Thousands of exchanges in bursts, alternating random batches: every row, gate and sum."""
     ranks = virtual_ranks(n_gpus, size, 480, 8, 2080)
     batches = [random_batch(rng, ranks, size) for _ in range(6)]
     for _ in range(85):
@@ -105,7 +105,7 @@ def test_virtual_ranks(rng, virtual_ranks, n_gpus, size):
 
 @pytest.mark.parametrize("n_gpus", [1, 2])
 def test_a_missing_rank_is_reported(rng, virtual_ranks, n_gpus):
-    """Within the timeout, by name; nothing that came is a result, and nobody waits any more."""
+    """Named within the timeout; received data is not returned, and no rank keeps waiting."""
     ranks = virtual_ranks(n_gpus, 3, 480, 2, 256, timeout_s=0.5)
     ranks_of = rng.integers(0, 3, (3, 50, 2))
     batch = ExchangeBatch(ranks.put, ranks_of, 300, 128, rng)  # pyright: ignore[reportPossiblyUnboundVariable]
@@ -150,7 +150,7 @@ def test_one_gpu_is_a_mesh_too(rng):
 @needs_nvshmem
 @pytest.mark.parametrize("scenario", ["all", "killed"])
 def test_processes(request, scenario):
-    """One for each GPU; and where one is killed, an error within the timeout, and no garbage."""
+    """One per GPU; if one is killed, an error within the timeout, and no garbage."""
     seed = str(request.config.option.seed)
     memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     outputs = processes.run(len(jax.devices()), peer_checks.__file__, seed, scenario, **memory)

@@ -30,7 +30,7 @@ def on_gpu():
 
 @pytest.fixture
 def virtual_ranks():
-    """Makes VirtualRanks on the first GPUs, or skips where there are not as many."""
+    """Creates VirtualRanks on the first GPUs, or skips if there are too few."""
     with contextlib.ExitStack() as stack:
 
         def make(n_gpus, size, n, timeout_s=20.0):
@@ -43,11 +43,11 @@ def virtual_ranks():
 
 
 def launch_in_bursts(rng, size, n_calls, launch):
-    """launch(rank, call) for every rank and call, each rank in bursts of its own."""
+    """Runs launch(rank, call) for every rank and call, each rank in its own bursts."""
     done = [0] * size
     while min(done) < n_calls:
         rank = rng.choice([rank for rank in range(size) if done[rank] < n_calls])
-        # No burst so far ahead that the queue of launches is full while others must still come.
+        # No rank runs so far ahead that its launch queue fills while others have yet to launch.
         for _ in range(
             min(rng.integers(1, 30), n_calls - done[rank], min(done) + 200 - done[rank])
         ):
@@ -80,7 +80,7 @@ def test_virtual_ranks(rng, virtual_ranks, n_gpus, size):
 @pytest.mark.parametrize(("n_gpus", "size"), [(1, 1), (1, 4), (2, 4), (2, 8)])
 @pytest.mark.parametrize("where", ["topology", "anywhere", "copies of the batch"])
 def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, n_tokens, where):
-    """As on as many CPUs that share their counts by lax.all_gather; in one launch and in two."""
+    """As on as many CPUs that exchange counts by lax.all_gather; in one launch and in two."""
     n_logical, n_calls = 16 * size, 5
     ranks = virtual_ranks(n_gpus, size, n_logical)
     anywhere, fan_out = where != "topology", 3 if where == "copies of the batch" else 0
@@ -113,7 +113,7 @@ def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, 
     for call in range(n_calls):
         expected = jax.tree.leaves(on_cpus(ids[call].reshape(-1)))
         for rank in range(size):
-            # The workspace is nobody's result.
+            # The workspace is not a result.
             results = [
                 *calls[rank][call].results[:-1],
                 *(calls[rank][call].tables if fan_out else []),
@@ -124,7 +124,7 @@ def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, 
 
 @pytest.mark.parametrize("n_gpus", [1, 2])
 def test_a_missing_rank_is_reported(virtual_ranks, n_gpus):
-    """Within the timeout, by name; afterwards nobody waits any more."""
+    """Named within the timeout; afterwards no rank keeps waiting."""
     ranks = virtual_ranks(n_gpus, 3, 5, timeout_s=0.5)
     ones = [ranks.put(rank, np.ones(5, np.int32)) for rank in range(3)]
     matrices = [[ranks.put(rank, np.zeros((3, 5), np.int32)) for rank in range(3)] for _ in "12"]
@@ -207,9 +207,9 @@ def test_p2p_missing_rank(mesh):
 
 @several
 def test_p2p_other_mesh(mesh):
-    """Not the mesh of init_comm: every token gets −1, the status says so, the next use raises.
+    """A mesh other than init_comm's: every token gets −1, with a status bit; the next use raises.
 
-    So does a device that starts when another one has already failed.
+    The same holds for a device that starts after another one has failed.
     """
     remedy = "use the mesh that the communicator was made with"
     with init_comm(mesh, max_experts=16, timeout_s=1.0) as comm:
@@ -236,7 +236,7 @@ def test_closed_between_compilation_and_run(mesh):
 
 
 def run_processes(request, scenario, n_processes=None):
-    """Outputs of one process per GPU, or of as many that share the GPUs; they tell the seed."""
+    """Outputs of one process per GPU, or of `n_processes` that share the GPUs; with the seed."""
     n_gpus = len(jax.devices())
     seed = str(request.config.option.seed)
     return processes.run(
@@ -264,7 +264,7 @@ def test_nvshmem(request, transport):
 
 @pytest.fixture
 def n_processes(request):
-    """As many as GPUs, or more that share them."""
+    """One process per GPU, or more that share them."""
     if request.param is not None and request.param <= len(jax.devices()):
         pytest.skip("there are as many GPUs")
     return request.param

@@ -20,7 +20,7 @@ TILES = [1, 2, 7, 64, 128, 1 << 20]
 
 
 def operands_of(rng, placements, n: int, tile: int):
-    """Loads by source rank from less than a tile to many, and base loads, some of them spoilt."""
+    """Loads by source rank from less than a tile to many, and base loads, some of them invalid."""
     shape = (n, placements.ep_size, placements.n_logical)
     mean = np.log(tile * rng.choice([0.3, 1, 4, 20], (n, 1, 1)) + 1)
     loads = rng.lognormal(mean, rng.choice([0.3, 1, 2], (n, 1, 1)), shape) / placements.ep_size

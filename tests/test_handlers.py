@@ -1,4 +1,4 @@
-"""The native handlers by themselves, as no public function calls them: they never crash."""
+"""The native handlers alone, called as no public function would: they never crash."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ HERE = os.path.dirname(__file__)
 
 
 def run_python(*arguments):
-    """A program of its own, so that a crash is a failed test."""
+    """A separate program, so that a crash is a failed test."""
     path = os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
@@ -63,7 +63,7 @@ def with_operand(i, operand):
     ],
 )
 def test_handlers_check_shapes(target, results, operands, attribute, words):
-    """Called without the checks of the public functions: an error with a sentence, not a crash."""
+    """Without the checks of the public functions: a clear error, not a crash."""
     attribute = {name: np.int64(value) for name, value in attribute.items()}
     handler = on_cpu(jax.ffi.ffi_call(f"lplb_{target}", results))
     zeros = [np.zeros(operand.shape, operand.dtype) for operand in operands]

@@ -18,13 +18,13 @@ FILES = {
 
 
 def imported_by(file: pathlib.Path) -> set[str]:
-    """Modules of the package that are imported with the file, or for its types."""
+    """Modules of the package that the file imports, including imports for types."""
     modules = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             modules |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
-            # What is no module of its own is a name in the one that it comes from.
+            # A name that is not a module is defined in the module it is imported from.
             inside = {f"{node.module}.{name.name}" for name in node.names}
             modules |= inside & FILES.keys()
             if not inside <= FILES.keys():

@@ -1,4 +1,4 @@
-"""The interior point: feasible always, near the optimum, its bound never above it, repair exact."""
+"""The interior point: always feasible, near the optimum, bound never above it, repair exact."""
 
 import functools
 import types
@@ -24,7 +24,7 @@ CONVERGED = 1e-4
 
 
 def some_weights(rng, case):
-    """Speeds of different kinds, as the user gives them."""
+    """Speeds of different kinds, as user input."""
     weights = np.exp(rng.normal(0, rng.choice([0.1, 0.5, 1.5]), len(case.r2o)))
     return (weights * rng.choice([1e-3, 1, 700])).astype(np.float32)
 
@@ -48,7 +48,7 @@ def assert_real_feasible(loads, split, case, placement):
 
 
 def assert_status_is_the_gap(split):
-    """0 where max_load is within 1e-4 of lower_bound, as they are reported, and nowhere else."""
+    """0 exactly if the reported max_load is within 1e-4 of the reported lower_bound."""
     gap = np.asarray(split.max_load, np.float64) - split.lower_bound
     assert (gap >= 0).all()
     near = gap <= CONVERGED * np.asarray(split.max_load, np.float64) * (1 + 1e-6)
@@ -85,10 +85,10 @@ def test_without_repair_the_bound_is_the_optimum_and_the_plan_is_near(rng, name)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_real_loads(rng, name, weighted):
-    """Within 1e-4 of what is proven, and what is proven is true: HiGHS."""
+    """Within 1e-4 of the proven bound, and the bound is correct by HiGHS."""
     case = CASES[name](rng)
     loads, stacked = batch(rng, case)
-    # Not of integers, and not of any particular unit.
+    # Neither integers nor in any particular unit.
     loads = (loads * rng.uniform(0.5, 1, loads.shape) * 10.0 ** rng.integers(-20, 20)).astype(
         np.float32
     )
@@ -138,7 +138,7 @@ def test_weighted_tokens(rng, name, repair):
 @pytest.mark.parametrize("name", ["cube", "torus 4x4", "random 5x3", "complete 8"])
 @pytest.mark.parametrize("floats", [False, True])
 def test_agrees_with_the_specification(rng, name, floats):
-    """To float32's tolerance: plans may differ, what they reach may not."""
+    """To float32's tolerance: plans may differ, their largest loads may not."""
     case = CASES[name](rng)
     loads, stacked = batch(rng, case)
     loads = loads[:, None].astype(np.float32 if floats else np.int32)
@@ -201,7 +201,7 @@ def test_messages(options, error, message):
 
 
 def test_a_factor_for_gpus_alone(monkeypatch):
-    """On a machine that has it, too, a program may be meant for the CPU."""
+    """A program may target the CPU, also on a machine that has it."""
     gpu = types.SimpleNamespace(has_cusolverdx=lambda: True)
     monkeypatch.setattr(_native, "cuda", lambda: gpu)
     run = jax.jit(lambda loads: solve(loads, topologies.cube(), factor="cusolverdx"))
@@ -250,7 +250,7 @@ def test_overflow_as_the_exact_solver(rng):
 
 @pytest.mark.parametrize("name", SMALL_CASES)
 def test_ties(rng, name):
-    """Loads of 0 to 4: many sets of ranks bind at once, and the matrix is almost singular."""
+    """Loads of 0 to 4: many sets of ranks bind at once, and the matrix is nearly singular."""
     case = CASES[name](rng)
     placement = case.placement(rng)
     loads = rng.integers(0, 5, (200, case.n_logical)) * (rng.random((200, 1)) < 0.9)
@@ -292,7 +292,7 @@ MODES = {
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_change_nothing(rng, mode, dtype, weighted):
-    """The same bits and types. The specification is traced, too, for the types of the results."""
+    """The same bits and dtypes. The specification is also traced, for the types of the results."""
     case = CASES["ring 4, two groups"](rng)
     placement = case.placement(rng)
     loads = rng.integers(0, 1000, case.n_logical).astype(dtype)

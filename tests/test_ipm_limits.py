@@ -1,6 +1,6 @@
 """The interior point at the limits of float32: its promises hold for any loads and weights.
 
-By the native code and by the specification, and checked against the cuts of all sets of ranks.
+Native code and specification are checked against the cuts of all sets of ranks.
 """
 
 import jax
@@ -13,8 +13,8 @@ from oracles import group_views, weighted_optimum
 from lplb_jax import Status, reference, solve
 
 CONVERGED = 1e-4
-TINY = float(np.finfo(np.float32).tiny)  # What is below may count as 0.
-MOST = 3.4e38  # Larger loads of a rank, or loads / weight, are an overflow.
+TINY = float(np.finfo(np.float32).tiny)  # Smaller numbers may count as 0.
+MOST = 3.4e38  # Larger rank loads, or loads / weight, overflow.
 LEAST_WEIGHT = 2.0**-40  # Of the largest weight.
 
 
@@ -30,7 +30,7 @@ REAL_FAMILIES = {
     "just normal": lambda rng, n: log_uniform(rng, -37.5, -36, n),
     "any size": lambda rng, n: log_uniform(rng, -45, 37, n),
     "any size, some 0": lambda rng, n: log_uniform(rng, -30, 30, n) * (rng.random(n) < 0.5),
-    # A rank's loads fit, those of all ranks do not.
+    # Each rank's load fits, but not the total.
     "total overflows": lambda rng, n: rng.uniform(0.5, 1, n) * 3.3e38 / n,
     "at the end": lambda rng, n: np.where(rng.random(n) < 0.1, 3e38, 1),
     "tiny integers": lambda rng, n: rng.integers(0, 5, n),
@@ -50,7 +50,7 @@ PROBLEMS = SMALL_CASES | {
 KINDS = [(name, "native") for name in PROBLEMS] + [
     (name, "reference") for name in ("random 5x3", "3 x 4")
 ]
-# Powers of ten, up and down from 1, between which the weights are.
+# Weights are between these powers of ten, above and below 1.
 SPREADS = [0, 0.5, 2, 4, 12, 38]
 
 
@@ -79,9 +79,9 @@ def solver_of(kind, case, **options):
 
 
 def taken(weights):
-    """What the weights count as, of mean 1, and whether those are the ones given."""
+    """The weights as they count, of mean 1, and whether they are the given ones."""
     weights = weights.astype(np.float64)
-    if not (weights >= TINY).all():  # XLA takes smaller ones for 0, or does not.
+    if not (weights >= TINY).all():  # XLA may flush smaller ones to 0.
         return None, False
     least = LEAST_WEIGHT * weights.max()
     clipped = np.maximum(weights, least)
@@ -99,8 +99,8 @@ def check(case, loads, stacked, weights, results):
         phy2log = np.asarray(placement.phy2log)
         np.add.at(served, phy2log, quotas[i].astype(np.float64))
         np.add.at(n_slots, phy2log[phy2log >= 0], 1)
-        # A part below the smallest normal float may count as none; along a topology there is one
-        # such part, since the other is what is left.
+        # A part below the smallest normal float may count as 0; along a topology there is one such
+        # part, since the other is the remainder.
         lost = TINY * (1 if case.r2o.size else n_slots)
         difference = np.abs(served - loads[i])
         assert (difference <= (0 if integers else 1e-6 * np.abs(loads[i]) + lost)).all()
@@ -133,7 +133,7 @@ def check(case, loads, stacked, weights, results):
 
 
 def problem(rng, name, families):
-    """A case, and of every family and spread of the weights: loads, a placement, and weights."""
+    """A case, with loads, a placement and weights of every family and spread."""
     case = PROBLEMS[name](rng)
     kinds = [(family, spread) for family in families.values() for spread in SPREADS]
     loads = np.stack([family(rng, case.n_logical) for family, _ in kinds])
@@ -150,7 +150,7 @@ def test_any_real_loads(rng, name, weighted, kind):
     loads = loads.astype(np.float32)
     weights = weights if weighted else None
     status = check(case, loads, stacked, weights, solver_of(kind, case)(loads, stacked, weights))
-    # What float32 can resolve: no parts of loads that are not normal, and weights within 1e4.
+    # Within float32's resolution: no subnormal parts of loads, and weights within 1e4.
     easy = (loads.max(axis=1) > 1e-30) | (loads.max(axis=1) < TINY)
     if weighted:
         easy &= np.abs(np.log10(weights)).max(axis=1) <= 2
@@ -166,6 +166,6 @@ def test_any_tokens(rng, name, weighted, repair, kind):
     weights = weights if weighted else None
     run = solver_of(kind, case, repair=repair)
     status = check(case, loads, stacked, weights, run(loads, stacked, weights))
-    if repair:  # Whatever the weights, as long as they are taken as given.
+    if repair:  # For any weights that count as given.
         as_given = [weights is None or taken(weights[i])[1] for i in range(len(loads))]
         assert not (status[as_given] & Status.NOT_CONVERGED).any()

@@ -9,7 +9,7 @@ from steps import assert_same, native_count, spec_count
 from lplb_jax import count_loads
 
 ABSENT = {"int32": -1, "int64": -1, "uint8": 255, "uint16": 65535}
-# For uint8 also fewer, exactly as many and more experts than it has values.
+# For uint8 also fewer, equally many and more experts than it has values.
 SIZES = [
     *(("uint8", n) for n in (1, 8, 200, 255, 256, 300)),
     *(("uint16", n) for n in (1, 256, 1024)),
@@ -32,7 +32,7 @@ def random_ids(rng, dtype, n_logical, shape):
 
 
 def count_in_python(ids, n_logical):
-    """Counts, and in the last place the ids that are neither an expert nor absent."""
+    """Counts, followed by the number of ids that are neither an expert nor absent."""
     counts = [0] * (n_logical + 1)
     absent = ABSENT[ids.dtype.name]
     for value in ids.ravel().tolist():
@@ -81,6 +81,6 @@ def test_everything_on_one_expert():
 
 @pytest.mark.parametrize("value", [2**32 + 1, 2**31, -(2**32) + 1, 2**40])
 def test_wide_ids_do_not_wrap_around(value):
-    """Without x64, JAX would cut int64 ids down to other, valid ones."""
+    """Without x64, JAX would truncate int64 ids to other, valid ones."""
     assert count_loads(np.array([value, 0, -1]), 4).tolist() == [1, 0, 0, 0]
     assert count_loads([value, 0, -1], 4).tolist() == [1, 0, 0, 0]

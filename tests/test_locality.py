@@ -27,7 +27,7 @@ def some_nodes(rng, ep_size: int) -> int:
 
 @pytest.mark.parametrize("name", ["one rank", "torus 4x4", *SMALL_CASES])
 def test_own_rank_then_own_node_then_the_rest(rng, name):
-    """Token by token, and as many as these quotas let stay; the quotas are what they were."""
+    """Token by token, as many as these quotas let stay; the quotas are unchanged."""
     case = CASES[name](rng)
     placement, n_nodes = case.placement(rng), some_nodes(rng, case.ep_size)
     node_size, slots_per_rank = (
@@ -70,7 +70,7 @@ def test_more_stay_than_with_home_ranks_first(rng):
 
 
 def test_inside_shard_map_and_without_other_ranks(rng, cpu_devices):
-    """The ranks by themselves assign what one call for all of them does."""
+    """Ranks on their own assign the same as one call for all of them."""
     case = CASES["cube, three combined"](rng)
     placement = case.placement(rng)
     ids = tokens(rng, case, 40)

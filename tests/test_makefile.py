@@ -1,4 +1,4 @@
-"""What make does on a machine with GPUs and on one without; nvidia-smi and Python are stand-ins."""
+"""The Makefile on machines with and without GPUs; nvidia-smi and Python are stand-ins."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 
 
 def make(folder: pathlib.Path, target: str, programs: dict[str, str], *variables: str) -> str:
-    """What `make target` prints where these programs come first in PATH."""
+    """The output of `make target` with these programs first in PATH."""
     for name, script in programs.items():
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o755)

@@ -1,4 +1,4 @@
-"""Meshes with other axes than the expert-parallel one: automatic, explicit, in another order."""
+"""Meshes with axes besides the expert-parallel one: automatic, explicit, in any order."""
 
 import contextlib
 import itertools
@@ -16,12 +16,12 @@ from lplb_jax import assign, count_loads, metrics, rebalance, solve, sync_loads,
 
 VMA = pytest.mark.parametrize("check_vma", [True, False])
 RING = topologies.ring(2)
-PAIR = Case(RING, 4)  # two ranks, so that other axes of a mesh of eight may have two places each
+PAIR = Case(RING, 4)  # two ranks, so that other axes of a mesh of eight can have size two
 EXTRA_AXES = [("data",), ("data", "tp"), ("data", "tp", "pipe")]
 
 
 def mesh_of(devices, names, axis_type=AxisType.Auto, shape=None):
-    """Two places along every axis, and one along those for which no devices are left."""
+    """Axes of size two, or one if no devices are left."""
     shape = shape or (2, 2, 2, 1)[: len(names)]
     devices = devices[: np.prod(shape)].reshape(shape)
     return Mesh(devices, names, axis_types=(axis_type,) * len(names))
@@ -87,7 +87,7 @@ def test_other_axes_are_not_manual(rng, cpu_devices, others, axis_type, check_vm
 
 @pytest.fixture(params=[True, False], ids=["current mesh", "other mesh"])
 def explicit(request, cpu_devices):
-    """Puts arrays on a mesh of explicit axes x and y, whether that is the current one or not."""
+    """Puts arrays on a mesh of explicit axes x and y, whether or not it is the current one."""
     mesh = mesh_of(cpu_devices, ("x", "y"), AxisType.Explicit, shape=(4, 2))
     with jax.set_mesh(mesh) if request.param else contextlib.nullcontext():
         yield lambda array, *spec: jax.device_put(array, NamedSharding(mesh, P(*spec)))
@@ -134,7 +134,7 @@ HOW += [(name, True, False) for name in JITTED]
 
 @pytest.mark.parametrize(("name", "jitted", "explicit"), HOW, indirect=["explicit"])
 def test_explicit_axes_outside_shard_map(rng, explicit, name, jitted):
-    """Arrays may be sharded in any way; what is returned per token is sharded as the tokens."""
+    """Arrays may be sharded in any way; results per token are sharded like the tokens."""
     placement = PAIR.placement(rng)
     ids = tokens(rng, PAIR, 40)
     loads = counts_of(ids, PAIR.n_logical)

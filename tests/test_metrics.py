@@ -40,7 +40,7 @@ def test_rank_loads_and_tokens_moved(rng):
 
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_stacked_layers(rng, cpu_devices, kind):
-    """Layer by layer, whatever the sharding, with a placement of each layer's or one for all."""
+    """Layer by layer, with any sharding, and one placement per layer or one for all."""
     case = CASES["cube"](rng)
     layers = [case.placement(rng) for _ in range(4)]
     stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *layers)
@@ -100,7 +100,7 @@ def test_gap(rng):
 
 
 def test_an_even_split_loses_no_token_to_a_traced_logcnt(rng):
-    """How many slots an expert has stands in log2phy, too; that alone counts."""
+    """Only log2phy determines how many slots an expert has."""
     case = Case(topologies.cube(), 4)
     placement = case.placement(rng)
     loads = rng.integers(0, 1000, case.n_logical).astype(np.int32)
@@ -110,7 +110,7 @@ def test_an_even_split_loses_no_token_to_a_traced_logcnt(rng):
 
 
 def test_balancing_beats_an_even_split(rng):
-    """What the README's table shows, as an inequality."""
+    """The README's table, as inequalities."""
     case = CASES["cube"](rng)
     placement = case.placement(rng)
     loads = rng.lognormal(5, 1.2, case.n_logical).astype(np.int32)

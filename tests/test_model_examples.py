@@ -1,6 +1,6 @@
 """The examples of layers in a model: they learn, and decoding is the same with copies and without.
 
-As programs of their own, without XLA's optimisations: its compiler is what takes time.
+They run as separate programs without XLA's optimizations, since compilation dominates.
 """
 
 import os
@@ -16,7 +16,7 @@ QUICK = "--xla_backend_optimization_level=0"
 
 
 def printed(name, *arguments):
-    """What a program prints. Its warnings are errors: one would say that native modules lack."""
+    """A program's output. Warnings are errors, to detect missing native modules."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path[1:]]),
@@ -32,7 +32,7 @@ def printed(name, *arguments):
     ("name", "module"), [("scanned_layers.py", "optax"), ("nnx_layer.py", "flax")]
 )
 def test_layers_learn(name, module):
-    """With experts placed anew in between."""
+    """Experts are placed anew in between."""
     pytest.importorskip("optax")
     pytest.importorskip(module)
     out = printed(name, "--steps", "40", "--tokens", "256")

@@ -1,4 +1,4 @@
-"""JAX's stricter modes: every public function gives what it gives without them."""
+"""JAX's stricter modes: every public function gives the same results as without them."""
 
 import contextlib
 import inspect
@@ -29,7 +29,7 @@ from lplb_jax import (
 )
 
 CASE = Case(topologies.ring(4), 4, combined=2)
-# Along no topology: experts two and three times, one slot empty.
+# Without a topology: experts with two and three slots, one slot empty.
 ANYWHERE = Placement.from_phy2log(
     [[0, 1, 2, 3, 8], [4, 5, 6, 7, 8], [8, 9, 10, 11, 0], [12, 13, 14, 15, -1]], ep_size=4
 )
@@ -162,7 +162,7 @@ def test_a_transfer_guard(operands, name):
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.filterwarnings("ignore:lplb_jax was installed without")
 def test_the_reference(operands, monkeypatch, name):
-    """Where there is no native code, under all modes at once."""
+    """Without native code, under all modes at once."""
     expected = jax.jit(CALLS[name])(*operands)
     monkeypatch.setattr(_native, "AVAILABLE", {})
     with modes(MODES):
@@ -172,7 +172,7 @@ def test_the_reference(operands, monkeypatch, name):
 @ALL_MODES
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8, np.uint16])
 def test_types_of_indices(operands, names, dtype):
-    """What names no expert stays so in every type."""
+    """Ids without an expert stay so in every dtype."""
     ids, _, placement = operands
     expected = rebalance(ids, None, CASE.r2o, placement=placement)
     with modes(names):
@@ -189,7 +189,7 @@ def test_placing_experts(rng, names):
 
 
 def test_no_function_is_left_out():
-    """A new public function gets a line above."""
+    """A new public function must get a line above."""
     public = {name for name in lplb_jax.__all__ if inspect.isfunction(getattr(lplb_jax, name))}
     on_the_host = {"advise", "export_checks", "init_comm", "place_experts", "refresh", "verify"}
     assert public - on_the_host <= set(CALLS)

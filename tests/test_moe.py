@@ -79,7 +79,7 @@ PORTABLE: dict[str, Any] = {"transport": "padded", "gemm": "xla"}
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_device(rng, mesh, name):
-    """All routings through one compiled program, each with a placement of its own."""
+    """All routings through one compiled program, each with its own placement."""
     case = CASES[name](rng)
     run = with_slopes(layer_over(mesh, case, **PORTABLE, **ROOM))
     for routing in ROUTINGS:
@@ -109,7 +109,7 @@ def test_every_balance_is_the_same_mathematics(rng, mesh, balance, check_vma):
     if balance == "none":
         np.testing.assert_array_equal(traffic.slot_loads, metrics.home_quota(loads, placement))
     elif balance == "eplb":
-        # Of an odd number of its tokens, every source sends one more home.
+        # Every source sends one more home if its number of tokens is odd.
         even = np.asarray(metrics.even_quota(loads, placement))
         assert np.abs(traffic.slot_loads - even).max() <= case.ep_size
 
@@ -117,7 +117,7 @@ def test_every_balance_is_the_same_mathematics(rng, mesh, balance, check_vma):
 @pytest.mark.parametrize("transport", ["padded", "ragged"])
 @pytest.mark.parametrize("sizes", [(8, 4, 19), (8, 5, 8), (4, 9, 30)])
 def test_weights_for_the_slots_of_any_placement(rng, cpu_devices, monkeypatch, sizes, transport):
-    """Bit for bit, and their gradients come home, summed; one program for all placements."""
+    """Bit for bit, and gradients are summed at home; one program for all placements."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
     case = AnyCase(*sizes)
     mesh = Mesh(cpu_devices[: case.ep_size], "ep")
@@ -180,7 +180,7 @@ def test_weights_for_any_slots_in_strict_modes(rng, cpu_devices, monkeypatch, mo
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_the_ragged_exchange_of_weights_has_the_same_types(rng, cpu_devices, check_vma):
-    """CPUs cannot run it, but trace it: with weights that vary over fewer axes than gradients."""
+    """CPUs can only trace it: with weights that vary over fewer axes than gradients."""
     mesh = Mesh(cpu_devices.reshape(2, 4), ("data", "ep"))
     placement = AnyCase(4, 9, 30).placement(rng)
 
@@ -202,7 +202,7 @@ def test_the_ragged_exchange_of_weights_has_the_same_types(rng, cpu_devices, che
 
 
 def crowded(rng, case):
-    """One expert on every rank with a slot to spare, twice where there are two; one is empty."""
+    """One expert on every rank with a spare slot, twice on ranks with two; one slot is empty."""
     placement = case.placement(rng)
     spare = np.setdiff1d(np.arange(placement.n_physical), placement.log2phy[:, 0])
     table = placement.phy2log.copy()
@@ -216,7 +216,7 @@ def crowded(rng, case):
     [((8, 4, 19), "lplb"), ((8, 4, 19), "eplb"), ((8, 4, 19), "none"), ((8, 3, 3), "lplb")],
 )
 def test_any_placement_equals_one_device(rng, mesh, sizes, balance):
-    """Value and gradients, of one program for all placements; then moved to another one."""
+    """Value and gradients, by one program for all placements; then moved to another placement."""
     case = AnyCase(*sizes)
     run = with_slopes(layer_over(mesh, case, balance=balance, **PORTABLE, **ROOM))
     for k, routing in enumerate([*ROUTINGS, skewed, one_expert]):
@@ -241,7 +241,7 @@ def test_any_placement_equals_one_device(rng, mesh, sizes, balance):
 
 
 def test_any_placements_by_layer_in_a_scan(rng, mesh):
-    """Each layer has experts and a placement of its own: value and gradients, layer by layer."""
+    """Each layer has its own experts and placement: value and gradients, layer by layer."""
     case, n_layers = AnyCase(8, 4, 19), 3
     layers = [problem(rng, case, routing) for routing in (skewed, one_expert, half_silent)]
     (tokens, gates, experts), ids, placements = jax.tree.map(lambda *a: np.stack(a), *layers)
@@ -317,7 +317,7 @@ def test_bad_any_placements(rng, mesh):
 
 
 def with_and_without_comm(rng, mesh, case, **options):
-    """Output, gradients and traffic with loads shared by a communicator, and by lax.all_gather."""
+    """Output, gradients and traffic with loads from a communicator, and from lax.all_gather."""
     (tokens, gates, experts), ids, placement = problem(rng, case, skewed)
     floats = tokens, gates, in_slots(experts, placement)
     with init_comm(mesh, max_experts=case.n_logical) as comm:
@@ -364,7 +364,7 @@ def test_what_is_sent_and_where_it_stands(rng, mesh, name):
         rows, row_gates, plan = moe.dispatch(
             tokens, gates, assigned, axis_name="ep", capacity=capacity, transport="padded"
         )
-        sizes = getattr(plan, "lists").sizes  # noqa: B009 a plan of a collective has them
+        sizes = getattr(plan, "lists").sizes  # noqa: B009 plans of collectives have lists
         return assigned.physical_indices, rows, row_gates, plan.group_sizes, sizes
 
     run = jax.shard_map(
@@ -379,7 +379,7 @@ def test_what_is_sent_and_where_it_stands(rng, mesh, name):
     for destination in range(8):
         goes = (served == destination).any(axis=1).reshape(8, -1)
         np.testing.assert_array_equal(sizes[:, destination], goes.sum(axis=1))
-        mine = np.argwhere(served == destination)  # in the order of sources and tokens
+        mine = np.argwhere(served == destination)  # by source, then token
         mine = mine[np.argsort(slots[tuple(mine.T)], kind="stable")]
         np.testing.assert_array_equal(rows[destination, : len(mine)], mine[:, 0])
         received = np.asarray(row_gates).reshape(8, -1)[destination, : len(mine)]
@@ -389,7 +389,7 @@ def test_what_is_sent_and_where_it_stands(rng, mesh, name):
 
 @pytest.mark.parametrize("room", [1.0, 8.0])
 def test_derivatives_of_the_parts_are_the_true_ones(rng, mesh, room):
-    """Of every row, served or not, and whatever gradients come for those that nobody sent."""
+    """Gradients of every row, served or not, with arbitrary cotangents for undefined rows."""
     case = CASES["ring"](rng)
     placement, n_tokens = case.placement(rng), 64
     capacity = moe.capacity_for(n_tokens // 8 * TOP_K, 8, room)
@@ -427,7 +427,7 @@ def test_derivatives_of_the_parts_are_the_true_ones(rng, mesh, room):
 
     for routing in ROUTINGS:
         assignment = assigned(routing(rng, case, n_tokens).astype(np.int32))
-        # Rows stand by slot, then by source and token; past a rank's capacity they are dropped.
+        # Rows are ordered by slot, source and token; past a rank's capacity they are dropped.
         slots = np.asarray(assignment.physical_indices)
         token, choice = np.full((2, 8, capacity), -1)
         for rank in range(8):
@@ -450,7 +450,7 @@ def test_derivatives_of_the_parts_are_the_true_ones(rng, mesh, room):
 
 
 def test_derivatives_of_the_products_are_the_true_ones(rng):
-    """Groups of all sizes; rows past the last hold anything, and so do their gradients."""
+    """Groups of all sizes; rows past the last group and their gradients hold arbitrary values."""
     n_rows, n_groups = 300, 6
     for _ in range(4):
         cuts = np.sort(rng.integers(0, n_rows + 1, n_groups + 1))
@@ -502,7 +502,7 @@ def test_forward_mode_is_refused_in_words(rng, mesh):
 
 
 def test_a_diverged_expert_reaches_its_own_tokens_only(rng, mesh):
-    """NaN or infinite weights of each expert in turn: all else keeps its bits, gradients too."""
+    """NaN or infinite weights of each expert in turn: all else keeps its bits, also gradients."""
     case = CASES["two groups of four"](rng)
     (tokens, gates, experts), ids, placement = problem(rng, case, skewed)
     run = with_slopes(layer_over(mesh, case, **PORTABLE, **ROOM))
@@ -530,7 +530,7 @@ def test_a_diverged_expert_reaches_its_own_tokens_only(rng, mesh):
 
 
 def test_without_balance_others_do_not_change_a_bit(rng, mesh):
-    """Of tokens that are routed as before, when half of all are routed anew."""
+    """Tokens with unchanged routing, when half of all tokens are rerouted."""
     case = CASES["cube"](rng)
     (tokens, gates, experts), ids, placement = problem(rng, case, skewed, 256)
     run = with_slopes(layer_over(mesh, case, balance="none", **PORTABLE, **ROOM))
@@ -563,7 +563,7 @@ def test_an_empty_batch(rng, mesh, balance):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_parts_in_strict_modes(rng, mesh, mode):
-    """Of moe alone: the assignment is made before. The same bits and types as ever."""
+    """For moe alone, with a given assignment: the same bits and dtypes as otherwise."""
     case = CASES["cube"](rng)
     (tokens, gates, experts), ids, placement = problem(rng, case, skewed, dtype=jnp.bfloat16)
     gates = gates.astype(np.float32)
@@ -618,7 +618,7 @@ def test_the_layer_with_wide_types(rng, mesh, balance):
 
 @pytest.mark.parametrize("routing", [skewed, one_expert])
 def test_overflow_is_counted_and_left_out(rng, mesh, routing):
-    """The rows that stay are served as ever; of those dropped, nothing comes back."""
+    """Rows that fit are served as usual; dropped rows return nothing."""
     case = CASES["ring"](rng)
     floats, ids, placement = problem(rng, case, routing)
     experts = in_slots(floats[2], placement)
@@ -630,7 +630,7 @@ def test_overflow_is_counted_and_left_out(rng, mesh, routing):
     assert received.max() > capacity, "the routing is too even for this test"
     assert traffic.overflow == np.maximum(received - capacity, 0).sum()
 
-    # Which choices were dropped: those whose gate does not change the output.
+    # Dropped choices are those whose gate does not change the output.
     def served(gates):
         return run(floats[0], gates, experts, ids)[0].sum(axis=1)
 
@@ -643,7 +643,7 @@ def test_overflow_is_counted_and_left_out(rng, mesh, routing):
 
 
 def test_rows_that_nobody_sent_do_not_matter(rng, mesh, monkeypatch):
-    """The ragged transport leaves them as they were in memory: also NaN, in both directions."""
+    """The ragged transport leaves memory there unchanged: possibly NaN, in both directions."""
     clean = collectives.exchange
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -673,7 +673,7 @@ def test_rows_that_nobody_sent_do_not_matter(rng, mesh, monkeypatch):
 
 
 def test_scattered_copies_are_what_a_gather_gives(rng):
-    """The kernel for GPUs, interpreted; entries with no copy at all among them."""
+    """The kernel for GPUs, interpreted, including entries without any copy."""
     for columns in (256, 384):
         exists = rng.random((30, 3)) < 0.6
         exists[rng.integers(30)] = False
@@ -689,7 +689,7 @@ def test_scattered_copies_are_what_a_gather_gives(rng):
 
 
 def test_blocks_of_kernels_that_reach_past_the_last_group(rng):
-    """As the kernels do: whole blocks are read, and what is of other groups multiplied by zero."""
+    """Like the kernels: reads whole blocks, and multiplies rows of other groups by zero."""
     block = 64
 
     def of_rows(rows, weights, sizes, transposed=False):
@@ -744,7 +744,7 @@ def test_blocks_of_kernels_that_reach_past_the_last_group(rng):
 
 @pytest.mark.parametrize("balance", ["eplb", "lplb"])
 def test_who_fetches_the_copies_and_where_to(rng, mesh, balance):
-    """The layer or its caller, into new arrays or into room behind the own weights: no matter."""
+    """By the layer or its caller, into new arrays or into room after own weights: no difference."""
     case = CASES["cube"](rng)
     (tokens, gates, experts), ids, placement = problem(rng, case, skewed)
     n_copies = placement.redundants_per_rank
@@ -798,7 +798,7 @@ def test_who_fetches_the_copies_and_where_to(rng, mesh, balance):
 
 @pytest.mark.parametrize("how", [ragged_checks.HOW[0], ragged_checks.HOW[-1]])
 def test_both_collectives_give_the_same_bits(rng, cpu_devices, monkeypatch, how):
-    """With 96 and 256 experts, gradients too. On GPUs of several processes: test_gpu_sync.py."""
+    """96 and 256 experts, including gradients. For GPUs of several processes: test_gpu_sync.py."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
     sizes = ragged_checks.Sizes(hidden=16, width=8, tokens=32, layers=1, calls=1, dtype=np.float32)
     ragged_checks.check(Mesh(cpu_devices[:2], "ep"), rng, sizes, how=[how])
@@ -806,7 +806,7 @@ def test_both_collectives_give_the_same_bits(rng, cpu_devices, monkeypatch, how)
 
 @pytest.mark.parametrize("kind", [moe.Own, moe.InSlots, moe.WithRoom])
 def test_weights_that_say_what_they_are(rng, cpu_devices, kind):
-    """The same program as of bare ones; what comes out, gradients too, is of their type."""
+    """The same program as for bare weights; results and gradients have their type."""
     mesh, case = Mesh(cpu_devices[:2], "ep"), moe_checks.case_of(2)
     (tokens, gates, experts), ids, placement = problem(rng, case, skewed, 16)
     n = placement.n_logical if kind is moe.Own else placement.n_physical
@@ -859,7 +859,7 @@ def test_weights_that_are_not_what_they_say(rng, cpu_devices, kind, options, wor
 
 
 def test_a_result_unpacks():
-    """Into two, or with room for copies three, in the order of its attributes; a pytree."""
+    """Into two, or three with room for copies, in the order of its attributes; a pytree."""
     out, traffic = moe.LayerResult(1, 2)
     assert (out, traffic) == (1, 2)
     out, traffic, experts = moe.LayerResult(1, 2, 3)
@@ -869,7 +869,7 @@ def test_a_result_unpacks():
 
 
 def test_the_layer_does_what_its_parts_do(rng, mesh):
-    """In another order, but with the same bits: value and gradients."""
+    """In a different order, but with the same bits: value and gradients."""
     case = CASES["cube"](rng)
     (tokens, gates, experts), ids, placement = problem(rng, case, skewed)
     where: dict[str, Any] = {"placement": placement, "axis_name": "ep"}
@@ -922,7 +922,7 @@ def test_none_in_place(rng, mesh):
 
 
 def test_rematerialised_layers_in_a_scan(rng, mesh):
-    """As deep models run them: the same as one after the other, with everything kept."""
+    """Like deep models: the same as unrolled with everything kept."""
     case = CASES["cube"](rng)
     (tokens, gates, experts), ids, placement = problem(rng, case, skewed)
     experts = in_slots(experts, placement)
@@ -966,7 +966,7 @@ def test_rematerialised_layers_in_a_scan(rng, mesh):
 
 @pytest.mark.parametrize("name", CASES)
 def test_replicas_are_what_the_placement_says(rng, mesh, name):
-    """Bit for bit the weights of every slot's expert, and their gradients come home, summed."""
+    """Bit for bit the weights of every slot's expert, and gradients are summed at home."""
     case = CASES[name](rng)
     placement = case.placement(rng)
     of_experts = rng.normal(0, 1, (case.n_logical, 5)).astype(np.float32)
@@ -1021,7 +1021,7 @@ def test_a_sub_axis_of_a_mesh(rng, cpu_devices):
     ],
 )
 def test_several_axes_in_any_order(rng, mesh, sizes, axes, check_vma):
-    """Ranks are numbered in the order in which the axes are given, not in the mesh's."""
+    """Ranks are numbered in the given order of axes, not in the mesh's."""
     case = Case(random_topology(rng, 8, 2), 4)
     floats, ids, placement = problem(rng, case, skewed)
     floats = *floats[:2], in_slots(floats[2], placement)
@@ -1051,7 +1051,7 @@ def test_several_axes_in_any_order(rng, mesh, sizes, axes, check_vma):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_the_ragged_transport_has_the_same_types(rng, cpu_devices, check_vma):
-    """CPUs cannot run it, but trace it: with experts that vary over fewer axes than tokens."""
+    """CPUs can only trace it: with experts that vary over fewer axes than tokens."""
     mesh = Mesh(cpu_devices.reshape(2, 4), ("data", "ep"))
     case = Case(topologies.ring(4), 3, combined=2)
     floats, ids, placement = problem(rng, case, skewed)
@@ -1078,7 +1078,7 @@ def test_the_ragged_transport_has_the_same_types(rng, cpu_devices, check_vma):
 
 
 def test_placements_change_without_a_new_trace(rng, mesh):
-    """And the experts move with them: the same output, from the same compiled program."""
+    """The experts move with them: the same output, from the same compiled program."""
     case = CASES["two groups of four"](rng)
     (tokens, gates, experts), ids, old = problem(rng, case, skewed)
     traces = []
@@ -1105,7 +1105,7 @@ def test_placements_change_without_a_new_trace(rng, mesh):
 
 
 def moves(rng, n_layers=None):
-    """Weights in the order of experts; two placements, or as many stacked ones."""
+    """Weights in the order of experts, and two placements, possibly stacked."""
     case = CASES["two groups of four"](rng)
 
     def placement():
@@ -1137,7 +1137,7 @@ def test_experts_move_under_every_transformation(rng, n_layers):
     )
     if n_layers is not None:
         np.testing.assert_array_equal(jax.vmap(moe.move_experts)(weights, old, new), want)
-    # Scalars, of all layers or of each, are no experts'.
+    # Scalars, for all layers or per layer, do not belong to experts.
     count, of_layers = np.int32(7), np.arange(3, dtype=np.int32)
     state = {"count": count, "moments": weights, "step": 3, "none": None}
     if n_layers == 3:
@@ -1153,7 +1153,7 @@ def test_experts_move_under_every_transformation(rng, n_layers):
 @pytest.mark.parametrize("n_layers", [None, 3])
 @pytest.mark.parametrize("kind", jax.sharding.AxisType)
 def test_moved_arrays_stay_sharded(rng, cpu_devices, kind, n_layers):
-    """Where nothing is transferred behind the user's back; also with explicit axes."""
+    """With implicit transfers disallowed; also with explicit axes."""
     if kind == jax.sharding.AxisType.Manual:
         pytest.skip("arrays outside shard_map have no manual axes")
     mesh = Mesh(cpu_devices, "ep", axis_types=(kind,))
@@ -1194,7 +1194,7 @@ def test_contradictions_of_moves_are_refused(rng):
     log2phy[1, 5, 0] = -1
     wrong = dataclasses.replace(news, log2phy=log2phy)
     refused("^new: .*expert 5 of layer 1 in slot -1, which does not exist", stacked, olds, wrong)
-    # Traced, the values are not known: what is lost shows.
+    # Traced values are unknown; lost experts show as NaN.
     swapped = np.array(new.log2phy)
     swapped[3, 0] = swapped[4, 0]
     wrong = dataclasses.replace(new, log2phy=swapped)
@@ -1256,7 +1256,7 @@ BAD = [
 
 @pytest.mark.parametrize(("changed", "error", "words"), BAD)
 def test_bad_input(rng, mesh, changed, error, words):
-    """At trace time; the message names the argument, what was expected and what came."""
+    """At trace time; the message names the argument, what was expected and what it got."""
     case = CASES["cube"](rng)
 
     def rank(x):
@@ -1346,7 +1346,7 @@ def gpu_mesh():
 
 
 def spoil_memory(mesh):
-    """Leaves NaN in the memory that buffers without initial values get."""
+    """Leaves NaN in memory that is then reused for uninitialized buffers."""
     for device in mesh.devices:
         jax.block_until_ready(jax.device_put(np.full(2**28, np.nan, np.float32), device)).delete()
 
@@ -1363,7 +1363,7 @@ def test_gpus_equal_one_device(rng, gpu_mesh, dtype, gemm, tolerance, options, w
     case = case_of(size) if where == "topology" else AnyCase(size, 7, 5 * size - 1)
     copies = "batch" if where == "copies of the batch" else "placement"
     spoil_memory(gpu_mesh)
-    # In full precision: the plain mathematics are.
+    # In full precision, like the plain mathematics.
     with jax.default_matmul_precision("highest"):
         layer = layer_over(gpu_mesh, case, transport="ragged", gemm=gemm, copies=copies, **ROOM)
         run = with_slopes(layer)
@@ -1387,7 +1387,7 @@ def test_loads_by_the_gpus_themselves(rng, gpu_mesh):
 @pytest.mark.parametrize("balance", ["none", "eplb", "lplb"])
 @pytest.mark.parametrize("anywhere", [False, True], ids=["topology", "anywhere"])
 def test_transports_give_the_same_bits(rng, gpu_mesh, balance, hide, anywhere):
-    """Values and gradients, also where XLA hides collectives and copy engines move the weights."""
+    """Values and gradients, also if XLA hides collectives and copy engines move the weights."""
     size = gpu_mesh.size
     case = AnyCase(size, 7, 5 * size - 1) if anywhere else case_of(size)
     results = []

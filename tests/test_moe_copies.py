@@ -1,4 +1,4 @@
-"""The layer with copies chosen for the batch at hand: nothing but speed depends on them."""
+"""The layer with copies chosen for the batch: only speed depends on them."""
 
 from typing import Any
 
@@ -39,13 +39,13 @@ def mesh(cpu_devices):
 
 
 def by_rank(problem):
-    """What the layer takes of a problem."""
+    """The layer's arguments for a problem."""
     (tokens, gates, experts), ids, placement = problem
     return (tokens, gates, in_slots(experts, placement)), ids, placement
 
 
 def assert_chosen(traffic, ids, placement, fan_out=None):
-    """The copies are those of place_copies, and the busiest rank has what they allow."""
+    """The copies are place_copies', and the busiest rank has the least load that they allow."""
     counts = np.bincount(ids[ids >= 0], minlength=placement.n_logical).astype(np.int32)
     expected = place_copies(counts, placement, fan_out=fan_out)
     np.testing.assert_array_equal(traffic.phy2log, expected.phy2log)
@@ -142,9 +142,9 @@ def test_in_place(rng, mesh, monkeypatch, transport, of_copies):
     [("ragged", "copies", None), ("padded", "layer", None), ("ragged", "layer", 4)],
 )
 def test_equals_one_device(rng, mesh, monkeypatch, transport, again, n_nodes):
-    """All routings, ranks without tokens among them, and placements through one program, whose
-    backward pass fetches the copies again, or even chooses them again; copies that pass through
-    one rank of a node."""
+    """All routings, including ranks without tokens, and placements through one program, whose
+    backward pass fetches the copies again, or even chooses them again; copies relayed by one rank
+    of a node."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
     options = {"transport": transport, "keep_copies": again == "layer", "n_nodes": n_nodes}
     options = {**BATCH, **options}
@@ -158,8 +158,8 @@ def test_equals_one_device(rng, mesh, monkeypatch, transport, again, n_nodes):
 
 
 def check_full_room(rng, mesh, **options):
-    """All other ranks have copies of everything that rank 0 owns, and all are used: as many
-    gradients come home as ever can."""
+    """All other ranks have copies of everything that rank 0 owns, and use them: the most gradients
+    possible come home."""
     n_ranks, n_local = mesh.size, 6
     table = np.full((n_ranks, 2 * n_local), -1, np.int32)
     table[:, :n_local] = np.arange(n_ranks * n_local).reshape(n_ranks, n_local)
@@ -186,7 +186,7 @@ def test_as_many_gradients_as_can_come_home_on_gpus(rng):
 
 
 def test_of_a_placement_along_a_topology(rng, mesh):
-    """Its own experts are at home where they were; the limit on what a rank sends is kept."""
+    """Own experts stay at home; the limit on copies sent by a rank is kept."""
     case = Case(topologies.cube(), 5, combined=2)
     floats, ids, placement = problem(rng, case, skewed)
     layer = jax.jit(layer_over(mesh, AnyCase(8, 7, 40), fan_out=1, **BATCH))
@@ -196,7 +196,7 @@ def test_of_a_placement_along_a_topology(rng, mesh):
 
 
 def test_copies_that_are_fetched_again_are_not_kept(rng, mesh):
-    """What the backward pass gets holds the weights of all rows, or those of homes alone."""
+    """Residuals of the backward pass hold the weights of all rows, or only of homes."""
     floats, ids, placement = by_rank(problem(rng, CASE, skewed))
 
     def kept(keep_copies):
@@ -211,7 +211,7 @@ def test_copies_that_are_fetched_again_are_not_kept(rng, mesh):
 
 
 def kept_and_fetched_again(rng, mesh, problem, options, **of_layer):
-    """Value, gradients and traffic of both."""
+    """Compares value, gradients and traffic."""
     floats, ids, placement = by_rank(problem)
     upstream = rng.normal(0, 1, floats[0].shape).astype(np.float32)
     for keep_copies in (True, False):
@@ -242,7 +242,7 @@ def test_fetched_again_they_give_the_same_bits(
 @pytest.mark.parametrize("gemm", ["xla", "mosaic"])
 @pytest.mark.parametrize("of_copies", ["batch", "placement"])
 def test_fetched_again_they_give_the_same_bits_on_gpus(rng, of_copies, gemm, options):
-    """Also where XLA decides when each of the two fetches begins and what it hides behind."""
+    """Also if XLA schedules each of the two fetches to hide it."""
     mesh = Mesh(np.array(jax.devices("gpu")), "ep")
     case = AnyCase(mesh.size, 7, 5 * mesh.size - 1)
     drawn = problem(rng, case, skewed, 1000 * mesh.size, jnp.bfloat16, (256, 128))
@@ -275,7 +275,7 @@ def test_strict_modes(rng, mesh):
 
 @pytest.mark.parametrize("keep_copies", [True, False])
 def test_the_ragged_transport_has_the_same_types(rng, cpu_devices, keep_copies):
-    """With experts that vary over fewer axes than tokens do."""
+    """Experts vary over fewer axes than tokens do."""
     mesh, case = Mesh(cpu_devices.reshape(2, 4), ("data", "ep")), AnyCase(4, 9, 30)
     (tokens, gates, experts), ids, placement = by_rank(problem(rng, case, skewed, 64))
     both = P(("data", "ep"))
@@ -334,7 +334,7 @@ def test_bad_arguments(rng, mesh):
 
 
 def test_homes_that_do_not_fit_are_told(rng, mesh):
-    """A rank has rows for ⌈n_logical / ep_size⌉ experts, whoever chooses the copies."""
+    """A rank has rows for ⌈n_logical / ep_size⌉ experts, however copies are chosen."""
     floats, ids, _ = by_rank(problem(rng, CASE, skewed))
     table = np.full((8, 4), -1, np.int32)
     table.ravel()[:19] = np.arange(19)

@@ -1,4 +1,4 @@
-"""Copies of any placement: what travels, by which links, and what becomes of the gradients."""
+"""Copies of any placement: what travels, over which links, and where the gradients go."""
 
 import functools
 
@@ -17,7 +17,7 @@ from lplb_jax.placement import place_experts
 
 
 def hot(rng, case):
-    """One expert on every rank that has a slot to spare, or nearly; few others have copies."""
+    """One expert on almost every rank with a spare slot; few others have copies."""
     placement = case.placement(rng)
     spare = np.setdiff1d(np.arange(placement.n_physical), placement.log2phy[:, 0])
     table = placement.phy2log.copy()
@@ -85,7 +85,7 @@ def check_journeys(placement, loads, rows, fetch, used):
 
 @pytest.mark.parametrize("sizes", [(8, 4, 19), (2, 5, 6), (16, 5, 64), (64, 4, 250), (5, 3, 15)])
 def test_every_copy_travels_once_from_a_rank_that_has_it(rng, sizes):
-    """Bytes on a link are so many times those of an expert: counted, against the best there is."""
+    """Bytes on a link as a multiple of an expert's: counted, and compared with the optimum."""
     case = AnyCase(*sizes)
     for make in (lambda: case.placement(rng), lambda: hot(rng, case)) * 2:
         placement = make()
@@ -94,7 +94,7 @@ def test_every_copy_travels_once_from_a_rank_that_has_it(rng, sizes):
             rows, fetch = jax.tree.map(np.asarray, fetch_of(placement, loads, used=used))
             sends = check_journeys(placement, loads, rows, fetch, used)
             moved, owner = fetch.round >= 0, placement.log2phy[:, 0] // sizes[1]
-            # A home sends an expert to four at most, and a copy is passed on to three in a round.
+            # A home sends an expert to at most four ranks; a copy is passed on to three per round.
             experts = np.where(
                 moved,
                 placement.phy2log.reshape(sizes[0], -1)[
@@ -117,7 +117,7 @@ def test_every_copy_travels_once_from_a_rank_that_has_it(rng, sizes):
     ("sizes", "n_nodes"), [((8, 4, 19), 2), ((16, 5, 64), 4), ((64, 4, 250), 4), ((24, 3, 40), 12)]
 )
 def test_between_nodes_an_expert_travels_once(rng, sizes, n_nodes):
-    """Whatever the copies, used or not; homes send to four of each kind, others to three."""
+    """For any copies, used or not; homes send to four of each kind, others to three."""
     case, node_size = AnyCase(*sizes), sizes[0] // n_nodes
     for make in (lambda: case.placement(rng), lambda: hot(rng, case)):
         placement = make()
@@ -155,7 +155,7 @@ def slots_used(rng, placement):
 
 
 def test_a_limit_on_what_a_rank_sends_is_room_enough(rng):
-    """And without relays, where homes may send no more than they do in one round."""
+    """Also without relays, if homes may send no more than in one round."""
     placement = place_experts(
         None, topologies.ring(8), n_logical=40, ep_size=8, redundants_per_rank=2
     )
@@ -171,11 +171,11 @@ def test_a_limit_on_what_a_rank_sends_is_room_enough(rng):
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_received_rows_are_added_one_by_one(rng, dtype):
-    """By the kernel for GPUs and by XLA, against float32 on the host; no other row changes."""
+    """By the GPU kernel and by XLA, against float32 on the host; no other row changes."""
     for n, n_rows, most, n_received in [(7, 5, 3, 4), (4, 4, 1, 9), (3, 2, 4, 8), (5, 5, 2, 1)]:
         total = rng.normal(0, 1, (n, 384)).astype(dtype)
         received = rng.normal(0, 1, (n_received, 384)).astype(dtype)
-        received[rng.integers(n_received)] = np.nan  # nobody asks for it
+        received[rng.integers(n_received)] = np.nan  # never read
         usable = np.flatnonzero(~np.isnan(received[:, 0].astype(np.float32)))
         places = np.full(n_rows * most, n_received + 3, np.int32)
         some = rng.permutation(n_rows * most)[: len(usable)]
@@ -201,8 +201,8 @@ def test_received_rows_are_added_one_by_one(rng, dtype):
 
 
 def test_own_weights_are_not_copied(rng, cpu_devices):
-    """In place, a step needs no more memory than along a topology, but for what is on its way: with
-    the padded exchange a copy for each rank, sent and received."""
+    """In place, a step needs no more memory than along a topology, except for data in flight: with
+    the padded exchange, a copy for each rank, sent and received."""
     mesh, n_local = Mesh(cpu_devices, "ep"), 24
     placement = place_experts(
         None, topologies.ring(8), n_logical=8 * n_local, ep_size=8, redundants_per_rank=1

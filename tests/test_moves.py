@@ -1,4 +1,4 @@
-"""Experts' arrays in other orders: of ids and of homes; and whole training states that move."""
+"""Experts' arrays in different orders, of ids and of homes; and moves of whole training states."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def in_home_order(array, placement):
 @pytest.mark.parametrize("n_layers", [None, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_from_ids_and_back(rng, name, n_layers):
-    """Of every type, and under every transformation."""
+    """For every dtype, and under every transformation."""
     case = CASES[name]
     placement = placed(rng, case, n_layers)
     lead = () if n_layers is None else (n_layers,)
@@ -71,7 +71,7 @@ def test_from_ids_and_back(rng, name, n_layers):
 
 
 def test_another_number_of_ranks(rng):
-    """19 experts from eight ranks to four, by way of their ids."""
+    """19 experts from eight ranks to four, via the order of ids."""
     array = rng.normal(0, 1, (19, 2)).astype(np.float32)
     eight, four = (AnyCase(*sizes, 19).placement(rng) for sizes in ((8, 4), (4, 6)))
     home = moe.to_home_order(array, eight)
@@ -102,7 +102,7 @@ def test_arrays_stay_sharded_where_their_size_allows(rng, cpu_devices, name, kin
 
 
 def test_a_whole_optimiser_state_of_stacked_layers(rng):
-    """What belongs to experts follows them; the rest stays the same object."""
+    """Leaves of experts follow them; the rest stays the same object."""
     optax = pytest.importorskip("optax")
     old, new = (placed(rng, CASES["anywhere"], 3) for _ in range(2))
 
@@ -118,7 +118,7 @@ def test_a_whole_optimiser_state_of_stacked_layers(rng):
     optimizer = optax.chain(optax.clip_by_global_norm(1), optax.adamw(1e-3), optax.ema(0.9))
     state = jax.jit(optimizer.init)(weights)
     update = jax.jit(optimizer.update)
-    _, state = update(weights, state, weights)  # moments are now in weights' proportion
+    _, state = update(weights, state, weights)  # moments are now proportional to weights
 
     def is_expert(path):
         return "experts" in jax.tree_util.keystr(path)
@@ -144,7 +144,7 @@ def test_a_whole_optimiser_state_of_stacked_layers(rng):
 
 
 def test_fresh_arrays_stay_free_to_go_anywhere(rng, cpu_devices):
-    """Those that no device is bound to may be arguments beside sharded ones afterwards."""
+    """Uncommitted arrays can still be arguments together with sharded ones."""
     placement = CASES["anywhere"].placement(rng)
     sharded = jax.device_put(np.ones(24), NamedSharding(Mesh(cpu_devices, "ep"), P("ep")))
     for fresh in (np.ones(19), jnp.ones(19)):

@@ -25,7 +25,7 @@ TARGETS = {"lplb_count", "lplb_solve", "lplb_assign", "lplb_rebalance"}
 
 @pytest.fixture
 def warned():
-    """Reasons are given once per process; forget them before and after."""
+    """Reasons are reported once per process; reset them before and after."""
     _native.warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -34,7 +34,7 @@ def warned():
 
 
 def test_the_cpu_module_is_installed():
-    """pip install . always builds it: the other tests test it rather than the specification."""
+    """pip install . always builds it, so the other tests test it, not the specification."""
     assert "cpu" in _native.AVAILABLE
     import lplb_jax._cpu
 
@@ -57,7 +57,7 @@ def test_public_calls_run_native_code():
 
 @pytest.mark.parametrize("runtime", ["0.9.9", "0.0.1"])
 def test_an_older_jaxlib_is_refused(monkeypatch, runtime):
-    """Its FFI does not know what newer headers ask for; the message says what to do."""
+    """Its FFI lacks what newer headers require; the message says what to do."""
     built = _native.importlib.import_module("lplb_jax._cpu").jaxlib_version()
     monkeypatch.setattr(jaxlib.version, "__version__", runtime)
     with pytest.raises(ImportError) as refused:
@@ -67,7 +67,7 @@ def test_an_older_jaxlib_is_refused(monkeypatch, runtime):
 
 
 def signature(node):
-    """The name of a function, and the types of its arguments and result."""
+    """A function's name, and the types of its arguments and result."""
     if not isinstance(node, ast.FunctionDef):
         return None, None
     types = [argument.annotation for argument in node.args.posonlyargs]
@@ -76,7 +76,7 @@ def signature(node):
 
 @pytest.mark.parametrize("name", ["_cpu", "_cuda", "_bench"])
 def test_stubs_are_the_extensions(name):
-    """Every function that the extension has, and no other, with the same types."""
+    """Exactly the extension's functions, with the same types."""
     try:
         extension = importlib.import_module(f"lplb_jax.{name}")
     except ModuleNotFoundError:
@@ -86,7 +86,7 @@ def test_stubs_are_the_extensions(name):
     compiled = {}
     for function in vars(extension).values():
         for text, *_ in getattr(function, "__nb_signature__", ()):
-            # In Python's syntax, and without modules' names.
+            # In Python syntax, without module names.
             text = re.sub(r"ndarray\[dtype=(\w+)[^\]]*\]", r"NDArray[np.\1]", text)
             text = re.sub(r"\b(collections\.abc|lplb_jax\._cuda)\.", "", text)
             compiled |= dict(map(signature, ast.parse(f"{text}: ...").body))
@@ -113,7 +113,7 @@ def test_a_module_that_is_not_there_is_no_error():
 
 
 def test_a_module_that_lacks_something_is_an_error(monkeypatch):
-    """Only the extension itself may be absent; what it needs may not."""
+    """Only the extension itself may be absent, not its dependencies."""
 
     def import_module(name):
         raise ModuleNotFoundError("No module named 'other'", name="other")
@@ -124,7 +124,7 @@ def test_a_module_that_lacks_something_is_an_error(monkeypatch):
 
 
 def balance(case, loads):
-    """A new function each time: what was lowered before is not reused."""
+    """A new function each time, so that no earlier lowering is reused."""
     return jax.jit(lambda ids: rebalance(ids, loads, case.r2o))
 
 
@@ -157,7 +157,7 @@ def test_without_the_module_the_reference_runs_and_says_so_once(rng, monkeypatch
     ],
 )
 def test_the_platform_is_that_of_the_program(monkeypatch, warned, platform, words):
-    """Not JAX's default one: a program for a platform without native code runs the reference."""
+    """The target platform counts, not JAX's default: without native code the reference runs."""
     case = Case(topologies.ring(4), 2)
     monkeypatch.setattr(_native, "AVAILABLE", {"cpu": _native.AVAILABLE["cpu"]})
     traced = balance(case, np.ones((4, 8), np.int32)).trace(np.zeros((4, 30), np.int32))

@@ -1,4 +1,4 @@
-"""Transport "peer" as it is specified, on CPUs: against one device and against "padded"."""
+"""Transport "peer" by its specification, on CPUs: against one device and against "padded"."""
 
 import functools
 
@@ -44,7 +44,7 @@ def test_any_placement(rng, cpu_devices):
 
 
 def test_the_parts_equal_those_of_padded(rng, mesh):
-    """Rows, gates, sums and both ways' derivatives, also where rows find no room."""
+    """Rows, gates, sums and derivatives in both directions, also with rows that do not fit."""
     peer_checks.check_parts(mesh, comm_of(4), rng, n_rounds=2)
 
 
@@ -64,13 +64,13 @@ def test_many_batches(rng, mesh):
         ({"hidden_bytes": 32}, "of 32 bytes.*of 64 bytes"),
         ({"top_k": 2}, "top_k up to 2.*top_k = 3"),
         ({"capacity_factor": 1.0, "max_tokens": 16}, None),
-        ({"max_experts": 1}, None),  # and more slots than counts that its kernels exchange
+        ({"max_experts": 1}, None),  # more slots than counts that its kernels can exchange
         ({"dtype": "float8_e4m3fn"}, "tokens: expected one of bfloat16"),
         ({"hidden": 3}, "multiple of 16 bytes"),
     ],
 )
 def test_what_has_no_room_is_refused(mesh, changed, words):
-    """By "peer"; "auto" takes another transport, and says once why if comm has windows."""
+    """By "peer"; "auto" takes another transport, and says why once if comm has windows."""
     changed = dict(changed)
     hidden, dtype = changed.pop("hidden", 16), changed.pop("dtype", "float32")
     comm = changed["comm"] if "comm" in changed else comm_of(4, **changed)
@@ -120,7 +120,7 @@ def test_bad_windows(mesh, options, words):
 
 
 def test_windows_do_not_grow_with_the_ranks():
-    """From some number of ranks on it is the capacity that counts."""
+    """With enough ranks, the capacity is the limit."""
     sizes = [_windows(n, 1000, 8192, 8, 1.25).n_tokens for n in (2, 8, 16, 64, 256)]
     assert sizes == [1000, 7000, 10008, 10008, 10008]
 

@@ -1,4 +1,4 @@
-"""place_experts without a topology: legal, even homes, and as good as what it is measured by."""
+"""place_experts without a topology: valid, with even homes, and as good as its alternatives."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ SIZES = {
 
 
 def history_for(rng, n_logical, n_batches):
-    """Batches of tokens with a skew of a random kind."""
+    """Batches of tokens with a random kind of skew."""
     kind = rng.integers(4)
     loads = [
         np.ones(n_logical),
@@ -42,7 +42,7 @@ def sizes_of(case):
 
 
 def imbalance(placement: Placement, batches) -> float:
-    """Largest over mean rank load, balanced exactly, in the mean over batches."""
+    """Largest over mean rank load, balanced exactly, averaged over batches."""
     loads = np.asarray(batches, np.int32)
     splits = [solve(batch, None, placement=placement) for batch in loads]
     most = np.array([int(split.max_load[0]) for split in splits])
@@ -95,7 +95,7 @@ def test_never_worse_than_eplb_on_the_history(rng, case):
             for method in ("auto", "eplb")
         ]
         ours, eplb = (imbalance(placement, history) for placement in placements)
-        # Batches are judged at a size of 2²⁰ tokens.
+        # Batches are evaluated at a size of 2²⁰ tokens.
         assert ours <= eplb + 1e-4
 
 
@@ -144,7 +144,7 @@ def test_without_loads_experts_are_alike(history):
 
 
 def test_copies_stay_on_their_node_where_that_costs_nothing():
-    """Equal loads are level anyhow, so no copy has to leave."""
+    """Equal loads are even anyway, so no copy has to leave."""
     placement = place_experts(None, n_logical=64, ep_size=16, redundants_per_rank=2, n_nodes=4)
     node = np.arange(placement.n_physical) // (placement.n_physical // 4)
     home = node[placement.log2phy[placement.phy2log, 0]]

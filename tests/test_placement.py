@@ -29,7 +29,7 @@ CUBE = topologies.cube()
 
 
 def greedy(loads, experts, n_packs):
-    """EPLB's balanced packing, word by word: heaviest first, to the lightest pack with room."""
+    """EPLB's balanced packing as described: heaviest first, to the lightest pack with room."""
     packs = [[] for _ in range(n_packs)]
     for expert in sorted(experts, key=lambda e: (-loads[e], e)):
         room = [p for p in packs if len(p) < len(experts) // n_packs]
@@ -90,7 +90,7 @@ def test_packing_is_greedy_by_node_then_by_rank(rng, n_nodes):
     np.testing.assert_array_equal(ranks_of(placement)[:, :8], expected)
 
 
-# Of 16 ranks: the sizes of groups and nodes divide each other in either direction, or in neither.
+# For 16 ranks: sizes of groups and nodes divide one another in either direction, or not at all.
 @pytest.mark.parametrize("n_nodes", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("group_size", [2, 4, 8, 16])
 def test_packing_is_greedy_by_group_first(rng, group_size, n_nodes):
@@ -157,7 +157,7 @@ def test_each_ranks_experts_are_sorted_and_the_heaviest_replicated(rng):
 
 
 def test_packing_evens_out_loads(rng):
-    """Greedy is within the heaviest expert of even: what it promises."""
+    """Greedy packing is within the heaviest expert of even, as it guarantees."""
     loads = rng.lognormal(3, 1, 256)
     placement = place_experts(
         loads, topologies.cube(), n_logical=256, ep_size=8, redundants_per_rank=2
@@ -193,7 +193,7 @@ def test_placement_is_a_pytree_of_int32_with_static_ep_size():
 
 
 def test_what_is_static_in_a_placement():
-    """Placements of one topology share compiled code, however it was given."""
+    """Placements of one topology share compiled code, however the topology was passed."""
     sizes: dict[str, Any] = {"n_logical": 32, "ep_size": 8, "redundants_per_rank": 2}
 
     def structure(r2o=CUBE, history=None, **change):
@@ -252,7 +252,7 @@ def test_one_compilation_for_equal_topologies(rng):
 
 
 def test_placements_made_by_hand(rng):
-    """Their positional form is older than `topology` and `n_nodes`; so are pickles without them."""
+    """Positional arguments and pickles may predate `topology` and `n_nodes`."""
     made = Case(CUBE, 4).placement(rng)
     by_hand = Placement(made.phy2log, made.log2phy, made.logcnt, 8)
     assert (by_hand.topology, by_hand.n_nodes) == (None, 1)
@@ -309,7 +309,7 @@ def test_placements_are_equal_by_value(rng):
 
 
 def test_jax_rebuilds_placements_with_any_leaves():
-    """None, marks and tracers stand where arrays do; only what is static is checked there."""
+    """None, sentinels and tracers replace arrays; only static fields are checked then."""
     made = Case(CUBE, 4).placement()
     for leaf in (None, object(), 0, jax.ShapeDtypeStruct((3,), jnp.float32)):
         rebuilt = jax.tree.map(lambda _, leaf=leaf: leaf, made)
@@ -443,7 +443,7 @@ def test_layers_of_experts_find_the_topology_too(rng, cpu_devices):
 
 
 def test_stacked_placements_under_vmap_and_scan(rng):
-    """Layers share what is static: one trace, each with its own arrays, r2o from the placement."""
+    """Layers share static fields: one trace, each with its own arrays, r2o from the placement."""
     history = rng.lognormal(3, 1, (3, 32))
     stacked = place_experts(history, CUBE, n_logical=32, ep_size=8, redundants_per_rank=2)
     loads = rng.integers(0, 1000, (3, 32)).astype(np.int32)
@@ -464,7 +464,7 @@ def test_stacked_placements_under_vmap_and_scan(rng):
 @pytest.mark.parametrize("along", [True, False])
 @pytest.mark.parametrize("n_layers", [None, 2])
 def test_arrays_and_back(rng, along, n_layers):
-    """What is static comes along; also from JAX arrays and in any order."""
+    """Static fields are kept, also from JAX arrays and in any order."""
     given: dict[str, Any] = {"n_logical": 16, "ep_size": 8, "redundants_per_rank": 2, "n_nodes": 2}
     history = rng.integers(0, 99, (n_layers or 1, 16))
     placement = place_experts(

@@ -1,4 +1,4 @@
-"""Plans of an exchange, against rows that are placed one by one."""
+"""Plans of an exchange, against placing rows one by one."""
 
 import functools
 import types
@@ -25,7 +25,7 @@ def test_the_plan(rng, n_ranks, n_slots, n_tokens, top_k):
 
 @pytest.mark.parametrize("shared_bytes", [227 << 10, 1 << 10])
 def test_without_room_in_shared_memory(rng, monkeypatch, cpu_devices, shared_bytes):
-    """XLA plans where the counts of all ranks are too many for a block of the GPU at hand."""
+    """XLA plans if the counts of all ranks do not fit in a block of the present GPU."""
     extension = types.SimpleNamespace(
         plan_bytes=lambda n_ranks, n_slots: 4 * (n_ranks**2 + 4 * n_ranks * n_slots) + 1024,
         current_device=lambda: types.SimpleNamespace(shared_bytes=shared_bytes),

@@ -1,4 +1,4 @@
-"""place_experts(previous=…): few experts move, and next to nothing is lost."""
+"""place_experts(previous=…): few experts move, and almost no balance is lost."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def moves(old: Placement, new: Placement) -> tuple[int, int]:
 
 
 def check_in_old_slots(old: Placement, new: Placement):
-    """What a rank had and still has is where it was."""
+    """Experts that stay on a rank keep their slots."""
     pairs = zip(*(one.phy2log.reshape(one.ep_size, -1) for one in (old, new)), strict=True)
     for had, has in pairs:
         for expert in np.intersect1d(had[had >= 0], has):
@@ -56,7 +56,7 @@ def sizes_and_r2o(case, along) -> dict[str, Any]:
 def test_small_changes_move_few(rng, case, family, along):
     """Loads that change by 5 % move at most 10 % of the experts, and cost at most 1 %.
 
-    Along a topology a hot expert's few neighbours have to suit it, which takes some more.
+    Along a topology more may move, since a hot expert's few neighbors have to suit it.
     """
     sizes = sizes_and_r2o(case, along)
     n_logical = sizes["n_logical"]
@@ -75,7 +75,7 @@ def test_small_changes_move_few(rng, case, family, along):
 @pytest.mark.parametrize("along", [False, True], ids=["any", "topology"])
 @pytest.mark.parametrize("case", MOST)
 def test_other_loads(rng, case, along):
-    """Whatever the loads are, they are balanced as well as on a fresh placement, but for 1 %."""
+    """Any loads are balanced as well as on a fresh placement, within 1 %."""
     sizes = sizes_and_r2o(case, along)
     family = rng.permutation(list(FAMILIES))
     before, after = (np.rint(1e5 * FAMILIES[f](rng, sizes["n_logical"])) for f in family[:2])
@@ -115,7 +115,7 @@ def test_all_sizes(rng, case):
 
 @pytest.mark.parametrize("name", ["3 x 4", "16 x 5", "33 x 3"])
 def test_any_placement_may_be_in_force(rng, name):
-    """Duplicates on a rank, empty slots, homes that are as uneven as can be."""
+    """Duplicates on a rank, empty slots, homes as uneven as possible."""
     of = ANY_SIZES[name]
     sizes: dict[str, Any] = {"n_logical": of.n_logical, "ep_size": of.ep_size}
     for _ in range(4):
@@ -162,7 +162,7 @@ def test_layers_are_kept_one_by_one(rng, along):
 
 
 def test_nodes_are_renumbered_as_a_whole(rng):
-    """Where all changes, ranks still keep the company of their node."""
+    """Even if everything changes, ranks stay together with their node."""
     sizes: dict[str, Any] = {"n_logical": 64, "ep_size": 16, "redundants_per_rank": 0, "n_nodes": 4}
     previous = place_experts(FAMILIES["lognormal"](rng, 64), **sizes)
     loads = FAMILIES["lognormal"](rng, 64)

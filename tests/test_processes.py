@@ -1,4 +1,4 @@
-"""What runs programs of several processes ends, and says what they said."""
+"""The runner of several processes terminates, and reports their outputs."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Property-based: hypothesis looks for problems on which something promised does not hold."""
+"""Property-based tests: hypothesis searches for violations of the guarantees."""
 
 import functools
 
@@ -58,7 +58,7 @@ def problems(draw):
 
 
 def loads_of(case):
-    """Small loads, or loads of all sizes of which every rank's possible sum still fits."""
+    """Small loads, or loads of all sizes such that every rank's possible sum still fits."""
     most = INT32_MAX // (case.n_local + case.redundants_per_rank)
     return st.one_of(
         hnp.arrays(np.int32, case.n_logical, elements=st.integers(0, 5)),
@@ -83,7 +83,7 @@ def test_solve_is_optimal_and_equals_its_specification(data):
 @settings(max_examples=40)
 @given(st.data())
 def test_solve_takes_any_loads(data):
-    """Also those that are negative or do not fit: the same bits, the load conserved or clipped."""
+    """Also negative or too large loads: the same bits, and the load conserved or clipped."""
     case, placement = data.draw(problems())
     loads = data.draw(hnp.arrays(np.int32, (case.ep_size, case.n_logical)))
     operands = repeated((loads, case.r2o, placement), 1)
@@ -148,7 +148,7 @@ def test_assign_takes_any_quota_and_counts(data):
     st.sampled_from([(2, 0), (2, 1)]),
 )
 def test_proportional_share(count, load_and_stay, source):
-    """A source with one token and this count: does it stay? Python's integers know."""
+    """Whether the token of a source with this count stays, by Python's integers."""
     load, stay = load_and_stay
     ep_size, rank = source
     placement = _ring_of_two()

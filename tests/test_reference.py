@@ -17,7 +17,7 @@ EXTREMES = [0, 1, 0xFFFF, 0x10000, 0x1FFFF, INT32_MAX - 1, INT32_MAX]
 
 
 def test_is_plain_jax():
-    """No native code: it is what the native code is held against."""
+    """No native code, since it is the oracle of the native code."""
     placement = Case(topologies.cube(), 2).placement()
     solve = jax.jit(reference.solve, static_argnames="ep_size")
     r2o = np.asarray(placement.topology)
@@ -75,7 +75,7 @@ def test_means_are_exact_and_rounded_up(rng):
 
 
 def test_proportional_share_is_exact(rng):
-    """Quotients of 62-bit products by long division in 32 bits."""
+    """Quotients of 62-bit products by long division with 32 bits."""
     share = jax.jit(assignment.proportional_share, static_argnums=4)
     load = rng.choice([*EXTREMES, *rng.integers(0, INT32_MAX, 500)], 2000)
     stay = (load * rng.choice([0, 1, *rng.random(8)], 2000)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Histories of loads, and whether placing anew is worth it: against loops and the solver."""
+"""Load histories, and whether a new placement is worth it: against loops and the solver."""
 
 import dataclasses
 from typing import Any
@@ -33,7 +33,7 @@ def drawn(rng, n_batches=N_BATCHES):
 
 
 def given_order(r2o=None):
-    """A placement per layer that knows nothing of loads."""
+    """A placement per layer that ignores loads."""
     if r2o is None:
         return place_experts(np.ones((N_LAYERS, N_LOGICAL)), **SIZES)
     one = place_experts(None, r2o, **SIZES)
@@ -124,7 +124,7 @@ def most_fetched(old, new, inference):
 
 @PLACED
 def test_weights_follow(rng, r2o):
-    """What comes out is a placement to move experts to, in the same types."""
+    """The result is a placement to move experts to, of the same types."""
     placement = given_order(r2o)
     result = refresh(drawn(rng), placement, **COSTS)
     assert jax.tree.structure(result.placement) == jax.tree.structure(placement)
@@ -162,7 +162,7 @@ def test_not_worth_it(rng):
 
 
 def test_a_placement_that_gains_less_than_its_move_is_not_taken(rng):
-    """Where there is hope: a tiny cost is worth it, one just above the gain is not."""
+    """If a gain is possible: a tiny cost is worth it, one just above the gain is not."""
     loads, placement = drawn(rng), given_order()
     free = refresh(loads, placement, **(COSTS | {"bytes_per_expert": 1e-3}))
     i = int(np.argmax(free.moved & (free.fetched > 0)))
@@ -225,7 +225,7 @@ def test_a_narrow_placement(rng):
 
 
 def test_in_a_thread(rng):
-    """What is started may be donated at once."""
+    """The history can be donated right after `start`."""
     loads, placement = drawn(rng), given_order()
     expected = refresh(loads, placement, **COSTS)
     history = LoadHistory(jnp.array(loads), jnp.int32(N_BATCHES))

@@ -49,7 +49,7 @@ def mesh(cpu_devices):
 @VMA
 @pytest.mark.parametrize("name", CASES_OF_EIGHT)
 def test_equals_the_global_view(rng, mesh, name, check_vma):
-    """Each rank sees its tokens alone; the Split is known to be the same on all: P()."""
+    """Each rank sees only its tokens; the Split is known to be equal on all ranks: P()."""
     case = CASES_OF_EIGHT[name]
     placement = case.placement(rng)
     ids = tokens(rng, case, 120)
@@ -111,7 +111,7 @@ def test_a_split_of_unsynced_loads_is_not_replicated(rng, mesh):
 
 @VMA
 def test_given_counts(rng, mesh, check_vma):
-    """Counts that all ranks already have: nothing is gathered, the result is the same."""
+    """All ranks already have the counts: nothing is gathered, and the result is the same."""
     case = CASES_OF_EIGHT["two groups"]
     placement = case.placement(rng)
     ids = tokens(rng, case, 80)
@@ -128,7 +128,7 @@ def test_given_counts(rng, mesh, check_vma):
 
 @VMA
 def test_given_statistics(rng, mesh, check_vma):
-    """Each source keeps its share, rounded at its own offset."""
+    """Each source keeps its share, rounded with its own offset."""
     case = CASES_OF_EIGHT["cube"]
     placement = case.placement(rng)
     ids = tokens(rng, case, 200)
@@ -324,7 +324,7 @@ def test_placement_as_an_argument(rng, mesh):
 
 
 def test_placements_on_the_mesh_are_traced_once(rng, mesh):
-    """As NumPy arrays are. One kind after the other is not: to JAX, those are two types."""
+    """Like NumPy arrays. Alternating both retraces, since JAX sees two types."""
     case = CASES_OF_EIGHT["cube"]
     traces = []
 

@@ -1,4 +1,4 @@
-"""solve: optimal by outside proof, feasible, and equal bit for bit to the specification."""
+"""solve: optimal by independent proof, feasible, and equal bit for bit to the specification."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ def test_equals_the_specification(rng, name):
 
 @pytest.mark.parametrize("name", SMALL_CASES)
 def test_small_loads_exhaustively_random(rng, name):
-    """Loads of 0 to 4: where rounding decides. Many instances against all cuts."""
+    """Loads of 0 to 4, where rounding decides: many instances against all cuts."""
     case = CASES[name](rng)
     placement = case.placement(rng)
     loads = rng.integers(0, 5, (200, case.n_logical)).astype(np.int32)
@@ -119,7 +119,7 @@ def test_deterministic(rng):
 
 
 def test_negative_loads_count_as_zero(rng):
-    """The bit is set in the groups that have them, and the quotas are those of 0."""
+    """The bit is set in groups with negative loads, and quotas are as for loads of 0."""
     case = Case(topologies.ring(4), 2, n_groups=2)
     placement = case.placement(rng)
     loads = rng.integers(0, 100, 16).astype(np.int32)
@@ -176,7 +176,7 @@ def test_the_largest_loads_that_fit(rng, name, excess):
 
 
 def test_overflow_moves_nothing_and_says_so():
-    """Documented: the quotas of no replicas, max_load 2³¹ − 1, lower_bound 0; other groups work."""
+    """As documented: quotas without replicas, max_load 2³¹ − 1, lower_bound 0; others work."""
     ring = topologies.ring(2)
     loads = np.array([[INT32_MAX, 1, 0, 5, 8, 0, 2, 0], [1, 1, 0, 0, 0, 0, 0, 0]], np.int32)
     loads = np.concatenate([loads, np.zeros((2, 8), np.int32)])
@@ -208,7 +208,7 @@ def test_contradictory_placement_under_jit_sets_the_status_of_its_group(rng):
 
 @pytest.mark.parametrize("solver", ["exact", "ipm"])
 def test_slots_that_log2phy_names_besides_contradict_the_placement(rng, solver):
-    """−1 in every place beyond an expert's own slot and its copy, whatever the number of places."""
+    """−1 in all columns after an expert's own slot and its copy, for any number of columns."""
     case = Case(topologies.ring(4), 3, n_groups=2)
     placement = case.placement(rng)
     wide = np.pad(placement.log2phy, [(0, 0), (0, int(rng.integers(3)))], constant_values=-1)

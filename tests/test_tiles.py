@@ -36,7 +36,7 @@ ALONG = ["one rank", "ring 8", "ring 4, two groups", "cube, three combined", "ra
 
 
 def some_loads(rng, n_logical: int, tile: int) -> np.ndarray:
-    """From less than a tile each to many."""
+    """Loads from less than a tile to many tiles."""
     mean = np.log(tile * rng.choice([0.3, 1, 4, 20]) + 1)
     loads = rng.lognormal(mean, rng.choice([0.3, 1, 2]), n_logical)
     return (loads * (rng.random(n_logical) < 0.9)).astype(np.int32)
@@ -60,7 +60,7 @@ def any_placements(rng, name: str, n: int) -> Placement:
 
 
 def assert_best(loads, base, tile, split, table) -> None:
-    """Of one group: legal, the fewest tiles, and the fewest tokens with those of every slot."""
+    """One group: feasible, the fewest tiles, and the fewest tokens with the tiles of every slot."""
     quota = np.asarray(split.quota).reshape(table.shape).astype(np.int64)
     assert (quota >= 0).all()
     assert not quota[table < 0].any()
@@ -126,7 +126,7 @@ def specified(tile, loads, r2o, placement, base):
 
 @pytest.mark.parametrize("name", ["8 x 6", "33 x 3", "cube, three combined", "ring 4, two groups"])
 def test_the_specifications_bits(rng, name):
-    """With loads and base loads that overflow or are negative, and tables that are wrong."""
+    """With loads and base loads that overflow or are negative, and with invalid tables."""
     n, tile = 12, int(rng.choice([2, 5, 128, 1 << 20]))
     if name in SIZES:
         stacked = any_placements(rng, name, n)
@@ -153,7 +153,7 @@ def test_the_specifications_bits(rng, name):
 
 @pytest.mark.parametrize("along", [True, False])
 def test_tiles_of_one_row_are_tokens(rng, along):
-    """The plan without tiles, bit for bit; and no base load is one of zeros."""
+    """The plan without tiles, bit for bit; no base load equals one of zeros."""
     case = CASES["cube, three combined"](rng)
     placement = case.placement(rng)
     if not along:
@@ -168,7 +168,7 @@ def test_tiles_of_one_row_are_tokens(rng, along):
 
 @pytest.mark.parametrize(("along", "dtype"), [(True, "float32"), (False, "int32")])
 def test_base_loads_of_ranks_that_differ(rng, along, dtype):
-    """With weights, too, a base load is an expert more, which cannot leave its rank."""
+    """Also with weights, a base load acts like another expert that cannot leave its rank."""
     case = CASES["ring 8"](rng)
     placement = case.placement(rng)
     tables = placement.phy2log.reshape(case.ep_size, -1)
@@ -230,7 +230,7 @@ def _eight() -> bool:
 
 @pytest.mark.parametrize("per_slot", [3.9, 4.1])
 def test_auto_counts_tiles_where_slots_have_few(per_slot):
-    """By the number of tokens, which is known before the program runs."""
+    """By the number of tokens, which is known at trace time."""
     ring = topologies.ring(2)
     placement = place_experts(None, ring, n_logical=4, ep_size=2, redundants_per_rank=1)
     ids = jnp.zeros(int(per_slot * 128 * 6), jnp.int32)
@@ -268,7 +268,7 @@ def test_negative_base_loads_count_as_none():
 
 
 def test_in_a_layer(rng, cpu_devices):
-    """moe_layer routes by tiles, and computes what it does anyway."""
+    """moe_layer routes by tiles, and computes the same output."""
     ring = topologies.ring(2)
     placement = place_experts(None, ring, n_logical=4, ep_size=2, redundants_per_rank=1)
     mesh = jax.sharding.Mesh(cpu_devices[:2], ("ep",))

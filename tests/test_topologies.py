@@ -1,4 +1,4 @@
-"""The topologies' tables, what is no topology, and `Topology` as an array and as a key."""
+"""The topologies' tables, invalid topologies, and `Topology` as an array and as a key."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""What a layer says of its traffic: loads by expert, and one account for all slices of a mesh."""
+"""A layer's traffic: loads by expert, and its reduction over the slices of a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,10 @@ from lplb_jax import (
 
 @pytest.mark.parametrize("copies", ["placement", "batch"])
 def test_slices_of_a_data_axis_are_reduced(rng, cpu_devices, copies):
-    """Two slices of four ranks with other tokens; on one of them some find no room."""
+    """Two slices of four ranks with different tokens; on one of them, some rows do not fit."""
     mesh, case = Mesh(cpu_devices.reshape(2, 4), ("data", "ep")), AnyCase(4, 6, 19)
     placement = case.placement(rng)
-    # In the second slice all tokens choose few experts, and three choices in ten are no expert's.
+    # In the second slice all tokens choose few experts, and 30 % of the choices name no expert.
     ids = rng.integers(0, 19, (64, TOP_K)).astype(np.int32)
     ids[32:] = np.where(rng.random((32, TOP_K)) < 0.3, 99, ids[32:] % 2)
     experts = moe.Experts(
@@ -73,7 +73,7 @@ def test_slices_of_a_data_axis_are_reduced(rng, cpu_devices, copies):
 
 
 def test_of_stacked_layers(rng, cpu_devices):
-    """All bits of any slice, whatever else; as out of a scan."""
+    """All bits of any slice, also for traffic stacked by a scan."""
     mesh = Mesh(cpu_devices[:4], "data")
     arrays = [rng.integers(0, 64, (4, 3, *shape)).astype(np.int32) for shape in 3 * [(), (5,)]]
     traffic = moe.Traffic(
@@ -97,11 +97,11 @@ def test_the_axis_must_be_there():
 
 
 def sends(ranks, home, node_size):
-    """(from, to) of an expert's copies on `ranks`, one after the other."""
+    """(from, to) of an expert's copies on `ranks`, in sequence."""
     done = []
 
     def spread(have, rest):
-        """By everyone in turn, three times; then by those, too, that have it now."""
+        """All holders in turn send three times; then the new holders join."""
         while rest:
             now = [*zip(3 * have, rest, strict=False)]
             done.extend(now)

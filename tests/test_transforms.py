@@ -1,4 +1,4 @@
-"""Under jit, vmap, scan, checkpoint, eval_shape and differentiation: the same as without."""
+"""jit, vmap, scan, checkpoint, eval_shape and differentiation: the same results as without."""
 
 import functools
 
@@ -17,7 +17,7 @@ N_LAYERS = 5
 
 @pytest.fixture
 def batch_of_layers(rng):
-    """Tokens `[layers, ep, tokens]`, and a placement for each layer, stacked."""
+    """Tokens `[layers, ep, tokens]`, and stacked placements, one per layer."""
     ids = np.stack([tokens(rng, CASE, 60) for _ in range(N_LAYERS)])
     placements = [CASE.placement(rng) for _ in range(N_LAYERS)]
     return ids, jax.tree.map(lambda *leaves: np.stack(leaves), *placements)
@@ -65,7 +65,7 @@ def test_vmap_over_layers(batch_of_layers, balance):
 
 @MODES
 def test_vmap_over_tokens_alone(batch_of_layers, balance):
-    """One placement for all: what is not batched is broadcast."""
+    """One placement for all: unbatched operands are broadcast."""
     ids, stacked = batch_of_layers
     placement = layers(stacked)[0]
     mapped = jax.vmap(balance, in_axes=(0, None))(ids, placement)
@@ -217,7 +217,7 @@ def test_vmap_of_grad(rng):
 
 @pytest.mark.parametrize("jitted", [False, True])
 def test_a_split_has_no_derivative(rng, jitted):
-    """Loads may be predicted by what is trained: the message says how to leave them out."""
+    """Trained weights may predict the loads: the message says how to stop the gradient."""
     loads = rng.uniform(1, 9, CASE.n_logical).astype(np.float32)
 
     def busiest(loads):

@@ -1,4 +1,4 @@
-"""Which way the tokens of the layer go, by what is loaded and how many processes there are."""
+"""The layer's choice of transport, by available libraries and number of processes."""
 
 import types
 import warnings
@@ -18,7 +18,7 @@ HOSTS_OF_TWO = [types.SimpleNamespace(slice_index=i // 2) for i in range(4)]
 
 @pytest.fixture
 def between(monkeypatch):
-    """Several processes with all that ragged_all_to_all needs, but for what is given."""
+    """Several processes that meet all requirements of ragged_all_to_all, except those given."""
     for name in (*ragged._WITHOUT_WINDOWS, *ragged._WITHOUT_POOL):
         monkeypatch.delenv(name, raising=False)
 
@@ -51,7 +51,7 @@ def test_without_something_it_is_refused(between, name):
     warn_once.cache_clear()
     with pytest.warns(UserWarning, match=f"lax.all_to_all, which is slower .*since .*{words}"):
         assert transports.choose("auto", n_ranks) == Padded()
-    with warnings.catch_warnings():  # It says so once.
+    with warnings.catch_warnings():  # The warning appears only once.
         warnings.simplefilter("error")
         assert transports.choose("auto", n_ranks) == Padded()
 
@@ -101,7 +101,7 @@ def test_on_cpus_it_is_padded(between):
 
 
 def test_a_process_with_all_ranks_needs_nothing(between, monkeypatch):
-    """Of several where it is asked for, as JAX does not tell whose ranks an axis has."""
+    """Of several processes, only on request: JAX does not tell which processes an axis spans."""
     between(nccl=(2, 28, 9), here=4)
     assert transports.choose("ragged", 4) == Ragged()
     monkeypatch.setattr(jax, "process_count", lambda: 1)
@@ -109,7 +109,7 @@ def test_a_process_with_all_ranks_needs_nothing(between, monkeypatch):
 
 
 def test_version_of_nccl(monkeypatch):
-    """As NCCL has them in one number since 2.9."""
+    """NCCL's single-number encoding since 2.9."""
 
     def get(code):
         code._obj.value = 23203
