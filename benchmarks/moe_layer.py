@@ -151,7 +151,7 @@ def placed(
 
 
 def moving(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
-    """Batches with different loads, none of which the experts are placed by."""
+    """Batches with changing loads, and experts placed by earlier ones."""
     traces = load_traces()
     merged, history = merged_by_load(traces.history[0], options.experts)
     order = placed(history, options, r2o, n_ranks)

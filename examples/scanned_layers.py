@@ -1,4 +1,4 @@
-"""Layers under lax.scan on a data × ep mesh, each with a placement of its own, in plain JAX.
+"""Layers under lax.scan on a data × ep mesh, each with its own placement, in plain JAX.
 
     python examples/scanned_layers.py          # on 8 GPUs, or 8 virtual CPU devices
 

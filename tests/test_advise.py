@@ -322,7 +322,7 @@ def test_experts_that_do_not_divide_by_the_ranks(rng, n_logical):
 
 
 def test_the_python_runs(rng):
-    """As printed, for a batch of its own."""
+    """As printed, for its own batch."""
     loads = drawn(rng, n_layers=1)
     made = set()
     for given in ({}, {"topology": "ring"}, {"redundants": [1]}):

@@ -261,7 +261,7 @@ def test_matplotlib_knows_every_ending(ending):
     ],
 )
 def test_defaults_that_fit(capsys, rng, n_logical, given, chosen):
-    """Whatever the experts and the other flags are, what was not asked for is no obstacle."""
+    """For any experts and other flags, defaults never cause an error."""
     options_ = [*options(rng, n_logical=n_logical), "--repeats", "1", "--picture", ""]
     assert cli.main(["demo", *options_, *given]) == 0
     assert chosen in capsys.readouterr().out

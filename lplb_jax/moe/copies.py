@@ -119,7 +119,7 @@ def scattered(entries: jax.Array, copies: Copies, *, interpret: bool = False) ->
     from jax.experimental.pallas import triton
 
     (n_entries, columns), most, n = entries.shape, copies.places.shape[1], len(copies.entry)
-    block = min(columns & -columns, 4096)  # a power of two, as Triton wants it
+    block = min(columns & -columns, 4096)  # a power of two, as Triton requires
 
     def kernel(places: Any, entry: Any, out: Any) -> None:
         row = entry[0, :]
@@ -192,7 +192,7 @@ def added_in_place(
 
     n, columns = total.shape
     n_received, (n_targets, most) = len(received), places.shape
-    block = min(columns & -columns, 4096)  # a power of two, as Triton wants it
+    block = min(columns & -columns, 4096)  # a power of two, as Triton requires
 
     def kernel(targets: Any, places: Any, received: Any, total: Any, out: Any) -> None:
         target = targets[0]

@@ -22,7 +22,7 @@ from lplb_jax.moe.products import (
     zero_past_the_end,
 )
 
-# What the backward pass needs from the forward pass, besides weights.
+# The forward pass's values that the backward pass needs, besides weights.
 _PRODUCTS = ("lplb_rows", "lplb_gate_up", "lplb_hidden")
 _KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(*_PRODUCTS, PRODUCT)
 

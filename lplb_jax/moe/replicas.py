@@ -217,7 +217,7 @@ class Fetch:
         return lax.dynamic_update_slice_in_dim(weights, self.slots(delivered), n_own, axis=0)
 
     def sent_home(self, ct: jax.Array) -> Any:
-        """Sends the copies' gradients, of those of all slots, to their owners, part by part."""
+        """Sends the copies' gradients to their owners, part by part; `ct` has all slots'."""
         of_copies = self._parts(ct[-self.n_copies :])
         (home,) = jax.linear_transpose(self.delivered, of_copies)(of_copies)
         return home

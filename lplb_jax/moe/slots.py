@@ -130,7 +130,7 @@ class FetchAnywhere:
         return lax.dynamic_update_slice_in_dim(weights, delivered, self.n_local, axis=0)
 
     def sent_home(self, ct: jax.Array) -> jax.Array:
-        """Sends the copies' gradients, of those of all rows, home; returns what homes receive."""
+        """Sends the copies' gradients home; returns what homes receive. `ct` has all rows'."""
         of_copies = ct[self.n_local :]
         if not self.transport.exact:
             me = lax.axis_index(self.axis_name)

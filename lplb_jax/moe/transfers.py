@@ -43,7 +43,7 @@ class AnyFetch(Protocol):
         ...
 
     def sent_home(self, ct: jax.Array) -> Any:
-        """Sends the copies' gradients, of those of all slots, to their owners."""
+        """Sends the copies' gradients to their owners; `ct` has all slots'."""
 
     def accumulate(self, ct: jax.Array, home: Any) -> jax.Array:
         """Adds the gradients that came home to the owners'; room gets none."""

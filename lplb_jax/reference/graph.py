@@ -3,7 +3,7 @@
 A *cell* is an expert on a rank that hosts it. If the rank hosts it twice, the cell is the first of
 these slots, which serves all tokens. `tokens[e, r]` of expert e are served on rank r. We minimize
 the largest rank load over integers: a transportation problem, whose optimum is
-max over sets S of ⌈(load of the experts all of whose hosts lie in S) / |S|⌉. As in `solver`, the
+max over sets S of ⌈(load of the experts with all hosts in S) / |S|⌉. As in `solver`, the
 waves raise a target to that value from below, so that it is a proven bound at any time.
 
 From rank r an arc leads to every host of every expert with tokens on r. All arcs of such an expert

@@ -334,7 +334,7 @@ def too_much(
 def confined(
     hosts: Bool[Array, "n_logical ep_size"], cut: Bool[Array, " ep_size"]
 ) -> Bool[Array, " n_logical"]:
-    """The experts all of whose hosts are in the cut."""
+    """The experts whose hosts are all in the cut."""
     return ~(hosts & ~cut).any(axis=1)
 
 
