@@ -411,8 +411,8 @@ def copy_times(
     >>> one, none = jnp.array([1, 0]), jnp.array([0, 0])
     >>> copies = CopyTraffic(one, one[::-1], none, none, jnp.int32(1358))
     >>> times = copy_times(copies, parameters=3 * 4096 * 1536)
-    >>> [round(1e6 * float(seconds)) for seconds in times]
-    [280, 280]
+    >>> round(1e6 * float(times.fetch)), round(1e6 * float(times.saved))
+    (280, 280)
     """
     given = {"parameters": parameters, "flops": flops, "link": link, "node_link": node_link}
     if bytes_per_expert is None:
