@@ -34,7 +34,7 @@ def run() -> dict[str, Any]:
     cuda = re.search(r"CUDA Version: (\S+)", _output("nvidia-smi"))
     here = pathlib.Path(__file__).parent
     return {
-        "command": " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([pathlib.Path(sys.argv[0]).name, *map(_portable, sys.argv[1:])]),
         "commit": _output("git", "-C", str(here), "describe", "--always", "--dirty").strip()
         or os.environ.get("COMMIT", "not recorded"),
         "python": platform.python_version(),
@@ -46,6 +46,13 @@ def run() -> dict[str, Any]:
         "gpus": gpus,
         "cpu": _cpu(),
     }
+
+
+def _portable(argument: str) -> str:
+    """Keeps only the last part of an absolute path, which other machines do not have."""
+    flag, equals, value = argument.rpartition("=")
+    path = pathlib.PurePath(value)
+    return flag + equals + (path.name if path.is_absolute() else value)
 
 
 def _output(*command: str) -> str:

@@ -141,6 +141,16 @@ def test_a_commit_can_be_named_where_there_is_no_repository(monkeypatch):
     assert record.run()["commit"] == "0123abc"
 
 
+def test_a_command_names_no_paths_of_the_machine(monkeypatch):
+    options = ["--json", "/a/new.json", "--json=/a/b.json", "results/c.json", "--repeats=5"]
+    monkeypatch.setattr(sys, "argv", ["/a/solver.py", *options])
+    expected = "solver.py --json new.json --json=b.json results/c.json --repeats=5"
+    assert record.run()["command"] == expected
+    for path in (ROOT / "benchmarks/results").glob("*.json"):
+        command = json.loads(path.read_text())["run"]["command"]
+        assert not any(part.startswith("/") for part in command.replace("=", " ").split()), path
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
 def test_whatever_writes_json_writes_it_so(path):
     text = path.read_text()
