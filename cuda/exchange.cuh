@@ -95,8 +95,6 @@ __device__ __forceinline__ void StoreGate(void* gates, int64_t i, int32_t bytes,
   }
 }
 
-__device__ __forceinline__ int32_t Lane() { return static_cast<int32_t>(threadIdx.x) & 31; }
-
 // The number of this warp among the warps of all blocks.
 __device__ __forceinline__ int32_t Warp(const ExchangeCall& call) {
   return call.part * static_cast<int32_t>(blockDim.x / 32) + static_cast<int32_t>(threadIdx.x) / 32;

@@ -14,7 +14,6 @@ constexpr int32_t kMostThreads = 1024;
 constexpr int32_t kLeastThreads = 256;  // This many threads sum the counts.
 constexpr int32_t kMostWarps = kMostThreads / 32;
 
-__device__ __forceinline__ int32_t Lane() { return static_cast<int32_t>(threadIdx.x) & 31; }
 __device__ __forceinline__ int32_t Warp() { return static_cast<int32_t>(threadIdx.x) / 32; }
 __device__ __forceinline__ int32_t Warps() { return static_cast<int32_t>(blockDim.x) / 32; }
 

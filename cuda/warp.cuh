@@ -1,4 +1,4 @@
-// Warp constants that all kernels share.
+// What all kernels that work warp by warp share.
 #ifndef LPLB_CUDA_WARP_CUH_
 #define LPLB_CUDA_WARP_CUH_
 
@@ -7,6 +7,9 @@
 namespace lplb::cuda {
 
 constexpr uint32_t kFullWarp = 0xffffffffu;
+
+// A thread's place in its warp, in blocks of one dimension.
+__device__ __forceinline__ int32_t Lane() { return static_cast<int32_t>(threadIdx.x) & 31; }
 
 }  // namespace lplb::cuda
 
