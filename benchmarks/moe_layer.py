@@ -5,14 +5,16 @@
     python benchmarks/moe_layer.py --moving           # different experts are hot in every step
     python benchmarks/moe_layer.py --compile-for 8    # the memory that 8 such GPUs would need
     python benchmarks/moe_layer.py --processes        # one process per GPU
+    python benchmarks/moe_layer.py --modes lplb batch # only these, and "none"
 
 The routing is from a packaged trace. The experts are arranged so that the busiest rank has 1.1, 1.3
 and 1.6 times the mean load. One run then times a step (forward and backward) without copies
-("none"), with an even split over copies ("eplb"), with `rebalance` ("lplb") and with the same
-number of slots for copies chosen in the step ("batch"). There are as many copies as balance needs,
-and buffers are as small as possible without overflow. Each result is checked. GPUs of one kind
-differ in speed by a few per cent, so the busiest rank is the first and the last GPU in turn, and
-times are means of both.
+("none"), with copies along a topology and an even split over them ("eplb") or `rebalance` ("lplb"),
+and with copies on any ranks, no more of them, chosen by the loads by which the experts were placed
+("any") or in the step ("batch"). There are as many copies as balance needs, and buffers are as
+small as possible without overflow. Each result is checked. GPUs of one kind differ in speed by a
+few per cent, so the busiest rank is the first and the last GPU in turn, and times are means of
+both.
 
 With --traces, the experts of every layer of every trace are placed by the loads of an earlier
 training step, as in the demo. --moving places them in the same way, but then the loads of the
@@ -41,6 +43,7 @@ from per_gpu import one_per_gpu
 from wall import median_seconds
 
 from lplb_jax import (
+    Placement,
     init_comm,
     metrics,
     moe,
@@ -54,6 +57,7 @@ from lplb_jax.data import AUX_LOSSES, load_traces
 from lplb_jax.topologies import Topology
 
 TOP_K = 8
+MODES = "eplb", "lplb", "any", "batch"  # beside "none"
 
 
 def main() -> None:
@@ -73,6 +77,7 @@ def main() -> None:
     parser.add_argument("--compile-for", type=int, metavar="N", help="GPUs that need not be there")
     parser.add_argument("--processes", action="store_true", help="one per GPU")
     parser.add_argument("--transport", default="auto", help="of moe_layer")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help='beside "none"')
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json")
     options = parser.parse_args()
@@ -97,7 +102,7 @@ def main() -> None:
         options.comm = init_comm(mesh, max_experts=options.experts, **room)
     sources = traced if options.traces else moving if options.moving else arranged
     turns = [
-        (label, [Case(mesh, r2o, options, batches) for batches in of_turns])
+        (label, [Case(mesh, r2o, options, source) for source in of_turns])
         for label, of_turns in sources(options, r2o, len(devices))
     ]
     cases = [case for _, of_turns in turns for case in of_turns]
@@ -124,10 +129,21 @@ def main() -> None:
         record.write(options.json, figures)
 
 
-# A label, and the choices of all ranks, batch by batch: int32 `[batches, tokens, 8]`, with experts
-# numbered rank by rank and, on each rank, slot by slot. Several arrays if several arrangements are
-# timed together.
-Sources = Iterator[tuple[str, list[np.ndarray]]]
+class Source(NamedTuple):
+    """The choices of all ranks, and what is known before.
+
+    Attributes:
+      batches: int32 `[batches, tokens, 8]`, with experts numbered rank by rank and, on each rank,
+        slot by slot.
+      history: `[n_experts]`, the loads by which experts were placed, in the same order.
+    """
+
+    batches: np.ndarray
+    history: np.ndarray
+
+
+# A label, and several arrangements that are timed together.
+Sources = Iterator[tuple[str, list[Source]]]
 
 
 def traced(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
@@ -136,7 +152,8 @@ def traced(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
         for layer, (chosen, history) in enumerate(zip(*load_traces(aux_loss), strict=True)):
             order = placed(history, options, r2o, n_ranks)
             ids = np.resize(chosen.astype(np.int32), (n_ranks * options.tokens, TOP_K))
-            yield f"balancing loss {aux_loss}, layer {layer}", [renumbered(ids, order)[None]]
+            source = Source(renumbered(ids, order)[None], history[order])
+            yield f"balancing loss {aux_loss}, layer {layer}", [source]
 
 
 def placed(
@@ -161,7 +178,7 @@ def moving(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
         np.concatenate([np.resize(sequence, (options.tokens, TOP_K)) for sequence in of_ranks])
         for of_ranks in sequences
     ]
-    yield "sequences of a trace", [renumbered(np.stack(batches), order)]
+    yield "sequences of a trace", [Source(renumbered(np.stack(batches), order), history[order])]
 
     rng = np.random.default_rng(0)
     share = 1 / np.arange(1, options.experts + 1)
@@ -171,7 +188,7 @@ def moving(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
         keys = rng.gumbel(size=(n_ranks * options.tokens, options.experts))
         keys += np.log(rng.permutation(share))
         batches.append(np.argpartition(-keys, TOP_K, axis=1)[:, :TOP_K].astype(np.int32))
-    yield "Zipf 1, the hot experts drawn anew", [np.stack(batches)]
+    yield "Zipf 1, the hot experts drawn anew", [Source(np.stack(batches), history[order])]
 
 
 def arranged(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
@@ -180,7 +197,8 @@ def arranged(options: Any, r2o: Topology | np.ndarray, n_ranks: int) -> Sources:
     loads = np.bincount(ids.ravel(), minlength=options.experts)
     for imbalance in options.imbalances:
         orders = [arrangement(loads, n_ranks, imbalance, which) for which in ("first", "last")]
-        yield f"arranged to {imbalance}", [renumbered(ids, order)[None] for order in orders]
+        sources = [Source(renumbered(ids, order)[None], loads[order]) for order in orders]
+        yield f"arranged to {imbalance}", sources
 
 
 def renumbered(ids: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -254,32 +272,32 @@ class Case:
       imbalance: by the name of a step, the remaining imbalance of each batch.
     """
 
-    names = ("none", "eplb", "lplb", "batch")
-
     def __init__(
-        self, mesh: Mesh, r2o: Topology | np.ndarray, options: Any, batches: np.ndarray
+        self, mesh: Mesh, r2o: Topology | np.ndarray, options: Any, source: Source
     ) -> None:
-        self.mesh, self.r2o, self.ids = mesh, r2o, batches
+        self.mesh, self.r2o, self.ids = mesh, r2o, source.batches
+        self.names = ["none", *(name for name in MODES if name in options.modes)]
         self.sharding = NamedSharding(mesh, P("ep"))
         n_local, columns = options.experts // mesh.size, r2o.shape[1]
         self.sizes = n_local, options.hidden, options.width
-        loads = [np.bincount(ids.ravel(), minlength=options.experts) for ids in batches]
+        loads = [np.bincount(ids.ravel(), minlength=options.experts) for ids in source.batches]
         loads = np.stack(loads).astype(np.int32)
         numbers = range(columns, n_local + 1, columns)
         for n_copies in [options.redundants] if options.redundants else numbers:
-            self.place(loads, n_copies)
+            self.place(loads, source.history, n_copies)
             if max(self.imbalance["lplb"]) < 1.001:
                 break
         self.transport = {"transport": options.transport, "comm": options.comm}
         self.steps: dict[str, Any] = {}
 
-    def place(self, loads: np.ndarray, n_copies: int) -> None:
+    def place(self, loads: np.ndarray, history: np.ndarray, n_copies: int) -> None:
         """Places `n_copies` copies on every rank, and computes the remaining imbalance."""
         n_ranks, n_logical = self.mesh.size, loads.shape[1]
         self.n_copies = n_copies
         self.placement = place_experts(
             None, self.r2o, n_logical=n_logical, ep_size=n_ranks, redundants_per_rank=n_copies
         )
+        self.anywhere = place_copies(history.astype(np.int32), self.placement)
         chosen = [place_copies(of_batch, self.placement) for of_batch in loads]
         solved = jax.jit(functools.partial(solve, r2o=self.r2o, placement=self.placement))
         solved_anywhere = jax.jit(lambda loads, placement: solve(loads, placement=placement))
@@ -287,11 +305,12 @@ class Case:
             "none": [metrics.home_quota(of_batch, self.placement) for of_batch in loads],
             "eplb": [metrics.even_quota(of_batch, self.placement) for of_batch in loads],
             "lplb": [solved(of_batch).quota for of_batch in loads],
+            "any": [solved_anywhere(of_batch, self.anywhere).quota for of_batch in loads],
             "batch": [solved_anywhere(*both).quota for both in zip(loads, chosen, strict=True)],
         }
         # Copies of all ranks that a step moves.
-        n_chosen = np.mean([np.sum(np.asarray(copies.phy2log) >= 0) for copies in chosen])
-        self.copies = {"none": 0.0, "batch": float(n_chosen) - n_logical}
+        self.copies = {"none": 0.0, "any": n_copies_of([self.anywhere])}
+        self.copies |= {"batch": n_copies_of(chosen)}
         self.copies |= dict.fromkeys(("eplb", "lplb"), float(n_ranks * n_copies))
         self.imbalance = {
             name: [float(metrics.imbalance(metrics.rank_loads(quota, n_ranks))) for quota in each]
@@ -337,19 +356,21 @@ class Case:
 
     def layer(self, name: Any, tokens: jax.Array, gates: jax.Array, experts: Any, ids: Any) -> Any:
         """One rank's forward pass."""
-        of_batch = name == "batch"
         result = moe.moe_layer(
-            tokens, ids, gates, experts, placement=self.placement, axis_name="ep",
-            balance="lplb" if of_batch else name, copies="batch" if of_batch else "placement",
+            tokens, ids, gates, experts, axis_name="ep",
+            placement=self.anywhere if name == "any" else self.placement,
+            balance=name if name in ("none", "eplb") else "lplb",
+            copies="batch" if name == "batch" else "placement",
             capacity_factor=self.key(name)[1], in_place=True, **self.transport,
         )  # fmt: skip
         return result.out, (result.experts, result.traffic)
 
-    def key(self, name: str) -> tuple[str, float, int]:
-        """The parameters a step is compiled for: its kind, room over the mean load, and copies."""
+    def key(self, name: str) -> tuple[str, float, int, bytes]:
+        """A step is compiled for these: its kind, room over the mean load, copies, their table."""
         # A little more for eplb, where every source splits its own tokens.
         slack = 1.002 if name == "eplb" else 1 + 1e-6
-        return name, max(1.0, slack * max(self.imbalance[name])), self.n_copies
+        table = np.asarray(self.anywhere.phy2log).tobytes() if name == "any" else b""
+        return name, max(1.0, slack * max(self.imbalance[name])), self.n_copies, table
 
     def compile(self, name: str) -> Any:
         """Compiles forward and backward; the experts' buffers come back with fresh copies."""
@@ -401,6 +422,12 @@ class Case:
             + memory.temp_size_in_bytes
             - memory.alias_size_in_bytes
         ) / 2**30
+
+
+def n_copies_of(placements: list[Placement]) -> float:
+    """The copies of all ranks, on average."""
+    each = [np.sum(np.asarray(p.phy2log) >= 0) - p.n_logical for p in placements]
+    return float(np.mean(each))
 
 
 def measure(label: str, turns: list[Case], repeats: int) -> dict[str, Any]:
