@@ -1,5 +1,6 @@
 """Fixtures: random numbers with a fresh seed, shown on failure, and eight virtual CPU devices."""
 
+import glob
 import importlib.util
 import os
 import secrets
@@ -10,10 +11,21 @@ import jax
 import numpy as np
 import pytest
 
-# Before any backend starts. Workers of pytest-xdist share a GPU, and the first would take three
-# quarters of its memory.
-if "PYTEST_XDIST_WORKER" in os.environ:
+
+def gpus_in_turn(worker: str, gpus: list[str]) -> str:
+    """What CUDA shows to a worker, "gw0", "gw1", …: all GPUs, and each of them first in turn."""
+    first = int(worker.removeprefix("gw")) % len(gpus)
+    return ",".join(gpus[first:] + gpus[:first])
+
+
+# Before any backend starts. Workers of pytest-xdist share the GPUs: the first one would take three
+# quarters of the memory, and tests of one GPU would all use the same.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    n_gpus = len(glob.glob("/dev/nvidia[0-9]*"))
+    numbers = ",".join(map(str, range(n_gpus)))
+    if gpus := os.environ.get("CUDA_VISIBLE_DEVICES", numbers):
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus_in_turn(worker, gpus.split(","))
 # Tests that need no particular device run on JAX's default one.
 jax.config.update("jax_num_cpu_devices", 8)
 

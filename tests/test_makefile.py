@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import conftest
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -68,3 +69,9 @@ def test_the_sanitized_tests_exist():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(SANITIZED) <= set(done.stdout.splitlines())
+
+
+def test_workers_begin_with_different_gpus():
+    """Each sees all of them."""
+    seen = [conftest.gpus_in_turn(f"gw{k}", ["0", "5", "GPU-8"]) for k in range(4)]
+    assert seen == ["0,5,GPU-8", "5,GPU-8,0", "GPU-8,0,5", "0,5,GPU-8"]
