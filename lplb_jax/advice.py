@@ -273,7 +273,7 @@ def advise(
 def _of_an_expert(
     hidden: int | None, width: int | None, bytes_per_expert: float | None
 ) -> tuple[float | None, float | None]:
-    """Parameters and bytes of an expert, of what is known."""
+    """Parameters and bytes of an expert; None if the arguments do not determine them."""
     if hidden is not None and width is not None:
         parameters = 3.0 * hidden * width
         return parameters, bytes_per_expert or 2 * parameters
@@ -285,7 +285,7 @@ def _of_an_expert(
 def _code(choice: Choice, n_logical: int, ep_size: int, n_nodes: int) -> str:
     """Python that places the experts and balances a batch."""
     if choice.placement == GIVEN:
-        return "# Experts in the order of their ids are even enough: there is nothing to place."
+        return "# Experts in the order of their ids are even enough; no placement is needed."
     along = choice.placement not in (PACKED, ANY, BATCH)
     name, group_size = topology_of(choice.placement, ep_size) if along else ("", 0)
     imported = ["place_experts", *["rebalance"] * (choice.redundants > 0), *["topologies"] * along]
@@ -333,7 +333,7 @@ def _notes(workload: Workload, ep_size: int, n_nodes: int, costs: Costs | None) 
             f"{workload.rows / ep_size:,.0f} rows per rank."
         )
     else:
-        notes.append("Evaluated on the batch that it was placed from: there is no other.")
+        notes.append("Evaluated on the batch it was placed from, the only one.")
     if costs is None:
         notes.append("No times: they need hidden and width. The gain is that of the busiest rank.")
     else:

@@ -236,7 +236,7 @@ def rebalance(
     check_sources(indices, loads, problem, axis_name)
     if comm is not None:
         if loads is not None:
-            raise ValueError("comm: expected None where loads are given: there is nothing to share")
+            raise ValueError("comm: expected None with given loads, which need no exchange")
         check_comm(comm, axis_name, problem.n_logical)
 
     n_tokens = indices.size * (1 if axis_name is None else problem.ep_size)
@@ -244,7 +244,7 @@ def rebalance(
     costs = check_costs(tile, base_load, problem.ep_size, method, most_tiles)
 
     at_once = comm.fuses if comm is not None else axis_name is None
-    # Kernels that do it at once count tokens, and along a topology home ranks come first.
+    # The fused kernels balance tokens, not tiles, and along a topology prefer home ranks.
     plain = not (problem.along_topology and problem.node_size) and not costs.asked
     at_once = at_once and plain and loads is None and method == "exact"
     chooses = limit is not None
@@ -277,9 +277,9 @@ def _with_invalid(status: jax.Array, own: jax.Array) -> jax.Array:
 
 
 def _fits(problem: Problem, n_tokens: Any, *, chooses: bool, synced: bool) -> bool:
-    """Whether the GPU has the shared memory to do all steps in one launch; step by step takes less.
+    """Whether all steps in one launch fit in the GPU's shared memory; separate launches need less.
 
-    True where there is no GPU to ask: then native code says what it needs when the program runs.
+    True without a GPU to query; native code then checks when the program runs.
     """
     extension = _native.cuda()
     if extension is None or jax.default_backend() != "gpu":
@@ -306,9 +306,9 @@ def _rebalance_at_once(
     positions: bool,
     fan_out: int | None,
 ) -> tuple[Assignment, Split, Placement | None]:
-    """All steps in one native call: of the tokens there are, or with those of comm's ranks.
+    """All steps in one native call, which given `comm` also exchanges the ranks' counts.
 
-    With `fan_out`, copies are chosen first, and their placement comes last.
+    With `fan_out`, it first chooses the copies; the last result is their placement.
     """
     placement = problem.placement
     operands = (indices.reshape(-1), placement.phy2log, placement.log2phy, problem.r2o)

@@ -18,7 +18,7 @@ from lplb_jax.data import AUX_LOSSES
 
 TOPOLOGIES = tuple(topologies.named(demo.EP_SIZE))
 
-# Of arguments whose flag is not their name.
+# Flags of arguments that are named differently.
 FLAGS = {
     "redundants_per_rank": "--redundants",
     "workload": "WORKLOAD",
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       0, or 1 if a result was wrong.
 
     Raises:
-      SystemExit: with status 2 where the arguments are wrong or a file cannot be read or written,
+      SystemExit: with status 2 if the arguments are wrong or a file cannot be read or written,
         0 after --help or --version.
 
     >>> from lplb_jax.cli import main
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = options.pop("run")
     try:
         return run(**options)
-    except BrokenPipeError:  # Whoever reads has enough; nor does Python need to say so at its end.
+    except BrokenPipeError:  # The reader has closed it; Python must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, RuntimeError, OSError) as error:
@@ -66,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def advise(*, json: bool, picture: str, memory_budget: float | None, **options: Any) -> int:
-    """Prints what `lplb_jax.advise` says, and draws it.
+    """Prints the result of `lplb_jax.advise` and draws it.
 
     Args:
-      json: print JSON in the place of a table.
+      json: print JSON instead of a table.
       picture: file to write; empty for none.
       memory_budget: in GiB.
       options: of `lplb_jax.advise`.
@@ -105,7 +105,7 @@ def advise(*, json: bool, picture: str, memory_budget: float | None, **options: 
 
 
 def _with_flags(error: Exception, options: dict[str, Any]) -> str:
-    """What is wrong, by the names that the command line has; raises what is no user's fault."""
+    """The error's message with flags for argument names; raises a ValueError that names none."""
     name, _, text = str(error).partition(": ")
     if isinstance(error, OSError) and error.filename is not None:
         name = next((name for name in options if options[name] == error.filename), "")
@@ -123,15 +123,15 @@ def _flag(name: str) -> str:
 
 
 def _add_demo(commands: Any) -> None:
-    """The command `demo`; names as `demo.demonstrate` has them."""
+    """The command `demo`, whose options are the arguments of `demo.demonstrate`."""
     command = commands.add_parser(
         "demo",
         help="balance the routing of a real model over 8 ranks and check every result",
         description="Balances the packaged routing of a small language model over 8 "
-        "expert-parallel ranks: on 8 GPUs if available, otherwise on 8 virtual CPU devices. It "
-        "does so on copies along a topology, and on as many of any experts on any ranks. Prints a "
-        "table, writes a picture, and exits with status 1 if any result misses the bound, 2 if it "
-        "could not run.",
+        "expert-parallel ranks: on 8 GPUs if available, otherwise on 8 virtual CPU devices. The "
+        "copies are along a topology, on any ranks, or chosen for the batch. Prints a table, "
+        "writes a picture, and exits with status 1 if any result misses the bound, 2 if it could "
+        "not run.",
     )
     command.add_argument(
         "--aux-loss",
@@ -141,7 +141,7 @@ def _add_demo(commands: Any) -> None:
     command.add_argument(
         "--traces",
         metavar="PATH",
-        help="an .npz file with your own routing instead, see lplb_jax.data.read_traces",
+        help="an .npz file with your own routing, see lplb_jax.data.read_traces",
     )
     command.add_argument(
         "--topology",
@@ -173,7 +173,7 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_advise(commands: Any) -> None:
-    """The command `advise`; names as `lplb_jax.advise` has them."""
+    """The command `advise`, whose options are the arguments of `lplb_jax.advise`."""
     command = commands.add_parser(
         "advise",
         help="recommend a placement and a number of copies for a workload",
@@ -187,6 +187,46 @@ def _add_advise(commands: Any) -> None:
         help="an .npz file with `loads` [layers, batches, n_experts] or `indices` [layers, tokens, "
         f"top_k], see lplb_jax.advise; or a model, one of {', '.join(MODELS)}",
     )
+    count = at_least(1)
+    command.add_argument(
+        "--ranks", dest="ep_size", type=count, required=True, metavar="N", help="number of GPUs"
+    )
+    _add_sizes(command)
+    command.add_argument(
+        "--redundants",
+        type=_counts,
+        metavar="N,N,…",
+        help="redundant slots per rank to try (default: 1,2,4,8, if they fit)",
+    )
+    command.add_argument(
+        "--topology",
+        choices=tuple(topologies.NAMED),
+        help="try only this one (default: all that fit)",
+    )
+    command.add_argument(
+        "--inference", action="store_true", help="forward only; copies stay in place"
+    )
+    _add_rates(command)
+    command.add_argument(
+        "--layers",
+        dest="most_layers",
+        type=count,
+        default=4,
+        metavar="N",
+        help="layers to consider, evenly spaced (default: %(default)s)",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.add_argument(
+        "--picture",
+        default="lplb_jax_advice.png",
+        metavar="PATH",
+        help="file for the picture; empty for none (default: %(default)s)",
+    )
+    command.set_defaults(command=command, run=advise)
+
+
+def _add_sizes(command: argparse.ArgumentParser) -> None:
+    """The workload's sizes, and the memory that copies may take."""
     count = at_least(1)
     positive = at_least(0, float)
     for flag, name, kind, metavar, text in (
@@ -215,23 +255,10 @@ def _add_advise(commands: Any) -> None:
         command.add_argument(
             flag, dest=name, type=kind, metavar=metavar, default=default, help=text
         )
-    command.add_argument(
-        "--ranks", dest="ep_size", type=count, required=True, metavar="N", help="number of GPUs"
-    )
-    command.add_argument(
-        "--redundants",
-        type=_counts,
-        metavar="N,N,…",
-        help="redundant slots per rank to try (default: 1,2,4,8, if they fit)",
-    )
-    command.add_argument(
-        "--topology",
-        choices=tuple(topologies.NAMED),
-        help="try only this one (default: all that fit)",
-    )
-    command.add_argument(
-        "--inference", action="store_true", help="forward only; copies stay in place"
-    )
+
+
+def _add_rates(command: argparse.ArgumentParser) -> None:
+    """The hardware's rates, for estimates of times."""
     for name, default, text in (
         ("flops", _cost.FLOPS, "floating-point operations per second of the GEMMs"),
         ("link", _cost.LINK, "bytes per second between ranks of a node"),
@@ -241,36 +268,20 @@ def _add_advise(commands: Any) -> None:
         measured = "" if name == "node_link" else ", measured on H200s"
         command.add_argument(
             _flag(name),
-            type=positive,
+            type=at_least(0, float),
             default=default,
             metavar="X",
             help=f"{text} (default: {default:g}{measured})",
         )
-    command.add_argument(
-        "--layers",
-        dest="most_layers",
-        type=count,
-        default=4,
-        metavar="N",
-        help="layers to consider, evenly spaced (default: %(default)s)",
-    )
-    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    command.add_argument(
-        "--picture",
-        default="lplb_jax_advice.png",
-        metavar="PATH",
-        help="file for the picture; empty for none (default: %(default)s)",
-    )
-    command.set_defaults(command=command, run=advise)
 
 
 def _counts(text: str) -> list[int]:
-    """Type of an option that is a list of whole numbers of at least 1."""
+    """The type of an option: a list of whole numbers of at least 1."""
     return [at_least(1)(part) for part in text.split(",")]
 
 
 def at_least(least: int, kind: type = int) -> Callable[[str], Any]:
-    """Type of an option that is a finite number, in `kind`, of at least `least`.
+    """The type of an option: a finite number of type `kind`, at least `least`.
 
     >>> from lplb_jax.cli import at_least
     >>> at_least(1)("30"), at_least(0, float)("2e-3")

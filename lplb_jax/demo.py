@@ -1,7 +1,7 @@
 """The demonstration: real routing through `rebalance` on 8 ranks, every result checked.
 
-Each layer is balanced three times: on copies along a topology, on as many that may be anywhere, and
-on copies chosen for the batch.
+Each layer is balanced three times, with equally many slots: on copies along a topology, on copies
+on any ranks, and on copies chosen for the batch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lplb_jax.batch_copies import CopiesFrom
 from lplb_jax.data import AUX_LOSSES, Traces, load_traces, read_traces
 
 EP_SIZE = 8
-MANY_RANKS, FEW_SLOTS = 64, 2  # what `solve` shows of more ranks than there are devices
+MANY_RANKS, FEW_SLOTS = 64, 2  # balanced by `solve` alone, which needs no devices
 PICTURES = (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 
 
@@ -59,18 +59,18 @@ def demonstrate(
       topology: "cube", "ring", "torus" or "complete", see `choose_topology`.
       redundants_per_rank: redundant slots, see `choose_topology`.
       aux_loss: which of the packaged traces, see `lplb_jax.data.load_traces`; None for "1e-3".
-      traces: a file of traces to take instead, see `lplb_jax.data.read_traces`; tokens and experts
-        are multiples of 8.
+      traces: a file with other traces, see `lplb_jax.data.read_traces`; the numbers of tokens and
+        experts are multiples of 8.
       repeats: timed calls per layer.
       picture: file to write, with one of the `PICTURES` endings; None or empty for none.
 
     Returns:
-      0, or 1 where a result misses its bound or is otherwise wrong; the output says which.
+      0, or 1 if a result misses its bound or is otherwise wrong; the output says which.
 
     Raises:
       OSError: a file cannot be read or written.
-      ValueError: arguments that do not fit one another; the message begins with the name of one.
-      RuntimeError: JAX was started before with fewer than 8 devices.
+      ValueError: the arguments are inconsistent; the message begins with the name of one.
+      RuntimeError: JAX is already running with fewer than 8 devices.
 
     >>> from lplb_jax.demo import demonstrate
     >>> demonstrate(repeats=1, picture=None)  # doctest: +SKIP
@@ -109,31 +109,10 @@ def demonstrate(
     print(f"; experts placed from {when}\n", flush=True)
 
     with init_comm(mesh, "ep", max_experts=n_logical) as comm:
-        along, anywhere = placements
-        kinds: list[tuple[Placement, str, CopiesFrom]] = [
-            (along, topology, "placement"),
-            (anywhere, "any placement", "placement"),
-            (anywhere, "batch", "batch"),
-        ]
-        runs = [[*_run_layers(mesh, comm, indices, kind[0], repeats, *kind[1:])] for kind in kinds]
+        layers = _balance(mesh, comm, indices, placements, topology, repeats)
     _progress("")
-    layers = []
-    for i, of_layer in enumerate(zip(*runs, strict=True)):
-        loads = np.bincount(indices[i].ravel(), minlength=n_logical)
-        placement = _layer(along, i)
-        quotas = metrics.home_quota(loads, placement), metrics.even_quota(loads, placement)
-        home, even = map(_loads_of_ranks, quotas)
-        layers.append(Layer(home, even, of_layer))
-
     print(table(layers, topology))
-    print(
-        f"\nnone: no replicas; even: along the {topology}, tokens of an expert halved; any: copies "
-        f"of any expert\non any rank; batch: copies chosen for these tokens. On all ranks there "
-        f"are {_copies(runs)}."
-        f"\nms: median of {repeats} calls after a warm-up; one call is rebalance() on all "
-        f"{EP_SIZE} ranks\n(count, sync by {comm.transport}, solve, assign) as one jitted "
-        f"shard_map, until every result is ready."
-    )
+    print(_legend(layers, topology, repeats, comm.transport))
     if n_logical % MANY_RANKS == 0:
         print(_on_many_ranks(indices, history))
     faults = [f"layer {i}: {fault}" for i, layer in enumerate(layers) for fault in layer.faults]
@@ -153,26 +132,26 @@ def find_devices(n: int) -> list[Any]:
     """`n` GPUs if available, otherwise `n` virtual CPU devices. Call it before JAX is used.
 
     Args:
-      n: devices wanted.
+      n: number of devices.
 
     Returns:
       `n` devices of one kind, of the default backend.
 
     Raises:
-      RuntimeError: JAX already runs with fewer CPU devices.
+      RuntimeError: JAX is already running with fewer CPU devices.
 
     >>> from lplb_jax.demo import find_devices
     >>> len(find_devices(1))
     1
     """
-    # Refused once JAX has been started; what it has may be enough.
+    # Raises once JAX runs, which may have enough devices already.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", max(n, jax.config.jax_num_cpu_devices))  # pyright: ignore[reportAttributeAccessIssue]
     devices = jax.devices()
     if devices[0].platform == "gpu" and len(devices) >= n:
         return devices[:n]
     if devices[0].platform != "cpu":
-        # Native code is chosen by the default backend, so make that the CPU.
+        # The default backend selects the native code, so it has to be the CPU.
         jax.config.update("jax_platforms", "cpu")
         jax.extend.backend.clear_backends()
         devices = jax.devices()
@@ -196,16 +175,16 @@ def choose_topology(
     Args:
       n_ranks: ranks of a group, at least 2.
       n_local: experts of a rank.
-      topology: a name that `topologies.named(n_ranks)` has. None for the first that fits, of the
-        cube for 8 ranks and the ring for any number.
+      topology: a name in `topologies.named(n_ranks)`. None for the cube if it exists and fits,
+        otherwise the ring.
       redundants_per_rank: redundant slots, a multiple of the topology's columns and at most
-        `n_local`. None for two per column, or one where `n_local` is too small for that.
+        `n_local`. None for two per column, or one if `n_local` is too small for two.
 
     Returns:
       `(topology, r2o, redundants_per_rank)`.
 
     Raises:
-      ValueError: there is none; the message begins with the name of the argument to change.
+      ValueError: none fits; the message begins with the name of the argument to change.
 
     >>> from lplb_jax.demo import choose_topology
     >>> choose_topology(8, 4)[::2], choose_topology(8, 1)[::2]
@@ -236,12 +215,12 @@ def choose_topology(
 
 
 def check_output(name: str, path: str, endings: Sequence[str] = ()) -> None:
-    """Raises `ValueError` where a program could not write `path` at its end.
+    """Raises `ValueError` if `path` cannot be written, before the work that ends with writing it.
 
     Args:
-      name: what the message calls it.
+      name: the argument's name, for the message.
       path: a file, which may exist already.
-      endings: those that its name may have, in lower case; none for any.
+      endings: allowed endings of its name, in lower case; none for any.
 
     >>> from lplb_jax.demo import check_output
     >>> check_output("picture", "loads", (".png", ".pdf"))
@@ -293,11 +272,14 @@ def table(layers: list[Layer], topology: str) -> str:
 
 
 def _routing(aux_loss: str | None, traces: str | None) -> Traces:
-    """The packaged traces or those of a file; one share of tokens and of experts per rank."""
+    """The packaged traces or those of a file, whose tokens and experts divide evenly by ranks."""
     if traces is None:
         return load_traces(AUX_LOSSES[0] if aux_loss is None else aux_loss)
     if aux_loss is not None:
-        raise ValueError(f"aux_loss: it chooses a packaged trace, and {traces!r} is to be read")
+        raise ValueError(
+            f"aux_loss: expected None, not a packaged trace's, with traces = {traces!r}, got "
+            f"{aux_loss!r}"
+        )
     try:
         read = read_traces(traces)
     except ValueError as error:
@@ -305,21 +287,33 @@ def _routing(aux_loss: str | None, traces: str | None) -> Traces:
     for what, n in (("tokens", read.indices.shape[1]), ("experts", read.history.shape[1])):
         if n % EP_SIZE:
             raise ValueError(
-                f"traces: expected a multiple of {EP_SIZE} {what}, as many on every rank, got {n} "
-                f"in {traces}"
+                f"traces: expected a multiple of {EP_SIZE} {what}, one share per rank, got {n} in "
+                f"{traces}"
             )
     return read
 
 
-def _copies(runs: list[list[Run]]) -> str:
-    """How many copies each kind of placement has, from layer to layer."""
-    numbers = [[run.n_copies for run in of_layers] for of_layers in runs]
+def _legend(layers: list[Layer], topology: str, repeats: int, transport: str) -> str:
+    """What the table's columns mean."""
+    return (
+        f"\nnone: no replicas; even: along the {topology}, tokens of an expert halved; any: copies "
+        f"of any expert\non any rank; batch: copies chosen for these tokens. On all ranks there "
+        f"are {_copies(layers)}."
+        f"\nms: median of {repeats} calls after a warm-up; one call is rebalance() on all "
+        f"{EP_SIZE} ranks\n(count, sync by {transport}, solve, assign) as one jitted "
+        f"shard_map, until every result is ready."
+    )
+
+
+def _copies(layers: list[Layer]) -> str:
+    """The fewest and most copies of each kind of placement in a layer."""
+    numbers = zip(*([run.n_copies for run in layer.runs] for layer in layers), strict=True)
     spans = [sorted({min(of_layers), max(of_layers)}) for of_layers in numbers]
     return ", ".join(" to ".join(map(str, span)) for span in spans) + " copies"
 
 
 def _on_many_ranks(indices: np.ndarray, history: np.ndarray) -> str:
-    """The busiest rank's tokens over the mean where there are many ranks, by `solve` alone."""
+    """The busiest of many ranks over the mean load, computed by `solve` alone."""
     sizes = {"n_logical": history.shape[1], "ep_size": MANY_RANKS}
     packed = place_experts(history, **sizes, redundants_per_rank=0, method="eplb")
     placed = place_experts(history, **sizes, redundants_per_rank=FEW_SLOTS)
@@ -346,7 +340,7 @@ def _describe(devices: list[Any]) -> str:
 
 
 def _progress(text: str) -> None:
-    """Shows what is going on, in one line that the next replaces; where nobody looks, nothing."""
+    """Shows a status line that the next one replaces; only on a terminal."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
@@ -354,7 +348,7 @@ def _progress(text: str) -> None:
 def _compile(
     mesh: Mesh, comm: Comm, indices: np.ndarray, placement: Placement, copies: CopiesFrom
 ) -> jax.stages.Compiled:
-    """rebalance() as one program for all ranks. The placement is an argument: it may change."""
+    """rebalance() as one program for all ranks and all placements."""
     specs = (P("ep"), P()) if copies == "placement" else (P("ep"), P(), P())
 
     @jax.jit
@@ -364,16 +358,42 @@ def _compile(
             indices, None, placement=placement, axis_name="ep", comm=comm, copies=copies
         )
 
-    # Compiled once, ahead: another layer could not recompile it even if it had to.
+    # Compiled ahead of time, so a layer that needed another program would fail.
     return step.lower(*_put(mesh, indices, placement)).compile()
 
 
 def _put(mesh: Mesh, indices: np.ndarray, placement: Placement) -> tuple[jax.Array, Placement]:
-    """Consecutive tokens to consecutive ranks, the placement to all of them."""
+    """Shards the tokens over the ranks and replicates the placement."""
     return (
         jax.device_put(indices, NamedSharding(mesh, P("ep"))),
         jax.device_put(placement, NamedSharding(mesh, P())),
     )
+
+
+def _balance(
+    mesh: Mesh,
+    comm: Comm,
+    indices: np.ndarray,
+    placements: Sequence[Placement],
+    topology: str,
+    repeats: int,
+) -> list[Layer]:
+    """Balances every layer along the topology, on any placement, and with copies of the batch."""
+    along, anywhere = placements
+    kinds: list[tuple[Placement, str, CopiesFrom]] = [
+        (along, topology, "placement"),
+        (anywhere, "any placement", "placement"),
+        (anywhere, "batch", "batch"),
+    ]
+    runs = [[*_run_layers(mesh, comm, indices, kind[0], repeats, *kind[1:])] for kind in kinds]
+    layers = []
+    for i, of_layer in enumerate(zip(*runs, strict=True)):
+        loads = np.bincount(indices[i].ravel(), minlength=along.n_logical)
+        placement = _layer(along, i)
+        quotas = metrics.home_quota(loads, placement), metrics.even_quota(loads, placement)
+        home, even = map(_loads_of_ranks, quotas)
+        layers.append(Layer(home, even, of_layer))
+    return layers
 
 
 def _run_layers(
@@ -385,7 +405,7 @@ def _run_layers(
     name: str,
     copies: CopiesFrom,
 ) -> Iterator[Run]:
-    """Every layer on its placement, by one program."""
+    """Runs every layer with its placement; one program serves all."""
     _progress(f"{name}: compiling one step for all layers")
     step = _compile(mesh, comm, indices[0], _layer(stacked, 0), copies)
     for i, chosen in enumerate(indices):

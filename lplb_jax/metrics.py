@@ -44,7 +44,7 @@ def rank_loads(quota: ArrayLike, ep_size: int) -> jax.Array:
 
 
 def home_quota(loads: ArrayLike, placement: Placement) -> jax.Array:
-    """The quotas without replicas: every token goes to its expert's first slot.
+    """The quotas without replicas: every token goes to its expert's home, its first slot.
 
     Args:
       loads: int32 `[..., n_logical]`, tokens per expert.
@@ -96,7 +96,7 @@ def even_quota(loads: ArrayLike, placement: Placement) -> jax.Array:
 
 
 def _even_quota(loads: jax.Array, placement: Placement) -> jax.Array:
-    # Counted, not taken from logcnt: a traced one may be anything, and tokens would be lost.
+    # Counted here: a traced logcnt may be wrong, and tokens would be lost.
     log2phy = placement.log2phy
     named = (log2phy >= 0) & (log2phy < placement.n_physical)
     nth = jnp.cumsum(named, axis=1, dtype=loads.dtype)  # from 1
@@ -270,15 +270,15 @@ def _tokens_moved(quota: jax.Array, placement: Placement) -> jax.Array:
 class CopyTraffic(NamedTuple):
     """Copies of experts whose weights travel for one batch, counted by rank, and what they save.
 
-    Times the bytes of an expert's weights, which may be more than int32 holds, it is what goes over
-    a rank's links. The copies' gradients go back over the same ones.
+    Multiplied by the bytes of an expert (in floats: int32 may overflow), the counts are the traffic
+    of a rank's links. The copies' gradients take the same links back.
 
     Attributes:
-      sent: int32 `[..., ep_size]`, copies that a rank sends, those that it passes on included.
-      received: int32 `[..., ep_size]`, copies that it gets.
-      sent_abroad: int32 `[..., ep_size]`, of those sent, the ones to ranks of other nodes.
-      received_abroad: int32 `[..., ep_size]`, of those received, the ones from other nodes.
-      rows_saved: int32 `[...]`, rows that the busiest rank has less than without copies.
+      sent: int32 `[..., ep_size]`, copies that a rank sends, including those that it relays.
+      received: int32 `[..., ep_size]`, copies that a rank receives.
+      sent_abroad: int32 `[..., ep_size]`, copies sent to ranks of other nodes; part of `sent`.
+      received_abroad: int32 `[..., ep_size]`, copies received from other nodes; part of `received`.
+      rows_saved: int32 `[...]`, by how many rows the copies shrink the busiest rank's load.
     """
 
     sent: jax.Array
@@ -291,12 +291,12 @@ class CopyTraffic(NamedTuple):
 def copy_traffic(
     quota: ArrayLike, placement: Placement, *, n_nodes: int | None = None
 ) -> CopyTraffic:
-    """Which copies `moe.moe_layer` moves for a batch: known before anything moves.
+    """Counts the copies that `moe.moe_layer` moves for a batch, before any of them moves.
 
-    Of a placement without topology, such as one chosen for the batch, those that serve tokens. They
-    are passed on from rank to rank, and go to another node once (transport "ragged" or "peer"; with
-    "padded" every rank sends the room of all others, whatever is in it). Along a topology, all of
-    them, from their homes.
+    Without a topology, as with copies chosen for the batch, these are the copies that serve tokens.
+    Ranks relay them, and each other node gets a copy once (transports "ragged" and "peer"; with
+    "padded" each rank sends the room of all others, filled or not). Along a topology, all copies
+    move, directly from their homes.
 
     Args:
       quota: int32 `[..., n_physical]`, tokens per physical slot: a `Split.quota`, or counted.
@@ -304,11 +304,11 @@ def copy_traffic(
       n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each; None for the placement's.
 
     Returns:
-      A `CopyTraffic`; see `copy_times` for what it takes.
+      A `CopyTraffic`; `copy_times` converts it to seconds.
 
     Raises:
-      ValueError: quota does not have the placement's slots, or its layers, or n_nodes is no divisor
-        of ep_size.
+      ValueError: the shape of quota does not match the placement's slots or layers, or n_nodes does
+        not divide ep_size.
 
     >>> import lplb_jax
     >>> empty = lplb_jax.Placement.from_phy2log([[0, 1, -1], [2, 3, -1]], ep_size=2)
@@ -326,7 +326,7 @@ def copy_traffic(
 
 @functools.cache
 def _copy_traffic(n_nodes: int) -> Callable[[jax.Array, Placement], CopyTraffic]:
-    """One function for each number, so that JAX compiles it once."""
+    """The same function for the same number of nodes, so that JAX compiles it once."""
 
     def counted(quota: jax.Array, placement: Placement) -> CopyTraffic:
         ep_size, n_slots = placement.ep_size, placement.n_physical // placement.ep_size
@@ -365,8 +365,8 @@ class CopyTimes(NamedTuple):
     """Estimated seconds, float32 `[...]` each.
 
     Attributes:
-      fetch: what the copies take on the busiest link, and in training their gradients.
-      saved: by how much the busiest rank's matrix products are shorter with the copies.
+      fetch: the time of the copies on the busiest link, in training with their gradients.
+      saved: the time by which the copies shorten the busiest rank's GEMMs.
     """
 
     fetch: jax.Array
@@ -383,30 +383,31 @@ def copy_times(
     link: float = _cost.LINK,
     node_link: float = _cost.NODE_LINK,
 ) -> CopyTimes:
-    """Whether copies are worth their way: what they take and what they save, at the rates given.
+    """Estimates whether copies pay off: the time of their transfer, and the time that they save.
 
-    Where `fetch` is larger than `saved`, as in small batches, the layer is faster without copies,
-    unless the transfer hides behind computation: then only what of it is longer than that counts.
-    The costs are those of `advise`; the latency of a round of transfers is not among them.
+    If `fetch` is larger than `saved`, as in small batches, the layer is faster without copies,
+    unless computation hides the transfer: then only the part that it does not hide counts. The
+    costs are those of `advise`, which leave out the latency of a round of transfers.
 
     Args:
       copies: from `copy_traffic`, or `moe.Traffic.copies`.
       parameters: of one expert; 3 · hidden · width for `moe.Experts`.
       bytes_per_expert: its weights as they travel; None for 16-bit floats.
-      inference: forward alone. Else gradients travel back, and there are three times as many
-        products.
-      flops: floating-point operations per second that a rank's products reach. The defaults of all
-        rates but node_link were measured on H200s.
-      link: bytes per second from a rank to others of its node, and as many to it.
+      inference: forward only. Otherwise gradients travel back, and there are three times as many
+        GEMMs.
+      flops: floating-point operations per second that a rank's GEMMs reach. The defaults of all
+        rates except node_link were measured on H200s.
+      link: bytes per second from a rank to others of its node, and in the other direction.
       node_link: the same to other nodes.
 
     Returns:
       A `CopyTimes`.
 
     Raises:
-      ValueError: a number is not finite or not above 0.
+      ValueError: a number is not finite or not positive.
 
-    A copy of an expert, there and back, takes as long as 1,358 rows, however large experts are:
+    Moving one copy, with its gradient, takes as long as computing 1,358 rows, whatever the size of
+    the experts:
 
     >>> one, none = jnp.array([1, 0]), jnp.array([0, 0])
     >>> copies = CopyTraffic(one, one[::-1], none, none, jnp.int32(1358))
@@ -533,7 +534,7 @@ def _by_layer(
     placement: Placement,
     size: int,
 ) -> Any:
-    """`function` of the last axis of `array`, which is of `size`, with its layer's placement."""
+    """`function` of the last axis of `array`, of length `size`, and its layer's placement."""
     layers = placement.phy2log.shape[:-1]
     shape = jnp.shape(array)
     if not shape or shape[-1] != size or shape[: len(layers)] != layers:
@@ -544,7 +545,7 @@ def _by_layer(
         return _mapped(function, len(layers), array, jax.tree.map(_native.whole, placement))
 
 
-# Without jit, JAX would compile every operation for itself, and move every constant to the device.
+# Without jit, JAX would compile each operation separately and transfer each constant.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _mapped(
     function: Callable[[jax.Array, Placement], Any],

@@ -133,11 +133,11 @@ class Placement:
     def to_arrays(self) -> dict[str, Any]:
         """All fields as NumPy arrays by name, including the static ones: for a checkpoint.
 
-        A pytree restored without a target is a dict of arrays, in which there is nothing static.
+        A checkpoint restored without a target is a dict of arrays, without static fields.
 
         Returns:
-          phy2log, log2phy and logcnt; ep_size and n_nodes, int32 scalars; r2o, int32
-          `[group_size, n_columns]`, where there is a topology.
+          phy2log, log2phy and logcnt; ep_size and n_nodes, int32 scalars; with a topology also r2o,
+          int32 `[group_size, n_columns]`.
 
         >>> arrays = Placement.from_phy2log([[0, 1], [1, 0]], ep_size=2).to_arrays()
         >>> list(arrays), Placement.from_arrays(arrays).ep_size
@@ -155,10 +155,10 @@ class Placement:
         """The placement that `to_arrays` was called on.
 
         Args:
-          arrays: what came of it, also as JAX arrays or in another order.
+          arrays: its result, in any order; NumPy or JAX arrays.
 
         Raises:
-          ValueError: a name is missing or too much, or an array is not as it was.
+          ValueError: a name is missing or unknown, or the arrays' shapes are inconsistent.
         """
         if not set(_ARRAYS) <= set(arrays) <= {*_ARRAYS, "r2o"}:
             raise ValueError(
@@ -225,13 +225,13 @@ def place_experts(
       n_logical: experts; with `r2o` a multiple of `ep_size`.
       ep_size: ranks; with `r2o` a multiple of `group_size`, groups are consecutive ranks.
       redundants_per_rank: redundant slots of each rank. With `r2o` a multiple of `n_columns`, at
-        most `n_logical / ep_size`; without `r2o` at least 0, besides
+        most `n_logical / ep_size`; without `r2o` at least 0, in addition to
         ⌈n_logical / ep_size⌉ slots.
-      n_physical: instead of `redundants_per_rank`, without `r2o`: all slots, a multiple of
-        `ep_size`, at least `n_logical`.
+      n_physical: the number of all slots, instead of `redundants_per_rank` and only without `r2o`;
+        a multiple of `ep_size`, at least `n_logical`.
       n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each.
       n_groups: groups of experts for method "eplb", a divisor of `n_logical`.
-      method: "auto" or "eplb"; with `r2o` there is no choice.
+      method: "auto" or "eplb"; with `r2o` only "auto".
       previous: the current placement, with the same numbers of experts, ranks and slots, stacked by
         layer if and only if `history` is, in NumPy or JAX arrays; with `r2o`, a placement along
         it. Not for method "eplb".
@@ -377,7 +377,7 @@ def _layer(stacked: Placement, i: int) -> Placement:
 def _kept(
     previous: Any, loads: np.ndarray, sizes: Sizes, topology: Topology | None
 ) -> Placement | None:
-    """`previous` in NumPy arrays, if it is one that these loads may change, or raises."""
+    """`previous` in NumPy arrays; raises if its sizes or its topology do not match."""
     if previous is None:
         return None
     if not isinstance(previous, Placement):
@@ -412,7 +412,7 @@ def _kept(
 
 
 def _loads_of(history: Any, n_logical: int, most_axes: int) -> np.ndarray:
-    """`history` as float64 with one to `most_axes` axes; raises if it is something else."""
+    """`history` as float64 with one to `most_axes` axes; raises if it is not such an array."""
     try:
         loads = np.asarray(jax.device_get(history)).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError) as error:  # ragged, traced, or no real numbers
@@ -462,7 +462,7 @@ def _slots_per_rank(n_logical: int, ep_size: int, redundants_per_rank: Any, n_ph
 
 
 def _check_method(method: Any, n_logical: int, n_groups: Any) -> None:
-    """Raises if there is no such method or groups do not divide the experts."""
+    """Raises if the method is unknown or `n_groups` does not divide the experts."""
     if method not in get_args(Method):
         raise ValueError(f"method: expected 'auto' or 'eplb', got {method!r}")
     check_integers(n_groups=n_groups)
@@ -540,7 +540,7 @@ def check_sizes(r2o: Topology, n_logical: int, ep_size: int, redundants_per_rank
 def check_fits(placement: Placement, r2o: Topology | np.ndarray) -> None:
     """Raises if `placement` was not made for `r2o`; values are checked if they are known.
 
-    An `r2o` without columns is any placement.
+    An `r2o` without columns stands for any placement.
     """
     names = ("phy2log", "log2phy", "logcnt")
     arrays = {name: getattr(placement, name) for name in names}
@@ -574,7 +574,7 @@ def check_fits(placement: Placement, r2o: Topology | np.ndarray) -> None:
             f"2, got {list(placement.log2phy.shape)}"
         )
     if any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
-        return  # the values come with the batch; the solver then checks them and sets a status bit
+        return  # the solver checks the values at run time and sets a status bit
     placement = jax.device_get(placement)
     phy2log = placement.phy2log.reshape(placement.ep_size, -1)
     order = phy2log[:, : n_logical // placement.ep_size].ravel()
@@ -608,10 +608,10 @@ def check_any(placement: Placement) -> None:
         )
     arrays = (placement.phy2log, placement.log2phy, placement.logcnt)
     if any(isinstance(array, jax.core.Tracer) for array in arrays):
-        return  # the values come with the batch; the solver then checks them and sets a status bit
+        return  # the solver checks the values at run time and sets a status bit
     phy2log, log2phy, logcnt = jax.device_get(arrays)
     _tables.check_phy2log(phy2log, ep_size, n_logical)
-    # Homes may be others than those of from_phy2log.
+    # Homes may differ from those that from_phy2log chooses.
     expected, count = _tables.log2phy_of(np, phy2log, log2phy[:, 0], ep_size, n_logical)
     most = max(max_replicas, int(count.max()))
     padding = [(0, 0), (0, most)]

@@ -26,13 +26,13 @@ class Topology:
 
     Topologies with equal tables are equal, so they share compiled code. JAX treats a topology as
     static: it may be an argument of a jitted function, which is traced once per topology. Indexing,
-    iteration, and an array's attributes and methods are those of the table.
+    iteration and all other attributes and methods of an array act on the table.
 
     Attributes:
       r2o: read-only int32 `[group_size, n_columns]`, copied from the constructor's argument.
 
     Raises:
-      TypeError, ValueError: as `validate`, which lists what is accepted.
+      TypeError, ValueError: see `validate`.
 
     >>> swap = Topology([[1], [0]])
     >>> swap == ring(2), swap == ring(3), swap[0, 0].item(), np.asarray(swap).shape
@@ -45,7 +45,7 @@ class Topology:
     def __post_init__(self) -> None:
         table = _checked(self.r2o)
         object.__setattr__(self, "r2o", table)
-        # Bytes remember their hash. JAX asks for it at every call of a jitted function.
+        # Bytes cache their hash, which JAX needs at each call of a jitted function.
         object.__setattr__(self, "_key", (table.shape, table.tobytes()))
 
     @property
@@ -67,7 +67,7 @@ class Topology:
         return np.array(self.r2o, dtype=dtype, copy=copy)
 
     def __getattr__(self, name: str) -> Any:
-        # What else an array has: dtype, T, tolist, astype, … Protocols are for the class to define.
+        # Other attributes of an array: dtype, T, tolist, … Protocols must be defined above.
         if name.startswith("__"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.r2o, name)
@@ -206,7 +206,7 @@ def named(n_ranks: int) -> dict[str, Topology]:
 
 
 def validate(r2o: Any) -> Topology:
-    """Returns `r2o` as a `Topology`, or says what is wrong with it.
+    """Returns `r2o` as a `Topology`; raises if it is not one.
 
     Args:
       r2o: a `Topology`, which is returned as it is, or integers `[group_size, n_columns]`, known at
@@ -218,7 +218,7 @@ def validate(r2o: Any) -> Topology:
 
     Raises:
       TypeError: `r2o` is traced, or not of integers.
-      ValueError: it is not two-dimensional, is empty, or a column is no permutation.
+      ValueError: it is not two-dimensional, is empty, or a column is not a permutation.
 
     >>> validate([[1], [0]]).shape
     (2, 1)
@@ -227,7 +227,7 @@ def validate(r2o: Any) -> Topology:
 
 
 def _checked(r2o: Any) -> np.ndarray:
-    """`r2o` as a read-only copy, or what is wrong with it."""
+    """A read-only copy of `r2o`; raises if it is not a topology."""
     if isinstance(r2o, jax.core.Tracer):
         raise TypeError(
             "r2o: expected a static array (NumPy, or lplb_jax.topologies), got a traced value; "
@@ -257,7 +257,7 @@ def _squarest_torus(n_ranks: int) -> Topology:
 
 
 def _columns(n_ranks: int) -> int:
-    """The shorter side of the grid of `n_ranks` that is nearest to a square."""
+    """The shorter side of the most nearly square grid of `n_ranks`."""
     return max(n for n in range(1, math.isqrt(n_ranks) + 1) if n_ranks % n == 0)
 
 
