@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from lplb_jax import metrics
-from lplb_jax._axes import check_axis, varying_as, varying_over
+from lplb_jax._axes import varying_as, varying_over
 from lplb_jax._problem import Problem, Solver, anywhere, check_indices, check_problem
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
@@ -29,95 +28,26 @@ from lplb_jax.moe.experts import (
     gated_units,
     network_of,
 )
-from lplb_jax.moe.moves import check_homes, home_slots
+from lplb_jax.moe.moves import check_homes
 from lplb_jax.moe.products import Gemm
-from lplb_jax.moe.replicas import Fetch, filled, with_room
-from lplb_jax.moe.slots import fetch_anywhere, room_for, slots_by_row
-from lplb_jax.moe.transfers import AnyFetch, Beside
-from lplb_jax.moe.weights import Own, WithRoom, as_weights, unwrapped
+from lplb_jax.moe.traffic import Traffic, traffic_of
+from lplb_jax.moe.transfers import Beside
+from lplb_jax.moe.weights import (
+    InSlots,
+    Own,
+    WithRoom,
+    as_weights,
+    check_keeping,
+    fetch_for,
+    slot_order,
+    unwrapped,
+    with_room_for,
+)
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split
-from lplb_jax.status import Status
 
 Balance = Literal["lplb", "eplb", "none"]
 BALANCES = get_args(Balance)
-
-
-class Traffic(NamedTuple):
-    """Statistics of one call of a layer; equal on all ranks.
-
-    Attributes:
-      slot_loads: int32 `[n_physical]`, rows for every slot from all sources.
-      capacity: int32 scalar, the rows that fit on a rank.
-      overflow: int32 scalar, rows of all ranks that did not fit and were dropped; 0 is good.
-      status: int32 `[n_groups]`, bits of `lplb_jax.Status`; 0 is good.
-      lower_bound: int32 `[n_groups]`, the least load of a group's busiest rank that any routing
-        over these replicas can reach, in tiles with `tile`; 0 if `balance` is not "lplb".
-      phy2log: int32 `[n_physical]`, the expert of every slot, −1 if empty: the placement's, or as
-        chosen with copies="batch". Filled slots beyond n_logical are copies, whose weights are
-        fetched.
-      expert_loads: int32 `[n_logical]`, rows for every expert, for `LoadHistory.update`.
-      copies: copies whose weights each rank sends and receives for this batch, and the rows that
-        the busiest rank saves; `metrics.copy_times` converts both to seconds. 0 if none
-        are fetched.
-    """
-
-    slot_loads: jax.Array
-    capacity: jax.Array
-    overflow: jax.Array
-    status: jax.Array
-    lower_bound: jax.Array
-    phy2log: jax.Array
-    expert_loads: jax.Array
-    copies: metrics.CopyTraffic | None = None
-
-    def reduced(self, axis_name: Any) -> Traffic:
-        """Reduces over another mesh axis, such as "data", whose slices each run the layer.
-
-        Call it inside `jax.shard_map`. The result is the same on all ranks, so its out_specs are
-        `P()`. Works on stacked traffic of several layers as well.
-
-        Args:
-          axis_name: the other axis (or a tuple of axes) over which tokens are sharded.
-
-        Returns:
-          Rows (`slot_loads`, `overflow`, `expert_loads`) are summed over the slices, `status`
-          has all their bits, `capacity`, `lower_bound` and the numbers of `copies` are maxima
-          (`rows_saved` a minimum), and `phy2log` is −1 where copies="batch" chose different
-          experts.
-
-        >>> spec = jax.sharding.PartitionSpec("data")
-        >>> mesh = jax.sharding.Mesh(jax.devices()[:2], "data")
-        >>> def of_slice(loads):
-        ...     one = jnp.int32(1)
-        ...     return Traffic(loads, one, one, loads[:1] * 0, loads[:1], loads, loads)
-        >>> run = jax.shard_map(
-        ...     lambda loads: of_slice(loads).reduced("data"),
-        ...     mesh=mesh, in_specs=spec, out_specs=jax.sharding.PartitionSpec(),
-        ... )
-        >>> traffic = run(jnp.array([3, 1, 3, 2]))
-        >>> traffic.slot_loads.tolist(), traffic.lower_bound.tolist(), traffic.phy2log.tolist()
-        ([6, 3], [3], [3, -1])
-        """
-        check_axis(axis_name)
-        of_slices = jax.tree.map(lambda leaf: varying_over(leaf, axis_name), self)
-        total, most = (functools.partial(of, axis_name=axis_name) for of in (lax.psum, lax.pmax))
-        bits = [most(of_slices.status & bit) for bit in map(int, Status)]
-        least = -most(-of_slices.phy2log)
-        copies = of_slices.copies
-        if copies is not None:
-            copies = jax.tree.map(most, copies._replace(rows_saved=-copies.rows_saved))
-            copies = copies._replace(rows_saved=-copies.rows_saved)
-        return Traffic(
-            slot_loads=total(of_slices.slot_loads),
-            capacity=most(of_slices.capacity),
-            overflow=total(of_slices.overflow),
-            status=sum(bits[1:], bits[0]),
-            lower_bound=most(of_slices.lower_bound),
-            phy2log=jnp.where(most(of_slices.phy2log) == least, least, -1),
-            expert_loads=total(of_slices.expert_loads),
-            copies=copies,
-        )
 
 
 @functools.partial(
@@ -194,7 +124,7 @@ def moe_layer(
       balance: "lplb": `rebalance`. "eplb": every source splits an expert's tokens evenly over its
         copies. "none": copies are neither fetched nor used.
       copies: "placement": those that `placement` has. "batch": chosen for these tokens, see
-        `place_copies`; `experts` are then the rank's own, and `r2o` and the contents of the
+        `place_copies`; `experts` are then the rank's own, `r2o` is None, and the contents of the
         placement's other slots are ignored. Slots without a copy move no data and cost no time.
       fan_out: for copies="batch", the most copies of its experts that a rank sends; None for no
         limit.
@@ -253,64 +183,26 @@ def moe_layer(
     ([2, 0, 1, 1], 0)
     """
     indices = check_indices(indices)
-    if not isinstance(placement, Placement):
-        raise TypeError(
-            f"placement: expected a lplb_jax.Placement, got {type(placement).__name__}; make one "
-            f"with place_experts"
-        )
-    if balance not in BALANCES:
-        raise ValueError(f"balance: expected one of {', '.join(BALANCES)}, got {balance!r}")
-    of_batch = check_copies(copies, r2o, fan_out, placement) is not None
-    if of_batch and balance != "lplb":
-        raise ValueError(f"balance: expected 'lplb' with copies='batch', got {balance!r}")
-    problem = check_problem(None, r2o, placement, axis_name)
-    if of_batch:
-        check_homes("placement", placement)
-        problem = anywhere(placement)
+    problem = _check_balance(balance, copies, fan_out, r2o, placement, axis_name, n_nodes)
     _check_shapes(tokens, indices, gates)
     _check_network(ffn, activation, gemm, unwrapped(experts), tokens)
     check_reverse("tokens", (tokens, gates, experts))
-    along_topology, uses_copies = problem.along_topology, balance != "none"
+    of_batch, uses_copies = copies == "batch", balance != "none"
     weights = as_weights(
         experts, placement, in_place=in_place, uses_copies=uses_copies, of_batch=of_batch
     )
-    fetches = uses_copies and isinstance(weights, Own | WithRoom)
-    if not (keep_copies or (fetches and isinstance(weights, Own) and not along_topology)):
-        raise ValueError(
-            "keep_copies: expected True if no copies are fetched here, or they are fetched in "
-            "place or along a topology, got False; wrap the layer in jax.checkpoint"
-        )
+    fetches = uses_copies and not isinstance(weights, InSlots)
+    check_keeping(keep_copies, weights, problem, fetches=fetches)
 
+    # The slot of every choice.
     n_tokens = len(tokens)
-    if n_tokens == 0 and indices.size == 0:
-        # The same program and types, for one token that chooses no expert.
-        tokens, gates = (jnp.pad(array, [(0, 1), (0, 0)]) for array in (tokens, gates))
-        indices = varying_as(jnp.full(gates.shape, -1, jnp.int32), indices)
-    if balance == "lplb":
-        assignment, split, *chosen = rebalance(
-            indices,
-            None,
-            r2o,
-            placement=placement,
-            axis_name=axis_name,
-            comm=comm,
-            solver=solver,
-            positions=True,
-            copies=copies,
-            fan_out=fan_out,
-            n_nodes=n_nodes,
-            tile=tile,
-            base_load=base_load,
-        )
-        assert isinstance(assignment, Assignment)  # positions=True
-        (placement,) = chosen or (placement,)
-        status, lower_bound = split.status, split.lower_bound
-    else:
-        quotas = metrics.even_quota if balance == "eplb" else metrics.home_quota
-        n_groups = problem.ep_size // len(problem.r2o)
-        assignment = _assign_alone(indices, r2o, n_groups, placement, quotas)
-        status = lower_bound = jnp.zeros(n_groups, jnp.int32)
+    tokens, indices, gates = _at_least_one(tokens, indices, gates)
+    options = {"comm": comm, "solver": solver, "copies": copies, "fan_out": fan_out}
+    options |= {"n_nodes": n_nodes, "tile": tile, "base_load": base_load}
+    assignment, split, placement = _balanced(balance, indices, r2o, problem, axis_name, options)
+    problem = dataclasses.replace(problem, placement=placement)
 
+    # The row of every choice on its rank.
     capacity = capacity_for(indices.size, problem.ep_size, capacity_factor)
     check_dispatch(tokens, gates, assignment, axis_name, capacity)
     carrier = transports.choose_for_tokens(
@@ -322,44 +214,54 @@ def moe_layer(
         capacity=capacity,
         comm=comm,
     )
-    order = None
-    if not uses_copies:
-        order = home_slots(placement)
-    elif fetches and not along_topology:
-        order = slots_by_row(placement)
+    order = slot_order(problem, uses_copies=uses_copies, fetches=fetches)
     tokens, gates = varying_over(tokens, axis_name), varying_over(gates, axis_name)
     counted = carrier.counted(assignment, axis_name, capacity, order)
+
+    # Tokens travel, and copies of experts beside them.
     held = varying_as(weights.experts, tokens) if uses_copies else weights.experts
-    fetch: AnyFetch | None = None
-    if fetches and along_topology:
-        n_copies, by_engines = placement.redundants_per_rank, carrier.beside_engines
-        fetch = Fetch(problem.r2o, axis_name, n_copies, by_engines=by_engines)
-    elif fetches and order is not None and room_for(placement):
-        by = transports.for_weights(carrier, problem.ep_size)
-        limits = {"fan_out": fan_out, "n_nodes": n_nodes}
-        loads = counted.slot_loads
-        fetch = fetch_anywhere(placement, order, axis_name, by, slot_loads=loads, **limits)
+    fetch = fetch_for(problem, order, counted, carrier, fan_out) if fetches else None
     beside, refetch = Beside(held, fetch, waits=uses_copies), None
     if fetch is not None and isinstance(weights, Own):
-        beside, refetch = _with_room_for(fetch, held, keep_copies)
+        beside, refetch = with_room_for(fetch, held, keep_copies)
+    rows, row_gates, held, plan = carrier.dispatch(tokens, gates, assignment, counted, beside)
+
+    # The experts, and the way back.
     rows_last = beside.fetch is not None and beside.fetch.by_engines
     network = network_of(ffn) if ffn else gated_units(activation, gemm, rows_last=rows_last)
-    rows, row_gates, held, plan = carrier.dispatch(tokens, gates, assignment, counted, beside)
     sums = applied(network, rows, held, plan.group_sizes, row_gates, plan.summed, refetch)
-    traffic = Traffic(
-        plan.slot_loads,
-        jnp.int32(capacity),
-        plan.overflow,
-        status,
-        lower_bound,
-        jnp.asarray(placement.phy2log),
-        metrics.expert_loads(plan.slot_loads, placement),
-        _copy_traffic(plan.slot_loads, placement, problem, n_nodes, fetches),
-    )
+    traffic = traffic_of(plan, split, problem, fetches=fetches)
     out = plan.home(sums)[:n_tokens]
     if not isinstance(weights, WithRoom):
         return LayerResult(out, traffic)
     return LayerResult(out, traffic, WithRoom(held) if experts is weights else held)
+
+
+def _check_balance(
+    balance: str,
+    copies: str,
+    fan_out: int | None,
+    r2o: Any,
+    placement: Placement,
+    axis_name: Any,
+    n_nodes: int | None,
+) -> Problem:
+    """The problem to balance; raises if the arguments contradict each other."""
+    if not isinstance(placement, Placement):
+        raise TypeError(
+            f"placement: expected a lplb_jax.Placement, got {type(placement).__name__}; make one "
+            f"with place_experts"
+        )
+    if balance not in BALANCES:
+        raise ValueError(f"balance: expected one of {', '.join(BALANCES)}, got {balance!r}")
+    of_batch = check_copies(copies, r2o, fan_out, placement) is not None
+    if of_batch and balance != "lplb":
+        raise ValueError(f"balance: expected 'lplb' with copies='batch', got {balance!r}")
+    problem = check_problem(None, r2o, placement, axis_name, n_nodes)
+    if not of_batch:
+        return problem
+    check_homes("placement", placement)
+    return anywhere(placement, n_nodes)
 
 
 def _check_shapes(tokens: jax.Array, indices: jax.Array, gates: jax.Array) -> None:
@@ -371,24 +273,6 @@ def _check_shapes(tokens: jax.Array, indices: jax.Array, gates: jax.Array) -> No
             f"gates: expected the shape of indices, [tokens, top_k], with top_k of at least 1, got "
             f"{list(gates.shape)} for indices {list(indices.shape)}"
         )
-
-
-def _with_room_for(
-    fetch: AnyFetch, own: Any, keep_copies: bool
-) -> tuple[Beside, Callable[[Any], Any] | None]:
-    """Own experts with room for the copies, which arrive while the tokens travel. If copies are not
-    kept: own experts as they are, and a function that fetches all slots' weights each time."""
-
-    def roomy(weights: jax.Array) -> jax.Array:
-        return with_room(weights, fetch.n_copies)
-
-    if keep_copies:
-        return Beside(jax.tree.map(roomy, own), fetch, waits=True), None
-
-    def refetch(own: Any) -> Any:
-        return jax.tree.map(lambda weights: filled(fetch, roomy(weights)), own)
-
-    return Beside(own, follows=True), refetch
 
 
 def _check_network(ffn: Any, activation: Any, gemm: str, experts: Any, tokens: jax.Array) -> None:
@@ -404,21 +288,35 @@ def _check_network(ffn: Any, activation: Any, gemm: str, experts: Any, tokens: j
     check_tree(experts)
 
 
-def _copy_traffic(
-    slot_loads: jax.Array, placement: Placement, problem: Problem, n_nodes: int | None, moves: bool
-) -> metrics.CopyTraffic:
-    """`metrics.copy_traffic` of the copies that this layer fetches; zeros if it fetches none."""
-    along = problem.r2o if problem.along_topology else None
-    placement = dataclasses.replace(placement, topology=along)
-    found = metrics.copy_traffic(slot_loads, placement, n_nodes=n_nodes)
-    return found if moves else jax.tree.map(jnp.zeros_like, found)
+def _at_least_one(
+    tokens: jax.Array, indices: jax.Array, gates: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The arguments, or without tokens, one token that chooses no expert: the same program."""
+    if len(tokens) or indices.size:
+        return tokens, indices, gates
+    tokens, gates = (jnp.pad(array, [(0, 1), (0, 0)]) for array in (tokens, gates))
+    return tokens, varying_as(jnp.full(gates.shape, -1, jnp.int32), indices), gates
 
 
-def _assign_alone(
-    indices: jax.Array, r2o: Any, n_groups: int, placement: Placement, quotas: Any
-) -> Assignment:
-    """Every source splits by its own counts, without knowing the other ranks' counts."""
+def _balanced(
+    balance: str,
+    indices: jax.Array,
+    r2o: Any,
+    problem: Problem,
+    axis_name: Any,
+    options: dict[str, Any],
+) -> tuple[Assignment, Split, Placement]:
+    """The slot of every choice, and the placement with the copies that `rebalance` chose."""
+    placement = problem.placement
+    if balance == "lplb":
+        assignment, split, *chosen = rebalance(
+            indices, None, r2o, placement=placement, axis_name=axis_name, positions=True, **options
+        )
+        return assignment, split, chosen[0] if chosen else placement
+    # Every source splits by its own counts, without knowing the other ranks' counts.
+    quotas = metrics.even_quota if balance == "eplb" else metrics.home_quota
     own = count_loads(indices, placement.n_logical)
-    unknown = jnp.zeros(n_groups, jnp.int32)
+    unknown = jnp.zeros(problem.ep_size // len(problem.r2o), jnp.int32)
     split = Split(quotas(own, placement), unknown, unknown, unknown)
-    return assign(indices, own, split, r2o, placement=placement, positions=True)
+    assignment = assign(indices, own, split, r2o, placement=placement, positions=True)
+    return assignment, split, placement

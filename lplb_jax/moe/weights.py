@@ -1,13 +1,22 @@
-"""Weights on a rank: its own experts, all its slots, or its own experts with room for copies."""
+"""Weights on a rank: its own experts, all its slots, or its own experts with room for copies.
+
+And how the layer fetches the copies, if it does.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-from lplb_jax.moe.moves import rows_per_rank
-from lplb_jax.moe.slots import room_for
+from lplb_jax._problem import Problem
+from lplb_jax.moe import transports
+from lplb_jax.moe.moves import home_slots, rows_per_rank
+from lplb_jax.moe.plan import Counted, Transport
+from lplb_jax.moe.replicas import Fetch, filled, with_room
+from lplb_jax.moe.slots import fetch_anywhere, room_for, slots_by_row
+from lplb_jax.moe.transfers import AnyFetch, Beside
 from lplb_jax.placement import Placement
 
 
@@ -91,3 +100,59 @@ def as_weights(
 def unwrapped(experts: Any) -> Any:
     """The bare weights, unwrapped from one of the three types if need be."""
     return experts.experts if isinstance(experts, Own | InSlots | WithRoom) else experts
+
+
+def check_keeping(keep_copies: bool, weights: Weights, problem: Problem, *, fetches: bool) -> None:
+    """Raises if copies are to be fetched again in a layer that cannot do it."""
+    again = fetches and isinstance(weights, Own) and not problem.along_topology
+    if not (keep_copies or again):
+        raise ValueError(
+            "keep_copies: expected True if no copies are fetched here, or they are fetched in "
+            "place or along a topology, got False; wrap the layer in jax.checkpoint"
+        )
+
+
+def slot_order(problem: Problem, *, uses_copies: bool, fetches: bool) -> jax.Array | None:
+    """int32 `[ep_size, n]`: the slots of each rank in the order of its weights; None if equal."""
+    if not uses_copies:
+        return home_slots(problem.placement)
+    if fetches and not problem.along_topology:
+        return slots_by_row(problem.placement)
+    return None
+
+
+def fetch_for(
+    problem: Problem,
+    order: jax.Array | None,
+    counted: Counted,
+    carrier: Transport,
+    fan_out: int | None,
+) -> AnyFetch | None:
+    """Who sends which copies to whom; None if there is no room for any. `order`: `slot_order`'s."""
+    placement, axis_name = problem.placement, counted.axis_name
+    if problem.along_topology:
+        n_copies, by_engines = placement.redundants_per_rank, carrier.beside_engines
+        return Fetch(problem.r2o, axis_name, n_copies, by_engines=by_engines)
+    if order is None or not room_for(placement):
+        return None
+    by = transports.for_weights(carrier, problem.ep_size)
+    limits = {"fan_out": fan_out, "n_nodes": problem.n_nodes}
+    return fetch_anywhere(placement, order, axis_name, by, slot_loads=counted.slot_loads, **limits)
+
+
+def with_room_for(
+    fetch: AnyFetch, own: Any, keep_copies: bool
+) -> tuple[Beside, Callable[[Any], Any] | None]:
+    """Own experts with room for the copies, which arrive while the tokens travel. If copies are not
+    kept: own experts as they are, and a function that fetches all slots' weights each time."""
+
+    def roomy(weights: jax.Array) -> jax.Array:
+        return with_room(weights, fetch.n_copies)
+
+    if keep_copies:
+        return Beside(jax.tree.map(roomy, own), fetch, waits=True), None
+
+    def refetch(own: Any) -> Any:
+        return jax.tree.map(lambda weights: filled(fetch, roomy(weights)), own)
+
+    return Beside(own, follows=True), refetch
