@@ -21,7 +21,7 @@ from lplb_jax.loads import sync_loads
 from lplb_jax.moe import transfers
 from lplb_jax.moe.copies import Copies, add, choice_at, copy, custom_vjp, numbers
 from lplb_jax.moe.plan import Counted, Plan, Transport, planned
-from lplb_jax.reference.plan import is_first
+from lplb_jax.reference.plan import list_order
 
 
 @functools.partial(
@@ -226,15 +226,12 @@ def _planned(transport: Collective, counted: Numbered) -> ListPlan:
     me, n_ranks = lax.axis_index(axis_name), lax.axis_size(axis_name)
     rank = jnp.maximum(row, 0) // capacity
 
-    goes = jnp.where(row < 0, n_ranks, rank)[..., None] == numbers(n_ranks)[None, None]
-    goes = goes.any(axis=1).astype(jnp.int32)
-    sizes = sync_loads(goes.sum(axis=0, dtype=jnp.int32), axis_name)
+    sizes, order = list_order(rank, row >= 0, n_ranks)
+    sizes = sync_loads(sizes, axis_name)
     n_tokens, top_k = row.shape
     n_sent, n_received = transport.rooms(n_tokens, top_k, n_ranks, capacity)
     lists = SendLists(sizes, n_sent, n_received, axis_name, transport)
-    before = jnp.cumsum(goes, axis=0, dtype=jnp.int32) - goes
-    place = jnp.take_along_axis(transport.starts_sent(lists)[me][None] + before, rank, axis=1)
-    place = jnp.where(is_first(rank, row >= 0), place, n_sent)
+    place = jnp.where(order < 0, n_sent, transport.starts_sent(lists)[me][rank] + order)
     sent = Copies(choice_at(place, n_sent) // top_k, place)
 
     # A rank serves those choices of a received token whose rows are its own.

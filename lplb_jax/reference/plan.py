@@ -19,6 +19,17 @@ from lplb_jax.reference import loads
 
 Choices = Int32[Array, "tokens top_k"]
 Counts = Int32[Array, "ep_size ep_size slots"]
+# An exchange's `row`, `order` and `lists`, then what follows from the counts alone: the rows with
+# room of this rank's groups, the rows of all slots with or without room, and the number of rows
+# without room.
+Plan = tuple[
+    Choices,
+    Choices,
+    Int32[Array, "lists ep_size"],
+    Int32[Array, " groups"],
+    Int32[Array, " n_physical"],
+    Int32[Array, ""],
+]
 
 
 def plan(
@@ -29,34 +40,18 @@ def plan(
     me: Int32[Array, ""],
     *,
     capacity: int,
-) -> tuple[
-    Choices,
-    Choices,
-    Int32[Array, "lists ep_size"],
-    Int32[Array, " groups"],
-    Int32[Array, " n_physical"],
-    Int32[Array, ""],
-]:
-    """An exchange's `row`, `order` and `lists`, then other results from the counts.
-
-    These are the rows with room of this rank's groups, the rows of all slots with or without room,
-    and the number of rows without room.
-    """
+) -> Plan:
+    """The plan of this rank, given the counts of all ranks."""
     n_ranks, n_tokens = len(counts), len(slot)
     ranks = jnp.arange(n_ranks, dtype=jnp.int32)
     rank, row = rows_of_choices(slot, position, counts, groups, me, capacity)
-    leaves = (row >= 0) & (rank != me)
-    goes = (jnp.where(leaves, rank, n_ranks)[..., None] == ranks).any(axis=1).astype(jnp.int32)
-    before = starts(goes, axis=0)
-    first = is_first(rank, leaves)
-    order = jnp.where(first, jnp.take_along_axis(before, rank, axis=1), -1)
+    sizes, order = list_order(rank, (row >= 0) & (rank != me), n_ranks)
 
     # Between two ranks travel at most as many tokens as there are rows, and as the source has.
     fits = fitting(by_group(counts, groups), capacity)
     room = jnp.minimum(fits.sum(axis=2, dtype=jnp.int32), n_tokens)
     room = jnp.where(ranks[:, None] != ranks, room, 0)
     there, home = starts(room, axis=0), starts(room, axis=1)
-    sizes = goes.sum(axis=0, dtype=jnp.int32)
     lists = jnp.stack([sizes, there[me], there[:, me], home[:, me], home[me]])
     group_sizes = fits[:, me].sum(axis=0, dtype=jnp.int32)
     return row, order, lists, group_sizes, slot_loads(counts), overflow(counts, capacity)
@@ -72,14 +67,7 @@ def synced_plan(
     axis_name: Any,
     capacity: int,
     comm: int,
-) -> tuple[
-    Choices,
-    Choices,
-    Int32[Array, "lists ep_size"],
-    Int32[Array, " groups"],
-    Int32[Array, " n_physical"],
-    Int32[Array, ""],
-]:
+) -> Plan:
     """`plan`, given this rank's counts only."""
     everyones = loads.sync(counts, me, axis_name=axis_name, comm=comm)
     everyones = everyones.reshape(len(groups), len(groups), -1)
@@ -110,11 +98,25 @@ def rows_of_choices(
     return rank, jnp.where(arrives, rank * capacity + first + position, -1)
 
 
-def is_first(rank: Choices, arrives: Bool[Array, "tokens top_k"]) -> Bool[Array, "tokens top_k"]:
-    """Whether a choice is its token's first to arrive on its rank; it defines the token's place."""
+def list_order(
+    rank: Choices, goes: Bool[Array, "tokens top_k"], n_ranks: int
+) -> tuple[Int32[Array, " ep_size"], Choices]:
+    """The number of tokens that go to each rank, and each token's place among them.
+
+    `goes` says which choices count. A token goes to a rank once: its place is at its first choice
+    that the rank serves, −1 at all others.
+    """
+    ranks = jnp.arange(n_ranks, dtype=jnp.int32)[None, None]
+    once = (jnp.where(goes, rank, n_ranks)[..., None] == ranks).any(axis=1).astype(jnp.int32)
+    place = jnp.take_along_axis(starts(once, axis=0), rank, axis=1)
+    return once.sum(axis=0, dtype=jnp.int32), jnp.where(_is_first(rank, goes), place, -1)
+
+
+def _is_first(rank: Choices, goes: Bool[Array, "tokens top_k"]) -> Bool[Array, "tokens top_k"]:
+    """Whether a choice is its token's first that counts and has this rank."""
     top_k = rank.shape[1]
-    same = arrives[:, None] & (rank[:, None] == rank[..., None])  # [tokens, top_k, top_k]
-    return arrives & ~(same & jnp.tril(jnp.ones((1, top_k, top_k), bool), -1)).any(axis=2)
+    same = goes[:, None] & (rank[:, None] == rank[..., None])  # [tokens, top_k, top_k]
+    return goes & ~(same & jnp.tril(jnp.ones((1, top_k, top_k), bool), -1)).any(axis=2)
 
 
 def slot_loads(counts: Counts) -> Int32[Array, " n_physical"]:
