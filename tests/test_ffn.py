@@ -204,7 +204,8 @@ def assert_equals_one_device(rng, mesh, case, network, **options):
         own = in_slots(experts, placement)
         if options.get("in_place"):
             own = room_behind(own, placement)
-        want, _, _ = plain((tokens, gates, experts), np.float32(0), ids)
+        shape = jax.eval_shape(plain, (tokens, gates, experts), np.float32(0), ids)[0]
+        want, _, _ = plain((tokens, gates, experts), jnp.zeros_like(shape), ids)
         # Along the output, so that the gradient of an expert's one number, a sum over all its
         # rows, does not cancel: else its rounding has no relation to its size.
         upstream = want / want.std() * rng.uniform(0.5, 1.5, want.shape).astype(np.float32)
@@ -377,8 +378,8 @@ def test_the_parts_have_true_derivatives(rng, dtype):
         out = jnp.einsum("mk,mkn->mn", rows[:used].astype(jnp.float32), wide)
         return (out + bias.astype(jnp.float32)[group]).astype(rows.dtype)
 
-    got, pull = jax.vjp(ours, rows, weights, bias)
-    want, plain_pull = jax.vjp(plain, rows, weights, bias)
+    got, pull = jax.vjp(jax.jit(ours), rows, weights, bias)
+    want, plain_pull = jax.vjp(jax.jit(plain), rows, weights, bias)
     assert got.dtype == rows_dtype
     np.testing.assert_array_equal(got[:used], want)
     assert not got[used:].any()
@@ -405,7 +406,8 @@ def test_sums_of_biases_by_the_kernel(rng, monkeypatch):
     sizes = jnp.array([70, 0, 100], jnp.int32)
     slope = rng.integers(-1, 2, (200, 128)).astype(jnp.bfloat16)
     slope[170:] = np.nan
-    _, pull = jax.vjp(lambda v: moe.per_row(v, sizes, 200), jnp.zeros((3, 128), jnp.bfloat16))
+    expanded = jax.jit(lambda v: moe.per_row(v, sizes, 200))
+    _, pull = jax.vjp(expanded, jnp.zeros((3, 128), jnp.bfloat16))
     pairs = zip(np.cumsum(sizes), sizes, strict=True)
     want = [slope[end - size : end].astype(np.float32).sum(0) for end, size in pairs]
     np.testing.assert_array_equal(np.asarray(pull(jnp.asarray(slope))[0], np.float32), want)

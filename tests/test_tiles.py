@@ -204,7 +204,7 @@ def test_tokens_arrive_by_the_tiles(rng):
     assert tiles.max() == split.max_load
     assert verify(loads, split, placement=placement, tile=8, base_load=base) == []
     quota = np.roll(split.quota, 1)
-    assert len(verify(loads, split._replace(quota=quota), placement=placement, tile=8)) > 1
+    assert verify(loads, split._replace(quota=quota), placement=placement, tile=8)
     for n_nodes in (None, 2):
         physical, found = rebalance(ids, loads, n_nodes=n_nodes, **options)
         assert_same(found, split)
