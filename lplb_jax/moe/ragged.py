@@ -93,14 +93,11 @@ class Ragged(Collective):
         source = _Slices(starts_sent[me], lists.sizes[me])
         receiver = _Slices(starts_received[:, me], lists.sizes[:, me])
         if way == "there":
-            here, there, n_out, starts_there = (
-                source,
-                receiver,
-                lists.n_received,
-                starts_received[me],
-            )
+            here, there, n_out = source, receiver, lists.n_received
+            starts_there = starts_received[me]
         else:
-            here, there, n_out, starts_there = receiver, source, lists.n_sent, starts_sent[:, me]
+            here, there, n_out = receiver, source, lists.n_sent
+            starts_there = starts_sent[:, me]
         return _ragged(array, here, there, starts_there, n_out, lists.axis_name)
 
 

@@ -143,8 +143,11 @@ def fetch_for(
 def with_room_for(
     fetch: AnyFetch, own: Any, keep_copies: bool
 ) -> tuple[Beside, Callable[[Any], Any] | None]:
-    """Own experts with room for the copies, which arrive while the tokens travel. If copies are not
-    kept: own experts as they are, and a function that fetches all slots' weights each time."""
+    """What travels beside the tokens, and how to fetch it again.
+
+    If copies are kept: own experts with room for them, and None. Otherwise own experts alone, and a
+    function that makes all slots' weights of them.
+    """
 
     def roomy(weights: jax.Array) -> jax.Array:
         return with_room(weights, fetch.n_copies)
