@@ -10,8 +10,8 @@
 The routing is from a packaged trace. The experts are arranged so that the busiest rank has 1.1, 1.3
 and 1.6 times the mean load. One run then times a step (forward and backward) without copies
 ("none"), with copies along a topology and an even split over them ("eplb") or `rebalance` ("lplb"),
-and with copies on any ranks, no more of them, chosen by the loads by which the experts were placed
-("any") or in the step ("batch"). There are as many copies as balance needs, and buffers are as
+and with at most as many copies on any ranks, chosen from the loads that placed the experts ("any")
+or from the step's own ("batch"). There are as many copies as balance needs, and buffers are as
 small as possible without overflow. Each result is checked. GPUs of one kind differ in speed by a
 few per cent, so the busiest rank is the first and the last GPU in turn, and times are means of
 both.
@@ -135,7 +135,7 @@ class Source(NamedTuple):
     Attributes:
       batches: int32 `[batches, tokens, 8]`, with experts numbered rank by rank and, on each rank,
         slot by slot.
-      history: `[n_experts]`, the loads by which experts were placed, in the same order.
+      history: `[n_experts]`, the loads that placed the experts, in the same order.
     """
 
     batches: np.ndarray
@@ -309,9 +309,9 @@ class Case:
             "batch": [solved_anywhere(*both).quota for both in zip(loads, chosen, strict=True)],
         }
         # Copies of all ranks that a step moves.
-        self.copies = {"none": 0.0, "any": n_copies_of([self.anywhere])}
-        self.copies |= {"batch": n_copies_of(chosen)}
-        self.copies |= dict.fromkeys(("eplb", "lplb"), float(n_ranks * n_copies))
+        along = float(n_ranks * n_copies)
+        self.copies = {"none": 0.0, "eplb": along, "lplb": along}
+        self.copies |= {"any": n_copies_of([self.anywhere]), "batch": n_copies_of(chosen)}
         self.imbalance = {
             name: [float(metrics.imbalance(metrics.rank_loads(quota, n_ranks))) for quota in each]
             for name, each in quotas.items()
@@ -366,7 +366,7 @@ class Case:
         return result.out, (result.experts, result.traffic)
 
     def key(self, name: str) -> tuple[str, float, int, bytes]:
-        """A step is compiled for these: its kind, room over the mean load, copies, their table."""
+        """Identifies a program: the step's kind, room over the mean load, copies, their table."""
         # A little more for eplb, where every source splits its own tokens.
         slack = 1.002 if name == "eplb" else 1 + 1e-6
         table = np.asarray(self.anywhere.phy2log).tobytes() if name == "any" else b""
