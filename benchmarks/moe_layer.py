@@ -10,11 +10,11 @@
 The routing is from a packaged trace. The experts are arranged so that the busiest rank has 1.1, 1.3
 and 1.6 times the mean load. One run then times a step (forward and backward) without copies
 ("none"), with copies along a topology and an even split over them ("eplb") or `rebalance` ("lplb"),
-and with at most as many copies on any ranks, chosen from the loads that placed the experts ("any")
-or from the step's own ("batch"). There are as many copies as balance needs, and buffers are as
-small as possible without overflow. Each result is checked. GPUs of one kind differ in speed by a
-few per cent, so the busiest rank is the first and the last GPU in turn, and times are means of
-both.
+with experts and as many copies on any ranks, placed by the loads that arranged the experts ("any"),
+and with at most as many copies chosen in the step ("batch"). There are as many copies as balance
+needs, and buffers are as small as possible without overflow. Each result is checked. GPUs of one
+kind differ in speed by a few per cent, so the busiest rank is the first and the last GPU in turn,
+and times are means of both.
 
 With --traces, the experts of every layer of every trace are placed by the loads of an earlier
 training step, as in the demo. --moving places them in the same way, but then the loads of the
@@ -135,7 +135,7 @@ class Source(NamedTuple):
     Attributes:
       batches: int32 `[batches, tokens, 8]`, with experts numbered rank by rank and, on each rank,
         slot by slot.
-      history: `[n_experts]`, the loads that placed the experts, in the same order.
+      history: `[n_experts]`, the loads that arranged the experts, in the same order.
     """
 
     batches: np.ndarray
@@ -297,7 +297,9 @@ class Case:
         self.placement = place_experts(
             None, self.r2o, n_logical=n_logical, ep_size=n_ranks, redundants_per_rank=n_copies
         )
-        self.anywhere = place_copies(history.astype(np.int32), self.placement)
+        self.anywhere = place_experts(
+            history, n_logical=n_logical, ep_size=n_ranks, redundants_per_rank=n_copies
+        )
         chosen = [place_copies(of_batch, self.placement) for of_batch in loads]
         solved = jax.jit(functools.partial(solve, r2o=self.r2o, placement=self.placement))
         solved_anywhere = jax.jit(lambda loads, placement: solve(loads, placement=placement))
@@ -335,13 +337,17 @@ class Case:
         return make(jax.random.key(seed))
 
     def experts(self, name: str) -> moe.Experts:
-        """The same weights for all kinds of steps, with room for copies except for "none"."""
+        """Every rank's own experts, with room for copies except for "none".
+
+        An expert has the same weights in all kinds of steps.
+        """
         n_local, hidden, width = self.sizes
         n_slots = self.mesh.size * (n_local + self.n_copies)
         own = moe.Experts(
             self._normal(2, (self.mesh.size * n_local, hidden, 2 * width), hidden**-0.5),
             self._normal(3, (self.mesh.size * n_local, width, hidden), width**-0.5),
         )
+        own = jax.device_put(moe.to_home_order(own, self.placed(name)), self.sharding)
         if name == "none":
             return own
         room = jax.jit(
@@ -354,11 +360,14 @@ class Case:
         assert len(experts.down) == n_slots
         return experts
 
+    def placed(self, name: str) -> Placement:
+        """The placement of the experts."""
+        return self.anywhere if name == "any" else self.placement
+
     def layer(self, name: Any, tokens: jax.Array, gates: jax.Array, experts: Any, ids: Any) -> Any:
         """One rank's forward pass."""
         result = moe.moe_layer(
-            tokens, ids, gates, experts, axis_name="ep",
-            placement=self.anywhere if name == "any" else self.placement,
+            tokens, ids, gates, experts, placement=self.placed(name), axis_name="ep",
             balance=name if name in ("none", "eplb") else "lplb",
             copies="batch" if name == "batch" else "placement",
             capacity_factor=self.key(name)[1], in_place=True, **self.transport,
@@ -404,14 +413,15 @@ class Case:
             assert int(traffic.overflow) == 0, name
             assert not np.any(traffic.status), name
             *others, of_experts = slopes
-            got = out, *others, *map(self.own, of_experts)
+            got = out, *others, *(self.by_id(name, leaf) for leaf in of_experts)
             want = want or got
             assert all(map(close, got, want)), name
 
-    def own(self, of_slots: jax.Array) -> jax.Array:
-        """The gradients of the ranks' own experts, among those of all slots."""
+    def by_id(self, name: str, of_slots: jax.Array) -> jax.Array:
+        """The gradients of the ranks' own experts, among those of all slots, by expert id."""
         by_rank = of_slots.reshape(self.mesh.size, -1, *of_slots.shape[1:])
-        return by_rank[:, : self.sizes[0]]
+        own = by_rank[:, : self.sizes[0]].reshape(-1, *of_slots.shape[1:])
+        return moe.to_id_order(own, self.placed(name))
 
     def gib(self, name: str) -> float:
         """GiB of a step's arguments, results and temporaries on one GPU."""

@@ -277,8 +277,8 @@ def _routing(aux_loss: str | None, traces: str | None) -> Traces:
         return load_traces(AUX_LOSSES[0] if aux_loss is None else aux_loss)
     if aux_loss is not None:
         raise ValueError(
-            f"aux_loss: expected None with traces = {traces!r}, got {aux_loss!r}, which selects a "
-            f"packaged trace"
+            f"aux_loss: expected None, not a packaged trace's, with traces = {traces!r}, got "
+            f"{aux_loss!r}"
         )
     try:
         read = read_traces(traces)
