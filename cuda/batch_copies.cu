@@ -14,6 +14,11 @@ namespace {
 
 constexpr int32_t kMostThreads = 1024;
 
+// Shared memory before CopiesMemory.
+LPLB_HOST_DEVICE int32_t WordsBefore(const Problem& p) {
+  return CopiesMemory::RoundUp(p.n_logical * (GraphWords(p.ep_size) + 1));
+}
+
 // The blocks of one batch element. All have the same homes.
 struct Blocks {
   int32_t n;
@@ -77,21 +82,22 @@ __device__ __forceinline__ uint32_t TokensOf(const Sources& sources, const int32
   return static_cast<uint32_t>(min(total, int64_t{kInt32Max} + 1));
 }
 
-// Writes the tables as they are without copies, every block a part. Copies may be written behind a
-// barrier of the blocks.
+// Writes the tables as they are without copies, every block a part: its n_threads threads that call
+// this, of which `thread` is one. Copies may be written behind a barrier of the blocks.
 __device__ __forceinline__ void WriteHomes(const Problem& p, const CopiesMemory& memory,
-                                           const Blocks& blocks, int32_t width,
-                                           const CopiesResults& out) {
-  const int32_t thread = blocks.index * blockDim.x + threadIdx.x;
-  const int32_t stride = blocks.n * blockDim.x;
+                                           const Blocks& blocks, int32_t thread, int32_t n_threads,
+                                           int32_t width, const CopiesResults& out) {
+  const int32_t first = blocks.index * n_threads + thread;
+  const int32_t stride = blocks.n * n_threads;
 #pragma unroll 1
-  for (int32_t i = thread; i < p.n_physical; i += stride) {
-    out.phy2log[i] = max(memory.expert[i], -1);
+  for (int32_t i = first; i < p.n_physical; i += stride) {
+    out.phy2log[i] = memory.expert[i];
+    if (out.tokens != nullptr) out.tokens[i] = memory.tokens[i];
   }
   // A warp has whole rows.
   const int32_t lane = threadIdx.x & 31;
 #pragma unroll 2
-  for (int32_t e = thread / 32; e < p.n_logical; e += stride / 32) {
+  for (int32_t e = first / 32; e < p.n_logical; e += stride / 32) {
     const int32_t home = memory.home[e];
     const bool is_home = home >= 0 && home < p.n_physical && memory.expert[home] == e;
 #pragma unroll 1
@@ -102,35 +108,36 @@ __device__ __forceinline__ void WriteHomes(const Problem& p, const CopiesMemory&
   }
 }
 
-// Adds the copies in `memory`, by one block. `hosts` [n_logical, kWords] must be 0, and a barrier
-// passed; memory.tokens is used up.
+// Adds the n copies in `memory`, by one block. `hosts` [n_logical, kWords] must be 0, and a barrier
+// passed.
 template <int kWords>
-__device__ __forceinline__ void WriteCopies(const Problem& p, const CopiesMemory& memory,
+__device__ __forceinline__ void WriteCopies(const Problem& p, const CopiesMemory& memory, int32_t n,
                                             int32_t width, uint32_t* hosts,
                                             const CopiesResults& out) {
-  const int32_t n_threads = blockDim.x;
-  int32_t* copies = memory.tokens;  // In every slot; −1 where there is none.
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += n_threads) {
-    const int32_t copy = memory.expert[i] < 0 ? ChosenIn(p, memory, i) : -1;
-    const int32_t rank = p.by_slots.Quotient(i);
-    copies[i] = copy;
-    if (copy < 0) continue;
-    atomicOr(&hosts[copy * kWords + (rank >> 5)], 1u << (rank & 31));
-    out.phy2log[i] = copy;
+  for (int32_t i = threadIdx.x; i < n; i += blockDim.x) {
+    const int32_t slot = memory.SlotOf(memory.chosen[i]);
+    const int32_t expert = memory.ExpertOf(memory.chosen[i]);
+    const int32_t rank = p.by_slots.Quotient(slot);
+    atomicOr(&hosts[expert * kWords + (rank >> 5)], 1u << (rank & 31));
+    out.phy2log[slot] = expert;
+    if (out.tokens == nullptr) continue;
+    out.tokens[slot] = memory.moved[i];
+    atomicAdd(&out.tokens[memory.HomeOf(memory.chosen[i])], -memory.moved[i]);
   }
   __syncthreads();
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += n_threads) {
-    const int32_t copy = copies[i];
-    if (copy < 0) continue;
-    const int32_t place = 1 + PlaceOf<kWords>(hosts + copy * kWords, p.by_slots.Quotient(i));
+  for (int32_t i = threadIdx.x; i < n; i += blockDim.x) {
+    const int32_t slot = memory.SlotOf(memory.chosen[i]);
+    const int32_t expert = memory.ExpertOf(memory.chosen[i]);
+    const uint32_t* of_expert = hosts + expert * kWords;
+    const int32_t place = 1 + PlaceOf<kWords>(of_expert, p.by_slots.Quotient(slot));
     // There is room unless other experts have no home, as in a table that contradicts itself.
-    if (place < width) out.log2phy[copy * width + place] = i;
-    int32_t n = 1;
+    if (place < width) out.log2phy[expert * width + place] = slot;
+    int32_t n_hosts = 1;
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) n += __popc(hosts[copy * kWords + w]);
-    if (place == 1) out.logcnt[copy] = n;
+    for (int w = 0; w < kWords; ++w) n_hosts += __popc(of_expert[w]);
+    if (place == 1) out.logcnt[expert] = n_hosts;
   }
 }
 
@@ -143,46 +150,48 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   blocks.Announce();
   const int64_t element = blockIdx.x / shape.n_blocks;
   const SolveOperands in = BatchElement(p, sources, first_in, element);
-  const CopiesResults out = {first_out.phy2log + element * p.n_physical,
-                             first_out.log2phy + element * (p.n_logical * width),
-                             first_out.logcnt + element * p.n_logical};
+  const CopiesResults out = {
+      first_out.phy2log + element * p.n_physical,
+      first_out.log2phy + element * (p.n_logical * width), first_out.logcnt + element * p.n_logical,
+      first_out.tokens != nullptr ? first_out.tokens + element * p.n_physical : nullptr};
   const int32_t lane = threadIdx.x & 31;
-  int32_t* words = reinterpret_cast<int32_t*>(hosts) + CopiesMemory::RoundUp(p.n_logical * kWords);
+  uint32_t* total = hosts + p.n_logical * kWords;  // [n_logical]
+  int32_t* words = reinterpret_cast<int32_t*>(hosts) + WordsBefore(p);
   const CopiesMemory memory(p, 0, words);
   const PrefetchedGraph fetched = PrefetchGraph(p, blockDim.x, in.phy2log, in.log2phy);
-  const int32_t first = threadIdx.x;
-  const uint32_t of_first = first < p.n_logical ? TokensOf(sources, in.loads, first) : 0;
+#pragma unroll 1
+  for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
+    total[e] = TokensOf(sources, in.loads, e);
+  }
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_logical * kWords; i += blockDim.x) hosts[i] = 0;
   FindHomes<Block>(p, in.phy2log, in.log2phy, fetched, memory);
   __syncthreads();
-  const auto total_of = [&](int32_t e) {
-    return e == first ? of_first : TokensOf(sources, in.loads, e);
-  };
-  LoadHomes<Block>(p, total_of, memory);
-  WriteHomes(p, memory, blocks, width, out);
+  LoadHomes<Block>(p, [&](int32_t e) { return total[e]; }, memory);
   blocks.AwaitOthers();
   const TargetRange targets = TargetsOf<kWords>(p, memory);
+  // Warps that make no attempt write, if there are any.
+  const int32_t busy =
+      static_cast<int32_t>(blockDim.x) > 32 * shape.n_attempts ? 32 * shape.n_attempts : 0;
+  const int32_t thread = static_cast<int32_t>(threadIdx.x) - busy;
+  if (thread >= 0) WriteHomes(p, memory, blocks, thread, blockDim.x - busy, width, out);
   MakeAttempts<kWords>(p, words, shape, blocks.index, targets, fan_out,
                        [&](int32_t nth, int32_t n_copies) {
-                         if (lane < blocks.n) blocks.Of(lane, memory.copies)[nth] = n_copies;
+                         if (lane < blocks.n) blocks.Of(lane, memory.n_copies)[nth] = n_copies;
                        });
   blocks.Sync();
-  const int32_t best = ChooseAttempt(memory.copies[lane], targets);
+  const int32_t best = ChooseAttempt(memory.n_copies[lane], targets);
   if (blocks.index != shape.BlockOf(best)) return;
   const CopiesMemory won(p, shape.WarpOf(best), words);
   if (shape.IsOverwritten(best)) {
-    if (threadIdx.x / 32 == shape.WarpOf(best)) {
-      Attempt<kWords>(p, won, targets.Target(best), fan_out);
-    }
+    if (threadIdx.x / 32 == shape.WarpOf(best)) AttemptNth<kWords>(p, won, targets, best, fan_out);
     __syncthreads();
   }
-  WriteCopies<kWords>(p, won, width, hosts, out);
+  WriteCopies<kWords>(p, won, memory.n_copies[best], width, hosts, out);
 }
 
 int64_t Bytes(const Problem& p, int32_t n_attempts) {
-  const int64_t words = CopiesMemory::RoundUp(p.n_logical * GraphWords(p.ep_size)) +
-                        CopiesMemory::Words(p, n_attempts);
+  const int64_t words = WordsBefore(p) + CopiesMemory::Words(p, n_attempts);
   return words * static_cast<int64_t>(sizeof(int32_t));
 }
 

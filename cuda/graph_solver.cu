@@ -11,7 +11,8 @@ constexpr int32_t kMaxThreads = 512;
 
 template <int kWords>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    SolveGraphKernel(Problem p, Sources sources, SolveOperands first_in, SolveResults first_out) {
+    SolveGraphKernel(Problem p, Sources sources, SolveOperands first_in, SolveResults first_out,
+                     StartFrom from) {
   extern __shared__ int2 total[];  // [n_logical], then the graph
   const int32_t element = blockIdx.x;
   const SolveOperands in = BatchElement(p, sources, first_in, element);
@@ -33,7 +34,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, graph);
   if (status != 0) atomicOr(graph.status, status);
   const SummedTotals totals = {total};
-  const Proof proof = SolveGraph<kWords, Block>(p, totals, graph);
+  const int32_t* given = from == StartFrom::kQuotas ? out.quota : nullptr;
+  const Proof proof = SolveGraph<kWords, Block>(
+      p, totals, graph, [&] { return StartSplit<Block>(p, totals, given, graph); });
 #pragma unroll 2
   for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
     out.quota[i] = QuotaOf(totals, graph, i);
@@ -53,7 +56,7 @@ int64_t GraphSolverBytes(const Problem& problem) {
 }
 
 cudaError_t LaunchSolveGraph(const Problem& problem, const Sources& sources, int64_t batch,
-                             const SolveOperands& in, const SolveResults& out,
+                             const SolveOperands& in, const SolveResults& out, StartFrom start,
                              cudaStream_t stream) {
   if (batch == 0) return cudaSuccess;
   const int32_t most = std::max(problem.n_logical, problem.n_physical);
@@ -63,7 +66,7 @@ cudaError_t LaunchSolveGraph(const Problem& problem, const Sources& sources, int
   launch.shared_bytes = GraphSolverBytes(problem);
   return WithGraphWords(problem, [&](auto words) {
     return Launch(SolveGraphKernel<decltype(words)::value>, launch, stream, problem, sources, in,
-                  out);
+                  out, start);
   });
 }
 

@@ -45,12 +45,12 @@ __device__ __noinline__ void StayHome(int32_t n_logical, Totals totals, GraphMem
   Threads::Sync();
 }
 
-// Divides every expert's tokens evenly over its cells, of which the first get one more, and adds up
-// the ranks' loads, which were 0. A barrier must follow. Returns whether all loads are so small
-// that no rank's can overflow.
+// Divides every expert's tokens over its cells, evenly, of which the first get one more, or as the
+// quotas of all slots that are given do, if not null; and adds up the ranks' loads, which were 0. A
+// barrier must follow. Returns whether all loads are so small that no rank's can overflow.
 template <typename Threads, typename Totals>
-__device__ __forceinline__ bool StartEven(const Problem& p, const Totals& totals,
-                                          const GraphMemory& graph) {
+__device__ __forceinline__ bool StartSplit(const Problem& p, const Totals& totals,
+                                           const int32_t* given, const GraphMemory& graph) {
   const int32_t safe_load = kInt32Max / p.slots_per_rank;
   bool safe = true;
 #pragma unroll 2
@@ -66,6 +66,7 @@ __device__ __forceinline__ bool StartEven(const Problem& p, const Totals& totals
       const uint32_t n_hosts = place >> 16;
       const uint32_t each = share / n_hosts;
       share = each + ((place & 0xffff) < share - each * n_hosts);
+      if (given != nullptr) share = given[i];
       graph.tokens[CellIn(packed)] = share;
       atomicAdd(&graph.loose[rank], static_cast<int32_t>(share));
     }
@@ -73,6 +74,12 @@ __device__ __forceinline__ bool StartEven(const Problem& p, const Totals& totals
     safe &= total.x <= safe_load && total.y == 0;
   }
   return safe;
+}
+
+template <typename Threads, typename Totals>
+__device__ __forceinline__ bool StartEven(const Problem& p, const Totals& totals,
+                                          const GraphMemory& graph) {
+  return StartSplit<Threads>(p, totals, nullptr, graph);
 }
 
 // The bounds of the set of all ranks and of the sets of one; whole warps call it, each finds it.
@@ -88,13 +95,14 @@ __device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GraphMemo
   return max(WarpCeilMean(load, SmallDivisor(p.ep_size)), __reduce_max_sync(kFullWarp, fixed));
 }
 
-// Solves the graph for these totals: splits those of shared experts over their cells. Where loads
-// are too large to be divided, nothing is proven, and all tokens stay at home. All threads of the
-// team call it behind a barrier, and get the proof; it ends with a barrier.
-template <int kWords, typename Threads, typename Totals>
-__device__ inline Proof SolveGraph(const Problem& p, const Totals& totals,
-                                   const GraphMemory& graph) {
-  const bool safe = StartEven<Threads>(p, totals, graph);
+// Solves the graph for these totals: splits those of shared experts over their cells. `start` makes
+// a feasible plan, as StartSplit does. Where loads are too large to be divided, nothing is proven,
+// and all tokens stay at home. All threads of the team call it behind a barrier, and get the proof;
+// it ends with a barrier.
+template <int kWords, typename Threads, typename Totals, typename Start>
+__device__ inline Proof SolveGraph(const Problem& p, const Totals& totals, const GraphMemory& graph,
+                                   const Start& start) {
+  const bool safe = start();
   if (Threads::Any(!safe)) {
     const int32_t status = LargeLoads<Threads>(p.ep_size, p.slots_per_rank, totals, graph.of_slot);
     if (status != 0) atomicOr(graph.status, status);

@@ -16,9 +16,16 @@ constexpr int32_t kMaxRanksAnywhere = 512;
 // Shared memory of the block that solves one batch element.
 int64_t GraphSolverBytes(const Problem& problem);
 
+// What the waves start from.
+enum class StartFrom {
+  kEqualShares,
+  kQuotas,  // a feasible split that is in out.quota before
+};
+
 // Solves every batch element, a block each; in.r2o is not read.
 cudaError_t LaunchSolveGraph(const Problem& problem, const Sources& sources, int64_t batch,
-                             const SolveOperands& in, const SolveResults& out, cudaStream_t stream);
+                             const SolveOperands& in, const SolveResults& out, StartFrom start,
+                             cudaStream_t stream);
 
 }  // namespace lplb::cuda
 

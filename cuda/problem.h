@@ -133,9 +133,10 @@ struct SolveResults {
 
 // The tables of the placement that place_copies makes; with a batch, those of its first element.
 struct CopiesResults {
-  int32_t* phy2log;  // [n_physical]
-  int32_t* log2phy;  // [n_logical, width]
-  int32_t* logcnt;   // [n_logical]
+  int32_t* phy2log;           // [n_physical]
+  int32_t* log2phy;           // [n_logical, width]
+  int32_t* logcnt;            // [n_logical]
+  int32_t* tokens = nullptr;  // [n_physical], the split that was found with them; null: not wanted
 };
 
 // The buffers of one assign besides the tokens.

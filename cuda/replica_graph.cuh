@@ -187,6 +187,14 @@ __device__ __noinline__ void KeepFirstSlots(uint32_t* of_slot, const uint32_t* t
   return -1;
 }
 
+// Which of a rank's shared slots its slot k is; `is_shared` tells them.
+__device__ __forceinline__ int32_t NthShared(const uint32_t* is_shared, int32_t k) {
+  int32_t n = __popc(is_shared[k >> 5] & ((1u << (k & 31)) - 1));
+#pragma unroll 1
+  for (int32_t w = 0; w < k >> 5; ++w) n += __popc(is_shared[w]);
+  return n;
+}
+
 // Builds the graph, which needs no loads. All threads of the team call it; ends with a barrier.
 // *status must have been set before; bits are added.
 template <int kWords, typename Threads>
@@ -263,10 +271,7 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
     graph.of_slot[i] = expert | static_cast<uint32_t>(cell) << 16;
     graph.slot[cell] = i;
     graph.place[cell] = place | HostsOf<kWords>(graph, expert) << 16;
-    int32_t k_shared = __popc(shared[k >> 5] & ((1u << (k & 31)) - 1));
-#pragma unroll 1
-    for (int32_t w = 0; w < k >> 5; ++w) k_shared += __popc(shared[w]);
-    graph.shared[rank * p.slots_per_rank + k_shared] = graph.of_slot[i];
+    graph.shared[rank * p.slots_per_rank + NthShared(shared, k)] = graph.of_slot[i];
   }
   if (bad) atomicOr(graph.status, kBadPlacement);
   Threads::Sync();

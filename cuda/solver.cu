@@ -79,7 +79,7 @@ cudaError_t LaunchSolve(const Problem& problem, const Sources& sources, int64_t 
                         const SolveOperands& in, const SolveResults& out, cudaStream_t stream) {
   if (batch == 0) return cudaSuccess;
   if (problem.n_columns == 0) {
-    return LaunchSolveGraph(problem, sources, batch, in, out, stream);
+    return LaunchSolveGraph(problem, sources, batch, in, out, StartFrom::kEqualShares, stream);
   }
   // A thread per expert, and a warp for what needs no loads.
   const int32_t experts = problem.group_size << problem.tile_log2;

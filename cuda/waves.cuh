@@ -58,12 +58,12 @@ struct RankSet {
   }
 };
 
-template <int kWords>
-__device__ __forceinline__ int32_t ValueOf(const int32_t (&value)[kWords], int32_t rank) {
-  int32_t found = __shfl_sync(kFullWarp, value[0], rank & 31);
+template <typename Value, int kWords>
+__device__ __forceinline__ Value ValueOf(const Value (&value)[kWords], int32_t rank) {
+  Value found = __shfl_sync(kFullWarp, value[0], rank & 31);
 #pragma unroll
   for (int w = 1; w < kWords; ++w) {
-    const int32_t other = __shfl_sync(kFullWarp, value[w], rank & 31);
+    const Value other = __shfl_sync(kFullWarp, value[w], rank & 31);
     found = rank >> 5 == w ? other : found;
   }
   return found;

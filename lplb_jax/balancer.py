@@ -29,7 +29,13 @@ from lplb_jax.assignment import (
     returned,
     workspace_shape,
 )
-from lplb_jax.batch_copies import CopiesFrom, check_copies, copies_for, with_copies
+from lplb_jax.batch_copies import (
+    CopiesFrom,
+    check_copies,
+    copies_for,
+    solve_copies_for,
+    with_copies,
+)
 from lplb_jax.comm import Comm, check_comm
 from lplb_jax.loads import all_gather_counts, count
 from lplb_jax.placement import Placement
@@ -185,7 +191,9 @@ def rebalance(
         order is a scatter.
       copies: "placement": the redundant slots hold what `placement` says. "batch": they are filled
         for these tokens, see `place_copies`; only the homes and the number of slots of `placement`
-        are used. Then `r2o` is None, and all ranks are one group.
+        are used. Then `r2o` is None, and all ranks are one group. The exact solver starts from the
+        tokens that moved when the copies were chosen, not from equal shares as in `solve`: the
+        largest load is the same, but quotas may differ.
       fan_out: for copies="batch", the most copies of its experts that a rank may send; None for no
         limit.
       n_nodes: nodes with `ep_size / n_nodes` consecutive ranks each. A source's tokens then stay on
@@ -259,9 +267,13 @@ def rebalance(
     sources = loads
     if sources is None:
         sources = own if axis_name is None else all_gather_counts(own, axis_name, comm)
-    if limit is not None:
-        problem = anywhere(copies_for(sources, problem.placement, limit), n_nodes)
-    split = solve_checked(sources, problem, method, weights, costs=costs)
+    if limit is not None and method == "exact" and not costs.asked:
+        split, chosen = solve_copies_for(sources, problem, limit)
+        problem = anywhere(chosen, n_nodes)
+    else:
+        if limit is not None:
+            problem = anywhere(copies_for(sources, problem.placement, limit), n_nodes)
+        split = solve_checked(sources, problem, method, weights, costs=costs)
     if loads is None:
         loads = None if axis_name is None else sources
     else:

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 import jax
 
 from lplb_jax import _native, reference
-from lplb_jax._problem import check_count, check_loads, check_problem
+from lplb_jax._problem import Problem, check_count, check_loads, check_problem
 from lplb_jax.placement import Placement
+from lplb_jax.solver import Split
 
 # Where a rank's copies come from: `rebalance` and `moe_layer` take one of these.
 CopiesFrom = Literal["placement", "batch"]
@@ -79,6 +80,22 @@ def copies_for(loads: jax.Array, placement: Placement, fan_out: int) -> Placemen
         fan_out=fan_out,
     )
     return with_copies(placement, tables)
+
+
+def solve_copies_for(loads: jax.Array, problem: Problem, fan_out: int) -> tuple[Split, Placement]:
+    """The exact split over `copies_for` these loads, solved from the one they were found with."""
+    placement = problem.placement
+    results = _native.call(
+        "lplb_solve_copies",
+        reference.solve_copies,
+        loads.reshape(-1, loads.shape[-1]),
+        placement.phy2log,
+        placement.log2phy,
+        problem.r2o,
+        ep_size=placement.ep_size,
+        fan_out=fan_out,
+    )
+    return Split(*results[:4]), with_copies(placement, results[4:])
 
 
 def with_copies(placement: Placement, tables: Sequence[jax.Array]) -> Placement:

@@ -16,6 +16,7 @@ from steps import assert_same, on_cpu, repeated
 
 from lplb_jax import (
     Placement,
+    Split,
     Status,
     _native,
     assign,
@@ -53,8 +54,10 @@ def stacked_problems(rng, sizes: Sizes, n: int):
     return loads, jax.tree.map(lambda *rows: np.stack(rows), *placements)
 
 
-def chosen_slowly(loads: list[int], placement: Placement, fan_out: float) -> list[int]:
-    """phy2log of the best attempt: all of them, one after the other."""
+def chosen_slowly(
+    loads: list[int], placement: Placement, fan_out: float
+) -> tuple[list[int], list[int]]:
+    """phy2log and quotas of the best attempt: all of them, one after the other."""
     n_slots = placement.n_physical // placement.ep_size
     home = {int(slot): e for e, slot in enumerate(placement.log2phy[:, 0])}
     at_home = [0] * placement.ep_size
@@ -66,6 +69,7 @@ def chosen_slowly(loads: list[int], placement: Placement, fan_out: float) -> lis
         target = mean + ((most - mean) * i**2 // 1024) * i**2 // 1024
         load, left, sent = list(at_home), list(loads), [0] * placement.ep_size
         held = [home.get(slot, -1) for slot in range(placement.n_physical)]
+        taken = {}
         n_copies = 0
         while max(load) > target:
             rank = load.index(max(load))
@@ -80,12 +84,14 @@ def chosen_slowly(loads: list[int], placement: Placement, fan_out: float) -> lis
             load[to] += moved
             left[e] -= moved
             held[slot] = e
+            taken[slot] = moved
             sent[rank] += 1
             n_copies += 1
         else:
-            tried.append((target, n_copies, i, held))
+            quota = [taken.get(s, 0 if e < 0 else left[e]) for s, e in enumerate(held)]
+            tried.append((target, n_copies, i, held, quota))
     good = [one for one in tried if one[0] - tried[0][0] <= mean // 512]
-    return min(good, key=lambda one: (one[1], one[2]))[3]
+    return min(good, key=lambda one: (one[1], one[2]))[3:]
 
 
 @on_cpu
@@ -138,7 +144,7 @@ def test_the_method(rng, name):
     for i in range(n):
         one, of_one = (jax.tree.map(lambda x, i=i: x[i], of) for of in (placements, chosen))
         total = loads[i].sum(axis=0, dtype=np.int32)
-        assert of_one.phy2log.tolist() == chosen_slowly(total.tolist(), one, limit)
+        assert of_one.phy2log.tolist() == chosen_slowly(total.tolist(), one, limit)[0]
         assert_tables(of_one, one.log2phy[:, 0])
         again = place_copies(total, of_one, fan_out=fan_out)  # whose tables are checked as values
         assert_same(again, of_one)
@@ -353,11 +359,31 @@ def test_bad_arguments():
             rebalance(ids, None, **options)
 
 
+@functools.partial(jax.jit, static_argnames="ep_size")
+def solve_from(loads, tables, start, *, ep_size):
+    no_topology = jnp.zeros((ep_size, 0), jnp.int32)
+    return reference.solve(loads[None], *tables, no_topology, ep_size=ep_size, start=start)
+
+
 def step_by_step(ids, loads, placement, given, fan_out=None):
-    """What rebalance does with copies="batch", by the other public functions."""
+    """What rebalance does with copies="batch", step by step.
+
+    The copies are those of `place_copies`, and the largest load is that of `solve`; but the solver
+    starts from the tokens that were moved when the copies were chosen.
+    """
     chosen = place_copies(loads, placement, fan_out=fan_out)
     split = solve(loads, placement=chosen)
-    return assign(ids, given, split, placement=chosen, positions=True), split, chosen
+    total = loads.reshape(-1, placement.n_logical).sum(axis=0, dtype=np.int32)
+    held, quota = chosen_slowly(total.tolist(), placement, fan_out or placement.n_physical)
+    assert chosen.phy2log.tolist() == held
+    tables = chosen.phy2log, chosen.log2phy
+    ours = on_cpu(solve_from)(total, tables, np.int32(quota), ep_size=placement.ep_size)
+    ours = Split(*ours)
+    assert_same(ours[1:], split[1:])  # Another start is no other problem.
+    by_rank = np.reshape(quota, (placement.ep_size, -1)).sum(axis=1)
+    if by_rank.max() == -(-total.sum() // placement.ep_size):  # Nothing is left to do.
+        np.testing.assert_array_equal(ours.quota, quota)
+    return assign(ids, given, ours, placement=chosen, positions=True), ours, chosen
 
 
 def tokens(rng, sizes: Sizes) -> np.ndarray:

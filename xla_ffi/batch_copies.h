@@ -63,6 +63,37 @@ struct CopiesCall {
   }
 };
 
+// solve over copies chosen for its loads. Its results are the split, then the tables.
+struct SolveCopiesCall {
+  int64_t batch;
+  Problem problem;
+  Sources sources;
+  SolveOperands in;
+  SolveResults split;
+  ChosenCopies copies;
+
+  explicit SolveCopiesCall(Frame& frame) {
+    ProblemSizes sizes(frame);
+    SourceSizes source_sizes;
+    copies.ReadFanOut(frame, 1);
+    frame.Operand("loads", {&source_sizes.n_sources, &source_sizes.row}, &in.loads);
+    batch = frame.batch();
+    ReadPlacement(frame, sizes, in);
+    problem = ProblemOf(frame, sizes);
+    sources = SourcesOf(frame, source_sizes, problem);
+    ReadSplit(frame, problem, sizes, ffi::DataType::S32, ffi::DataType::S32, split);
+    copies.ReadTables(frame, problem, sizes);
+    if (problem.n_columns > 0) frame.Fail("r2o: expected no columns where copies are chosen");
+  }
+
+  // The problem of the placement that is chosen.
+  Problem Chosen() const {
+    Problem chosen = problem;
+    chosen.max_replicas = copies.width;
+    return chosen;
+  }
+};
+
 }  // namespace lplb
 
 #endif  // LPLB_XLA_FFI_BATCH_COPIES_H_

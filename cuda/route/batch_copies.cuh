@@ -29,6 +29,23 @@ struct ChoiceMemory {
   }
 };
 
+// Where a slot is on its rank.
+struct PlacedSlot {
+  int32_t slot;
+  int32_t rank;
+  int32_t k;
+
+  __device__ __forceinline__ PlacedSlot(const Problem& p, int32_t slot_)
+      : slot(slot_), rank(p.by_slots.Quotient(slot_)), k(slot_ - rank * p.slots_per_rank) {}
+};
+
+// The copies that were chosen.
+struct ChosenCopies {
+  CopiesMemory memory;  // of the attempt
+  int32_t n;
+  bool too_many;  // tokens to choose any
+};
+
 template <int kWords>
 struct OverBatchCopies : Anywhere<kWords> {
   using Base = Anywhere<kWords>;
@@ -49,21 +66,44 @@ struct OverBatchCopies : Anywhere<kWords> {
                                                const RouteMemory& memory) {
     const Problem& p = a.problem;
     const PieceTable pieces = Base::PiecesOf(a, memory);
-    if (threadIdx.x == 0) *Base::GraphOf(a, memory).status = 0;
+    const GraphMemory graph = Base::GraphOf(a, memory);
+    if (threadIdx.x == 0) *graph.status = *graph.n_cells = 0;
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
       pieces.sent[i] = memory.quota[i] = 0;
     }
+#pragma unroll 1
+    for (int32_t r = threadIdx.x; r < p.ep_size; r += Threads::Size()) {
+      graph.load[r] = graph.loose[r] = 0;
+    }
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < p.ep_size * GraphMemory::SlotWords(p); i += Threads::Size()) {
+      graph.is_shared[i] = 0;
+    }
     const CopiesMemory copies(p, 0, ChoiceMemory(p, memory).words);
     FindHomes<Threads>(p, tables.phy2log, tables.log2phy, fetched, copies);
+    // The graph of the homes.
+    bool bad = false;
+#pragma unroll 1
+    for (int32_t e = threadIdx.x; e < p.n_logical; e += Threads::Size()) {
+      const int32_t home = copies.home[e];
+      const bool is_home = home >= 0 && home < p.n_physical && copies.expert[home] == e;
+      const int32_t rank = is_home ? p.by_slots.Quotient(home) : 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        graph.mask[e * kWords + w] = is_home && rank >> 5 == w ? 1u << (rank & 31) : 0;
+      }
+      graph.home[e] = is_home ? home : -1;
+      bad |= !is_home;
+    }
+    if (bad) atomicOr(graph.status, kBadPlacement);
   }
 
-  // The number of the best attempt, whose copies are then in this block's memory, at the place of
-  // its warp. Ends with a barrier.
+  // The copies, then in this block's memory.
   template <typename Threads>
-  static __device__ __forceinline__ int32_t Choose(const RouteArguments& a,
-                                                   const AttemptShape& shape, int32_t block,
-                                                   const ChoiceMemory& choice) {
+  static __device__ __forceinline__ ChosenCopies Choose(const RouteArguments& a,
+                                                        const AttemptShape& shape, int32_t block,
+                                                        const ChoiceMemory& choice) {
     const Problem& p = a.problem;
     const int32_t lane = threadIdx.x & 31;
     const int32_t warp = threadIdx.x / 32;
@@ -85,37 +125,121 @@ struct OverBatchCopies : Anywhere<kWords> {
     } else {
       Threads::Sync();
     }
-    const int32_t best = ChooseAttempt(static_cast<int32_t>(choice.results[lane].x), targets);
+    const int32_t n_copies = static_cast<int32_t>(choice.results[lane].x);
+    const int32_t best = ChooseAttempt(n_copies, targets);
     const CopiesMemory won(p, shape.WarpOf(best), choice.words);
-    if (shape.BlockOf(best) == block && shape.IsOverwritten(best)) {
-      if (warp == shape.WarpOf(best)) {
-        Attempt<kWords>(p, won, targets.Target(best), a.copies.fan_out);
+    const int32_t n = __shfl_sync(kFullWarp, n_copies, best);
+    const ChosenCopies copies = {won, n, targets.too_many};
+    if (shape.BlockOf(best) == block) {
+      if (shape.IsOverwritten(best) && warp == shape.WarpOf(best)) {
+        AttemptNth<kWords>(p, won, targets, best, a.copies.fan_out);
       }
-      Threads::Sync();
+      Threads::Sync();  // The copies are those of a warp.
     }
-    if (!together) return best;
+    if (!together) return copies;
     // Nobody makes an attempt any more: the block that has the copies sends them to all others.
-    const int32_t n_chunks = CopiesMemory::TakenWords(p) / 4;
-    uint4* taken = reinterpret_cast<uint4*>(won.n_taken);
+    const int32_t n_chunks = CopiesMemory::RoundUp(n) / 4;
     if (shape.BlockOf(best) != block) {
-      if (threadIdx.x == 0) ExpectBytes(&choice.arrivals[1], n_chunks * sizeof(uint4));
+      if (threadIdx.x == 0) {
+        ExpectBytes(&choice.arrivals[1], 2 * n_chunks * sizeof(uint4));
+      }
       AwaitBytes(&choice.arrivals[1]);
-      return best;
+      return copies;
     }
-    Threads::Sync();  // The copies are those of a warp.
+    auto* chosen = reinterpret_cast<uint4*>(won.chosen);
+    auto* moved = reinterpret_cast<uint4*>(won.moved);
 #pragma unroll 1
     for (int32_t to = warp; to < shape.n_blocks; to += Threads::Size() / 32) {
       if (to == block) continue;
 #pragma unroll 1
       for (int32_t i = lane; i < n_chunks; i += 32) {
-        SendTo(to, taken + i, taken[i], &choice.arrivals[1]);
+        SendTo(to, chosen + i, chosen[i], &choice.arrivals[1]);
+        SendTo(to, moved + i, moved[i], &choice.arrivals[1]);
       }
     }
-    return best;
+    return copies;
+  }
+
+  // Adds the copies to the graph of the homes, with the tokens that moved: a plan to start from.
+  // Their experts come into copies.memory.expert. A barrier must follow.
+  template <typename Threads>
+  static __device__ __forceinline__ void AddCopies(const Problem& p, const ChosenCopies& copies,
+                                                   const int32_t* total, const GraphMemory& graph) {
+    const CopiesMemory& memory = copies.memory;
+    const int32_t slot_words = GraphMemory::SlotWords(p);
+    const int32_t n_threads = Threads::Size();
+    const auto share = [&](const PlacedSlot& at) {
+      atomicOr(&graph.is_shared[at.rank * slot_words + (at.k >> 5)], 1u << (at.k & 31));
+    };
+#pragma unroll 1
+    for (int32_t r = threadIdx.x; r < p.ep_size; r += n_threads) {
+      atomicAdd(&graph.load[r], memory.load[r]);
+    }
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < copies.n; i += n_threads) {
+      const uint32_t copy = memory.chosen[i];
+      const int32_t e = memory.ExpertOf(copy);
+      const PlacedSlot at(p, memory.SlotOf(copy));
+      const PlacedSlot home(p, memory.HomeOf(copy));
+      const int32_t moved = memory.moved[i];
+      memory.expert[at.slot] = e;
+      atomicOr(&graph.mask[e * kWords + (at.rank >> 5)], 1u << (at.rank & 31));
+      share(at);
+      share(home);
+      atomicAdd(&graph.load[at.rank], moved);
+      atomicAdd(&graph.load[home.rank], -moved);
+      atomicAdd(&graph.loose[at.rank], moved);
+      atomicAdd(&graph.loose[home.rank], -moved);
+    }
+    Threads::Sync();
+    const auto put = [&](int32_t e, const PlacedSlot& at, int32_t cell, int32_t tokens) {
+      graph.slot[cell] = at.slot;
+      graph.tokens[cell] = tokens;
+      const int32_t nth = NthShared(graph.is_shared + at.rank * slot_words, at.k);
+      graph.shared[at.rank * p.slots_per_rank + nth] = e | static_cast<uint32_t>(cell) << 16;
+    };
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < copies.n; i += n_threads) {
+      const uint32_t copy = memory.chosen[i];
+      const int32_t e = memory.ExpertOf(copy);
+      const uint32_t* mask = graph.mask + e * kWords;
+      const PlacedSlot at(p, memory.SlotOf(copy));
+      const PlacedSlot home(p, memory.HomeOf(copy));
+      // The first of the expert's copies takes care of the home.
+      if (PlaceOf<kWords>(mask, at.rank) - (home.rank < at.rank) > 0) continue;
+      graph.first[e] = FetchAdd(graph.n_cells, HostsOf<kWords>(graph, e));
+      put(e, home, graph.first[e] + PlaceOf<kWords>(mask, home.rank), total[e]);
+      atomicAdd(&graph.loose[home.rank], total[e]);
+    }
+    Threads::Sync();
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < copies.n; i += n_threads) {
+      const uint32_t copy = memory.chosen[i];
+      const int32_t e = memory.ExpertOf(copy);
+      const uint32_t* mask = graph.mask + e * kWords;
+      const PlacedSlot at(p, memory.SlotOf(copy));
+      const int32_t home_rank = p.by_slots.Quotient(memory.HomeOf(copy));
+      const int32_t moved = memory.moved[i];
+      put(e, at, graph.first[e] + PlaceOf<kWords>(mask, at.rank), moved);
+      atomicAdd(&graph.tokens[graph.first[e] + PlaceOf<kWords>(mask, home_rank)], -moved);
+    }
+  }
+
+  // Where there are too many tokens to choose copies, the graph has homes only.
+  template <typename Threads>
+  static __device__ __forceinline__ bool StartAtHome(const Problem& p, const int32_t* expert,
+                                                     const int32_t* total,
+                                                     const GraphMemory& graph) {
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
+      graph.of_slot[i] = expert[i] >= 0 ? expert[i] | kNoNumber << 16 : kNoExpert;
+    }
+    Threads::Sync();
+    return StartEven<Threads>(p, CountedTotals{total}, graph);
   }
 
   template <Quotas kQuotas, typename Threads>
-  static __device__ __forceinline__ void Make(const RouteArguments& a, const SolveOperands& in,
+  static __device__ __forceinline__ void Make(const RouteArguments& a, const SolveOperands&,
                                               int64_t element, const Fetched&, const SyncCall& call,
                                               bool leader, const RouteMemory& memory) {
     const Problem& p = a.problem;
@@ -134,19 +258,13 @@ struct OverBatchCopies : Anywhere<kWords> {
     // −1 for a total that passes int32 is more than that as an unsigned number, too.
     LoadHomes<Threads>(
         p, [&](int32_t e) { return static_cast<uint32_t>(memory.total[e]); }, copies);
-    const int32_t best = Choose<Threads>(a, shape, block, choice);
-    const CopiesMemory won(p, shape.WarpOf(best), choice.words);
-    int32_t* phy2log = copies.tokens;  // Which nobody needs any more.
-#pragma unroll 1
-    for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
-      phy2log[i] = ChosenIn(p, won, i);
-    }
-    Threads::Sync();
-    Problem chosen = p;
-    chosen.max_replicas = 1;  // Only homes are read.
-    const PrefetchedGraph fetched = PrefetchGraph(chosen, Threads::Size(), phy2log, copies.home);
-    BuildGraph<kWords, Threads>(chosen, phy2log, copies.home, fetched, Base::GraphOf(a, memory));
-    Base::template Make<kQuotas, Threads>(a, in, element, fetched, call, leader, memory);
+    const ChosenCopies chosen = Choose<Threads>(a, shape, block, choice);
+    const GraphMemory graph = Base::GraphOf(a, memory);
+    Base::template MakeFrom<kQuotas, Threads>(a, element, call, leader, memory, [&] {
+      if (chosen.too_many) return StartAtHome<Threads>(p, copies.expert, memory.total, graph);
+      AddCopies<Threads>(p, chosen, memory.total, graph);
+      return true;
+    });
   }
 
   template <Quotas kQuotas, typename Threads>
@@ -164,7 +282,7 @@ struct OverBatchCopies : Anywhere<kWords> {
     const int32_t first = block * Threads::Size() + threadIdx.x;
     const int32_t stride = n_blocks * Threads::Size();
 #pragma unroll 1
-    for (int32_t i = first; i < p.n_physical; i += stride) phy2log[i] = copies.tokens[i];
+    for (int32_t i = first; i < p.n_physical; i += stride) phy2log[i] = copies.expert[i];
     // A warp writes a row: the home, then the copies in the order of their ranks.
     const int32_t lane = threadIdx.x & 31;
 #pragma unroll 1

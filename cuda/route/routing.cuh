@@ -115,10 +115,20 @@ struct Anywhere {
   static __device__ __forceinline__ void Make(const RouteArguments& a, const SolveOperands&,
                                               int64_t element, const Fetched&, const SyncCall& call,
                                               bool leader, const RouteMemory& memory) {
+    MakeFrom<kQuotas, Threads>(a, element, call, leader, memory, [&] {
+      return StartEven<Threads>(a.problem, CountedTotals{memory.total}, GraphOf(a, memory));
+    });
+  }
+
+  // Where something is solved, from the plan that `start` makes, see SolveGraph.
+  template <Quotas kQuotas, typename Threads, typename Start>
+  static __device__ __forceinline__ void MakeFrom(const RouteArguments& a, int64_t element,
+                                                  const SyncCall& call, bool leader,
+                                                  const RouteMemory& memory, const Start& start) {
     const Problem& p = a.problem;
     const GraphMemory graph = GraphOf(a, memory);
     if constexpr (kQuotas != Quotas::kGiven) {
-      const Proof proof = SolveGraph<kWords, Threads>(p, CountedTotals{memory.total}, graph);
+      const Proof proof = SolveGraph<kWords, Threads>(p, CountedTotals{memory.total}, graph, start);
       if (leader && threadIdx.x == 0) {
         const SolveResults out = BatchElement(p, a.solve_out, element);
         *out.max_load = proof.max_load;

@@ -27,6 +27,7 @@ __all__ = [
     "plan",
     "rebalance",
     "solve",
+    "solve_copies",
     "solve_costs",
     "sync",
     "synced_plan",
@@ -58,6 +59,7 @@ ipm = _with_default_promotion(interior_point.ipm)
 ipm_costs = _with_default_promotion(interior_point.ipm_costs)
 place_copies = _with_default_promotion(batch_copies.place_copies)
 assign = _with_default_promotion(assignment.assign)
+solve_copies = _with_default_promotion(balancer.solve_copies)
 rebalance = _with_default_promotion(balancer.rebalance)
 synced_rebalance = _with_default_promotion(balancer.synced_rebalance)
 plan = _with_default_promotion(exchange_plan.plan)

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Int32, Integer
 
 from lplb_jax.reference.assignment import assign
-from lplb_jax.reference.batch_copies import place_copies
+from lplb_jax.reference.batch_copies import place
 from lplb_jax.reference.loads import count, sync
 from lplb_jax.reference.solver import solve
 
@@ -27,7 +27,7 @@ def rebalance(
 ) -> tuple[Int32[Array, "..."], ...]:
     """The results of `assign`, then of `solve`, for the tokens of a whole batch.
 
-    If `fan_out` is not 0, copies are chosen first, and the tables of `place_copies` come last.
+    If `fan_out` is not 0, copies are chosen first, see `solve_copies`; their tables come last.
     """
     counts = count(indices, n_logical=log2phy.shape[0])[None]
     rank = jnp.int32(0)
@@ -56,12 +56,32 @@ def synced_rebalance(
     return _balance(indices, counts, phy2log, log2phy, r2o, rank, sizes, fan_out)
 
 
+def solve_copies(
+    loads: Int32[Array, "n_sources row"],
+    phy2log: Int32[Array, " n_physical"],
+    log2phy: Int32[Array, "n_logical max_replicas"],
+    r2o: Int32[Array, "group_size n_columns"],
+    *,
+    ep_size: int,
+    fan_out: int,
+) -> tuple[Int32[Array, "..."], ...]:
+    """The results of `solve` over copies for these loads, then those of `place_copies`.
+
+    `solve` starts from the split with which the copies were found: the optimum is not far then.
+    """
+    *tables, start = place(loads, phy2log, log2phy, ep_size=ep_size, fan_out=fan_out)
+    split = solve(loads, *tables[:2], r2o, ep_size=ep_size, start=start)
+    return *split, *tables
+
+
 def _balance(indices, counts, phy2log, log2phy, r2o, rank, sizes, fan_out):
     tables = ()
+    operands = counts, phy2log, log2phy, r2o
     if fan_out > 0:
-        of_homes = phy2log, log2phy
-        tables = place_copies(counts, *of_homes, ep_size=sizes["ep_size"], fan_out=fan_out)
+        results = solve_copies(*operands, ep_size=sizes["ep_size"], fan_out=fan_out)
+        split, tables = results[:4], results[4:]
         phy2log, log2phy, _ = tables
-    split = solve(counts, phy2log, log2phy, r2o, ep_size=sizes["ep_size"])
+    else:
+        split = solve(*operands, ep_size=sizes["ep_size"])
     tokens = assign(indices, counts, split[0], phy2log, log2phy, rank, proportional=0, **sizes)
     return *tokens, *split, *tables

@@ -11,7 +11,8 @@ experts' homes. While a rank has more than T, a step chooses
 4. Then min(load of r − T, tokens of the expert left on r, T − load of q) tokens go from r to q, and
    the expert takes q's first free slot.
 
-The attempt fails if no rank below T has a free slot, or if r has already sent `fan_out` copies. A
+The attempt fails if no rank below T has a free slot, if r has already sent `fan_out` copies, or if
+there are n_physical − n_logical copies (then all slots are full, unless an expert has no home). A
 step exhausts r's excess, the expert's tokens on r, or q's deficit. So r never sends the same expert
 to q twice, and no receiving rank ever sends; there are as many steps as copies.
 
@@ -24,8 +25,8 @@ may run in parallel.
 target of at most T* + ⌊m / 2⁹⌋, the one with the fewest copies is chosen; among equals, the first.
 Transferring an expert's weights costs more than the last five-hundredth of balance gains.
 
-The tokens of the attempt are a feasible split with no rank above T; they are not returned, since
-`solve` finds the best split over the chosen copies.
+The tokens of the attempt are a feasible split with no rank above T. `rebalance` starts from it to
+find the best split over the chosen copies.
 """
 
 from __future__ import annotations
@@ -56,7 +57,24 @@ def place_copies(
     Int32[Array, "n_logical width"],
     Int32[Array, " n_logical"],
 ]:
-    """phy2log, log2phy and logcnt of the placement with copies for these loads.
+    """phy2log, log2phy and logcnt of the placement with copies for these loads: see `place`."""
+    return place(loads, phy2log, log2phy, ep_size=ep_size, fan_out=fan_out)[:3]
+
+
+def place(
+    loads: Int32[Array, "n_sources row"],
+    phy2log: Int32[Array, " n_physical"],
+    log2phy: Int32[Array, "n_logical max_replicas"],
+    *,
+    ep_size: int,
+    fan_out: int,
+) -> tuple[
+    Int32[Array, " n_physical"],
+    Int32[Array, "n_logical width"],
+    Int32[Array, " n_logical"],
+    Int32[Array, " n_physical"],
+]:
+    """phy2log, log2phy and logcnt of the placement with copies for these loads; a feasible split.
 
     Every home stays in its slot; all other slots are refilled, whatever they held, with −1 for no
     copy. An expert's home is the first slot in its row of log2phy. If that slot does not hold the
@@ -65,34 +83,38 @@ def place_copies(
     that are no home, 1 + fan_out) entries in all.
 
     `loads` has a row per source rank, or a single row; entries past n_logical are ignored. Negative
-    loads count as 0. If the total exceeds 2³¹ − 1, there are no copies; otherwise no sum overflows,
-    neither here nor in the solver, whatever the copies.
+    loads count as 0. If the loads of all experts with a home exceed 2³¹ − 1 in total, there are no
+    copies, and all loads count as 0; otherwise no sum overflows, neither here nor in the solver,
+    whatever the copies.
     """
     n_logical, n_physical = log2phy.shape[0], phy2log.size
     total, too_large = exact_sum(jnp.maximum(loads[:, :n_logical], 0), axis=0)
-    _, sum_too_large = exact_sum(total, axis=0)
-    total = jnp.where(too_large.any() | sum_too_large, 0, total)
 
     number = jnp.arange(n_physical, dtype=jnp.int32)
     expert = jnp.where((phy2log >= 0) & (phy2log < n_logical), phy2log, n_logical)
     homes = log2phy[:, 0].at[expert].get(mode="fill", fill_value=-1)
     is_home = homes == number
     tokens = jnp.where(is_home, total.at[expert].get(mode="fill", fill_value=0), 0)
+    too_many = (is_home & too_large.at[expert].get(mode="fill", fill_value=False)).any()
+    too_many |= exact_sum(tokens, axis=0)[1]
+    tokens = jnp.where(too_many, 0, tokens)
     # Derived from the loads, too: under shard_map both must vary over the same axes.
     slots = jnp.where(is_home, expert, -1) + 0 * tokens
 
     by_rank = (ep_size, n_physical // ep_size)
-    chosen = choose(tokens.reshape(by_rank), slots.reshape(by_rank), fan_out)
+    most = n_physical - n_logical
+    chosen, split = choose(tokens.reshape(by_rank), slots.reshape(by_rank), fan_out, most)
     width = min(ep_size, 1 + n_physical - n_logical, 1 + fan_out)
-    return chosen.reshape(-1), *tables(chosen, log2phy[:, 0], width)
+    return chosen.reshape(-1), *tables(chosen, log2phy[:, 0], width), split.reshape(-1)
 
 
 def choose(
     tokens: Int32[Array, "ep_size slots_per_rank"],
     slots: Int32[Array, "ep_size slots_per_rank"],
     fan_out: int,
-) -> Int32[Array, "ep_size slots_per_rank"]:
-    """The experts of all slots, given the homes' experts and the tokens there."""
+    most: int,
+) -> tuple[Int32[Array, "ep_size slots_per_rank"], Int32[Array, "ep_size slots_per_rank"]]:
+    """The experts and tokens of all slots, given those of the homes, with at most `most` copies."""
     load = tokens.sum(axis=1, dtype=jnp.int32)
     mean = ceil_mean(load, jnp.ones(load.shape, bool))
     nth = jnp.arange(1, N_TARGETS + 1, dtype=jnp.int32)
@@ -102,20 +124,20 @@ def choose(
         return (of >> 10) * nth**2 + ((of & 1023) * nth**2 >> 10)
 
     target = mean + part(part(load.max() - mean))
-    state = jax.vmap(lambda target: attempt(target, tokens, slots, fan_out))(target)
+    state = jax.vmap(lambda target: attempt(target, tokens, slots, fan_out, most))(target)
 
     least = jnp.where(state.failed, load.max(), target).min()
     good_enough = ~state.failed & (target - least <= mean >> WORTH)
     n_copies = (state.slots >= 0).sum(axis=(1, 2), dtype=jnp.int32)
     best = jnp.where(good_enough, n_copies, slots.size + 1).argmin()
-    return state.slots[best]
+    return state.slots[best], state.tokens[best]
 
 
 class State(NamedTuple):
     """The state of one attempt."""
 
     load: Int32[Array, " ep_size"]
-    left: Int32[Array, "ep_size slots_per_rank"]  # tokens still on the expert's home
+    tokens: Int32[Array, "ep_size slots_per_rank"]  # on homes: those that are left
     slots: Int32[Array, "ep_size slots_per_rank"]  # −1 if free
     sent: Int32[Array, " ep_size"]  # copies of a rank's experts
     failed: Bool[Array, ""]
@@ -126,22 +148,24 @@ def attempt(
     tokens: Int32[Array, "ep_size slots_per_rank"],
     slots: Int32[Array, "ep_size slots_per_rank"],
     fan_out: int,
+    most: int,
 ) -> State:
     """Copies with which no rank exceeds `target` tokens; if it fails, those found until then."""
 
     def step(state: State) -> State:
-        load, left, slots, sent, _ = state
+        load, tokens, slots, sent, _ = state
         rank = load.argmax()
-        slot = left[rank].argmax()
+        slot = tokens[rank].argmax()
         room = jnp.where((slots < 0).any(axis=1), jnp.maximum(target - load, 0), 0)
         to = room.argmax()
-        failed = (room[to] == 0) | (sent[rank] >= fan_out)
-        moved = jnp.minimum(jnp.minimum(load[rank] - target, left[rank, slot]), room[to])
+        failed = (room[to] == 0) | (sent[rank] >= fan_out) | (sent.sum(dtype=jnp.int32) >= most)
+        moved = jnp.minimum(jnp.minimum(load[rank] - target, tokens[rank, slot]), room[to])
         moved = jnp.where(failed, 0, moved)
         free = (slots[to] < 0).argmax()
         return State(
             load.at[rank].add(-moved).at[to].add(moved),
-            left.at[rank, slot].add(-moved),
+            # Where it failed, the slot may be a home.
+            tokens.at[rank, slot].add(-moved).at[to, free].add(moved),
             jnp.where(failed, slots, slots.at[to, free].set(slots[rank, slot])),
             sent.at[rank].add(1),
             failed,

@@ -90,6 +90,7 @@ def solve_any(
     base: BaseLoad,
     cells: Cells,
     tile: int,
+    start: Int32[Array, " n_physical"] | None = None,
 ) -> tuple[
     Int32[Array, " n_physical"],
     Int32[Array, ""],
@@ -99,12 +100,13 @@ def solve_any(
 ]:
     """Quotas, largest load, lower bound, largest load in tokens and overflow.
 
-    `too_large`: whether the total exceeds 2³¹ − 1.
+    `too_large`: whether the total exceeds 2³¹ − 1. `start`: quotas of a feasible split to start
+    from, in tiles; None for equal shares.
     """
     overflow = may_overflow(total, too_large, base, cells)
     loads = jnp.where(overflow, 0, total)
     none = base.none_if(overflow)
-    tiles, load, target = waves(ceil_divide(loads, tile), none.tiles, cells)
+    tiles, load, target = waves(ceil_divide(loads, tile), none.tiles, cells, start)
     max_load = jnp.where(overflow, INT32_MAX, load.max())
     tokens, max_tokens = tiles, max_load
     if tile > 1:
@@ -139,13 +141,20 @@ def quotas(
 
 
 def waves(
-    total: Int32[Array, " n_logical"], base: Int32[Array, " ep_size"], cells: Cells
+    total: Int32[Array, " n_logical"],
+    base: Int32[Array, " ep_size"],
+    cells: Cells,
+    start: Int32[Array, " n_physical"] | None = None,
 ) -> tuple[Int32[Array, "n_logical ep_size"], Int32[Array, " ep_size"], Int32[Array, ""]]:
     """Tokens of every cell, rank loads, and the target, which is the lower bound."""
     tokens = even_shares(total, cells.hosts)
+    if start is not None:
+        shared = cells.hosts.sum(axis=1, dtype=jnp.int32) > 1
+        given = start.at[cells.slot].get(mode="fill", fill_value=0)
+        tokens = jnp.where(shared[:, None], given, tokens)
     load = base + tokens.sum(axis=0, dtype=jnp.int32)
-    start = first_target(load, tokens, base, cells)
-    load, tokens, target = balance(load, tokens, start, **moves(cells))
+    bound = first_target(load, tokens, base, cells)
+    load, tokens, target = balance(load, tokens, bound, **moves(cells))
     return tokens, load, target
 
 

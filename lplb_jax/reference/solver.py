@@ -34,6 +34,7 @@ def solve(
     r2o: Int32[Array, "group_size n_columns"],
     *,
     ep_size: int,
+    start: Int32[Array, " n_physical"] | None = None,
 ) -> tuple[
     Int32[Array, " n_physical"],
     Int32[Array, " n_groups"],
@@ -43,10 +44,12 @@ def solve(
     """Quotas, largest loads, lower bounds and status of all groups.
 
     `loads` has a row per source rank, or a single row; `row` is n_logical, or n_logical + 1 if the
-    number of ids that name no expert comes last (see `count`).
+    number of ids that name no expert comes last (see `count`). `start` (without a topology): quotas
+    of a feasible split to start from; None for equal shares.
     """
     nothing = jnp.zeros(ep_size, jnp.int32)
-    split = solve_costs(loads, phy2log, log2phy, r2o, nothing, ep_size=ep_size, tile=1)
+    tables = phy2log, log2phy, r2o
+    split = solve_costs(loads, *tables, nothing, ep_size=ep_size, tile=1, start=start)
     return split[:4]
 
 
@@ -59,6 +62,7 @@ def solve_costs(
     *,
     ep_size: int,
     tile: int,
+    start: Int32[Array, " n_physical"] | None = None,
 ) -> tuple[
     Int32[Array, " n_physical"],
     Int32[Array, " n_groups"],
@@ -82,7 +86,7 @@ def solve_costs(
     base = base_load_of(base_load, tile)
     if n_columns == 0:
         cells = graph.cells_of(phy2log, log2phy, ep_size)
-        quota, *values = graph.solve_any(total, too_large, base, cells, tile)
+        quota, *values = graph.solve_any(total, too_large, base, cells, tile, start)
         max_load, bound, max_tokens, overflow = (value[None] for value in values)
         wrong = graph.misplaced(phy2log, log2phy, cells)
         # Loads of experts without a slot reach no rank; they only invalidate the placement.

@@ -22,14 +22,16 @@ ffi::Error RunRebalance(const RebalanceCall& call) {
       Count(first, call.tokens.n, p.n_logical, counts.data());
       SolveOperands in = BatchElement(call.problem, call.sources, call.in, b);
       in.loads = counts.data();
+      std::vector<int32_t> start;
       if (call.copies.fan_out > 0) {
         const CopiesResults copies = call.copies.Of(p, b);
-        PlaceCopies(call.problem, call.sources, in, call.copies.fan_out, call.copies.width, copies);
+        start = PlaceCopies(call.problem, call.sources, in, call.copies.fan_out, call.copies.width,
+                            copies);
         in.phy2log = copies.phy2log;
         in.log2phy = copies.log2phy;
       }
       const SolveResults split = BatchElement(p, call.out, b);
-      Solve(p, call.sources, in, split);
+      Solve(p, call.sources, in, split, Costs(), start.empty() ? nullptr : start.data());
       Assign(p, call.sources, {counts.data(), split.quota, in.phy2log, in.log2phy, &rank},
              /*proportional=*/false, first, call.tokens.n, ResultsOf(call.tokens, p, b));
     }

@@ -16,24 +16,32 @@ namespace {
 
 // Slots of all ranks, and the tokens of the experts that are at home there.
 struct Homes {
-  // Experts whose home is not where log2phy says have none, nor tokens.
-  Homes(const Problem& p, const std::vector<int32_t>& total, const SolveOperands& in)
+  // Experts whose home is not where log2phy says have none, nor tokens. Where all together have 2³¹
+  // tokens or more, none has any.
+  Homes(const Problem& p, const std::vector<int64_t>& total, const SolveOperands& in)
       : n_ranks(p.ep_size),
         slots_per_rank(p.slots_per_rank),
+        most_copies(p.n_physical - p.n_logical),
         load(p.ep_size),
         tokens(p.n_physical),
         expert(p.n_physical, -1) {
+    int64_t sum = 0;
     for (int32_t e = 0; e < p.n_logical; ++e) {
       const int32_t home = in.log2phy[e * p.max_replicas];
       if (home < 0 || home >= p.n_physical || in.phy2log[home] != e) continue;
       expert[home] = e;
-      tokens[home] = total[e];
-      load[home / slots_per_rank] += total[e];
+      sum += total[e];
+    }
+    for (int32_t i = 0; i < p.n_physical && sum <= kInt32Max; ++i) {
+      if (expert[i] < 0) continue;
+      tokens[i] = static_cast<int32_t>(total[expert[i]]);
+      load[i / slots_per_rank] += tokens[i];
     }
   }
 
   int32_t n_ranks;
   int32_t slots_per_rank;
+  int32_t most_copies;          // As many as there are free slots, if all homes are right.
   std::vector<int32_t> load;    // [n_ranks]
   std::vector<int32_t> tokens;  // [n_physical]
   std::vector<int32_t> expert;  // [n_physical], −1 where a copy may go
@@ -46,8 +54,9 @@ class Attempt {
       : n_slots_(homes.slots_per_rank),
         target_(target),
         fan_out_(fan_out),
+        most_copies_(homes.most_copies),
         load_(homes.load),
-        left_(homes.tokens),
+        tokens_(homes.tokens),
         expert_(homes.expert),
         sent_(homes.n_ranks),
         free_(homes.n_ranks) {
@@ -71,8 +80,9 @@ class Attempt {
     return true;
   }
 
-  int32_t n_copies() const { return std::accumulate(sent_.begin(), sent_.end(), 0); }
+  int32_t n_copies() const { return n_copies_; }
   const std::vector<int32_t>& expert() const { return expert_; }
+  const std::vector<int32_t>& tokens() const { return tokens_; }
 
  private:
   // One copy more: of the busiest rank's expert with most tokens left, to the emptiest rank.
@@ -82,8 +92,8 @@ class Attempt {
     const auto emptiest = std::min_element(below_.begin(), below_.end(), by_load);
     const int32_t from = *busiest;
     const int32_t to = *emptiest;
-    if (sent_[from] >= fan_out_) return false;
-    const auto first = left_.begin() + from * n_slots_;
+    if (sent_[from] >= fan_out_ || n_copies_ >= most_copies_) return false;
+    const auto first = tokens_.begin() + from * n_slots_;
     const auto hottest = std::max_element(first, first + n_slots_);
     const int32_t moved = std::min({load_[from] - target_, *hottest, target_ - load_[to]});
     load_[from] -= moved;
@@ -92,7 +102,9 @@ class Attempt {
     excess_ -= moved;
     room_ -= moved;
     ++sent_[from];
-    expert_[to * n_slots_ + free_[to]] = expert_[hottest - left_.begin()];
+    ++n_copies_;
+    expert_[to * n_slots_ + free_[to]] = expert_[hottest - tokens_.begin()];
+    tokens_[to * n_slots_ + free_[to]] = moved;
     SkipToFree(to);
     if (load_[from] == target_) above_.erase(busiest);
     if (!HasRoom(to)) {
@@ -111,19 +123,20 @@ class Attempt {
   int32_t n_slots_;  // of a rank
   int32_t target_;
   int32_t fan_out_;
+  int32_t most_copies_;
+  int32_t n_copies_ = 0;
   int64_t excess_ = 0;           // tokens above the target
   int64_t room_ = 0;             // tokens that the ranks of `below_` can take
   std::vector<int32_t> above_;   // ranks above the target, in order
   std::vector<int32_t> below_;   // ranks below it that have a free slot, in order
   std::vector<int32_t> load_;    // [n_ranks]
-  std::vector<int32_t> left_;    // [n_physical], tokens still on their expert's home
+  std::vector<int32_t> tokens_;  // [n_physical], at home those that are left
   std::vector<int32_t> expert_;  // [n_physical]
   std::vector<int32_t> sent_;    // [n_ranks], copies of a rank's experts
   std::vector<int32_t> free_;    // [n_ranks], the first free slot of each
 };
 
-// The experts of all slots.
-std::vector<int32_t> Choose(const Homes& homes, int32_t fan_out) {
+Attempt Choose(const Homes& homes, int32_t fan_out) {
   const int64_t sum = std::accumulate(homes.load.begin(), homes.load.end(), int64_t{0});
   const int32_t mean = static_cast<int32_t>((sum + homes.n_ranks - 1) / homes.n_ranks);
   const int32_t most = *std::max_element(homes.load.begin(), homes.load.end());
@@ -140,19 +153,16 @@ std::vector<int32_t> Choose(const Homes& homes, int32_t fan_out) {
     if (!best) least = target;
     if (!best || attempt.n_copies() < best->n_copies()) best = std::move(attempt);
   }
-  return best->expert();  // The last target is `most`, which needs no copies.
+  return *std::move(best);  // The last target is `most`, which needs no copies.
 }
 
-// Tokens per expert; none at all where they are 2³¹ or more.
-std::vector<int32_t> Totals(const Problem& p, const Sources& sources, const int32_t* loads) {
+std::vector<int64_t> Totals(const Problem& p, const Sources& sources, const int32_t* loads) {
   std::vector<int64_t> total(p.n_logical);
   for (int32_t s = 0; s < sources.n_sources; ++s) {
     const int32_t* row = loads + static_cast<int64_t>(s) * sources.row;
     for (int32_t e = 0; e < p.n_logical; ++e) total[e] += std::max(row[e], 0);
   }
-  const int64_t sum = std::accumulate(total.begin(), total.end(), int64_t{0});
-  if (sum > kInt32Max) std::fill(total.begin(), total.end(), 0);
-  return std::vector<int32_t>(total.begin(), total.end());
+  return total;
 }
 
 // log2phy and logcnt of a table in which no expert is twice on a rank.
@@ -181,16 +191,33 @@ ffi::Error RunPlaceCopies(const CopiesCall& call) {
   return ffi::Error::Success();
 }
 
+ffi::Error RunSolveCopies(const SolveCopiesCall& call) {
+  for (int64_t b = 0; b < call.batch; ++b) {
+    SolveOperands in = BatchElement(call.problem, call.sources, call.in, b);
+    const CopiesResults copies = call.copies.Of(call.problem, b);
+    const std::vector<int32_t> start =
+        PlaceCopies(call.problem, call.sources, in, call.copies.fan_out, call.copies.width, copies);
+    in.phy2log = copies.phy2log;
+    in.log2phy = copies.log2phy;
+    Solve(call.Chosen(), call.sources, in, BatchElement(call.problem, call.split, b), Costs(),
+          start.data());
+  }
+  return ffi::Error::Success();
+}
+
 const Register place_copies({"lplb_place_copies", CpuHandler<CopiesCall, RunPlaceCopies>});
+const Register solve_copies({"lplb_solve_copies", CpuHandler<SolveCopiesCall, RunSolveCopies>});
 
 }  // namespace
 
-void PlaceCopies(const Problem& problem, const Sources& sources, const SolveOperands& in,
-                 int32_t fan_out, int32_t width, const CopiesResults& out) {
+std::vector<int32_t> PlaceCopies(const Problem& problem, const Sources& sources,
+                                 const SolveOperands& in, int32_t fan_out, int32_t width,
+                                 const CopiesResults& out) {
   const Homes homes(problem, Totals(problem, sources, in.loads), in);
-  const std::vector<int32_t> chosen = Choose(homes, fan_out);
-  std::copy(chosen.begin(), chosen.end(), out.phy2log);
+  const Attempt chosen = Choose(homes, fan_out);
+  std::copy(chosen.expert().begin(), chosen.expert().end(), out.phy2log);
   WriteTables(problem, in, width, out);
+  return chosen.tokens();
 }
 
 }  // namespace lplb

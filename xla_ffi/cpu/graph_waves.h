@@ -79,6 +79,15 @@ class GraphWaves {
     return target_;
   }
 
+  // Splits shared experts as these quotas of all slots do, instead of evenly.
+  void TakeSplit(const int32_t* quota) {
+    for (const auto& [e, c] : graph_.shared) {
+      const int64_t tokens = quota[graph_.slot[c]];
+      load_[graph_.rank[c]] += tokens - tokens_[c];
+      tokens_[c] = tokens;
+    }
+  }
+
   // From the legal plan that tokens() and load() hold. `target` must be proven.
   int64_t Finish(int64_t target) {
     return Finish(target, [this](const std::vector<bool>&) { RaiseTarget(); });

@@ -98,7 +98,7 @@ void SolveGroup(const Problem& p, const SolveOperands& in, const std::vector<int
 // Any placement: one group of all ranks.
 void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64_t>& total,
               const std::vector<bool>& negative, const std::vector<int64_t>& base_load,
-              int32_t status, const SolveResults& out, const Costs& costs) {
+              int32_t status, const SolveResults& out, const Costs& costs, const int32_t* start) {
   const ReplicaGraph graph(p.ep_size, p.n_logical, p.slots_per_rank, in.phy2log);
   std::vector<int32_t> loads(p.n_logical);
   std::vector<int64_t> base_tokens(p.ep_size);
@@ -126,7 +126,9 @@ void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64
     GraphWaves waves(graph);
     std::vector<int32_t> tiles(loads);
     for (int32_t& of_expert : tiles) of_expert = costs.TilesOf(of_expert);
-    int64_t largest = waves.Finish(waves.Start(tiles.data(), base_load.data()));
+    const int64_t target = waves.Start(tiles.data(), base_load.data());
+    if (start != nullptr) waves.TakeSplit(start);
+    int64_t largest = waves.Finish(target);
     out.max_load[0] = out.lower_bound[0] = static_cast<int32_t>(largest);
     waves.WriteQuotas(out.quota, p.n_physical);
     if (costs.tile > 1) {
@@ -141,7 +143,7 @@ void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64
 }  // namespace
 
 void Solve(const Problem& p, const Sources& sources, const SolveOperands& in,
-           const SolveResults& out, const Costs& costs) {
+           const SolveResults& out, const Costs& costs, const int32_t* start) {
   std::vector<int64_t> total(p.n_logical);
   std::vector<bool> negative(p.n_logical);
   int32_t status = 0;
@@ -160,7 +162,7 @@ void Solve(const Problem& p, const Sources& sources, const SolveOperands& in,
     if (costs.base_load[r] < 0) base_status[r / p.group_size] |= kNegativeLoad;
   }
   if (p.n_columns == 0) {
-    return SolveAny(p, in, total, negative, base_load, base_status[0], out, costs);
+    return SolveAny(p, in, total, negative, base_load, base_status[0], out, costs, start);
   }
   for (int32_t g = 0; g < p.n_groups; ++g) {
     SolveGroup(p, in, total, negative, base_load, g, base_status[g], out, costs);

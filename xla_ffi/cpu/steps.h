@@ -16,12 +16,16 @@ namespace lplb {
 template <typename Index>
 void Count(const Index* indices, int64_t n_tokens, int32_t n_logical, int32_t* counts);
 
+// Without a topology, `start` [n_physical] are the quotas of a feasible split to start from; null:
+// equal shares.
 void Solve(const Problem& problem, const Sources& sources, const SolveOperands& in,
-           const SolveResults& out, const Costs& costs = Costs());
+           const SolveResults& out, const Costs& costs = Costs(), const int32_t* start = nullptr);
 
-// Chooses copies for these loads; `width` are an expert's places in out.log2phy.
-void PlaceCopies(const Problem& problem, const Sources& sources, const SolveOperands& in,
-                 int32_t fan_out, int32_t width, const CopiesResults& out);
+// Chooses copies for these loads; `width` are an expert's places in out.log2phy. Returns the quotas
+// with which they were found, [n_physical].
+std::vector<int32_t> PlaceCopies(const Problem& problem, const Sources& sources,
+                                 const SolveOperands& in, int32_t fan_out, int32_t width,
+                                 const CopiesResults& out);
 
 // An error unless every column of r2o is a permutation of the group's ranks: the solvers index with
 // it and its inverse.
