@@ -22,9 +22,7 @@ def one_per_gpu(n_gpus: int | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
-        n = n_gpus
-        if n is None:
-            n = subprocess.check_output(["nvidia-smi", "--list-gpus"], text=True).count("GPU ")
+        n = visible_gpus() if n_gpus is None else n_gpus
         places = [{**os.environ, _PLACE: f"{address} {n} {i}"} for i in range(n)]
         command = [sys.executable, *sys.argv]
         started = [subprocess.Popen(command, env=environment) for environment in places]
@@ -33,3 +31,11 @@ def one_per_gpu(n_gpus: int | None = None) -> None:
     jax.distributed.initialize(address, int(n), int(i), local_device_ids=[int(i)])
     if int(i) > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 — until the process ends
+
+
+def visible_gpus() -> int:
+    """The number of GPUs that a process would see; JAX must not start in this one."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len(chosen.split(","))
+    return subprocess.check_output(["nvidia-smi", "--list-gpus"], text=True).count("GPU ")
