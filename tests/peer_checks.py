@@ -185,22 +185,18 @@ def check_ten_thousand(mesh, comm, rng):
         check_many(mesh, comm, rng, n_batches=5000)
 
 
-def check_scan(mesh, comm, rng):
-    """Layers replayed in a scan's backward pass, another collective in between: as without comm."""
+def scanned(mesh, rng, **options) -> tuple[Any, tuple[Any, ...]]:
+    """Layers replayed in a scan's backward pass, another collective in between; and arguments."""
     case = moe_checks.case_of(mesh.size)
+    layer = moe_checks.layer_over(mesh, case, **options, **moe_checks.ROOM)
 
-    def model(**options):
-        layer = moe_checks.layer_over(mesh, case, **options, **moe_checks.ROOM)
+    def run(tokens, gates, experts, ids, placement):
+        @jax.checkpoint
+        def step(tokens, shift):
+            out, traffic = layer(tokens, gates, experts, (ids + shift) % 5, placement)
+            return tokens + out / (1 + jnp.abs(out).max()), traffic.slot_loads
 
-        def run(tokens, gates, experts, ids, placement):
-            @jax.checkpoint
-            def step(tokens, shift):
-                out, traffic = layer(tokens, gates, experts, (ids + shift) % 5, placement)
-                return tokens + out / (1 + jnp.abs(out).max()), traffic.slot_loads
-
-            return lax.scan(step, tokens, jnp.arange(3, dtype=jnp.int32))
-
-        return moe_checks.with_slopes(run)
+        return lax.scan(step, tokens, jnp.arange(3, dtype=jnp.int32))
 
     (tokens, gates, experts), ids, placement = moe_checks.problem(
         rng, case, moe_checks.balanced, 16 * mesh.size
@@ -209,10 +205,16 @@ def check_scan(mesh, comm, rng):
     given = floats, rng.normal(0, 1, tokens.shape).astype(np.float32), ids
     given = jax.tree.map(lambda array: everywhere(mesh, array), given)
     placed = jax.tree.map(lambda array: everywhere(mesh, np.asarray(array), P()), placement)
+    return moe_checks.with_slopes(run), (*given, placed)
+
+
+def check_scan(mesh, comm, rng):
+    """A scan of layers by peer memory equals one without comm."""
+    peer, given = scanned(mesh, rng, comm=comm, transport="peer")
+    padded, _ = scanned(mesh, rng, transport="padded")
     with jax.default_matmul_precision("highest"):
-        peer = model(comm=comm, transport="peer")(*given, placed)
-        padded = model(transport="padded")(*given, placed)
-    for got, expected in zip(jax.tree.leaves(peer), jax.tree.leaves(padded), strict=True):
+        both = peer(*given), padded(*given)
+    for got, expected in zip(*map(jax.tree.leaves, both), strict=True):
         for a, b in zip(got.addressable_shards, expected.addressable_shards, strict=True):
             a, b = np.asarray(a.data), np.asarray(b.data)
             np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * max(np.abs(b).max(), 1e-6))

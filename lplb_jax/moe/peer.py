@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from lplb_jax import _native, reference
-from lplb_jax._axes import varying_over
 from lplb_jax.assignment import Assignment
 from lplb_jax.comm import Comm, check_comm
 from lplb_jax.moe.plan import Counted, Plan, Transport, planned
@@ -207,8 +206,14 @@ def _there(
 
 @jax.custom_vjp
 def _back(rows: jax.Array, routing: Routing, came: tuple[jax.Array, jax.Array]) -> jax.Array:
-    gates = varying_over(jnp.zeros(0, jnp.float32), routing.axis_name)
+    gates = _no_gates(rows).reshape(0)
     return routing.call("lplb_back", reference.back, rows, gates, *came)[0]
+
+
+def _no_gates(rows: jax.Array) -> jax.Array:
+    """Float32 `[n_rows, 0]`. A constant would be known before the rows: under `jax.checkpoint` it
+    becomes a residual that leaves `shard_map`, and XLA's partitioner crashes over empty ones."""
+    return rows[:, :0].astype(jnp.float32)
 
 
 def _there_forward(tokens: jax.Array, gates: jax.Array, routing: Routing) -> Any:
@@ -227,8 +232,7 @@ def _back_forward(rows: jax.Array, routing: Routing, came: Any) -> Any:
 
 
 def _back_backward(routing: Routing, ct: jax.Array) -> tuple[jax.Array, None, None]:
-    gates = varying_over(jnp.zeros((len(routing.row), 0), jnp.float32), routing.axis_name)
-    return routing.call("lplb_there", reference.there, ct, gates)[0], None, None
+    return routing.call("lplb_there", reference.there, ct, _no_gates(ct))[0], None, None
 
 
 _there.defvjp(_there_forward, _there_backward)
