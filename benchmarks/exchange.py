@@ -78,7 +78,7 @@ def by_kernels(n_gpus: int, size: int, n_tokens: int, hidden: int, top_k: int, s
         batch = ExchangeBatch(ranks.put, ranks_of, capacity, hidden, rng)
         megabytes = batch.sent.sum() / size * hidden * 2 / 1e6
         for n in sms:
-            batch.blocks = [n, (n + 1) // 2]
+            batch.blocks = [n, 0]
             times = milliseconds(ranks, batch)
             figures[str(n)] = {way: {"ms": ms, "GB/s": megabytes / ms} for way, ms in times.items()}
         if n_tokens * top_k <= SMALL[-1] * 8:

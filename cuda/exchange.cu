@@ -10,12 +10,21 @@
 namespace lplb::cuda {
 namespace {
 
-// Each block has an SM to itself. Sums need more registers than copies.
-constexpr int32_t kThreadsThere = 1024;
-constexpr int32_t kThreadsBack = 768;
 constexpr int32_t kItemsPerBlock = 8;  // Below this, starting more blocks costs more than it saves.
-constexpr int kFlight = 4;             // Words that a lane has in flight.
-constexpr int kFlightSums = 2;         // The same for sums, which need more registers.
+// How the warps of a block share its SM.
+template <int32_t threads, int flight, int rows_at_once, int32_t most_at_once>
+struct Way {
+  static constexpr int32_t kThreads = threads;
+  static constexpr int kFlight = flight;                // words of a copy that a lane has in flight
+  static constexpr int kRowsAtOnce = rows_at_once;      // rows that a warp sums at once
+  static constexpr int32_t kMostAtOnce = most_at_once;  // items that a warp receives at once
+};
+// The fastest of those tried. Tokens with one row each are only copied; sums need registers.
+using Copying = Way<768, 8, 2, 4>;
+using Summing = Way<640, 8, 4, 4>;
+
+bool OnlyCopies(const Routing& routing) { return routing.top_k == 1; }
+constexpr int kFlightSums = 2;  // words of each row that a lane has in flight
 constexpr int32_t kStepBytes = kFlightSums * 32 * kWord;
 
 // A token's choices, one per lane.
@@ -36,10 +45,11 @@ struct PackedChoice {
   }
 };
 
-__device__ __forceinline__ PackedChoice LoadChoice(const Routing& routing, int32_t token) {
+__device__ __forceinline__ PackedChoice LoadChoice(const Routing& routing, int32_t token,
+                                                   int32_t number) {
   PackedChoice choice;
-  if (token < routing.n_tokens && Lane() < routing.top_k) {
-    const int64_t i = static_cast<int64_t>(token) * routing.top_k + Lane();
+  if (token < routing.n_tokens && number < routing.top_k) {
+    const int64_t i = static_cast<int64_t>(token) * routing.top_k + number;
     choice.row = __ldg(routing.row + i);
     choice.order = __ldg(routing.order + i);
   }
@@ -48,23 +58,24 @@ __device__ __forceinline__ PackedChoice LoadChoice(const Routing& routing, int32
 
 // Copies a piece of a row to the `target` of every lane where it is not null, and raises the flags
 // of pieces copied before.
+template <typename W>
 __device__ __forceinline__ void CopyPiece(const ExchangeCall& call, const char* row,
                                           const Piece& piece, char* target, PendingFlags* pending) {
   const int32_t end = piece.begin + piece.bytes;
-  for (int32_t step = piece.begin; step < end; step += kFlight * 32 * kWord) {
+  for (int32_t step = piece.begin; step < end; step += W::kFlight * 32 * kWord) {
     const int32_t begin = step + Lane() * kWord;
-    uint4 words[kFlight];
+    uint4 words[W::kFlight];
 #pragma unroll
-    for (int j = 0; j < kFlight; ++j) {
-      if (begin + j * 32 * kWord < end) words[j] = LoadWide(row + begin + j * 32 * kWord);
+    for (int j = 0; j < W::kFlight; ++j) {
+      words[j] = LoadWide(row + begin + j * 32 * kWord, begin + j * 32 * kWord < end);
     }
     if (pending != nullptr) pending->RaiseIfMany(call);
     for (uint32_t rest = __ballot_sync(kFullWarp, target != nullptr); rest != 0; rest &= rest - 1) {
       const auto address = reinterpret_cast<uint64_t>(target);
       char* to = reinterpret_cast<char*>(__shfl_sync(kFullWarp, address, __ffs(rest) - 1));
 #pragma unroll
-      for (int j = 0; j < kFlight; ++j) {
-        if (begin + j * 32 * kWord < end) StoreWide(to + begin + j * 32 * kWord, words[j]);
+      for (int j = 0; j < W::kFlight; ++j) {
+        StoreWide(to + begin + j * 32 * kWord, words[j], begin + j * 32 * kWord < end);
       }
     }
   }
@@ -72,6 +83,7 @@ __device__ __forceinline__ void CopyPiece(const ExchangeCall& call, const char* 
 
 // Sends a piece of a token once to each other rank that has rows for it, with the row numbers and
 // gates.
+template <typename W>
 __device__ __forceinline__ void SendToken(const Exchange& exchange, const ExchangeCall& call,
                                           const ThereArguments& in, const Pieces& pieces,
                                           int32_t item, const Choice& choice,
@@ -97,7 +109,7 @@ __device__ __forceinline__ void SendToken(const Exchange& exchange, const Exchan
     gate = LoadGate(in.gates, i, in.gate_bytes);
   }
   const char* tokens = static_cast<const char*>(in.tokens);
-  CopyPiece(call, tokens + static_cast<int64_t>(token) * in.row_bytes, piece, target, pending);
+  CopyPiece<W>(call, tokens + static_cast<int64_t>(token) * in.row_bytes, piece, target, pending);
   for (uint32_t rest = senders; rest != 0; rest &= rest - 1) {
     const int from = __ffs(rest) - 1;
     const int32_t rank = __shfl_sync(kFullWarp, choice.rank, from);
@@ -112,80 +124,102 @@ __device__ __forceinline__ void SendToken(const Exchange& exchange, const Exchan
   pending->Add(sends ? slot.flags + entry : nullptr);
 }
 
+template <typename W>
 __device__ __forceinline__ void SendTokens(const Exchange& exchange, const ExchangeCall& call,
                                            const ThereArguments& in, const Pieces& pieces,
                                            int32_t n_senders) {
   const int32_t n_items = in.routing.n_tokens * pieces.n_pieces;
-  const int32_t n_warps = n_senders * static_cast<int32_t>(blockDim.x / 32);
+  const int32_t n_warps = n_senders * (W::kThreads / 32);
   int32_t item = Warp(call);
-  PackedChoice next = LoadChoice(in.routing, item / pieces.n_pieces);
+  PackedChoice next = LoadChoice(in.routing, item / pieces.n_pieces, Lane());
   PendingFlags pending;
   for (; item < n_items; item += n_warps) {
     const Choice choice = next.Unpacked(in.routing);
-    next = LoadChoice(in.routing, (item + n_warps) / pieces.n_pieces);
-    SendToken(exchange, call, in, pieces, item, choice, &pending);
+    next = LoadChoice(in.routing, (item + n_warps) / pieces.n_pieces, Lane());
+    SendToken<W>(exchange, call, in, pieces, item, choice, &pending);
   }
   pending.Raise(call);
 }
 
-// Writes a piece of a token to its rows on this rank. Each lane holds a row number, or −1, and the
-// row's gate.
+// Writes received pieces to their rows on this rank. Each lane holds where its item's token lies,
+// the row of its choice, or −1, and that row's gate.
+template <typename W>
 __device__ __forceinline__ void Expand(const ExchangeCall& call, const ThereArguments& in,
-                                       const Piece& piece, const char* token, int32_t row,
-                                       uint64_t gate) {
+                                       const Pieces& pieces, const Batch& batch, const char* token,
+                                       int32_t row, uint64_t gate) {
   char* target = nullptr;
   if (row >= 0) {
     target = static_cast<char*>(in.rows) + static_cast<int64_t>(row) * in.row_bytes;
-    if (piece.number == 0) StoreGate(in.row_gates, row, in.gate_bytes, gate);
+    if (PieceOf(pieces, batch.Item()).number == 0) {
+      StoreGate(in.row_gates, row, in.gate_bytes, gate);
+    }
   }
-  CopyPiece(call, token, piece, target, nullptr);
+  const int32_t top_k = in.routing.top_k;
+  for (int32_t item = batch.begin; item < batch.end; ++item) {
+    const bool mine = batch.Item() == item;
+    if (!__any_sync(kFullWarp, mine && row >= 0)) continue;
+    const auto from =
+        __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(token), (item - batch.begin) * top_k);
+    CopyPiece<W>(call, reinterpret_cast<const char*>(from), PieceOf(pieces, item),
+                 mine ? target : nullptr, nullptr);
+  }
 }
 
+template <typename W>
 __device__ __forceinline__ void ExpandOwn(const Exchange& exchange, const ExchangeCall& call,
-                                          const ThereArguments& in, const Piece& piece,
-                                          int32_t token) {
-  const Choice choice = LoadChoice(in.routing, token).Unpacked(in.routing);
+                                          const ThereArguments& in, const Pieces& pieces,
+                                          const Batch& batch) {
+  const int32_t token = batch.HasLane() ? batch.Item() / pieces.n_pieces : in.routing.n_tokens;
+  const Choice choice = LoadChoice(in.routing, token, batch.choice).Unpacked(in.routing);
   const int32_t row = choice.rank == exchange.peers.rank ? choice.row : -1;
   if (__all_sync(kFullWarp, row < 0)) return;
   uint64_t gate = 0;
   if (row >= 0) {
-    const int64_t i = static_cast<int64_t>(token) * in.routing.top_k + Lane();
+    const int64_t i = static_cast<int64_t>(token) * in.routing.top_k + batch.choice;
     gate = LoadGate(in.gates, i, in.gate_bytes);
   }
   const char* from = static_cast<const char*>(in.tokens);
-  Expand(call, in, piece, from + static_cast<int64_t>(token) * in.row_bytes, row, gate);
+  Expand<W>(call, in, pieces, batch, from + static_cast<int64_t>(token) * in.row_bytes, row, gate);
 }
 
+template <typename W>
 __device__ __forceinline__ bool ExpandReceived(const Exchange& exchange, const ExchangeCall& call,
                                                const ThereArguments& in, const Pieces& pieces,
-                                               const Piece& piece, const Slot& slot, int32_t source,
-                                               int64_t place) {
-  const int64_t entry = place * pieces.n_pieces + piece.number;
-  if (!AwaitFlag(exchange, call, slot.flags + entry, source)) return false;
+                                               const Slot& slot, const Batch& batch) {
   const WindowShape& shape = exchange.shape;
+  const Piece piece = PieceOf(pieces, batch.Item());
+  const Received received = ReceivedToken(exchange, call, batch.Item() / pieces.n_pieces);
+  const bool exists = batch.HasLane() && received.exists;
+  const int64_t place = call.ListAt(exchange, kStartsHere, received.source) + received.order;
+  const int64_t entry = place * pieces.n_pieces + piece.number;
+  const uint32_t* flag = exists ? slot.flags + entry : nullptr;
+  if (!AwaitFlags(exchange, call, flag, received.source)) return false;
   int32_t row = -1;
   uint64_t gate = 0;
-  if (Lane() < in.routing.top_k) {
-    row = __ldcg(slot.numbers + entry * shape.top_k + Lane());
-    gate = __ldcg(reinterpret_cast<const unsigned long long*>(slot.gates) + entry * shape.top_k +
-                  Lane());
-    if (piece.number == 0) in.numbers[place * in.routing.top_k + Lane()] = row;
+  if (exists) {
+    const int64_t i = entry * shape.top_k + batch.choice;
+    row = __ldcg(slot.numbers + i);
+    gate = __ldcg(reinterpret_cast<const unsigned long long*>(slot.gates) + i);
+    if (piece.number == 0) in.numbers[place * in.routing.top_k + batch.choice] = row;
   }
-  Expand(call, in, piece, slot.rows + place * shape.row_bytes, row, gate);
+  Expand<W>(call, in, pieces, batch, slot.rows + place * shape.row_bytes, row, gate);
   return true;
 }
 
 // This rank's own tokens come first: they need no waiting.
+template <typename W>
 __device__ __forceinline__ void ReceiveTokens(const Exchange& exchange, const ExchangeCall& call,
                                               const ThereArguments& in, const Pieces& pieces) {
   __shared__ int32_t longest;
   if (threadIdx.x == 0) longest = 0;
-  const int32_t n_ranks = exchange.shape.n_ranks;
+  const int32_t n_ranks = exchange.shape.n_ranks, top_k = in.routing.top_k;
   const int32_t n_own = in.routing.n_tokens * pieces.n_pieces;
-  Items items(&exchange.state->next_received);
-  int32_t item = items.Take();
-  for (; item < n_own; item = items.Take()) {
-    ExpandOwn(exchange, call, in, PieceOf(pieces, item), item / pieces.n_pieces);
+  const int32_t at_once = ItemsAtOnce(n_own, top_k, W::kMostAtOnce);
+  const int32_t own_turns = (n_own + at_once - 1) / at_once;
+  Turns turns(&exchange.state->next_received);
+  int32_t turn = turns.Take();
+  for (; turn < own_turns; turn = turns.Take()) {
+    ExpandOwn<W>(exchange, call, in, pieces, Batch(turn, at_once, n_own, top_k));
   }
   __syncthreads();
   const bool begun = AwaitHeaders(exchange, call, [&](int32_t source, int32_t size) {
@@ -194,20 +228,17 @@ __device__ __forceinline__ void ReceiveTokens(const Exchange& exchange, const Ex
     if (call.part == 0) in.sizes[source] = size;
   });
   if (!begun) return;
-  const int64_t n_items = int64_t{longest} * (n_ranks - 1) * pieces.n_pieces;
+  const int32_t n_items = longest * (n_ranks - 1) * pieces.n_pieces;
   const Slot slot = SlotOf(exchange, call, exchange.peers.rank);
-  for (item -= n_own; item < n_items; item = items.Take() - n_own) {
-    const Received received = ReceivedToken(exchange, call, item / pieces.n_pieces);
-    if (!received.exists) continue;
-    const int64_t place = call.ListAt(exchange, kStartsHere, received.source) + received.order;
-    if (!ExpandReceived(exchange, call, in, pieces, PieceOf(pieces, item), slot, received.source,
-                        place)) {
-      return;
-    }
+  for (;; turn = turns.Take()) {
+    const Batch batch(turn - own_turns, at_once, n_items, top_k);
+    if (batch.begin == batch.end) return;
+    if (!ExpandReceived<W>(exchange, call, in, pieces, slot, batch)) return;
   }
 }
 
-__global__ void __launch_bounds__(kThreadsThere, 1)
+template <typename W>
+__global__ void __launch_bounds__(W::kThreads, 1)
     ThereKernel(const Exchange exchange, const ThereArguments in, const Pieces pieces,
                 int32_t n_senders) {
   extern __shared__ char* memory[];
@@ -216,8 +247,8 @@ __global__ void __launch_bounds__(kThreadsThere, 1)
     if (call.part == 0) {
       SendHeaders(exchange, call, call.lists + kSizesSent * exchange.shape.n_ranks);
     }
-    if (call.part < n_senders) SendTokens(exchange, call, in, pieces, n_senders);
-    ReceiveTokens(exchange, call, in, pieces);
+    if (call.part < n_senders) SendTokens<W>(exchange, call, in, pieces, n_senders);
+    ReceiveTokens<W>(exchange, call, in, pieces);
   }
   if (FinishExchange(exchange, call)) {
     FillOnes(in.rows, static_cast<int64_t>(in.routing.capacity) * in.row_bytes);
@@ -256,75 +287,53 @@ struct Sum {
   }
 };
 
-// Sums this rank's rows from byte `begin` on, before `end`. Each lane holds a row number, and
-// `rows` is the mask of lanes to add. Two rows are in flight at once.
-template <typename T>
-__device__ __forceinline__ void SumRows(const BackArguments& in, int32_t row, uint32_t rows,
-                                        int32_t begin, int32_t end, uint4* out) {
-  Sum<T> sums[kFlightSums];
-  while (rows != 0) {
-    uint4 words[2][kFlightSums];
-    bool there[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      there[r] = rows != 0;
-      const int32_t number = __shfl_sync(kFullWarp, row, there[r] ? __ffs(rows) - 1 : 0);
-      rows &= rows - 1;
-      const char* from =
-          static_cast<const char*>(in.rows) + static_cast<int64_t>(number) * in.row_bytes + begin;
-#pragma unroll
-      for (int j = 0; j < kFlightSums; ++j) {
-        const bool inside = there[r] && begin + j * 32 * kWord < end;
-        words[r][j] = inside ? LoadWide(from + j * 32 * kWord) : uint4{0, 0, 0, 0};
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int j = 0; j < kFlightSums; ++j) {
-        if (there[r]) sums[j].Add(words[r][j]);
-      }
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < kFlightSums; ++j) out[j] = sums[j].Rounded();
-}
+// The sums of a warp's step: each lane's words from byte `begin` on, before `end`.
+template <typename T, typename W>
+struct StepSums {
+  Sum<T> of[kFlightSums];
 
-__device__ __forceinline__ void StoreWords(char* to, int32_t begin, int32_t end,
-                                           const uint4* words) {
+  // Adds terms in the order of lanes. Each lane holds the address of a term, and `terms` is the
+  // mask of lanes to add. The words of several terms are in flight at once.
+  __device__ __forceinline__ void Add(const char* term, uint32_t terms, int32_t begin,
+                                      int32_t end) {
+    while (terms != 0) {
+      uint4 words[W::kRowsAtOnce][kFlightSums];
+      bool there[W::kRowsAtOnce];
 #pragma unroll
-  for (int j = 0; j < kFlightSums; ++j) {
-    if (begin + j * 32 * kWord < end) StoreWide(to + begin + j * 32 * kWord, words[j]);
-  }
-}
-
-// Sums over ranks from byte `begin` on, before `end`. Each lane holds the place in the window of
-// what its rank sent. `firsts` is the mask of lanes to add, `own_rows` the mask of this rank's
-// rows.
-template <typename T>
-__device__ __forceinline__ void SumRanks(const BackArguments& in, const char* window,
-                                         int32_t window_row_bytes, int32_t row, uint32_t own_rows,
-                                         int32_t place, uint32_t firsts, int32_t begin, int32_t end,
-                                         uint4* words) {
-  Sum<T> sums[kFlightSums];
-  for (uint32_t rest = firsts; rest != 0; rest &= rest - 1) {
-    const int from = __ffs(rest) - 1;
-    const int64_t at = __shfl_sync(kFullWarp, place, from);
-    if ((own_rows >> from & 1) != 0) {
-      SumRows<T>(in, row, own_rows, begin, end, words);
-    } else {
-      const char* sent = window + at * window_row_bytes + begin;
+      for (int r = 0; r < W::kRowsAtOnce; ++r) {
+        there[r] = terms != 0;
+        const auto address = __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(term),
+                                         there[r] ? __ffs(terms) - 1 : 0);
+        terms &= terms - 1;
+        const char* from = reinterpret_cast<const char*>(address) + begin;
 #pragma unroll
-      for (int j = 0; j < kFlightSums; ++j) {
-        const bool inside = begin + j * 32 * kWord < end;
-        words[j] = inside ? LoadWide(sent + j * 32 * kWord) : uint4{0, 0, 0, 0};
+        for (int j = 0; j < kFlightSums; ++j) {
+          const bool inside = begin + j * 32 * kWord < end;
+          words[r][j] = LoadWide(from + j * 32 * kWord, there[r] && inside);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < W::kRowsAtOnce; ++r) {
+        if (!there[r]) break;
+#pragma unroll
+        for (int j = 0; j < kFlightSums; ++j) of[j].Add(words[r][j]);
       }
     }
-#pragma unroll
-    for (int j = 0; j < kFlightSums; ++j) sums[j].Add(words[j]);
   }
+  __device__ __forceinline__ void AddRounded(const StepSums& sums) {
 #pragma unroll
-  for (int j = 0; j < kFlightSums; ++j) words[j] = sums[j].Rounded();
+    for (int j = 0; j < kFlightSums; ++j) of[j].Add(sums.of[j].Rounded());
+  }
+  __device__ __forceinline__ void Store(char* to, int32_t begin, int32_t end) const {
+#pragma unroll
+    for (int j = 0; j < kFlightSums; ++j) {
+      StoreWide(to + begin + j * 32 * kWord, of[j].Rounded(), begin + j * 32 * kWord < end);
+    }
+  }
+};
+
+__device__ __forceinline__ const char* RowAt(const void* rows, int64_t row, int32_t row_bytes) {
+  return static_cast<const char*>(rows) + row * row_bytes;
 }
 
 // The row numbers of a received token, one per lane; −1 for none.
@@ -335,13 +344,12 @@ __device__ __forceinline__ int32_t LoadNumber(const Routing& routing, const int3
 }
 
 // Sends a piece of the sum over a received token's rows back to the rank that sent the token.
-template <typename T>
+template <typename T, typename W>
 __device__ __forceinline__ void SendSum(const Exchange& exchange, const ExchangeCall& call,
                                         const BackArguments& in, const Pieces& pieces,
                                         const Piece& piece, int32_t rank, int64_t place,
                                         int32_t row, PendingFlags* pending) {
   const WindowShape& shape = exchange.shape;
-  const int64_t entry = place * pieces.n_pieces + piece.number;
   const Slot slot = SlotOf(exchange, call, rank);
   char* to = slot.rows + place * shape.row_bytes;
   const uint32_t rows = __ballot_sync(kFullWarp, row >= 0);
@@ -349,23 +357,25 @@ __device__ __forceinline__ void SendSum(const Exchange& exchange, const Exchange
   if (row >= 0 && piece.number == 0) gate = LoadGate(in.row_gates, row, in.gate_bytes);
   if (__popc(rows) == 1) {
     const int64_t only = __shfl_sync(kFullWarp, row, __ffs(rows) - 1);
-    const char* from = static_cast<const char*>(in.rows) + only * in.row_bytes;
-    CopyPiece(call, from, piece, Lane() == 0 ? to : nullptr, pending);
+    CopyPiece<W>(call, RowAt(in.rows, only, in.row_bytes), piece, Lane() == 0 ? to : nullptr,
+                 pending);
   } else {
+    const char* term = RowAt(in.rows, row, in.row_bytes);
     const int32_t end = piece.begin + piece.bytes;
     for (int32_t step = piece.begin; step < end; step += kStepBytes) {
       const int32_t begin = step + Lane() * kWord;
-      uint4 words[kFlightSums];
-      SumRows<T>(in, row, rows, begin, end, words);
+      StepSums<T, W> sums;
+      sums.Add(term, rows, begin, end);
       pending->RaiseIfMany(call);
-      StoreWords(to, begin, end, words);
+      sums.Store(to, begin, end);
     }
   }
+  const int64_t entry = place * pieces.n_pieces + piece.number;
   if (row >= 0 && piece.number == 0) slot.gates[entry * shape.top_k + Lane()] = gate;
   pending->Add(Lane() == 0 ? slot.flags + entry : nullptr);
 }
 
-template <typename T>
+template <typename T, typename W>
 __device__ __forceinline__ void SendSums(const Exchange& exchange, const ExchangeCall& call,
                                          const BackArguments& in, const Pieces& pieces,
                                          int32_t n_senders) {
@@ -373,7 +383,7 @@ __device__ __forceinline__ void SendSums(const Exchange& exchange, const Exchang
   int32_t longest = 0;
   for (int32_t rank = 0; rank < n_ranks; ++rank) longest = max(longest, call.sizes[rank]);
   const int32_t n_items = longest * (n_ranks - 1) * pieces.n_pieces;
-  const int32_t n_warps = n_senders * static_cast<int32_t>(blockDim.x / 32);
+  const int32_t n_warps = n_senders * (W::kThreads / 32);
   const auto place_of = [&](const Received& received, List list) {
     return int64_t{call.ListAt(exchange, list, received.source)} + received.order;
   };
@@ -392,8 +402,8 @@ __device__ __forceinline__ void SendSums(const Exchange& exchange, const Exchang
     const Received next = received_of(item + n_warps);
     const int32_t next_row = row_of(next);
     if (received.exists) {
-      SendSum<T>(exchange, call, in, pieces, PieceOf(pieces, item), received.source,
-                 place_of(received, kStartsHome), row, &pending);
+      SendSum<T, W>(exchange, call, in, pieces, PieceOf(pieces, item), received.source,
+                    place_of(received, kStartsHome), row, &pending);
     }
     received = next;
     row = next_row;
@@ -401,72 +411,97 @@ __device__ __forceinline__ void SendSums(const Exchange& exchange, const Exchang
   pending.Raise(call);
 }
 
-// Sums the ranks' results for a piece of one of this rank's tokens.
-template <typename T>
+// Sums the ranks' results for a piece of one of this rank's tokens. Each lane holds the address of
+// its choice's row, or of what the choice's rank has sent. `terms` is the mask of lanes to add, one
+// per rank, `own` the mask of this rank's rows.
+template <typename T, typename W>
+__device__ __forceinline__ void SumPiece(const ExchangeCall& call, const Piece& piece,
+                                         const char* term, uint32_t terms, uint32_t own, char* to) {
+  const int32_t end = piece.begin + piece.bytes;
+  if (own == 0 && __popc(terms) == 1) {
+    const auto only = __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(term), __ffs(terms) - 1);
+    CopyPiece<W>(call, reinterpret_cast<const char*>(only), piece, Lane() == 0 ? to : nullptr,
+                 nullptr);
+    return;
+  }
+  for (int32_t step = piece.begin; step < end; step += kStepBytes) {
+    const int32_t begin = step + Lane() * kWord;
+    StepSums<T, W> sums, own_sums;
+    own_sums.Add(term, own, begin, end);
+    const uint32_t before = (own & -own) - 1;  // lanes before this rank's first; all if it has none
+    sums.Add(term, terms & before, begin, end);
+    if (own != 0) {
+      sums.AddRounded(own_sums);
+      sums.Add(term, terms & ~before & ~own, begin, end);
+    }
+    sums.Store(to, begin, end);
+  }
+}
+
+template <typename T, typename W>
 __device__ __forceinline__ bool ReceiveSums(const Exchange& exchange, const ExchangeCall& call,
                                             const BackArguments& in, const Pieces& pieces,
-                                            const Slot& slot, int32_t item) {
+                                            const Batch& batch) {
   const Routing& routing = in.routing;
   const WindowShape& shape = exchange.shape;
-  const Piece piece = PieceOf(pieces, item);
-  const int32_t token = item / pieces.n_pieces;
-  const Choice choice = LoadChoice(routing, token).Unpacked(routing);
+  const Piece lane_piece = PieceOf(pieces, batch.Item());
+  const int32_t token = batch.HasLane() ? batch.Item() / pieces.n_pieces : routing.n_tokens;
+  const Choice choice = LoadChoice(routing, token, batch.choice).Unpacked(routing);
   const bool own = choice.rank == exchange.peers.rank;
   const bool remote = choice.rank >= 0 && !own;
-  // All of a rank's choices share the place of the first.
-  const int first = __ffs(__match_any_sync(kFullWarp, choice.rank)) - 1;
+  // All of a token's choices on a rank share the place of the first.
+  const int32_t token_and_rank = batch.number * shape.n_ranks + choice.rank;
+  const int32_t key = choice.rank < 0 ? -1 : token_and_rank;
+  const int first = __ffs(__match_any_sync(kFullWarp, key)) - 1;
   const int32_t order = __shfl_sync(kFullWarp, choice.order, first);
+  const Slot slot = SlotOf(exchange, call, exchange.peers.rank);
+  const char* term = RowAt(in.rows, choice.row, in.row_bytes);
   int32_t place = 0;
-  if (remote) place = call.ListAt(exchange, kStartsReturn, choice.rank) + order;
+  if (remote) {
+    place = call.ListAt(exchange, kStartsReturn, choice.rank) + order;
+    term = RowAt(slot.rows, place, shape.row_bytes);
+  }
+  const bool is_term = choice.rank >= 0 && Lane() == first;
   const uint32_t own_rows = __ballot_sync(kFullWarp, own);
-  const uint32_t firsts = __ballot_sync(kFullWarp, choice.rank >= 0 && Lane() == first);
-  for (uint32_t rest = firsts & ~own_rows; rest != 0; rest &= rest - 1) {
-    const int from = __ffs(rest) - 1;
-    const int64_t at = __shfl_sync(kFullWarp, place, from);
-    const uint32_t* flag = slot.flags + at * pieces.n_pieces + piece.number;
-    const int32_t rank = __shfl_sync(kFullWarp, choice.rank, from);
-    if (!AwaitFlag(exchange, call, flag, rank)) return false;
+  const uint32_t terms = __ballot_sync(kFullWarp, is_term);
+  const uint32_t* flag = slot.flags + int64_t{place} * pieces.n_pieces + lane_piece.number;
+  if (!AwaitFlags(exchange, call, is_term && remote ? flag : nullptr, choice.rank)) return false;
+  for (int32_t item = batch.begin; item < batch.end; ++item) {
+    const uint32_t lanes = batch.LanesOf(item, routing.top_k);
+    const int64_t at = static_cast<int64_t>(item / pieces.n_pieces) * in.row_bytes;
+    SumPiece<T, W>(call, PieceOf(pieces, item), term, terms & lanes, own_rows & lanes,
+                   static_cast<char*>(in.tokens) + at);
   }
-  char* to = static_cast<char*>(in.tokens) + static_cast<int64_t>(token) * in.row_bytes;
-  const int32_t end = piece.begin + piece.bytes;
-  if (own_rows == 0 && __popc(firsts) == 1) {
-    const int64_t at = __shfl_sync(kFullWarp, place, __ffs(firsts) - 1);
-    CopyPiece(call, slot.rows + at * shape.row_bytes, piece, Lane() == 0 ? to : nullptr, nullptr);
-  } else {
-    for (int32_t step = piece.begin; step < end; step += kStepBytes) {
-      const int32_t begin = step + Lane() * kWord;
-      uint4 words[kFlightSums];
-      SumRanks<T>(in, slot.rows, shape.row_bytes, choice.row, own_rows, place, firsts, begin, end,
-                  words);
-      StoreWords(to, begin, end, words);
-    }
-  }
-  if (piece.number == 0 && Lane() < routing.top_k) {
+  if (batch.HasLane() && lane_piece.number == 0) {
     uint64_t gate = 0;
     if (own) gate = LoadGate(in.row_gates, choice.row, in.gate_bytes);
     if (remote) {
-      const int64_t i = int64_t{place} * pieces.n_pieces * shape.top_k + Lane();
-      gate = __ldcg(reinterpret_cast<const unsigned long long*>(slot.gates) + i);
+      const int64_t i = int64_t{place} * pieces.n_pieces * shape.top_k + batch.choice;
+      const uint64_t* gates = slot.gates;
+      gate = __ldcg(reinterpret_cast<const unsigned long long*>(gates) + i);
     }
-    StoreGate(in.gates, static_cast<int64_t>(token) * routing.top_k + Lane(), in.gate_bytes, gate);
+    const int64_t i = static_cast<int64_t>(token) * routing.top_k + batch.choice;
+    StoreGate(in.gates, i, in.gate_bytes, gate);
   }
   return true;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreadsBack, 1)
+template <typename T, typename W>
+__global__ void __launch_bounds__(W::kThreads, 1)
     BackKernel(const Exchange exchange, const BackArguments in, const Pieces pieces,
                int32_t n_senders) {
   extern __shared__ char* memory[];
   const ExchangeCall call = BeginExchange(exchange, in.routing, memory, in.sizes);
   if (!call.failed) {
     if (call.part == 0) SendHeaders(exchange, call, call.sizes);
-    if (call.part < n_senders) SendSums<T>(exchange, call, in, pieces, n_senders);
-    const Slot slot = SlotOf(exchange, call, exchange.peers.rank);
-    const int32_t n_items = in.routing.n_tokens * pieces.n_pieces;
-    Items items(&exchange.state->next_received);
-    for (int32_t i = items.Take(); i < n_items; i = items.Take()) {
-      if (!ReceiveSums<T>(exchange, call, in, pieces, slot, i)) break;
+    if (call.part < n_senders) SendSums<T, W>(exchange, call, in, pieces, n_senders);
+    const int32_t n_items = in.routing.n_tokens * pieces.n_pieces, top_k = in.routing.top_k;
+    const int32_t at_once = ItemsAtOnce(n_items, top_k, W::kMostAtOnce);
+    Turns turns(&exchange.state->next_received);
+    for (;;) {
+      const Batch batch(turns.Take(), at_once, n_items, top_k);
+      if (batch.begin == batch.end) break;
+      if (!ReceiveSums<T, W>(exchange, call, in, pieces, batch)) break;
     }
     // Also waits for ranks that send nothing, see WindowShape.
     if (call.part == 0) AwaitHeaders(exchange, call, [](int32_t, int32_t) {});
@@ -478,20 +513,35 @@ __global__ void __launch_bounds__(kThreadsBack, 1)
   }
 }
 
-using BackPointer = void (*)(const Exchange, const BackArguments, const Pieces, int32_t);
+template <typename Arguments>
+struct Kernel {
+  void (*function)(const Exchange, const Arguments, const Pieces, int32_t);
+  int32_t threads;
+};
 
-BackPointer BackKernelOf(RowType type) {
+Kernel<ThereArguments> ThereKernelFor(const Routing& routing) {
+  if (OnlyCopies(routing)) return {ThereKernel<Copying>, Copying::kThreads};
+  return {ThereKernel<Summing>, Summing::kThreads};
+}
+
+template <typename T>
+Kernel<BackArguments> BackKernelOf(const Routing& routing) {
+  if (OnlyCopies(routing)) return {BackKernel<T, Copying>, Copying::kThreads};
+  return {BackKernel<T, Summing>, Summing::kThreads};
+}
+
+Kernel<BackArguments> BackKernelFor(const Routing& routing, RowType type) {
   switch (type) {
     case RowType::kBFloat16:
-      return BackKernel<__nv_bfloat16>;
+      return BackKernelOf<__nv_bfloat16>(routing);
     case RowType::kFloat16:
-      return BackKernel<__half>;
+      return BackKernelOf<__half>(routing);
     case RowType::kFloat32:
-      return BackKernel<float>;
+      return BackKernelOf<float>(routing);
     case RowType::kFloat64:
-      return BackKernel<double>;
+      return BackKernelOf<double>(routing);
   }
-  return nullptr;
+  return {};
 }
 
 // Depends on sizes only, so that all ranks cut alike, and never makes more pieces than there are
@@ -505,10 +555,21 @@ Pieces PiecesOf(const Routing& routing, int32_t n_ranks, int32_t row_bytes) {
   return {row_bytes, (row_bytes + piece_bytes - 1) / piece_bytes, piece_bytes};
 }
 
-LaunchShape ShapeOf(const Exchange& exchange, const ExchangeOptions& options, int32_t threads) {
-  LaunchShape shape = {dim3(options.n_blocks), threads};
+// Measured: with half of 16 blocks, copies take 7 % longer.
+int32_t Senders(const Routing& routing, const ExchangeOptions& options) {
+  if (options.n_senders > 0) return options.n_senders;
+  return OnlyCopies(routing) ? (9 * options.n_blocks + 8) / 16 : (options.n_blocks + 1) / 2;
+}
+
+template <typename Arguments>
+cudaError_t LaunchExchange(const Kernel<Arguments>& kernel, const Exchange& exchange,
+                           const Arguments& arguments, const ExchangeOptions& options,
+                           cudaStream_t stream) {
+  LaunchShape shape = {dim3(options.n_blocks), kernel.threads};
   shape.shared_bytes = ExchangeCall::SharedBytes(exchange.shape.n_ranks);
-  return shape;
+  return Launch(kernel.function, shape, stream, exchange, arguments,
+                PiecesOf(arguments.routing, exchange.shape.n_ranks, arguments.row_bytes),
+                Senders(arguments.routing, options));
 }
 
 }  // namespace
@@ -519,34 +580,36 @@ ExchangeOptions ChooseOptions(const Routing& routing, int32_t n_ranks, int32_t r
       int64_t{PiecesOf(routing, n_ranks, row_bytes).n_pieces} * routing.n_tokens;
   const auto n_blocks = static_cast<int32_t>(
       std::clamp<int64_t>((n_items + kItemsPerBlock - 1) / kItemsPerBlock, 1, n_sms));
-  return {n_blocks, (n_blocks + 1) / 2};
+  return {n_blocks, 0};
 }
 
 cudaError_t LaunchThere(const Exchange& exchange, const ThereArguments& arguments,
                         const ExchangeOptions& options, cudaStream_t stream) {
-  return Launch(ThereKernel, ShapeOf(exchange, options, kThreadsThere), stream, exchange, arguments,
-                PiecesOf(arguments.routing, exchange.shape.n_ranks, arguments.row_bytes),
-                options.n_senders);
+  return LaunchExchange(ThereKernelFor(arguments.routing), exchange, arguments, options, stream);
 }
 
 cudaError_t LaunchBack(const Exchange& exchange, const BackArguments& arguments,
                        const ExchangeOptions& options, cudaStream_t stream) {
-  return Launch(BackKernelOf(arguments.type), ShapeOf(exchange, options, kThreadsBack), stream,
-                exchange, arguments,
-                PiecesOf(arguments.routing, exchange.shape.n_ranks, arguments.row_bytes),
-                options.n_senders);
+  return LaunchExchange(BackKernelFor(arguments.routing, arguments.type), exchange, arguments,
+                        options, stream);
 }
 
 cudaError_t PreloadExchange() {
   cudaFuncAttributes attributes;
-  cudaError_t error =
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(ThereKernel));
-  for (const RowType type :
-       {RowType::kBFloat16, RowType::kFloat16, RowType::kFloat32, RowType::kFloat64}) {
+  Routing routing = {};
+  for (const int32_t top_k : {1, 2}) {
+    routing.top_k = top_k;
+    const auto there = reinterpret_cast<const void*>(ThereKernelFor(routing).function);
+    cudaError_t error = cudaFuncGetAttributes(&attributes, there);
+    for (const RowType type :
+         {RowType::kBFloat16, RowType::kFloat16, RowType::kFloat32, RowType::kFloat64}) {
+      if (error != cudaSuccess) return error;
+      const auto back = reinterpret_cast<const void*>(BackKernelFor(routing, type).function);
+      error = cudaFuncGetAttributes(&attributes, back);
+    }
     if (error != cudaSuccess) return error;
-    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(BackKernelOf(type)));
   }
-  return error;
+  return cudaSuccess;
 }
 
 }  // namespace lplb::cuda

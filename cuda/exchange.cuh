@@ -2,8 +2,9 @@
 //
 // A warp moves a token, or a piece of one. Blocks take parts in the order in which they start, not
 // by their index. The first ones send, so a waiting block only ever waits for running blocks.
-// Received items are handed out one by one, in the order in which they are sent, so that a warp
-// waits for what arrives next.
+// Received items are handed out in the order in which they are sent, so that a warp waits for what
+// arrives next; a few at a time, so that it waits once for the flags of all of them, and once for
+// what says where they go.
 #ifndef LPLB_CUDA_EXCHANGE_CUH_
 #define LPLB_CUDA_EXCHANGE_CUH_
 
@@ -13,7 +14,7 @@
 
 namespace lplb::cuda {
 
-constexpr int32_t kMostWarps = 32;  // per block
+constexpr int32_t kMostWarps = 32;  // per block, which has an SM to itself
 constexpr int32_t kWord = 16;       // bytes that a lane moves at once
 
 // One exchange, as the threads of a block see it. The pointers are to shared memory.
@@ -66,17 +67,25 @@ __device__ __forceinline__ uint64_t LoadAcquired(const uint64_t* word) {
   return value;
 }
 
-// Bypasses the L1 cache: what a peer has written is in L2.
-__device__ __forceinline__ uint4 LoadWide(const char* address) {
+// Loads a word; 0 if it is not `there`. Bypasses the L1 cache: what a peer has written is
+// in L2. Predicated here, since branches around loads cost each of them a register for its address.
+__device__ __forceinline__ uint4 LoadWide(const char* address, bool there) {
   uint4 value;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address)
-               : "memory");
+  asm volatile(
+      "{.reg .pred there; setp.ne.s32 there, %5, 0;"
+      " mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
+      " @there ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "=&r"(value.x), "=&r"(value.y), "=&r"(value.z), "=&r"(value.w)
+      : "l"(address), "r"(static_cast<int32_t>(there))
+      : "memory");
   return value;
 }
-__device__ __forceinline__ void StoreWide(char* address, const uint4& value) {
-  *reinterpret_cast<uint4*>(address) = value;
+__device__ __forceinline__ void StoreWide(char* address, const uint4& value, bool there) {
+  asm volatile(
+      "{.reg .pred there; setp.ne.s32 there, %5, 0;"
+      " @there st.global.v4.u32 [%4], {%0, %1, %2, %3};}" ::"r"(value.x),
+      "r"(value.y), "r"(value.z), "r"(value.w), "l"(address), "r"(static_cast<int32_t>(there))
+      : "memory");
 }
 
 __device__ __forceinline__ uint64_t LoadGate(const void* gates, int64_t i, int32_t bytes) {
@@ -100,14 +109,14 @@ __device__ __forceinline__ int32_t Warp(const ExchangeCall& call) {
   return call.part * static_cast<int32_t>(blockDim.x / 32) + static_cast<int32_t>(threadIdx.x) / 32;
 }
 
-// Items that all warps take in turn. A warp asks for its next item before it needs it.
-class Items {
+// What all warps take in turn. A warp asks for the next one before it needs it.
+class Turns {
  public:
-  __device__ __forceinline__ explicit Items(uint32_t* next) : next_(next) { Ask(); }
+  __device__ __forceinline__ explicit Turns(uint32_t* next) : next_(next) { Ask(); }
   __device__ __forceinline__ int32_t Take() {
-    const uint32_t item = __shfl_sync(kFullWarp, ahead_, 0);
+    const uint32_t turn = __shfl_sync(kFullWarp, ahead_, 0);
     Ask();
-    return static_cast<int32_t>(item);
+    return static_cast<int32_t>(turn);
   }
 
  private:
@@ -137,6 +146,32 @@ __device__ __forceinline__ Piece PieceOf(const Pieces& pieces, int32_t item) {
   const int32_t number = item % pieces.n_pieces;
   const int32_t begin = number * pieces.piece_bytes;
   return {number, begin, min(pieces.piece_bytes, pieces.row_bytes - begin)};
+}
+
+// Consecutive items that a warp receives at once. A lane holds a choice of one of them.
+struct Batch {
+  int32_t begin;
+  int32_t end;
+  int32_t number;  // of this lane's item in the batch
+  int32_t choice;  // of that item's token
+
+  __device__ __forceinline__ Batch(int32_t turn, int32_t at_once, int32_t n_items, int32_t top_k)
+      : begin(min(turn * at_once, n_items)),
+        end(min(begin + at_once, n_items)),
+        number(Lane() / top_k),
+        choice(Lane() % top_k) {}
+  __device__ __forceinline__ int32_t Item() const { return begin + number; }
+  __device__ __forceinline__ bool HasLane() const { return Item() < end; }
+  // The lanes that hold the choices of an item.
+  __device__ __forceinline__ uint32_t LanesOf(int32_t item, int32_t top_k) const {
+    return kFullWarp >> (32 - top_k) << (item - begin) * top_k;
+  }
+};
+
+// As many items at once as leave each warp several turns and have a lane for each choice.
+__device__ __forceinline__ int32_t ItemsAtOnce(int32_t n_items, int32_t top_k, int32_t most) {
+  const int32_t n_warps = static_cast<int32_t>(gridDim.x * (blockDim.x / 32));
+  return max(1, min(n_items / (4 * n_warps), min(most, 32 / top_k)));
 }
 
 // Reads lists, addresses and, if known, sizes into shared memory, and takes a part.
@@ -200,14 +235,20 @@ class Patience {
   int64_t deadline_ = 0;
 };
 
-// Waits, as a warp, for a token from `source`. Returns false if it does not arrive in time.
-__device__ __forceinline__ bool AwaitFlag(const Exchange& exchange, const ExchangeCall& call,
-                                          const uint32_t* flag, int32_t source) {
+// Waits, as a warp, for each lane's flag, unless it is null, from its `source`. Returns false if
+// one is not raised in time.
+__device__ __forceinline__ bool AwaitFlags(const Exchange& exchange, const ExchangeCall& call,
+                                           const uint32_t* flag, int32_t source) {
   Patience patience;
-  while (!__all_sync(kFullWarp, LoadAcquired(flag) == call.epoch)) {
-    const bool lasts = Lane() != 0 || patience.Lasts(exchange, call, source);
+  for (;;) {
+    const bool missing = flag != nullptr && LoadAcquired(flag) != call.epoch;
+    const uint32_t lanes = __ballot_sync(kFullWarp, missing);
+    if (lanes == 0) break;
+    const int32_t first = __shfl_sync(kFullWarp, source, __ffs(lanes) - 1);
+    const bool lasts = Lane() != 0 || patience.Lasts(exchange, call, first);
     if (!__all_sync(kFullWarp, lasts)) return false;
   }
+  __syncwarp();  // Every lane reads what the others' flags announce.
   return true;
 }
 

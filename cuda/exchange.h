@@ -19,7 +19,7 @@ struct ExchangeState {
   uint32_t epoch;          // exchanges so far
   uint32_t started;        // blocks that started this one; 0 between exchanges, like those below
   uint32_t finished;       // blocks that finished it
-  uint32_t next_received;  // the next item to receive
+  uint32_t next_received;  // the next items to receive, in turns
 };
 
 // A window: two slots, used in turn, each with room for `n_tokens` rows. A row travels with the
@@ -87,12 +87,13 @@ enum List : int32_t {
 };
 
 // Receivers wait for senders, here and on other ranks, and senders start first. So a rank that has
-// its GPU alone makes progress as soon as its senders run, half of its blocks, one per SM: a kernel
-// on another stream that holds SMs until other ranks reach it, such as NCCL's, may delay the rest.
+// its GPU alone makes progress as soon as its senders run, about half of its blocks, one per SM: a
+// kernel on another stream that holds SMs until other ranks reach it, such as NCCL's, may delay the
+// rest.
 // Ranks that share a GPU need room for all their blocks at once.
 struct ExchangeOptions {
   int32_t n_blocks;
-  int32_t n_senders;  // Blocks that send first; the others receive at once.
+  int32_t n_senders;  // Blocks that send first; the others receive at once. 0: as is fastest.
 };
 
 // For a GPU that serves one rank, on at most n_sms of its SMs.

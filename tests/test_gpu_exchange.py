@@ -63,7 +63,9 @@ def virtual_ranks():
 
 def random_batch(rng, ranks, size):
     """Any sizes; sometimes ranks send nothing, one gets everything, or there is little room."""
-    n_tokens, top_k = int(rng.integers(1, 60)), int(rng.integers(1, 9))
+    # With few blocks, warps receive one item at a time of the small ones, several of the large.
+    n_tokens = int(np.exp(rng.uniform(0, np.log(480 // max(size - 1, 1)))))
+    top_k = int(rng.integers(1, 9))
     kind = rng.choice(["any", "one", "silent", "nothing", "little room"])
     ranks_of = rng.integers(-1, size, (size, n_tokens, top_k))
     if kind == "one":
