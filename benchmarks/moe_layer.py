@@ -77,6 +77,9 @@ def main() -> None:
     parser.add_argument("--compile-for", type=int, metavar="N", help="GPUs that need not be there")
     parser.add_argument("--processes", action="store_true", help="one per GPU")
     parser.add_argument("--transport", default="auto", help="of moe_layer")
+    parser.add_argument(
+        "--copies", type=int, default=0, help="with peer: copies that engines move through comm"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help='beside "none"')
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json")
@@ -98,7 +101,9 @@ def main() -> None:
     print(f"{len(devices)} × {devices[0].device_kind}, jax {jax.__version__}, {vars(options)}")
     options.comm = None
     if options.transport == "peer":
+        expert_bytes = 2 * 3 * options.hidden * options.width
         room = {"max_tokens": options.tokens, "hidden_bytes": 2 * options.hidden}
+        room["copy_bytes"] = options.copies * expert_bytes
         options.comm = init_comm(mesh, max_experts=options.experts, **room)
     sources = traced if options.traces else moving if options.moving else arranged
     turns = [

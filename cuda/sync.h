@@ -16,7 +16,14 @@ struct SyncState {
   int32_t failed;   // sticky: after a failure nobody waits
 };
 
-enum class SyncFailure : int32_t { kNone = 0, kTimeout = 1, kWrongRank = 2, kNoTokens = 3 };
+enum class SyncFailure : int32_t {
+  kNone = 0,
+  kTimeout = 1,
+  kWrongRank = 2,
+  kNoTokens = 3,
+  kNoCopies = 4,
+  kWrongFlight = 5
+};
 
 // The first failure, in pinned host memory.
 struct SyncReport {

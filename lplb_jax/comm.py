@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -71,6 +71,7 @@ class Comm:
       identifier: the same in all processes.
       window: memory for tokens that ranks exchange, or None.
       sms: SMs that may move tokens, 0 for all.
+      copy_bytes: room for copies of experts that a rank receives at once.
       closed: whether `close` was called.
     """
 
@@ -85,6 +86,8 @@ class Comm:
         identifier: int,
         window: Windows | None = None,
         sms: int = 0,
+        copy_bytes: int = 0,
+        members: Sequence[tuple[int, int]] = (),
         release: Callable[[], None] = lambda: None,
     ):
         self.transport = transport
@@ -95,6 +98,9 @@ class Comm:
         self.identifier = identifier
         self.window = window
         self.sms = sms
+        self.copy_bytes = copy_bytes
+        self._members = members  # (device, rank) of this process
+        self._routes: dict[str, int] = {}
         self._release = release
         self.closed = False
 
@@ -120,6 +126,15 @@ class Comm:
     def fuses(self) -> bool:
         """Whether the kernels of `rebalance` exchange counts themselves."""
         return self.transport in ("p2p", "nvshmem")
+
+    def route(self, to: list[list[int]], origin: list[list[int]]) -> int:
+        """The number of a route of copies: every rank's receivers and senders, column by column."""
+        key = str((to, origin))
+        if key not in self._routes:
+            self._routes[key] = len(self._routes)
+            for device, rank in self._members:
+                _native.built_cuda().comm_add_route(self.identifier, device, to[rank], origin[rank])
+        return self._routes[key]
 
     def failure(self) -> str | None:
         """The failure on this process's devices, if any.
@@ -155,6 +170,7 @@ def init_comm(
     top_k: int = 8,
     capacity_factor: float = 1.25,
     sms: int = 0,
+    copy_bytes: int = 0,
 ) -> Comm:
     """Connects the ranks of a mesh axis, so that the kernels of `rebalance` exchange counts.
 
@@ -189,6 +205,9 @@ def init_comm(
       capacity_factor: the largest one that `moe_layer` will be called with.
       sms: SMs that may move tokens; 0 for all. About 32 saturate NVLink; concurrent kernels get
         the others.
+      copy_bytes: the most bytes of copies of experts that a rank receives in a layer; 0 for none.
+        Every rank allocates twice as much. Copy engines then move the copies along a topology and
+        their gradients while tokens travel with transport "peer", also between processes.
 
     Returns:
       A `Comm`.
@@ -215,7 +234,14 @@ def init_comm(
     windows = _windows(groups.shape[1], max_tokens, hidden_bytes, top_k, capacity_factor)
     if not isinstance(sms, int) or sms < 0:
         raise ValueError(f"sms: expected a number of SMs, or 0 for all, got {sms!r}")
+    if not isinstance(copy_bytes, int | np.integer) or copy_bytes < 0:
+        raise ValueError(f"copy_bytes: expected a number of bytes, or 0, got {copy_bytes!r}")
+    if copy_bytes and windows is None:
+        raise ValueError(
+            f"max_tokens: expected a positive number with copy_bytes = {copy_bytes}, got 0"
+        )
     identifier = next(_ids)
+    members: list[tuple[int, int]] = []
 
     def comm(chosen: str, release: Callable[[], None] = lambda: None) -> Comm:
         return Comm(
@@ -227,6 +253,8 @@ def init_comm(
             identifier=identifier,
             window=windows if chosen in ("p2p", "nvshmem") else None,
             sms=sms,
+            copy_bytes=int(copy_bytes) if chosen in ("p2p", "nvshmem") else 0,
+            members=members,
             release=release,
         )
 
@@ -243,6 +271,7 @@ def init_comm(
     if reason is None:
         stride = _most_counts(max_experts, windows) + 1
         inboxes = _Inboxes(identifier, groups.shape[1], stride, float(timeout_s), windows)
+        inboxes = dataclasses.replace(inboxes, copy_bytes=int(copy_bytes), members=members)
         try:
             return comm(*connect(groups, inboxes, rendezvous, chosen))
         except _CannotConnect as error:
@@ -347,6 +376,13 @@ class _Inboxes:
     stride: int
     timeout_s: float
     windows: Windows | None
+    copy_bytes: int = 0
+    members: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+    @property
+    def hangar_bytes(self) -> int:
+        """Room for two flights of copies."""
+        return _native.built_cuda().comm_hangar_bytes(self.copy_bytes)
 
     @property
     def n_bytes(self) -> int:
@@ -355,11 +391,17 @@ class _Inboxes:
     def attach(self, ordinal: int, rank: int, inboxes: list[int]) -> None:
         options = (self.stride, self.timeout_s)
         _native.built_cuda().comm_attach(self.identifier, ordinal, rank, inboxes, *options)
+        self.members.append((ordinal, rank))
 
     def attach_windows(self, ordinal: int, windows: list[int]) -> None:
         assert self.windows is not None
         _native.built_cuda().comm_attach_windows(
             self.identifier, ordinal, windows, self.windows.shape
+        )
+
+    def attach_hangars(self, ordinal: int, hangars: list[int]) -> None:
+        _native.built_cuda().comm_attach_hangars(
+            self.identifier, ordinal, hangars, self.hangar_bytes
         )
 
 
@@ -382,6 +424,11 @@ def _connect_p2p(groups: np.ndarray, made: _Inboxes, _: Rendezvous, __: str) -> 
             for ordinal in ordinals:
                 made.attach_windows(ordinal, [window.address for window in windows])
             owned_windows += windows
+        if made.copy_bytes:
+            hangars = [native.Window(ordinal, made.hangar_bytes) for ordinal in ordinals]
+            for ordinal in ordinals:
+                made.attach_hangars(ordinal, [hangar.address for hangar in hangars])
+            owned_windows += hangars
 
     def release() -> None:
         native.comm_detach(made.identifier)
@@ -433,19 +480,23 @@ def _connect_nvshmem(
     if transport == "nvshmem_put":
         symmetric = (inbox, inbox + staging, inbox + signals)
         native.comm_attach_put(made.identifier, ordinal, put_library, pes, *symmetric)
-    window = 0
+    symmetric_memory = [inbox]
+
+    def mapped(n_bytes: int) -> list[int]:
+        memory = job.allocate(n_bytes)
+        symmetric_memory.append(memory)
+        return [memory if pe == job.pe else job.pointer(memory, pe) for pe in pes]
+
     if transport == "nvshmem" and made.windows is not None:
-        window = job.allocate(made.windows.n_bytes)
-        made.attach_windows(
-            ordinal, [window if pe == job.pe else job.pointer(window, pe) for pe in pes]
-        )
+        made.attach_windows(ordinal, mapped(made.windows.n_bytes))
+    if transport == "nvshmem" and made.copy_bytes:
+        made.attach_hangars(ordinal, mapped(made.hangar_bytes))
     rendezvous.exchange("attached", "")  # Nobody writes to an inbox that is not cleared.
 
     def release() -> None:
         native.comm_detach(made.identifier)
-        if window:
-            job.free(window)
-        job.free(inbox)
+        for memory in reversed(symmetric_memory):
+            job.free(memory)
 
     return transport, release
 

@@ -5,6 +5,7 @@ python peer_checks.py COORDINATOR N_PROCESSES PROCESS SEED SCENARIO
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -17,14 +18,19 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from meshes import everywhere, per_rank
+from meshes import assert_equal, everywhere, per_rank
 
-from lplb_jax import init_comm, moe
+from lplb_jax import init_comm, moe, topologies
 from lplb_jax._axes import varying_over
 from lplb_jax.assignment import Assignment
+from lplb_jax.moe.fetch import Fetch, filled
+from lplb_jax.moe.flight import Flight, arrive, depart
+from lplb_jax.moe.replicas import with_room
 
 HIDDEN, TOP_K = moe_checks.HIDDEN, moe_checks.TOP_K
 WINDOWS = {"max_tokens": 256, "hidden_bytes": 2048, "top_k": 8, "capacity_factor": 8.0}
+
+WITH_COPIES = {**WINDOWS, "copy_bytes": 1 << 16}
 
 
 def check_layer(
@@ -54,6 +60,44 @@ def check_anywhere(mesh, comm, rng):
         given = moe_checks.problem(rng, case, moe_checks.skewed, 16 * mesh.size)
         run = moe_checks.with_slopes(layer)
         moe_checks.assert_equals_plain_mathematics(run, mesh, *given, rng, 1e-4)
+
+
+def check_flights(mesh, comm, rng, n_layers=3):
+    """Copies that fly with the tokens of several layers in a scan and their gradients, bit for bit
+    those of `lax.ppermute`; float32, bfloat16 and integers together."""
+    n_ranks, n_local, n_copies = mesh.size, 4, 2
+    r2o = topologies.ring(n_ranks)
+    shapes = {"float32": (n_local, 3, 8), "bfloat16": (n_local, 16), "int32": (n_local, 4)}
+    given = {name: rng.integers(-9, 9, (n_ranks * shape[0], *shape[1:])).astype(name)
+             for name, shape in shapes.items()}  # fmt: skip
+    upstream = {name: rng.integers(-9, 9, (n_ranks * (n_local + n_copies), *shape[1:]))
+                for name, shape in shapes.items()}  # fmt: skip
+
+    def rank(flies, weights, upstream):
+        fetch = Flight(r2o, "ep", n_copies, comm) if flies else Fetch(r2o, "ep", n_copies)
+
+        def filled_by(weights):
+            rows = jax.tree.map(lambda array: with_room(array, n_copies), weights)
+            tokens = varying_over(jnp.ones((4, 8)), "ep")
+            if flies:
+                tokens, rows, number = depart(fetch, tokens, rows)
+                return arrive(fetch, tokens, rows, number)[1]
+            return jax.tree.map(lambda array: filled(fetch, array), rows)
+
+        def layer(carry, _):
+            slots, pull = jax.vjp(filled_by, {**carry, "int32": weights["int32"]})
+            cts = {name: upstream[name].astype(slots[name].dtype) for name in carry}
+            (ct,) = pull({**cts, "int32": np.zeros(slots["int32"].shape, jax.dtypes.float0)})
+            return {name: carry[name] + ct[name] for name in carry}, slots
+
+        floats = {name: weights[name] for name in ("float32", "bfloat16")}
+        return lax.scan(layer, floats, jnp.arange(n_layers))
+
+    results = []
+    for flies in (True, False):
+        run = per_rank(functools.partial(rank, flies), mesh, n_inputs=2)
+        results.append(run(*jax.tree.map(lambda x: everywhere(mesh, x), (given, upstream))))
+    assert_equal(*results)
 
 
 def assigned(ids, n_ranks):
@@ -262,6 +306,7 @@ def check_dtypes(mesh, comm, rng):
     check_parts(mesh, comm, rng, n_rounds=3, dtypes=("bfloat16", "float16", "float32"))
 
 
+COPY_CHECKS = [check_flights, check_options, check_scan]
 CHECKS = [check_options, check_anywhere, check_dtypes, check_scan, check_ten_thousand]
 
 
@@ -273,7 +318,8 @@ def main() -> None:
     rng = np.random.default_rng(int(seed))
     mesh = Mesh(np.array(jax.devices()), "ep")
     timeout_s = 3.0 if scenario == "killed" else 30.0
-    comm = init_comm(mesh, max_experts=64, transport="nvshmem", timeout_s=timeout_s, **WINDOWS)
+    windows, checks = (WITH_COPIES, COPY_CHECKS) if scenario == "copies" else (WINDOWS, CHECKS)
+    comm = init_comm(mesh, max_experts=64, transport="nvshmem", timeout_s=timeout_s, **windows)
     if scenario == "killed":
 
         def die(i):
@@ -286,7 +332,7 @@ def main() -> None:
         assert "of rank 1" in error
         assert seconds < timeout_s + 2
         os._exit(0)  # With a process missing, no orderly shutdown is possible.
-    for check in CHECKS:
+    for check in checks:
         start = time.perf_counter()
         check(mesh, comm, rng)
         print(f"{check.__name__}: {time.perf_counter() - start:.1f} s", flush=True)

@@ -135,7 +135,7 @@ def test_signatures_are_the_contract():
         "sync_loads": "(counts, axis_name, *, comm=None)",
         "init_comm": (
             "(mesh, axis='ep', *, max_experts, transport='auto', timeout_s=30.0, max_tokens=0, "
-            "hidden_bytes=0, top_k=8, capacity_factor=1.25, sms=0)"
+            "hidden_bytes=0, top_k=8, capacity_factor=1.25, sms=0, copy_bytes=0)"
         ),
         "solve": (
             "(loads, r2o=None, *, placement=None, solver='auto', rank_weights=None, repair=True, "

@@ -5,15 +5,19 @@ import importlib.util
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peer_checks
 import plan_cases
 import processes
 import pytest
+from jax import lax
 from jax.sharding import Mesh
+from meshes import everywhere, per_rank
 
-from lplb_jax import init_comm
+from lplb_jax import init_comm, topologies
 from lplb_jax.comm import Windows
+from lplb_jax.moe.flight import Flight
 
 with contextlib.suppress(ModuleNotFoundError):  # cuda.bindings: only where GPUs are
     from exchange_batch import ExchangeBatch
@@ -141,6 +145,50 @@ def test_p2p(rng, mesh, check):
         assert comm.failure() is None
 
 
+@several
+@pytest.mark.parametrize("check", peer_checks.COPY_CHECKS, ids=lambda check: check.__name__)
+def test_copies_in_flight(rng, mesh, check):
+    with init_comm(mesh, max_experts=64, **peer_checks.WITH_COPIES) as comm:
+        check(mesh, comm, rng)
+        assert comm.failure() is None
+
+
+@several
+def test_a_late_rank_takes_no_mixed_copies(mesh):
+    """Who gives up waiting for a place cannot stop its engines: they overwrite what a late rank has
+    not taken yet, and that rank must not mistake it for what it waits for."""
+    r2o, shape = topologies.ring(mesh.size), (2, 1 << 20)
+
+    def rank(ones):
+        copies = Flight(r2o, "ep", 1, comm)
+        flights = []
+        for value in (1, 2, 3):  # The memory has room for two.
+            weights = [ones * value]
+            number = copies.start(weights, home=False)
+            ones, number = lax.optimization_barrier((ones, number))
+            flights.append((number, weights))
+        rounds = jnp.where(lax.axis_index("ep") == 1, 60_000, 0)
+        busy = lax.fori_loop(0, rounds, lambda _, x: jnp.sin(x) + 1, jnp.tile(ones, 8))
+        flights, busy = lax.optimization_barrier((flights, busy))
+        came = []
+        for number, weights in flights:
+            came += copies.take(number, weights, home=False)
+            came, flights = lax.optimization_barrier((came, flights))
+        return jnp.stack(came), busy[0, 0]  # or else XLA drops the loop
+
+    room = 4 * shape[1]
+    with init_comm(
+        mesh, max_experts=64, timeout_s=0.3, copy_bytes=room, **peer_checks.WINDOWS
+    ) as comm:
+        run = per_rank(rank, mesh, n_inputs=1)
+        came, _ = run(everywhere(mesh, np.ones((shape[0] * mesh.size, shape[1]), np.float32)))
+        of_ranks = np.asarray(came).reshape(mesh.size, 3, -1)
+        assert "copies" in str(comm.failure())
+    expected = np.arange(1, 4, dtype=np.float32)[None, :, None]
+    assert ((of_ranks == expected) | np.isnan(of_ranks)).all()
+    assert np.isnan(of_ranks[1, 0]).all()
+
+
 def test_one_gpu_is_a_mesh_too(rng):
     mesh = Mesh(np.array(jax.devices()[:1]), "ep")
     with init_comm(mesh, max_experts=64, **peer_checks.WINDOWS) as comm:
@@ -150,14 +198,14 @@ def test_one_gpu_is_a_mesh_too(rng):
 
 @several
 @needs_nvshmem
-@pytest.mark.parametrize("scenario", ["all", "killed"])
+@pytest.mark.parametrize("scenario", ["all", "copies", "killed"])
 def test_processes(request, scenario):
     """One per GPU; if one is killed, an error within the timeout, and no garbage."""
     seed = str(request.config.option.seed)
     memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     outputs = processes.run(len(jax.devices()), peer_checks.__file__, seed, scenario, **memory)
     for process, output in enumerate(outputs):
-        if scenario == "all":
+        if scenario != "killed":
             assert "all passed" in output
         else:
             assert process == 1 or "DEADLINE_EXCEEDED" in output

@@ -24,10 +24,20 @@ def mesh(cpu_devices):
     return Mesh(cpu_devices[:4], "ep")
 
 
-def comm_of(size, *, max_experts=64, max_tokens=64, hidden_bytes=64, top_k=3, capacity_factor=8.0):
+def comm_of(
+    size,
+    *,
+    max_experts=64,
+    max_tokens=64,
+    hidden_bytes=64,
+    top_k=3,
+    capacity_factor=8.0,
+    copy_bytes=0,
+):
     """A communicator without GPUs: its calls run the specification."""
     window = _windows(size, max_tokens, hidden_bytes, top_k, capacity_factor)
     options = {"max_experts": max_experts, "timeout_s": 1.0, "identifier": 1, "window": window}
+    options["copy_bytes"] = copy_bytes
     return Comm("p2p", "ep", size, **options)
 
 
@@ -124,6 +134,8 @@ def test_what_has_no_room_is_refused(mesh, changed, words):
         ({"max_tokens": 8, "hidden_bytes": 8, "top_k": 33}, "top_k: expected at most 32, got 33"),
         ({"max_tokens": 8, "hidden_bytes": 8, "capacity_factor": 0.5}, "capacity_factor: .*0.5"),
         ({"sms": -1}, "sms: expected"),
+        ({"copy_bytes": -1}, "copy_bytes: expected"),
+        ({"copy_bytes": 8}, "max_tokens: expected a positive number with copy_bytes = 8"),
     ],
 )
 def test_bad_windows(mesh, options, words):
@@ -147,3 +159,17 @@ def test_weights_do_not_travel_by_peers(mesh):
     run = jax.shard_map(fetch, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
     with pytest.raises(ValueError, match=r"^transport: expected one of auto.*got 'peer'"):
         jax.eval_shape(run, weights)
+
+
+@pytest.mark.parametrize("routing", [moe_checks.skewed, moe_checks.nothing])
+def test_copies_in_flight(rng, mesh, routing):
+    """The layer equals one device also where copies fly by themselves."""
+    comm = comm_of(4, copy_bytes=1 << 20)
+    peer_checks.check_layer(mesh, comm, rng, routings=(routing,))
+    peer_checks.check_flights(mesh, comm, rng)
+
+
+def test_copies_without_room(mesh):
+    comm = comm_of(4, copy_bytes=64)
+    with pytest.raises(ValueError, match=r"^comm: .*64 bytes of copies.*raise copy_bytes"):
+        peer_checks.check_layer(mesh, comm, np.random.default_rng())

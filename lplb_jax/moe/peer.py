@@ -24,6 +24,7 @@ from jax import lax
 from lplb_jax import _native, reference
 from lplb_jax.assignment import Assignment
 from lplb_jax.comm import Comm, check_comm
+from lplb_jax.moe.flight import Flight, arrive, depart
 from lplb_jax.moe.plan import Counted, Plan, Transport, planned
 from lplb_jax.moe.transfers import ALONE, Beside, beside_rows
 
@@ -132,6 +133,10 @@ class Peer(Transport):
     def beside_engines(self) -> bool:
         return self.comm is not None and self.comm.transport == "p2p"
 
+    @property
+    def comm_for_copies(self) -> Comm | None:
+        return self.comm if self.comm is not None and self.comm.copy_bytes else None
+
     def why_not(
         self, tokens: jax.Array, gates: jax.Array, axis_name: Any, capacity: int
     ) -> str | None:
@@ -189,10 +194,15 @@ class Peer(Transport):
     ) -> tuple[jax.Array, jax.Array, Any, Plan]:
         """Copies of experts travel at the same time."""
         del assignment
+        experts, flight, number = beside.experts, None, None
+        if isinstance(beside.fetch, Flight):
+            flight = beside.fetch
+            tokens, experts, number = depart(flight, tokens, experts)
         rows, row_gates, *came = _there(tokens, gates, counted.routing)
         plan = PeerPlan(**counted.known, routing=counted.routing, came=tuple(came))
-        experts = beside.experts
-        if beside.waits:
+        if flight is not None:
+            rows, experts = arrive(flight, rows, experts, number)
+        elif beside.waits:
             rows, experts = beside_rows(beside.fetch, rows, experts)
         return rows, row_gates, experts, plan
 

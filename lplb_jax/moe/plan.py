@@ -91,6 +91,11 @@ class Transport(abc.ABC):
         """Whether copy engines can fetch weights along a topology meanwhile, as in one process."""
         return False
 
+    @property
+    def comm_for_copies(self) -> Comm | None:
+        """The communicator whose memory takes copies along a topology meanwhile, or None."""
+        return None
+
     @abc.abstractmethod
     def why_not(
         self, tokens: jax.Array, gates: jax.Array, axis_name: Any, capacity: int

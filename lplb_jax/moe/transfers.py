@@ -101,7 +101,7 @@ def _send_tokens_backward(
 ) -> tuple[None, jax.Array, None, Any]:
     fetch, copies = saved
     of_sent, of_experts = cts
-    of_slots, put_back = _of_floats(of_experts)
+    of_slots, put_back = of_floats(of_experts)
     of_sent, of_slots = lax.optimization_barrier((of_sent, of_slots))
     of_tokens = add(of_sent, copies)
     if fetch is None:
@@ -119,7 +119,7 @@ def _send_tokens_backward(
 send_tokens.defvjp(_send_tokens_forward, _send_tokens_backward)
 
 
-def _of_floats(cts: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
+def of_floats(cts: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
     """The gradients of floats, and a function that substitutes others for them.
 
     The gradients of integers, such as quantized weights, are float0.
@@ -212,7 +212,7 @@ def _beside_backward(
     fetch: AnyFetch | None, cts: tuple[jax.Array, Any]
 ) -> tuple[None, jax.Array, Any]:
     of_rows, of_experts = cts
-    of_slots, put_back = _of_floats(of_experts)
+    of_slots, put_back = of_floats(of_experts)
     engines = fetch is not None and fetch.by_engines
     if not engines:
         of_rows, of_slots = lax.optimization_barrier((of_rows, of_slots))

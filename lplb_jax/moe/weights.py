@@ -12,9 +12,11 @@ import jax
 
 from lplb_jax._problem import Problem
 from lplb_jax.moe import transports
+from lplb_jax.moe.fetch import Fetch, filled
+from lplb_jax.moe.flight import Flight
 from lplb_jax.moe.moves import home_slots, rows_per_rank
 from lplb_jax.moe.plan import Counted, Transport
-from lplb_jax.moe.replicas import Fetch, filled, with_room
+from lplb_jax.moe.replicas import with_room
 from lplb_jax.moe.slots import fetch_anywhere, room_for, slots_by_row
 from lplb_jax.moe.transfers import AnyFetch, Beside
 from lplb_jax.placement import Placement
@@ -122,16 +124,24 @@ def slot_order(problem: Problem, *, uses_copies: bool, fetches: bool) -> jax.Arr
 
 
 def fetch_for(
+    held: Any,
     problem: Problem,
     order: jax.Array | None,
     counted: Counted,
     carrier: Transport,
     fan_out: int | None,
 ) -> AnyFetch | None:
-    """Who sends which copies to whom; None if there is no room for any. `order`: `slot_order`'s."""
+    """Who sends which copies of `held` to whom; None if there is no room for any.
+
+    `order` is `slot_order`'s result.
+    """
     placement, axis_name = problem.placement, counted.axis_name
     if problem.along_topology:
         n_copies, by_engines = placement.redundants_per_rank, carrier.beside_engines
+        if carrier.comm_for_copies is not None:
+            flight = Flight(problem.r2o, axis_name, n_copies, carrier.comm_for_copies)
+            flight.check(held)
+            return flight
         return Fetch(problem.r2o, axis_name, n_copies, by_engines=by_engines)
     if order is None or not room_for(placement):
         return None

@@ -69,9 +69,10 @@ def solve_copies(
 
     `solve` starts from the split with which the copies were found: the optimum is not far then.
     """
-    *tables, start = place(loads, phy2log, log2phy, ep_size=ep_size, fan_out=fan_out)
-    split = solve(loads, *tables[:2], r2o, ep_size=ep_size, start=start)
-    return *split, *tables
+    options = {"ep_size": ep_size, "fan_out": fan_out}
+    phy2log, log2phy, logcnt, start = place(loads, phy2log, log2phy, **options)
+    split = solve(loads, phy2log, log2phy, r2o, ep_size=ep_size, start=start)
+    return *split, phy2log, log2phy, logcnt
 
 
 def _balance(indices, counts, phy2log, log2phy, r2o, rank, sizes, fan_out):

@@ -57,6 +57,14 @@ std::string MessageOf(const cuda::SyncReport& report, int64_t timeout_ns) {
       return "lplb_jax: rank " + number(report.rank) + " waited " + number(timeout_ns / 1000000) +
              " ms in vain for the tokens of rank " + number(report.peer) + " (exchange " +
              number(report.epoch) + " of the communicator)" + remedy;
+    case cuda::SyncFailure::kNoCopies:
+      return "lplb_jax: rank " + number(report.rank) + " waited " + number(timeout_ns / 1000000) +
+             " ms in vain for copies of experts with rank " + number(report.peer) + " (flight " +
+             number(report.epoch) + " of the communicator)" + remedy;
+    case cuda::SyncFailure::kWrongFlight:
+      return "lplb_jax: rank " + number(report.rank) +
+             " takes copies of experts in another order than they left (flight " +
+             number(report.epoch) + " of the communicator)" + remedy;
     case cuda::SyncFailure::kWrongRank:
       return "lplb_jax: comm: the program takes rank " + number(report.rank) + " for rank " +
              number(report.peer) + ": use the mesh that the communicator was made with" + remedy;
@@ -232,6 +240,22 @@ void AttachWindows(int64_t id, int device, const std::vector<uintptr_t>& windows
       reinterpret_cast<char* const*>(CopyToDevice(windows, memory + kStateBytes));
 }
 
+// Lets an attached rank send copies of experts. hangars[r] is rank r's hangar of `bytes`, cleared.
+void AttachHangars(int64_t id, int device, const std::vector<uintptr_t>& hangars, int64_t bytes) {
+  const DeviceScope scope(device);
+  ThrowIf(cuda::PreloadFlights(), "loading the kernels");
+  const std::lock_guard<std::mutex> lock(mutex);
+  CommRank& made = all_ranks.at({id, device});
+  made.flights = std::make_shared<Flights>(made.peers, hangars, bytes);
+}
+
+// Which ranks a device's rank sends copies to and receives them from, by columns of a topology.
+int64_t AddRoute(int64_t id, int device, const std::vector<int32_t>& to,
+                 const std::vector<int32_t>& from) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return all_ranks.at({id, device}).flights->AddRoute({to, from});
+}
+
 // Forgets communicator `id` and, once the devices are done with it, frees what Attach allocated.
 void Detach(int64_t id) {
   std::vector<std::pair<int32_t, CommRank>> found;
@@ -246,9 +270,10 @@ void Detach(int64_t id) {
       }
     }
   }
-  for (const auto& [device, rank] : found) {
+  for (auto& [device, rank] : found) {
     const DeviceScope scope(device);
     ThrowIf(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    rank.flights.reset();
     ThrowIf(cudaFree(rank.peers.state), "cudaFree");
     ThrowIf(cudaFree(rank.exchange.state), "cudaFree");
     ThrowIf(cudaFreeHost(rank.peers.report), "cudaFreeHost");
@@ -294,6 +319,9 @@ void DefineComm(nanobind::module_& m) {
   m.def("comm_attach_put", AttachPut);
   m.def("comm_window_bytes", WindowBytes);
   m.def("comm_attach_windows", AttachWindows);
+  m.def("comm_hangar_bytes", Flights::HangarBytes);
+  m.def("comm_attach_hangars", AttachHangars);
+  m.def("comm_add_route", AddRoute);
   nanobind::class_<Window>(m, "Window")
       .def(nanobind::init<int, int64_t>())
       .def_prop_ro("address", &Window::address);

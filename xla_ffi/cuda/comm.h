@@ -5,8 +5,11 @@
 
 #include <nanobind/nanobind.h>
 
+#include <memory>
+
 #include "cuda/exchange.h"
 #include "cuda/sync.h"
+#include "xla_ffi/cuda/flight.h"
 #include "xla_ffi/handler.h"
 
 namespace lplb {
@@ -15,8 +18,9 @@ namespace lplb {
 struct CommRank {
   cuda::Peers peers;
   cuda::PutPeers put;
-  const void* put_kernel;   // null where all peers are mapped
-  cuda::Exchange exchange;  // has no ranks if there are no windows
+  const void* put_kernel;            // null where all peers are mapped
+  cuda::Exchange exchange;           // has no ranks if there are no windows
+  std::shared_ptr<Flights> flights;  // null if there is no room for copies
 };
 
 ffi::ErrorOr<CommRank> FindRank(int64_t id, int32_t device);
