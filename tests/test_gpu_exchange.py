@@ -87,12 +87,16 @@ def random_batch(rng, ranks, size):
     return ExchangeBatch(ranks.put, ranks_of, capacity, hidden, rng, **options)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
-@pytest.mark.parametrize(("n_gpus", "size"), [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (2, 8)])
-def test_virtual_ranks(rng, virtual_ranks, n_gpus, size):
+# One rank waits for nobody, so that the sanitizers can run it: they let kernels run one by one.
+@pytest.mark.parametrize(
+    ("n_gpus", "size", "n_bursts"),
+    [(1, 1, 5), (1, 2, 85), (1, 4, 85), (2, 2, 85), (2, 4, 85), (2, 8, 85)],
+)
+def test_virtual_ranks(rng, virtual_ranks, n_gpus, size, n_bursts):
     """Thousands of exchanges in bursts, alternating random batches: every row, gate and sum."""
     ranks = virtual_ranks(n_gpus, size, 480, 8, 2080)
     batches = [random_batch(rng, ranks, size) for _ in range(6)]
-    for _ in range(85):
+    for _ in range(n_bursts):
         which = rng.integers(0, len(batches), 20)  # there and back each
         done = np.zeros(size, int)
         while done.min() < len(which):
@@ -167,7 +171,7 @@ def test_a_late_rank_takes_no_mixed_copies(mesh):
             number = copies.start(weights, home=False)
             ones, number = lax.optimization_barrier((ones, number))
             flights.append((number, weights))
-        rounds = jnp.where(lax.axis_index("ep") == 1, 60_000, 0)
+        rounds = jnp.where(lax.axis_index("ep") == 1, 20_000, 0)
         busy = lax.fori_loop(0, rounds, lambda _, x: jnp.sin(x) + 1, jnp.tile(ones, 8))
         flights, busy = lax.optimization_barrier((flights, busy))
         came = []
@@ -178,7 +182,7 @@ def test_a_late_rank_takes_no_mixed_copies(mesh):
 
     room = 4 * shape[1]
     with init_comm(
-        mesh, max_experts=64, timeout_s=0.3, copy_bytes=room, **peer_checks.WINDOWS
+        mesh, max_experts=64, timeout_s=0.2, copy_bytes=room, **peer_checks.WINDOWS
     ) as comm:
         run = per_rank(rank, mesh, n_inputs=1)
         came, _ = run(everywhere(mesh, np.ones((shape[0] * mesh.size, shape[1]), np.float32)))
