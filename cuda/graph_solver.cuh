@@ -8,16 +8,16 @@
 namespace lplb::cuda {
 
 // Status bits of the loads of experts with slots, if not all are small; kLoadOverflow, too, where
-// some rank could be given more than int32 holds if it served all tokens of its experts. All
-// threads of the team call it. It is out of line, since in between it would only be in the way of
-// the instructions.
-template <typename Threads, typename Totals>
+// some rank could be given more than int32 holds if it served all tokens of its experts, besides
+// those that `base`, if given, has of the rank. All threads of the team call it. It is out of line,
+// since in between it would only be in the way of the instructions.
+template <typename Threads, typename Totals, typename... Base>
 __device__ __noinline__ int32_t LargeLoads(int32_t ep_size, int32_t slots_per_rank, Totals totals,
-                                           const uint32_t* of_slot) {
+                                           const uint32_t* of_slot, Base... base) {
   int32_t status = 0;
 #pragma unroll 1
   for (int32_t r = threadIdx.x; r < ep_size; r += Threads::Size()) {
-    int64_t most = 0;
+    int64_t most = (int64_t{0} + ... + base[r]);
 #pragma unroll 1
     for (int32_t i = r * slots_per_rank; i < (r + 1) * slots_per_rank; ++i) {
       if (ExpertIn(of_slot[i]) == kNoExpert) continue;
@@ -46,12 +46,14 @@ __device__ __noinline__ void StayHome(int32_t n_logical, Totals totals, GraphMem
 }
 
 // Divides every expert's tokens over its cells, evenly, of which the first get one more, or as the
-// quotas of all slots that are given do, if not null; and adds up the ranks' loads, which were 0. A
-// barrier must follow. Returns whether all loads are so small that no rank's can overflow.
-template <typename Threads, typename Totals>
+// quotas of all slots that are given do, if not null; and adds them to the ranks' loads. With
+// kHandOut, see GraphWaves, they are empty places, and tokens leave where those come. A barrier
+// must follow. Returns whether all loads are so small that those of a rank stay below `limit`.
+template <typename Threads, bool kHandOut = false, typename Totals>
 __device__ __forceinline__ bool StartSplit(const Problem& p, const Totals& totals,
-                                           const int32_t* given, const GraphMemory& graph) {
-  const int32_t safe_load = kInt32Max / p.slots_per_rank;
+                                           const int32_t* given, const GraphMemory& graph,
+                                           int32_t limit = kInt32Max) {
+  const int32_t safe_load = limit / p.slots_per_rank;
   bool safe = true;
 #pragma unroll 2
   for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
@@ -68,7 +70,8 @@ __device__ __forceinline__ bool StartSplit(const Problem& p, const Totals& total
       share = each + ((place & 0xffff) < share - each * n_hosts);
       if (given != nullptr) share = given[i];
       graph.tokens[CellIn(packed)] = share;
-      atomicAdd(&graph.loose[rank], static_cast<int32_t>(share));
+      const uint32_t leaves = kHandOut ? total.x - share : share;
+      atomicAdd(&graph.loose[rank], static_cast<int32_t>(leaves));
     }
     atomicAdd(&graph.load[rank], static_cast<int32_t>(share));
     safe &= total.x <= safe_load && total.y == 0;
@@ -84,15 +87,33 @@ __device__ __forceinline__ bool StartEven(const Problem& p, const Totals& totals
 
 // The bounds of the set of all ranks and of the sets of one; whole warps call it, each finds it.
 template <int kWords>
-__device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GraphMemory& graph) {
-  int32_t load[kWords];
+__device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GraphMemory& graph,
+                                               const int32_t (&load)[kWords]) {
   int32_t loose[kWords];
-  ValuesOfRanks<kWords>(p, graph.load, 0, load);
   ValuesOfRanks<kWords>(p, graph.loose, 0, loose);
   int32_t fixed = 0;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) fixed = max(fixed, load[w] - loose[w]);
   return max(WarpCeilMean(load, SmallDivisor(p.ep_size)), __reduce_max_sync(kFullWarp, fixed));
+}
+
+template <int kWords>
+__device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GraphMemory& graph) {
+  int32_t load[kWords];
+  ValuesOfRanks<kWords>(p, graph.load, 0, load);
+  return FirstTarget(p, graph, load);
+}
+
+// Balances the ranks from the plan that StartSplit makes, behind a barrier; ends with one. Returns
+// the largest load, which is proven.
+template <int kWords, typename Threads>
+__device__ __forceinline__ int32_t BalanceCells(const Problem& p, const GraphMemory& graph) {
+  if (threadIdx.x < RankTeam<kWords>::Size(p)) {
+    const int32_t target = GraphWaves<kWords>(p, graph, FirstTarget<kWords>(p, graph));
+    if (threadIdx.x == 0) *graph.target = target;
+  }
+  Threads::Sync();
+  return *graph.target;
 }
 
 // Solves the graph for these totals: splits those of shared experts over their cells. `start` makes
@@ -111,12 +132,8 @@ __device__ inline Proof SolveGraph(const Problem& p, const Totals& totals, const
       return {kInt32Max, 0};
     }
   }
-  if (threadIdx.x < RankTeam<kWords>::Size(p)) {
-    const int32_t target = GraphWaves<kWords>(p, graph, FirstTarget<kWords>(p, graph));
-    if (threadIdx.x == 0) *graph.target = target;
-  }
-  Threads::Sync();
-  return {*graph.target, *graph.target};
+  const int32_t target = BalanceCells<kWords, Threads>(p, graph);
+  return {target, target};
 }
 
 // The tokens of a slot, after SolveGraph.

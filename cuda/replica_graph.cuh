@@ -195,6 +195,44 @@ __device__ __forceinline__ int32_t NthShared(const uint32_t* is_shared, int32_t 
   return n;
 }
 
+// Marks the slots of shared experts; no bit was set. Shared experts must have their first cells
+// behind the barrier that must follow.
+template <int kWords, typename Threads>
+__device__ __forceinline__ void MarkShared(const Problem& p, const GraphMemory& graph,
+                                           int32_t slot_words) {
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
+    const uint32_t expert = ExpertIn(graph.of_slot[i]);
+    if (expert == kNoExpert || HostsOf<kWords>(graph, expert) == 1) continue;
+    const int32_t rank = p.by_slots.Quotient(i);
+    const int32_t k = i - rank * p.slots_per_rank;
+    atomicOr(&graph.is_shared[rank * slot_words + (k >> 5)], 1u << (k & 31));
+  }
+}
+
+// Numbers the cells and lists those of every rank, after MarkShared. A barrier must follow.
+template <int kWords, typename Threads>
+__device__ __forceinline__ void NumberCells(const Problem& p, const GraphMemory& graph,
+                                            int32_t slot_words) {
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
+    const uint32_t expert = ExpertIn(graph.of_slot[i]);
+    const int32_t rank = p.by_slots.Quotient(i);
+    const int32_t k = i - rank * p.slots_per_rank;
+    const uint32_t* shared = graph.is_shared + rank * slot_words;
+    if ((shared[k >> 5] >> (k & 31) & 1) == 0) {
+      graph.of_slot[i] = expert | kNoNumber << 16;
+      continue;
+    }
+    const int32_t place = PlaceOf<kWords>(graph.mask + expert * kWords, rank);
+    const int32_t cell = graph.first[expert] + place;
+    graph.of_slot[i] = expert | static_cast<uint32_t>(cell) << 16;
+    graph.slot[cell] = i;
+    graph.place[cell] = place | HostsOf<kWords>(graph, expert) << 16;
+    graph.shared[rank * p.slots_per_rank + NthShared(shared, k)] = graph.of_slot[i];
+  }
+}
+
 // Builds the graph, which needs no loads. All threads of the team call it; ends with a barrier.
 // *status must have been set before; bits are added.
 template <int kWords, typename Threads>
@@ -246,33 +284,9 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
     bad |= !right;
     graph.home[e] = home;
   }
-#pragma unroll 1
-  for (int32_t i = thread; i < p.n_physical; i += n_threads) {
-    const uint32_t expert = ExpertIn(graph.of_slot[i]);
-    if (expert == kNoExpert || HostsOf<kWords>(graph, expert) == 1) continue;
-    const int32_t rank = p.by_slots.Quotient(i);
-    const int32_t k = i - rank * p.slots_per_rank;
-    atomicOr(&graph.is_shared[rank * slot_words + (k >> 5)], 1u << (k & 31));
-  }
+  MarkShared<kWords, Threads>(p, graph, slot_words);
   Threads::Sync();
-
-#pragma unroll 1
-  for (int32_t i = thread; i < p.n_physical; i += n_threads) {
-    const uint32_t expert = ExpertIn(graph.of_slot[i]);
-    const int32_t rank = p.by_slots.Quotient(i);
-    const int32_t k = i - rank * p.slots_per_rank;
-    const uint32_t* shared = graph.is_shared + rank * slot_words;
-    if ((shared[k >> 5] >> (k & 31) & 1) == 0) {
-      graph.of_slot[i] = expert | kNoNumber << 16;
-      continue;
-    }
-    const int32_t place = PlaceOf<kWords>(graph.mask + expert * kWords, rank);
-    const int32_t cell = graph.first[expert] + place;
-    graph.of_slot[i] = expert | static_cast<uint32_t>(cell) << 16;
-    graph.slot[cell] = i;
-    graph.place[cell] = place | HostsOf<kWords>(graph, expert) << 16;
-    graph.shared[rank * p.slots_per_rank + NthShared(shared, k)] = graph.of_slot[i];
-  }
+  NumberCells<kWords, Threads>(p, graph, slot_words);
   if (bad) atomicOr(graph.status, kBadPlacement);
   Threads::Sync();
 }

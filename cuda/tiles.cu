@@ -2,7 +2,7 @@
 // kernels of their own, so that the kernels that count tokens are unaffected.
 #include <algorithm>
 
-#include "cuda/graph_solver.cuh"
+#include "cuda/graph_tiles.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/solver.cuh"
 #include "cuda/solver.h"
@@ -20,23 +20,6 @@ __device__ __forceinline__ int32_t BaseTiles(const Costs& costs, int32_t rank, i
   return max(given, 0);
 }
 
-// Loads that all threads have summed in shared memory: the totals of tokens, their tiles, or the
-// empty places in those tiles.
-enum class Unit { kTokens, kTiles, kEmptyPlaces };
-
-template <Unit unit>
-struct TotalsIn {
-  const int2* total;
-  Costs costs;
-
-  __device__ __forceinline__ int2 operator[](int32_t expert) const {
-    const int2 tokens = total[expert];
-    if constexpr (unit == Unit::kTokens) return tokens;
-    if constexpr (unit == Unit::kTiles) return {costs.TilesOf(tokens.x), tokens.y};
-    return {costs.EmptyPlaces(tokens.x), 0};
-  }
-};
-
 // Whether sources report ids that name no expert.
 __device__ __forceinline__ int32_t InvalidIn(const Problem& p, const Sources& sources,
                                              const int32_t* loads) {
@@ -52,104 +35,18 @@ __device__ __forceinline__ int32_t InvalidIn(const Problem& p, const Sources& so
 
 // Any placement.
 
-// Words of shared memory besides the totals and the graph: the tiles of all slots, and the
-// placement of slots with tiles.
-int32_t HeldWords(const Problem& p) { return 2 * p.n_physical + p.n_logical; }
-
-// Adds the ranks' base loads, `unit` for each tile. A barrier must follow.
-__device__ __forceinline__ void AddBase(const Problem& p, const Costs& costs,
-                                        const GraphMemory& graph, int32_t unit, int32_t sign) {
-#pragma unroll 1
-  for (int32_t r = threadIdx.x; r < p.ep_size; r += blockDim.x) {
-    atomicAdd(&graph.load[r], sign * unit * max(costs.base_load[r], 0));
-  }
-}
-
-// Whether some rank could exceed int32, in tokens. Also adds the status of loads.
-__device__ __noinline__ bool TooLarge(const Problem& p, const Costs& costs, const int2* total,
-                                      const GraphMemory& graph) {
-  int32_t status = 0;
-#pragma unroll 1
-  for (int32_t r = threadIdx.x; r < p.ep_size; r += blockDim.x) {
-    int64_t most = static_cast<int64_t>(BaseTiles(costs, r, graph.status)) * costs.tile;
-#pragma unroll 1
-    for (int32_t i = r * p.slots_per_rank; i < (r + 1) * p.slots_per_rank; ++i) {
-      if (ExpertIn(graph.of_slot[i]) == kNoExpert) continue;
-      const int2 tokens = total[ExpertIn(graph.of_slot[i])];
-      most += tokens.x;
-      status |= tokens.y;
-    }
-    if (most > kInt32Max) status |= kLoadOverflow;
-  }
-  if (status != 0) atomicOr(graph.status, status);
-  return __syncthreads_or(status & kLoadOverflow);
-}
-
-// Turns the tiles of all slots, in `tiles`, into quotas and returns the largest load in tokens. All
-// threads of the block call it after a barrier. `held` has room for a placement.
-template <int kWords>
-__device__ inline int32_t FillGraph(const Problem& whole, const SolveOperands& in,
-                                    const Costs& costs, const int2* total, const GraphMemory& graph,
-                                    const int32_t* tiles, int32_t* held, int32_t* quota) {
-  Problem p = whole;
-  p.max_replicas = 1;
-  int32_t* home = held + p.n_physical;
-#pragma unroll 1
-  for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) home[e] = -1;
-  __syncthreads();
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
-    held[i] = tiles[i] > 0 ? in.phy2log[i] : -1;
-    if (tiles[i] > 0) atomicMax(&home[held[i]], i);  // Any of them would do, but always the same.
-  }
-  __syncthreads();
-  BuildGraph<kWords, Block>(p, held, home, PrefetchGraph(p, blockDim.x, held, home), graph);
-  const TotalsIn<Unit::kEmptyPlaces> room = {total, costs};
-  StartEven<Block>(p, room, graph);
-  __syncthreads();
-#pragma unroll 1
-  for (int32_t r = threadIdx.x; r < p.ep_size; r += blockDim.x) graph.load[r] = 0;
-  __syncthreads();
-  // More empty places mean fewer tokens.
-  AddBase(p, costs, graph, costs.tile, -1);
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
-    if (tiles[i] == 0) continue;
-    const int32_t tokens = (tiles[i] - 1) * costs.tile + (costs.tile - QuotaOf(room, graph, i));
-    atomicAdd(&graph.load[p.by_slots.Quotient(i)], -tokens);
-  }
-  __syncthreads();
-  if (threadIdx.x < RankTeam<kWords>::Size(p)) {
-    int32_t load[kWords];
-    ValuesOfRanks<kWords>(p, graph.load, 0, load);
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) load[w] = -load[w];
-    HandOut<kWords>(p, graph, -WarpCeilMean(load, SmallDivisor(p.ep_size)));
-  }
-  __syncthreads();
-  int32_t most = 0;
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
-    quota[i] =
-        tiles[i] == 0 ? 0 : (tiles[i] - 1) * costs.tile + (costs.tile - QuotaOf(room, graph, i));
-  }
-#pragma unroll 1
-  for (int32_t r = 0; r < p.ep_size; ++r) most = max(most, -graph.load[r]);
-  return most;
-}
-
 template <int kWords>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     SolveGraphCostsKernel(Problem p, Sources sources, SolveOperands first_in, Costs first_costs,
                           SolveResults first_out) {
-  extern __shared__ int2 total[];  // [n_logical], then the graph, tiles, and FillGraph's memory
+  extern __shared__ int2 total[];  // [n_logical], then the graph, then quotas [n_physical]
   const int32_t element = blockIdx.x;
   const SolveOperands in = BatchElement(p, sources, first_in, element);
   const Costs costs = BatchElement(p, first_costs, element);
   const SolveResults out = BatchElement(p, first_out, element);
   int32_t* const memory = reinterpret_cast<int32_t*>(total + p.n_logical);
   const GraphMemory graph(p, kWords, memory);
-  int32_t* const tiles = memory + GraphMemory::Words(p);
+  int32_t* const quota = memory + GraphMemory::Words(p);
   const PrefetchedGraph fetched = PrefetchGraph(p, blockDim.x, in.phy2log, in.log2phy);
 #pragma unroll 1
   for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
@@ -157,49 +54,18 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
   if (threadIdx.x == 0) *graph.status = 0;
   BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, graph);
+  const bool small_base = AddBase<Block>(p, costs, graph);
   const int32_t invalid = InvalidIn(p, sources, in.loads);
   if (invalid != 0) atomicOr(graph.status, invalid);
-  const bool too_large = TooLarge(p, costs, total, graph);
-  const int32_t status = *graph.status;  // The second graph has its own.
-  __syncthreads();
-
-  Proof proof = {kInt32Max, 0};
-  int32_t max_tokens = kInt32Max;
-  if (too_large) {
-    const TotalsIn<Unit::kTokens> tokens = {total, costs};
-    StayHome<kWords, Block>(p.n_logical, tokens, graph);
-#pragma unroll 1
-    for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
-      out.quota[i] = QuotaOf(tokens, graph, i);
-    }
-  } else {
-    const TotalsIn<Unit::kTiles> in_tiles = {total, costs};
-    AddBase(p, costs, graph, 1, 1);
-    StartEven<Block>(p, in_tiles, graph);
-    __syncthreads();
-    if (threadIdx.x < RankTeam<kWords>::Size(p)) {
-      const int32_t target = GraphWaves<kWords>(p, graph, FirstTarget<kWords>(p, graph));
-      if (threadIdx.x == 0) *graph.target = target;
-    }
-    __syncthreads();
-    proof = {*graph.target, *graph.target};
-    max_tokens = proof.max_load;
-#pragma unroll 1
-    for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
-      tiles[i] = QuotaOf(in_tiles, graph, i);
-      if (costs.tile == 1) out.quota[i] = tiles[i];
-    }
-    __syncthreads();
-    if (costs.tile > 1) {
-      int32_t* const held = tiles + p.n_physical;
-      max_tokens = FillGraph<kWords>(p, in, costs, total, graph, tiles, held, out.quota);
-    }
-  }
+  const SummedTotals totals = {total};
+  const TileProof proof = SolveTiles<kWords, Block>(p, totals, costs, small_base, graph, quota);
+#pragma unroll 2
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) out.quota[i] = quota[i];
   if (threadIdx.x == 0) {
-    *out.max_load = proof.max_load;
-    *out.lower_bound = proof.lower_bound;
-    *out.status = status;
-    *costs.max_tokens = max_tokens;
+    *out.max_load = proof.tiles.max_load;
+    *out.lower_bound = proof.tiles.lower_bound;
+    *out.status = *graph.status;
+    *costs.max_tokens = proof.max_tokens;
   }
 }
 
@@ -367,7 +233,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 }  // namespace
 
 int64_t SolveCostsSharedBytes(const Problem& problem) {
-  const int32_t words = problem.n_columns == 0 ? HeldWords(problem) : FillWords(problem);
+  const int32_t words = problem.n_columns == 0 ? problem.n_physical : FillWords(problem);
   return SolveSharedBytes(problem) + static_cast<int64_t>(words) * sizeof(int32_t);
 }
 

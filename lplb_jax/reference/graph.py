@@ -175,10 +175,14 @@ def fill(
     def tokens_beside(room):
         return jnp.where(tiles > 0, (tiles - 1) * tile + (tile - room), 0)
 
-    room = even_shares((-total) % tile, held.hosts)
-    load = base + tokens_beside(room).sum(axis=0, dtype=jnp.int32)
-    mean = ceil_mean(load, jnp.ones(load.shape, bool))
-    load, room, _ = hand_out(load, room, mean, **moves(held))
+    def load_beside(room):
+        return base + tokens_beside(room).sum(axis=0, dtype=jnp.int32)
+
+    all_of_it = (-total) % tile
+    room = even_shares(all_of_it, held.hosts)
+    load = load_beside(room)
+    bound = larger_bound(load, least=load_beside(all_of_it[:, None]))
+    load, room, _ = hand_out(load, room, bound, **moves(held))
     return tokens_beside(room), load
 
 
@@ -206,7 +210,14 @@ def first_target(
     """The bounds of the set of all ranks and of single ranks, from any feasible plan."""
     alone = cells.hosts.sum(axis=1, dtype=jnp.int32) == 1
     stays = base + jnp.where(alone[:, None], tokens, 0).sum(axis=0, dtype=jnp.int32)
-    return jnp.maximum(ceil_mean(load, jnp.ones(load.shape, bool)), stays.max())
+    return larger_bound(load, stays)
+
+
+def larger_bound(
+    load: Int32[Array, " ep_size"], least: Int32[Array, " ep_size"]
+) -> Int32[Array, ""]:
+    """The mean of the loads, or what some rank has at least in any plan."""
+    return jnp.maximum(ceil_mean(load, jnp.ones(load.shape, bool)), least.max())
 
 
 def levels(

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <numeric>
 #include <vector>
 
 #include "cuda/problem.h"
@@ -60,12 +61,19 @@ inline int64_t FillAnywhere(const Problem& p, const Costs& costs, const std::vec
   const auto tokens_of = [&](size_t cell) {
     return int64_t{costs.tile} * quota[graph.slot[cell]] - waves.tokens()[cell];
   };
-  int64_t sum = 0;
-  for (size_t c = 0; c < graph.slot.size(); ++c) load[graph.rank[c]] += tokens_of(c);
-  for (const int64_t of_rank : load) sum += of_rank;
+  std::vector<int64_t> least = load;  // with all empty places that a rank can have
+  for (int32_t e = 0; e < p.n_logical; ++e) {
+    for (int32_t c = graph.first[e]; c < graph.first[e + 1]; ++c) {
+      load[graph.rank[c]] += tokens_of(c);
+      least[graph.rank[c]] += int64_t{costs.tile} * quota[graph.slot[c]] - room[e];
+    }
+  }
+  const int64_t sum = std::accumulate(load.begin(), load.end(), int64_t{0});
+  const int64_t bound =
+      std::max(CeilDiv(sum, p.ep_size), *std::max_element(least.begin(), least.end()));
   // More empty places mean fewer tokens.
   std::transform(load.begin(), load.end(), waves.load().begin(), std::negate<>());
-  waves.HandOut(-CeilDiv(sum, p.ep_size));
+  waves.HandOut(-bound);
   for (size_t c = 0; c < graph.slot.size(); ++c) {
     quota[graph.slot[c]] = static_cast<int32_t>(tokens_of(c));
   }
