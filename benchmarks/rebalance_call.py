@@ -29,13 +29,15 @@ class Results(NamedTuple):
 class RebalanceCall:
     """int32 `indices` of one source over a placement, all on one device.
 
-    With `fan_out`, copies are chosen first, and each rank sends at most `fan_out`.
+    With `fan_out`, copies are chosen first, and each rank sends at most `fan_out`. With `tile`,
+    tiles are balanced, on top of `base_load`, of any placement.
 
     Attributes:
       arguments: the arguments of `launch_synced_rebalance` before the stream: problem, number of
-        tokens, tiles, pointers to operands and results, and how copies are chosen.
+        tokens, tiles, pointers to operands and results, how copies are chosen, and costs.
       results: the arrays that a launch writes.
       tables: phy2log, log2phy and logcnt of the chosen copies.
+      max_tokens: of the busiest rank, where tiles are balanced.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class RebalanceCall:
         indices: np.ndarray,
         device: Any = None,
         fan_out: int = 0,
+        tile: int | None = None,
+        base_load: np.ndarray | None = None,
     ) -> None:
         n_tokens, n_physical = indices.size, placement.n_physical
         group_size, n_columns = r2o.shape
@@ -66,7 +70,11 @@ class RebalanceCall:
         read, written, tables = (
             [pointer(a) for a in of] for of in (self._operands, self.results, self.tables)
         )
-        choice = fan_out, width, tables
+        base = np.zeros(placement.ep_size) if base_load is None else base_load
+        self._base_load = jax.device_put(np.asarray(base, np.int32), device)
+        self.max_tokens = filled((n_groups,))
+        costs = (0, 0) if tile is None else (pointer(self._base_load), pointer(self.max_tokens))
+        choice = fan_out, width, tables, tile or 1, costs
         self.arguments = (
             [*sizes, max_copies],
             n_tokens,

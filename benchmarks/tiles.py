@@ -3,6 +3,7 @@
     python benchmarks/tiles.py [--tile 128] [--ranks 8 32 64] [--tokens 32 128 512 4096]
     python benchmarks/tiles.py --gpu [--tokens 32 128 512]
     python benchmarks/tiles.py --solve [--tokens 32 128 512 4096]
+    python benchmarks/tiles.py --step
 
 The table, on any backend, uses the packaged traces, top-8 of 256 experts, placed by the loads of an
 earlier step with two redundant slots per rank, on any ranks. Batches consist of consecutive
@@ -18,7 +19,8 @@ The last column is the busiest rank's tiles per slot with `solve(tile=…)`.
 
 --gpu times the feed-forward networks of that rank's slots (bfloat16) with both quotas, alternating:
 median milliseconds. --solve times a `solve` that counts tokens and one that counts tiles, in a
-jitted loop over the same loads: microseconds.
+jitted loop over the same loads: microseconds. --step times the kernels of `rebalance` likewise, in
+a CUDA graph: of the first 32,768 indices of every layer, with positions.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[32, 128, 512, 4096])
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--solve", action="store_true")
+    parser.add_argument("--step", action="store_true")
     args = parser.parse_args()
-    report = times if args.gpu else solves if args.solve else table
+    report = times if args.gpu else solves if args.solve else steps if args.step else table
     report(args.ranks, args.tokens, args.tile)
 
 
@@ -160,6 +163,25 @@ def solve_times(placement, loads: np.ndarray, tile: int, n: int = 512) -> list[f
             taken.append(time.perf_counter() - start)
         medians.append(float(np.median(taken[2:])) / n * 1e6)
     return medians
+
+
+def steps(ranks: list[int], tokens: list[int], tile: int) -> None:
+    from rebalance_call import RebalanceCall  # only with a GPU
+
+    print(f"device: {jax.devices()[0].device_kind}; tiles of {tile} rows, µs of a rebalance")
+    print(f"{'ranks':>6}{'by tokens':>12}{'by tiles':>12}{'more':>8}")
+    for n_ranks in ranks:
+        taken = []
+        for aux_loss in AUX_LOSSES:
+            traces = load_traces(aux_loss)
+            for indices, history in zip(traces.indices, traces.history, strict=True):
+                ids = indices.ravel()[:32768].astype(np.int32)
+                no_topology = np.zeros((n_ranks, 0), np.int32)
+                step = functools.partial(RebalanceCall, no_topology, placed(history, n_ranks), ids)
+                taken.append([step(tile=which).time(replays=5) for which in (None, tile)])
+        by_tokens, by_tiles = np.mean(taken, axis=0)
+        more = by_tiles - by_tokens
+        print(f"{n_ranks:6}{by_tokens:12.2f}{by_tiles:12.2f}{more:8.2f}", flush=True)
 
 
 def busiest(placement, loads: np.ndarray, n_ranks: int, tile: int) -> list[np.ndarray]:

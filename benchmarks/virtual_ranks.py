@@ -86,9 +86,10 @@ class VirtualRanks:
         placement: Placement,
         indices: np.ndarray,
         fan_out: int = 0,
+        **costs: Any,
     ) -> RebalanceCall:
         """The arguments of `rebalance` on this rank."""
-        return RebalanceCall(r2o, placement, indices, self.devices[rank], fan_out)
+        return RebalanceCall(r2o, placement, indices, self.devices[rank], fan_out, **costs)
 
     def sync(
         self,

@@ -1,11 +1,14 @@
 // rebalance with other ranks: the launches of balancer.cu, with the exchange of counts in them.
 #include "cuda/route/launch.cuh"
 #include "cuda/route/over_copies.h"
+#include "cuda/route/over_tiles.h"
 
 namespace lplb::cuda {
 
 cudaError_t LaunchSyncedRebalance(const RouteArguments& arguments, cudaStream_t stream) {
   if (arguments.copies.fan_out > 0) return LaunchSyncedRebalanceOverCopies(arguments, stream);
+  if (arguments.costs.base_load != nullptr)
+    return LaunchSyncedRebalanceOverTiles(arguments, stream);
   return WithRouting(arguments.problem, [&](auto routing) {
     return LaunchRoute<decltype(routing), Quotas::kSynced>(arguments, stream);
   });
@@ -13,6 +16,7 @@ cudaError_t LaunchSyncedRebalance(const RouteArguments& arguments, cudaStream_t 
 
 cudaError_t PreloadSyncedRebalance() {
   cudaError_t error = PreloadSyncedRebalanceOverCopies();
+  if (error == cudaSuccess) error = PreloadSyncedRebalanceOverTiles();
   const auto preload = [&](const Problem& problem) {
     if (error != cudaSuccess) return;
     error = WithRouting(

@@ -112,6 +112,8 @@ __device__ inline int32_t FillTiles(const Problem& p, const Totals& totals, cons
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
     if (quota[i] == 0) continue;
+    const uint32_t packed = graph.of_slot[i];
+    if (CellIn(packed) == kNoNumber) graph.home[ExpertIn(packed)] = i;
     quota[i] = (quota[i] - 1) * costs.tile + (costs.tile - QuotaOf(room, graph, i));
   }
   return *graph.target;

@@ -62,6 +62,7 @@ struct RouteArguments {
   int32_t n_tiles;
   int32_t rounds;  // set by the launcher
   bool proportional;
+  Costs costs;  // of a rebalance without a topology; without base_load, tokens are balanced
 };
 
 // Where the quotas come from.

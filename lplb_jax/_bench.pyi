@@ -71,6 +71,8 @@ def launch_rebalance(
     fan_out: int,
     width: int,
     copies: Sequence[int],
+    tile: int,
+    costs: Sequence[int],
     stream: int,
     /,
 ) -> None: ...
@@ -86,6 +88,8 @@ def launch_synced_rebalance(
     fan_out: int,
     width: int,
     copies: Sequence[int],
+    tile: int,
+    costs: Sequence[int],
     stream: int,
     /,
 ) -> None: ...

@@ -217,6 +217,10 @@ class Costs:
     def asked(self) -> bool:
         return self.tile is not None or self.base_load is not None
 
+    def of_ranks(self, ep_size: int) -> jax.Array | np.ndarray:
+        """The base loads, zeros where there are none."""
+        return np.zeros(ep_size, np.int32) if self.base_load is None else self.base_load
+
 
 NO_COSTS = Costs()
 

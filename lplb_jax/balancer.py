@@ -11,6 +11,7 @@ from jax import lax
 from lplb_jax import _native, reference
 from lplb_jax._problem import (
     AUTO_TILE,
+    Costs,
     Problem,
     Solver,
     anywhere,
@@ -39,7 +40,7 @@ from lplb_jax.batch_copies import (
 from lplb_jax.comm import Comm, check_comm
 from lplb_jax.loads import all_gather_counts, count
 from lplb_jax.placement import Placement
-from lplb_jax.solver import Split, solve_checked
+from lplb_jax.solver import Split, TileSplit, solve_checked
 from lplb_jax.status import Status
 
 _MANY = 1 << 30  # indices, for which no cluster of blocks suffices
@@ -252,13 +253,14 @@ def rebalance(
     costs = check_costs(tile, base_load, problem.ep_size, method, most_tiles)
 
     at_once = comm.fuses if comm is not None else axis_name is None
-    # The fused kernels balance tokens, not tiles, and along a topology prefer home ranks.
-    plain = not (problem.along_topology and problem.node_size) and not costs.asked
-    at_once = at_once and plain and loads is None and method == "exact"
     chooses = limit is not None
+    # Along a topology, the fused kernels balance tokens, not tiles, and prefer home ranks.
+    plain = not (problem.along_topology and (problem.node_size or costs.asked))
+    plain = plain and not (chooses and costs.asked)
+    at_once = at_once and plain and loads is None and method == "exact"
     if at_once and _fits(problem, indices.size, chooses=chooses, synced=comm is not None):
         assigned, split, chosen = _rebalance_at_once(
-            indices, problem, axis_name, comm, positions, limit
+            indices, problem, axis_name, comm, positions, limit, costs
         )
         physical = returned(given, assigned, positions)
         return (physical, split) if chosen is None else (physical, split, chosen)
@@ -317,32 +319,39 @@ def _rebalance_at_once(
     comm: Comm | None,
     positions: bool,
     fan_out: int | None,
-) -> tuple[Assignment, Split, Placement | None]:
+    costs: Costs,
+) -> tuple[Assignment, Split | TileSplit, Placement | None]:
     """All steps in one native call, which given `comm` also exchanges the ranks' counts.
 
-    With `fan_out`, it first chooses the copies; the last result is their placement.
+    With `fan_out`, it first chooses the copies; the last result is their placement, None with
+    `costs`.
     """
     placement = problem.placement
-    operands = (indices.reshape(-1), placement.phy2log, placement.log2phy, problem.r2o)
-    common = {
+    operands: tuple[Any, ...] = (
+        indices.reshape(-1),
+        placement.phy2log,
+        placement.log2phy,
+        problem.r2o,
+    )
+    common: dict[str, Any] = {
         "workspace": workspace_shape(indices.size, problem.n_logical),
         "ep_size": problem.ep_size,
         "node_size": problem.node_size,
         "positions": int(positions),
-        "fan_out": fan_out or 0,
     }
-    if comm is None:
-        results = _native.call("lplb_rebalance", reference.rebalance, *operands, **common)
+    if costs.asked:
+        operands += (costs.of_ranks(problem.ep_size),)
+        common["tile"] = costs.tile or 1
     else:
-        results = _native.call(
-            "lplb_synced_rebalance",
-            reference.synced_rebalance,
-            *operands,
-            lax.axis_index(axis_name),
-            axis_name=axis_name,
-            comm=comm.identifier,
-            **common,
-        )
-    tokens, split, tables = results[:3], results[3:7], results[7:]
+        common["fan_out"] = fan_out or 0
+    if comm is not None:
+        operands += (lax.axis_index(axis_name),)
+        common |= {"axis_name": axis_name, "comm": comm.identifier}
+    name = "rebalance" if comm is None else "synced_rebalance"
+    name += "_costs" if costs.asked else ""
+    results = _native.call(f"lplb_{name}", getattr(reference, name), *operands, **common)
+    tokens, split, others = results[:3], Split(*results[3:7]), results[7:]
     assigned = as_assignment(indices, *tokens, positions=positions)
-    return assigned, Split(*split), with_copies(placement, tables) if tables else None
+    if not costs.asked:
+        return assigned, split, with_copies(placement, others) if others else None
+    return assigned, split if costs.tile is None else TileSplit(*split, *others), None

@@ -195,7 +195,7 @@ def solve_checked(
     placement = problem.placement
     rows = loads.reshape(-1, loads.shape[-1])
     operands = (rows, placement.phy2log, placement.log2phy, problem.r2o)
-    base = np.zeros(problem.ep_size, np.int32) if costs.base_load is None else costs.base_load
+    base = costs.of_ranks(problem.ep_size)
     if method == "exact" and costs.asked:
         sizes: dict[str, Any] = {"ep_size": problem.ep_size, "tile": costs.tile or 1}
         target = "lplb_solve_costs"

@@ -87,6 +87,7 @@ def valid_call(rng: np.random.Generator, case: Case) -> Call:
     nodes = {"node_size": int(node_size) if anywhere else 0}
     types = [np.int32] * 11
     targets = ["count", "solve", "solve_costs", "ipm", "place_copies", "assign", "rebalance"]
+    targets += ["rebalance_costs"] if anywhere else []
     target = str(rng.choice(targets))
     if target == "count":
         operands, shapes, attributes = [indices], [(n_logical + 1,)], {"n_logical": n_logical}
@@ -115,6 +116,12 @@ def valid_call(rng: np.random.Generator, case: Case) -> Call:
             loads = loads[:1]
         operands, shapes = [indices, loads, quota, *placed[:2], rank], [*slots, workspace]
         attributes = size | nodes | {"proportional": proportional, "positions": positions}
+    elif target == "rebalance_costs":
+        base_load = rng.integers(0, 5, case.ep_size).astype(np.int32)
+        operands = [indices, *placed, base_load]
+        shapes = [*slots, *split, split[-1], workspace]
+        tile = int(rng.choice([1, 7, 1 << 20]))
+        attributes = size | nodes | {"positions": positions, "tile": tile}
     else:
         operands, shapes = [indices, *placed], [*slots, *split]
         fan_out = int(rng.integers(4)) if anywhere else 0

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from lplb_jax import reference, solve
-from lplb_jax._problem import Problem
+from lplb_jax._problem import NO_COSTS, Problem
 from lplb_jax.assignment import assign_tokens
 from lplb_jax.balancer import _rebalance_at_once as rebalance_at_once
 from lplb_jax.loads import count
@@ -95,7 +95,7 @@ def native_rebalance(indices, r2o, placement, *, positions=True):
 
     def one(indices, r2o, placement):
         problem = Problem(r2o, placement)
-        return rebalance_at_once(indices, problem, None, None, positions, fan_out=None)[:2]
+        return rebalance_at_once(indices, problem, None, None, positions, None, NO_COSTS)[:2]
 
     return jax.vmap(one)(indices, r2o, placement)
 

@@ -12,6 +12,7 @@ import ragged_checks
 import sync_checks
 from jax.sharding import Mesh
 from meshes import everywhere, per_rank
+from test_tiles import some_base
 
 from lplb_jax import Status, _native, init_comm, rebalance, topologies
 
@@ -78,12 +79,13 @@ def test_virtual_ranks(rng, virtual_ranks, n_gpus, size):
 
 @pytest.mark.parametrize("n_tokens", [1, 1000, 32_768, 200_000])
 @pytest.mark.parametrize(("n_gpus", "size"), [(1, 1), (1, 4), (2, 4), (2, 8)])
-@pytest.mark.parametrize("where", ["topology", "anywhere", "copies of the batch"])
+@pytest.mark.parametrize("where", ["topology", "anywhere", "copies of the batch", "tiles"])
 def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, n_tokens, where):
     """As on as many CPUs that exchange counts by lax.all_gather; in one launch and in two."""
     n_logical, n_calls = 16 * size, 5
     ranks = virtual_ranks(n_gpus, size, n_logical)
     anywhere, fan_out = where != "topology", 3 if where == "copies of the batch" else 0
+    costs = {"tile": 16, "base_load": some_base(rng, size)} if where == "tiles" else {}
     if anywhere:
         r2o = np.zeros((size, 0), np.int32)
         placement = sync_checks.placed_anywhere(rng, size, n_logical)
@@ -94,7 +96,10 @@ def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, 
     ids = rng.zipf(1.3, (n_calls, size, n_tokens)) % (n_logical + 1)  # Some name no expert.
     ids = ids.astype(np.int32)
     calls = [
-        [ranks.call(rank, r2o, placement, ids[call, rank], fan_out) for call in range(n_calls)]
+        [
+            ranks.call(rank, r2o, placement, ids[call, rank], fan_out, **costs)
+            for call in range(n_calls)
+        ]
         for rank in range(size)
     ]
     launch_in_bursts(
@@ -104,7 +109,7 @@ def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, 
     assert not any(ranks.failures())
 
     def step(ids):
-        options = {"placement": placement, "axis_name": "ep", "positions": True}
+        options = {"placement": placement, "axis_name": "ep", "positions": True} | costs
         if fan_out:
             options |= {"copies": "batch", "fan_out": fan_out}
         return rebalance(ids, None, None if anywhere else r2o, **options)
@@ -117,6 +122,7 @@ def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, 
             results = [
                 *calls[rank][call].results[:-1],
                 *(calls[rank][call].tables if fan_out else []),
+                *([calls[rank][call].max_tokens] if costs else []),
             ]
             for got, want in zip(results, expected, strict=True):
                 np.testing.assert_array_equal(got, want[rank])

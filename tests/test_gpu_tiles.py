@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from any_cases import SIZES, Sizes
 from cases import CASES, INT32_MAX, spoiled
-from test_gpu_any import same_on_both, stacked
+from test_gpu_any import same_on_both, stacked, tokens
 from test_tiles import native
 
 from lplb_jax import Status, rebalance, topologies
@@ -76,6 +76,23 @@ def test_tables_that_are_wrong(rng):
 
     split = same_on_both(one, loads, r2o, placements, base)
     assert (split.status & Status.BAD_PLACEMENT).any()
+
+
+@pytest.mark.parametrize("n_tokens", [0, 700, 30_000, 300_000])
+@pytest.mark.parametrize("name", ["5 x 7", "8 x 40", "33 x 3", "64 x 6", "144 x 3"])
+def test_rebalance_at_once(rng, name, n_tokens):
+    """In one launch and in two, for a batch with one placement and base load per instance."""
+    sizes, tile = ANY[name], int(rng.choice([1, 16, 128]))
+    ids, placements = tokens(rng, sizes, 3, n_tokens), stacked(rng, sizes, 3)
+    base = rng.integers(0, 5, (3, sizes.ep_size)).astype(np.int32)
+
+    def one(ids, placement, base):
+        options = {"tile": tile, "base_load": base, "positions": True}
+        return rebalance(ids, None, placement=placement, **options)
+
+    assignment, split = same_on_both(jax.vmap(one), ids, placements, base)
+    np.testing.assert_array_equal(split.max_load, split.lower_bound)
+    np.testing.assert_array_equal(assignment.counts, split.quota)
 
 
 @pytest.mark.parametrize("n_nodes", [None, 2])

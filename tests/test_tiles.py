@@ -1,5 +1,6 @@
 """Tiles and base loads: proven against integer programs, and the specification's bits."""
 
+import functools
 from typing import Any
 
 import jax
@@ -225,6 +226,30 @@ def test_tokens_arrive_by_the_tiles(rng):
         assert_same(route(ids), (physical, split))
     _, alone = rebalance(ids.ravel(), None, **options)
     assert_same(alone, split)
+
+
+@pytest.mark.parametrize("n_nodes", [None, 2])
+@pytest.mark.parametrize(("tile", "has_base"), [(8, False), (16, True), (None, True)])
+def test_at_once_as_step_by_step(rng, tile, has_base, n_nodes):
+    """The native call, and the specification's."""
+    placement = jax.tree.map(lambda array: array[0], any_placements(rng, "8 x 6", 1))
+    ids = rng.integers(-1, placement.n_logical, 90).astype(np.int32)
+    ids[rng.random(90) < 0.3] = 2
+    loads = np.bincount(ids[ids >= 0], minlength=placement.n_logical).astype(np.int32)
+    base = some_base(rng, 8) if has_base else None
+    costs: dict[str, Any] = {"placement": placement, "tile": tile, "base_load": base}
+    split = solve(loads, **costs)
+    step = functools.partial(rebalance, n_nodes=n_nodes, positions=True, **costs)
+    assignment, found = step(ids, None)
+    assert type(found) is type(split)
+    assert_same(found, split)
+    wanted = assign(ids, None, split, placement=placement, n_nodes=n_nodes, positions=True)
+    assert_same(assignment, wanted)
+    sizes = {"ep_size": 8, "node_size": 8 // (n_nodes or 1), "positions": 1, "tile": tile or 1}
+    specified = jax.jit(functools.partial(reference.rebalance_costs, **sizes))
+    tables = placement.phy2log, placement.log2phy, np.zeros((8, 0), np.int32)
+    results = on_cpu(specified)(ids, *tables, np.zeros(8, np.int32) if base is None else base)
+    assert_same(results[: 3 + len(split)], (*assignment, *split))
 
 
 def _eight() -> bool:

@@ -4,6 +4,7 @@
 
 #include "xla_ffi/batch_copies.h"
 #include "xla_ffi/checks.h"
+#include "xla_ffi/solver.h"
 
 namespace lplb {
 
@@ -15,26 +16,42 @@ struct RebalanceCall {
   SolveOperands in;  // `loads` is null: the call counts them
   SolveResults out;
   ChosenCopies copies;
+  Costs costs;  // without base_load, tokens are balanced
 
-  explicit RebalanceCall(Frame& frame) {
+  explicit RebalanceCall(Frame& frame, bool has_costs = false) {
     ProblemSizes sizes(frame);
     sizes.ReadNodes(frame);
     const bool positions = frame.Flag("positions");
-    copies.ReadFanOut(frame, 0);
+    if (has_costs) {
+      costs.tile = ReadTile(frame);
+    } else {
+      copies.ReadFanOut(frame, 0);
+    }
     tokens.ReadIndices(frame);
     batch = frame.batch();
     in.loads = nullptr;
     ReadPlacement(frame, sizes, in);
+    if (has_costs) frame.Operand("base_load", {&sizes.ep_size}, &costs.base_load);
     problem = ProblemOf(frame, sizes);
     sources = {1, problem.n_logical + 1};
     tokens.ReadSlots(frame, positions, sizes);
     ReadSplit(frame, problem, sizes, ffi::DataType::S32, ffi::DataType::S32, out);
+    if (has_costs) {
+      if (problem.n_columns > 0) frame.Fail("r2o: expected no columns where tiles are balanced");
+      Size n_groups = {"n_groups", problem.n_groups};
+      frame.Result("max_tokens", {&n_groups}, &costs.max_tokens);
+    }
     if (copies.fan_out > 0) {
       if (problem.n_columns > 0) frame.Fail("fan_out: expected 0 along a topology");
       copies.ReadTables(frame, problem, sizes);
     }
     tokens.ReadWorkspace(frame);
   }
+};
+
+// Where slots cost tiles and ranks have a base load, on any placement.
+struct RebalanceCostsCall : RebalanceCall {
+  explicit RebalanceCostsCall(Frame& frame) : RebalanceCall(frame, /*has_costs=*/true) {}
 };
 
 }  // namespace lplb

@@ -135,13 +135,23 @@ struct Anywhere {
         *out.lower_bound = proof.lower_bound;
       }
     }
+    DealAll<kQuotas, Threads, kQuotas != Quotas::kGiven>(a, element, call, graph, memory);
+  }
+
+  // Deals this source's tokens of all experts by memory.quota. With kStores, the quotas that
+  // SolveGraph left in the graph come there first.
+  template <Quotas kQuotas, typename Threads, bool kStores>
+  static __device__ __forceinline__ void DealAll(const RouteArguments& a, int64_t element,
+                                                 const SyncCall& call, const GraphMemory& graph,
+                                                 const RouteMemory& memory) {
+    const Problem& p = a.problem;
     const bool failed = kQuotas == Quotas::kSynced && (*graph.status & kSyncFailed);
     const PieceTable pieces = PiecesOf(a, memory);
 #pragma unroll 1
     for (int32_t e = threadIdx.x; e < p.n_logical; e += Threads::Size()) {
       Dealer dealer(pieces, graph.first[e], memory.own[e]);
       const int32_t n_hosts = HostsOf<kWords>(graph, e);
-      if constexpr (kQuotas != Quotas::kGiven) StoreQuotas(memory, graph, e, n_hosts);
+      if constexpr (kStores) StoreQuotas(memory, graph, e, n_hosts);
       if (n_hosts > 1 && !failed)
         Deal<kQuotas>(a, element, call, graph, memory, e, n_hosts, dealer);
       memory.routes[e] = dealer.Finish(failed ? -1 : graph.home[e]);

@@ -26,12 +26,14 @@ __all__ = [
     "place_copies",
     "plan",
     "rebalance",
+    "rebalance_costs",
     "solve",
     "solve_copies",
     "solve_costs",
     "sync",
     "synced_plan",
     "synced_rebalance",
+    "synced_rebalance_costs",
     "there",
 ]
 
@@ -62,6 +64,8 @@ assign = _with_default_promotion(assignment.assign)
 solve_copies = _with_default_promotion(balancer.solve_copies)
 rebalance = _with_default_promotion(balancer.rebalance)
 synced_rebalance = _with_default_promotion(balancer.synced_rebalance)
+rebalance_costs = _with_default_promotion(balancer.rebalance_costs)
+synced_rebalance_costs = _with_default_promotion(balancer.synced_rebalance_costs)
 plan = _with_default_promotion(exchange_plan.plan)
 synced_plan = _with_default_promotion(exchange_plan.synced_plan)
 there = _with_default_promotion(exchange.there)

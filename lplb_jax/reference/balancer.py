@@ -11,7 +11,7 @@ from jaxtyping import Int32, Integer
 from lplb_jax.reference.assignment import assign
 from lplb_jax.reference.batch_copies import place
 from lplb_jax.reference.loads import count, sync
-from lplb_jax.reference.solver import solve
+from lplb_jax.reference.solver import solve, solve_costs
 
 
 def rebalance(
@@ -56,6 +56,47 @@ def synced_rebalance(
     return _balance(indices, counts, phy2log, log2phy, r2o, rank, sizes, fan_out)
 
 
+def rebalance_costs(
+    indices: Integer[Array, " tokens"],
+    phy2log: Int32[Array, " n_physical"],
+    log2phy: Int32[Array, "n_logical max_replicas"],
+    r2o: Int32[Array, "group_size n_columns"],
+    base_load: Int32[Array, " ep_size"],
+    *,
+    ep_size: int,
+    node_size: int,
+    positions: int,
+    tile: int,
+) -> tuple[Int32[Array, "..."], ...]:
+    """`rebalance` by `solve_costs`."""
+    counts = count(indices, n_logical=log2phy.shape[0])[None]
+    rank = jnp.int32(0)
+    sizes = {"ep_size": ep_size, "node_size": node_size, "positions": positions}
+    return _balance_costs(indices, counts, phy2log, log2phy, r2o, base_load, rank, sizes, tile)
+
+
+def synced_rebalance_costs(
+    indices: Integer[Array, " tokens"],
+    phy2log: Int32[Array, " n_physical"],
+    log2phy: Int32[Array, "n_logical max_replicas"],
+    r2o: Int32[Array, "group_size n_columns"],
+    base_load: Int32[Array, " ep_size"],
+    rank: Int32[Array, ""],
+    *,
+    axis_name: Any,
+    comm: int,
+    ep_size: int,
+    node_size: int,
+    positions: int,
+    tile: int,
+) -> tuple[Int32[Array, "..."], ...]:
+    """`rebalance_costs` inside shard_map, where the other ranks of `axis_name` have tokens too."""
+    own = count(indices, n_logical=log2phy.shape[0])
+    counts = sync(own, rank, axis_name=axis_name, comm=comm)
+    sizes = {"ep_size": ep_size, "node_size": node_size, "positions": positions}
+    return _balance_costs(indices, counts, phy2log, log2phy, r2o, base_load, rank, sizes, tile)
+
+
 def solve_copies(
     loads: Int32[Array, "n_sources row"],
     phy2log: Int32[Array, " n_physical"],
@@ -86,3 +127,10 @@ def _balance(indices, counts, phy2log, log2phy, r2o, rank, sizes, fan_out):
         split = solve(*operands, ep_size=sizes["ep_size"])
     tokens = assign(indices, counts, split[0], phy2log, log2phy, rank, proportional=0, **sizes)
     return *tokens, *split, *tables
+
+
+def _balance_costs(indices, counts, phy2log, log2phy, r2o, base_load, rank, sizes, tile):
+    tables = phy2log, log2phy
+    split = solve_costs(counts, *tables, r2o, base_load, ep_size=sizes["ep_size"], tile=tile)
+    tokens = assign(indices, counts, split[0], *tables, rank, proportional=0, **sizes)
+    return *tokens, *split

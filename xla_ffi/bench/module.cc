@@ -54,11 +54,13 @@ void LaunchPlaceCopies(std::array<int32_t, 6> problem, std::array<int32_t, 2> so
 
 // in: indices (int32), phy2log, log2phy, r2o; out: physical, position, slot counts, quota,
 // max_load, lower_bound, status, workspace [n_tiles, words]; copies: phy2log, log2phy [n_logical,
-// width] and logcnt of the chosen copies, none if fan_out is 0.
+// width] and logcnt of the chosen copies, none if fan_out is 0; costs: base_load and max_tokens,
+// null where tokens are balanced.
 cuda::RouteArguments ArgumentsOf(std::array<int32_t, 6> problem, int64_t batch, int64_t n_tokens,
                                  std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
                                  std::array<Pointer, 8> out, int32_t fan_out, int32_t width,
-                                 std::array<Pointer, 3> copies) {
+                                 std::array<Pointer, 3> copies, int32_t tile,
+                                 std::array<Pointer, 2> costs) {
   cuda::RouteArguments arguments = {};
   arguments.problem = ProblemOf(problem);
   arguments.sources = {1, arguments.problem.n_logical + 1};
@@ -67,6 +69,7 @@ cuda::RouteArguments ArgumentsOf(std::array<int32_t, 6> problem, int64_t batch, 
   arguments.solve_in = {nullptr, As(in[1]), As(in[2]), As(in[3])};
   arguments.solve_out = {As(out[3]), As(out[4]), As(out[5]), As(out[6])};
   arguments.copies = {fan_out, width, {As(copies[0]), As(copies[1]), As(copies[2])}};
+  arguments.costs = {tile, As<const int32_t>(costs[0]), As(costs[1])};
   arguments.workspace = As(out[7]);
   arguments.batch = batch;
   arguments.n_tiles = static_cast<int32_t>(tiles[0]);
@@ -77,9 +80,10 @@ cuda::RouteArguments ArgumentsOf(std::array<int32_t, 6> problem, int64_t batch, 
 void LaunchRebalance(std::array<int32_t, 6> problem, int64_t batch, int64_t n_tokens,
                      std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
                      std::array<Pointer, 8> out, int32_t fan_out, int32_t width,
-                     std::array<Pointer, 3> copies, Pointer stream) {
+                     std::array<Pointer, 3> copies, int32_t tile, std::array<Pointer, 2> costs,
+                     Pointer stream) {
   const auto arguments =
-      ArgumentsOf(problem, batch, n_tokens, tiles, in, out, fan_out, width, copies);
+      ArgumentsOf(problem, batch, n_tokens, tiles, in, out, fan_out, width, copies, tile, costs);
   ThrowIf(Lent().rebalance(arguments, As<CUstream_st>(stream)));
 }
 
@@ -94,9 +98,10 @@ void LaunchSyncedRebalance(int64_t comm, int32_t device, Pointer rank,
                            std::array<int32_t, 6> problem, int64_t n_tokens,
                            std::array<int64_t, 2> tiles, std::array<Pointer, 4> in,
                            std::array<Pointer, 8> out, int32_t fan_out, int32_t width,
-                           std::array<Pointer, 3> copies, Pointer stream) {
+                           std::array<Pointer, 3> copies, int32_t tile,
+                           std::array<Pointer, 2> costs, Pointer stream) {
   cuda::RouteArguments arguments =
-      ArgumentsOf(problem, 1, n_tokens, tiles, in, out, fan_out, width, copies);
+      ArgumentsOf(problem, 1, n_tokens, tiles, in, out, fan_out, width, copies, tile, costs);
   arguments.given.rank = As(rank);
   arguments.peers = RankOf(comm, device).peers;
   ThrowIf(Lent().synced_rebalance(arguments, As<CUstream_st>(stream)));

@@ -31,7 +31,9 @@ ffi::Error RunRebalance(const RebalanceCall& call) {
         in.log2phy = copies.log2phy;
       }
       const SolveResults split = BatchElement(p, call.out, b);
-      Solve(p, call.sources, in, split, Costs(), start.empty() ? nullptr : start.data());
+      const Costs costs =
+          call.costs.base_load != nullptr ? BatchElement(p, call.costs, b) : Costs();
+      Solve(p, call.sources, in, split, costs, start.empty() ? nullptr : start.data());
       Assign(p, call.sources, {counts.data(), split.quota, in.phy2log, in.log2phy, &rank},
              /*proportional=*/false, first, call.tokens.n, ResultsOf(call.tokens, p, b));
     }
@@ -39,7 +41,11 @@ ffi::Error RunRebalance(const RebalanceCall& call) {
   });
 }
 
+ffi::Error RunRebalanceCosts(const RebalanceCostsCall& call) { return RunRebalance(call); }
+
 const Register rebalance({"lplb_rebalance", CpuHandler<RebalanceCall, RunRebalance>});
+const Register rebalance_costs({"lplb_rebalance_costs",
+                                CpuHandler<RebalanceCostsCall, RunRebalanceCosts>});
 
 }  // namespace
 }  // namespace lplb

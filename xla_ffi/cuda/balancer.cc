@@ -14,6 +14,7 @@ cuda::RouteArguments ArgumentsOf(const RebalanceCall& call) {
   cuda::RouteArguments arguments = RouteArgumentsOf(call);
   arguments.solve_in = call.in;
   arguments.solve_out = call.out;
+  arguments.costs = call.costs;
   arguments.copies = {call.copies.fan_out, call.copies.width, call.copies.out};
   return arguments;
 }
@@ -25,16 +26,25 @@ ffi::Error RunRebalance(const RebalanceCall& call, const OnDevice& on) {
   return FromCuda(cuda::LaunchRebalance(arguments, on.stream), "rebalance");
 }
 
+ffi::Error RunRebalanceCosts(const RebalanceCostsCall& call, const OnDevice& on) {
+  return RunRebalance(call, on);
+}
+
 struct SyncedRebalanceCall {
   RebalanceCall rebalance;
   int64_t comm;
   const int32_t* rank;  // []
 
-  explicit SyncedRebalanceCall(Frame& frame) : rebalance(frame) {
+  explicit SyncedRebalanceCall(Frame& frame, bool has_costs = false) : rebalance(frame, has_costs) {
     comm = frame.Attribute("comm", 0, kInt64Max);
     frame.Operand("rank", {}, &rank);
     frame.NoBatch("indices");
   }
+};
+
+struct SyncedRebalanceCostsCall : SyncedRebalanceCall {
+  explicit SyncedRebalanceCostsCall(Frame& frame)
+      : SyncedRebalanceCall(frame, /*has_costs=*/true) {}
 };
 
 ffi::Error RunSyncedRebalance(const SyncedRebalanceCall& call, const OnDevice& on) {
@@ -55,10 +65,19 @@ ffi::Error RunSyncedRebalance(const SyncedRebalanceCall& call, const OnDevice& o
   return FromCuda(cuda::LaunchSyncedRebalance(arguments, on.stream), "rebalance");
 }
 
+ffi::Error RunSyncedRebalanceCosts(const SyncedRebalanceCostsCall& call, const OnDevice& on) {
+  return RunSyncedRebalance(call, on);
+}
+
 const Register rebalance({"lplb_rebalance", CudaHandler<RebalanceCall, RunRebalance>});
+const Register rebalance_costs({"lplb_rebalance_costs",
+                                CudaHandler<RebalanceCostsCall, RunRebalanceCosts>});
 const Register synced_rebalance({"lplb_synced_rebalance",
                                  CudaHandler<SyncedRebalanceCall, RunSyncedRebalance>,
                                  InitializeComm});
+const Register synced_rebalance_costs(
+    {"lplb_synced_rebalance_costs", CudaHandler<SyncedRebalanceCostsCall, RunSyncedRebalanceCosts>,
+     InitializeComm});
 
 }  // namespace
 }  // namespace lplb
