@@ -1,7 +1,7 @@
-# lplb_jax/sync_put-nvshmem-X.Y.Z.fatbin: the kernel that reaches peers on other hosts, linked with
+# lplb_jax/put-nvshmem-X.Y.Z.fatbin: the kernels that reach peers on other hosts, linked with
 # NVSHMEM's device library of the wheel nvidia-nvshmem-cu13, whose version its name tells: not every
-# host library runs it. It is loaded only where it is needed, so neither the build nor the package
-# depends on NVSHMEM otherwise.
+# host library runs them. They are loaded only where they are needed, so neither the build nor the
+# package depends on NVSHMEM otherwise.
 if(NOT LPLB_NVSHMEM MATCHES "^(auto|on|off)$")
   message(FATAL_ERROR "LPLB_NVSHMEM is '${LPLB_NVSHMEM}'; it can be auto, on or off.")
 endif()
@@ -35,15 +35,22 @@ foreach(architecture ${CMAKE_CUDA_ARCHITECTURES})
   string(REGEX MATCH "^[0-9]+" chip ${architecture})
   list(APPEND chips -gencode arch=compute_${chip},code=sm_${chip})
 endforeach()
-set(source ${PROJECT_SOURCE_DIR}/cuda/nvshmem/sync_put.cu)
-set(object ${PROJECT_BINARY_DIR}/sync_put.o)
 set(library ${nvshmem}/lib/libnvshmem_device.a)
-set(fatbin ${PROJECT_BINARY_DIR}/sync_put-nvshmem-${nvshmem_version}.fatbin)
+set(fatbin ${PROJECT_BINARY_DIR}/put-nvshmem-${nvshmem_version}.fatbin)
+set(objects)
+foreach(name sync_put exchange_put)
+  set(object ${PROJECT_BINARY_DIR}/${name}.o)
+  add_custom_command(OUTPUT ${object}
+    COMMAND ${CMAKE_CUDA_COMPILER} -std=c++17 -O3 -rdc=true ${chips} --expt-relaxed-constexpr
+      $<$<BOOL:${LPLB_WERROR}>:--Werror=all-warnings> -I${PROJECT_SOURCE_DIR}
+      -isystem ${nvshmem}/include -MD -MF ${object}.d
+      -c ${PROJECT_SOURCE_DIR}/cuda/nvshmem/${name}.cu -o ${object}
+    DEPENDS ${PROJECT_SOURCE_DIR}/cuda/nvshmem/${name}.cu ${library}
+    DEPFILE ${object}.d VERBATIM COMMAND_EXPAND_LISTS)
+  list(APPEND objects ${object})
+endforeach()
 add_custom_command(OUTPUT ${fatbin}
-  COMMAND ${CMAKE_CUDA_COMPILER} -std=c++17 -O3 -rdc=true ${chips} -I${PROJECT_SOURCE_DIR}
-    -isystem ${nvshmem}/include -c ${source} -o ${object}
-  COMMAND ${CMAKE_CUDA_COMPILER} ${chips} -dlink -fatbin ${object} ${library} -o ${fatbin}
-  DEPENDS ${source} ${PROJECT_SOURCE_DIR}/cuda/sync.cuh ${PROJECT_SOURCE_DIR}/cuda/sync.h ${library}
-  VERBATIM)
-add_custom_target(sync_put ALL DEPENDS ${fatbin})
+  COMMAND ${CMAKE_CUDA_COMPILER} ${chips} -dlink -fatbin ${objects} ${library} -o ${fatbin}
+  DEPENDS ${objects} ${library} VERBATIM)
+add_custom_target(put ALL DEPENDS ${fatbin})
 install(FILES ${fatbin} DESTINATION lplb_jax COMPONENT put)

@@ -5,6 +5,9 @@
 // Received items are handed out in the order in which they are sent, so that a warp waits for what
 // arrives next; a few at a time, so that it waits once for the flags of all of them, and once for
 // what says where they go.
+//
+// `AnyExchange` is Exchange or PutExchange. What differs is in exchange.cu and
+// nvshmem/exchange_put.cu: an Outbox, and the overloads of SendHeader and HasCome.
 #ifndef LPLB_CUDA_EXCHANGE_CUH_
 #define LPLB_CUDA_EXCHANGE_CUH_
 
@@ -29,38 +32,40 @@ struct ExchangeCall {
   static int64_t SharedBytes(int64_t n_ranks) {
     return n_ranks * (sizeof(char*) + (kLists + 1) * sizeof(int32_t));
   }
-  __device__ __forceinline__ int32_t ListAt(const Exchange& exchange, List list,
+  template <typename AnyExchange>
+  __device__ __forceinline__ int32_t ListAt(const AnyExchange& exchange, List list,
                                             int32_t rank) const {
     return lists[list * exchange.shape.n_ranks + rank];
   }
 };
 
+// A window's slot, or the one in which what goes there is packed.
+template <typename AnyExchange>
 struct Slot {
+  using Flag = typename decltype(AnyExchange::shape)::Flag;
+
   char* rows;
   uint64_t* gates;
   uint64_t* headers;
   int32_t* numbers;
-  uint32_t* flags;
+  Flag* flags;
 };
 
-__device__ __forceinline__ Slot SlotOf(const Exchange& exchange, const ExchangeCall& call,
-                                       int32_t rank) {
-  const WindowShape& shape = exchange.shape;
-  char* begin = call.windows[rank] + (call.epoch & 1) * shape.SlotBytes();
-  return {begin, reinterpret_cast<uint64_t*>(begin + shape.GatesAt()),
+template <typename AnyExchange>
+__device__ __forceinline__ Slot<AnyExchange> SlotAt(const AnyExchange& exchange, char* begin) {
+  const auto& shape = exchange.shape;
+  return {shape.Rows(begin), reinterpret_cast<uint64_t*>(begin + shape.GatesAt()),
           reinterpret_cast<uint64_t*>(begin + shape.HeadersAt()),
           reinterpret_cast<int32_t*>(begin + shape.NumbersAt()),
-          reinterpret_cast<uint32_t*>(begin + shape.FlagsAt())};
+          reinterpret_cast<typename Slot<AnyExchange>::Flag*>(begin + shape.FlagsAt())};
 }
 
-__device__ __forceinline__ void StoreRelaxed(uint32_t* word, uint32_t value) {
-  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+template <typename AnyExchange>
+__device__ __forceinline__ Slot<AnyExchange> SlotOf(const AnyExchange& exchange,
+                                                    const ExchangeCall& call, int32_t rank) {
+  return SlotAt(exchange, call.windows[rank] + (call.epoch & 1) * exchange.shape.SlotBytes());
 }
-__device__ __forceinline__ uint32_t LoadAcquired(const uint32_t* word) {
-  uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value;
-}
+
 __device__ __forceinline__ uint64_t LoadAcquired(const uint64_t* word) {
   uint64_t value;
   asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
@@ -174,11 +179,17 @@ __device__ __forceinline__ int32_t ItemsAtOnce(int32_t n_items, int32_t top_k, i
   return max(1, min(n_items / (4 * n_warps), min(most, 32 / top_k)));
 }
 
+__device__ __forceinline__ ExchangeCall& CallOfBlock() {
+  __shared__ ExchangeCall call;
+  return call;
+}
+
 // Reads lists, addresses and, if known, sizes into shared memory, and takes a part.
-__device__ __forceinline__ ExchangeCall BeginExchange(const Exchange& exchange,
+template <typename AnyExchange>
+__device__ __forceinline__ ExchangeCall BeginExchange(const AnyExchange& exchange,
                                                       const Routing& routing, char** windows,
                                                       const int32_t* known_sizes = nullptr) {
-  __shared__ ExchangeCall call;
+  ExchangeCall& call = CallOfBlock();
   const int32_t n_ranks = exchange.shape.n_ranks;
   auto* lists = reinterpret_cast<int32_t*>(windows + n_ranks);
   int32_t* sizes = lists + kLists * n_ranks;
@@ -206,19 +217,21 @@ __device__ __forceinline__ ExchangeCall BeginExchange(const Exchange& exchange,
 // Tells every other rank that this one has begun, and how many tokens it sends. All threads of one
 // block call it. No fence is needed: earlier reads of the windows were made by kernels that have
 // completed.
-__device__ __forceinline__ void SendHeaders(const Exchange& exchange, const ExchangeCall& call,
+template <typename AnyExchange>
+__device__ __forceinline__ void SendHeaders(const AnyExchange& exchange, const ExchangeCall& call,
                                             const int32_t* sizes) {
   for (int32_t peer = threadIdx.x; peer < exchange.shape.n_ranks; peer += blockDim.x) {
     if (peer == exchange.peers.rank) continue;
-    StoreWord(SlotOf(exchange, call, peer).headers + exchange.peers.rank,
-              static_cast<uint64_t>(call.epoch) << 32 | static_cast<uint32_t>(sizes[peer]));
+    SendHeader(exchange, peer, SlotOf(exchange, call, peer).headers + exchange.peers.rank,
+               static_cast<uint64_t>(call.epoch) << 32 | static_cast<uint32_t>(sizes[peer]));
   }
 }
 
 // Tells a waiting thread whether to keep waiting for `source`. The thread asks again and again.
 class Patience {
  public:
-  __device__ __forceinline__ bool Lasts(const Exchange& exchange, const ExchangeCall& call,
+  template <typename AnyExchange>
+  __device__ __forceinline__ bool Lasts(const AnyExchange& exchange, const ExchangeCall& call,
                                         int32_t source) {
     if (++round_ % 64 != 0) return true;  // Reading the clock takes longer than looking again.
     const volatile int32_t* failed = &exchange.peers.state->failed;
@@ -237,11 +250,12 @@ class Patience {
 
 // Waits, as a warp, for each lane's flag, unless it is null, from its `source`. Returns false if
 // one is not raised in time.
-__device__ __forceinline__ bool AwaitFlags(const Exchange& exchange, const ExchangeCall& call,
-                                           const uint32_t* flag, int32_t source) {
+template <typename AnyExchange>
+__device__ __forceinline__ bool AwaitFlags(const AnyExchange& exchange, const ExchangeCall& call,
+                                           typename Slot<AnyExchange>::Flag* flag, int32_t source) {
   Patience patience;
   for (;;) {
-    const bool missing = flag != nullptr && LoadAcquired(flag) != call.epoch;
+    const bool missing = flag != nullptr && !HasCome(exchange, flag, call.epoch);
     const uint32_t lanes = __ballot_sync(kFullWarp, missing);
     if (lanes == 0) break;
     const int32_t first = __shfl_sync(kFullWarp, source, __ffs(lanes) - 1);
@@ -253,8 +267,8 @@ __device__ __forceinline__ bool AwaitFlags(const Exchange& exchange, const Excha
 }
 
 // Waits, as a block, until all other ranks have begun, and calls `use(source, size)` for each.
-template <typename Use>
-__device__ __forceinline__ bool AwaitHeaders(const Exchange& exchange, const ExchangeCall& call,
+template <typename AnyExchange, typename Use>
+__device__ __forceinline__ bool AwaitHeaders(const AnyExchange& exchange, const ExchangeCall& call,
                                              const Use& use) {
   const uint64_t* headers = SlotOf(exchange, call, exchange.peers.rank).headers;
   bool lasts = true;
@@ -275,49 +289,14 @@ __device__ __forceinline__ bool AwaitHeaders(const Exchange& exchange, const Exc
   return __syncthreads_and(lasts);
 }
 
-// The flags of one warp's rows in flight. A fence waits until everything written before it has
-// arrived, which takes as long as a row. So several rows share one fence, while the next row loads.
-class PendingFlags {
- public:
-  __device__ __forceinline__ PendingFlags() {
-    __shared__ uint32_t* flags[kMostWarps][kMostFlags];
-    flags_ = flags[threadIdx.x / 32];
-  }
-  // Adds one row's flags, of at most 32 lanes. Lanes without one pass null.
-  __device__ __forceinline__ void Add(uint32_t* flag) {
-    const uint32_t lanes = __ballot_sync(kFullWarp, flag != nullptr);
-    const uint32_t before = lanes & ((1u << Lane()) - 1);
-    if (flag != nullptr) flags_[n_flags_ + __popc(before)] = flag;
-    n_flags_ += __popc(lanes);
-    ++n_rows_;
-  }
-  __device__ __forceinline__ void RaiseIfMany(const ExchangeCall& call) {
-    if (n_rows_ >= kRowsPerFence || n_flags_ > kMostFlags - 32) Raise(call);
-  }
-  __device__ __forceinline__ void Raise(const ExchangeCall& call) {
-    __syncwarp();
-    asm volatile("fence.acq_rel.sys;" ::: "memory");
-    for (int32_t i = Lane(); i < n_flags_; i += 32) StoreRelaxed(flags_[i], call.epoch);
-    __syncwarp();
-    n_flags_ = n_rows_ = 0;
-  }
-
- private:
-  static constexpr int32_t kMostFlags = 64;
-  static constexpr int32_t kRowsPerFence = 4;
-
-  uint32_t** flags_;
-  int32_t n_flags_ = 0;
-  int32_t n_rows_ = 0;
-};
-
 // The tokens that arrive from other ranks, one from each source in turn.
 struct Received {
   int32_t source;
   int32_t order;  // in the source's list
   bool exists;
 };
-__device__ __forceinline__ Received ReceivedToken(const Exchange& exchange,
+template <typename AnyExchange>
+__device__ __forceinline__ Received ReceivedToken(const AnyExchange& exchange,
                                                   const ExchangeCall& call, int32_t token) {
   const int32_t n_others = exchange.shape.n_ranks - 1;
   const int32_t order = token / n_others;
@@ -333,7 +312,9 @@ __device__ __forceinline__ void FillOnes(void* memory, int64_t bytes) {
 
 // Ends an exchange. Returns true in all threads of the last block if it failed: that block must
 // then overwrite the partial result.
-__device__ __forceinline__ bool FinishExchange(const Exchange& exchange, const ExchangeCall& call) {
+template <typename AnyExchange>
+__device__ __forceinline__ bool FinishExchange(const AnyExchange& exchange,
+                                               const ExchangeCall& call) {
   __shared__ bool last_of_failed;
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -1,4 +1,5 @@
-// Tokens to the ranks of their slots and back, through memory that the ranks map from one another.
+// Tokens to the ranks of their slots and back, through memory that the ranks map from one another,
+// or by NVSHMEM's put.
 // Pointers, sizes and a stream in, cudaError_t out.
 #ifndef LPLB_CUDA_EXCHANGE_H_
 #define LPLB_CUDA_EXCHANGE_H_
@@ -13,6 +14,7 @@ namespace lplb::cuda {
 
 constexpr int32_t kMostChoices = 32;  // Per token: one per lane.
 constexpr int32_t kMinItems = 4096;   // Fewer tokens are cut into pieces, up to this many items.
+constexpr int32_t kPutThreads = 512;  // per block of the kernels that send by put
 
 // What a rank keeps between exchanges, in device memory. Initially zero.
 struct ExchangeState {
@@ -20,6 +22,14 @@ struct ExchangeState {
   uint32_t started;        // blocks that started this one; 0 between exchanges, like those below
   uint32_t finished;       // blocks that finished it
   uint32_t next_received;  // the next items to receive, in turns
+};
+
+// What a window has room for.
+struct WindowSizes {
+  int32_t n_ranks;
+  int32_t n_tokens;
+  int32_t top_k;
+  int32_t row_bytes;  // a multiple of 16
 };
 
 // A window: two slots, used in turn, each with room for `n_tokens` rows. A row travels with the
@@ -33,16 +43,14 @@ struct ExchangeState {
 // begins e + 2 may overwrite what was sent in e. Other work on the stream does not matter, nor
 // which exchanges go there and which back. But all ranks must make the same exchanges in the same
 // order, as with any collective.
-struct WindowShape {
-  int32_t n_ranks;
-  int32_t n_tokens;
-  int32_t top_k;
-  int32_t row_bytes;  // a multiple of 16
+struct WindowShape : WindowSizes {
+  using Flag = uint32_t;
 
   __host__ __device__ int64_t Entries() const {
     return n_tokens > kMinItems ? n_tokens : kMinItems;
   }
   // Offsets in a slot. The arrays with larger words come first.
+  __host__ __device__ static char* Rows(char* slot) { return slot; }
   __host__ __device__ int64_t GatesAt() const { return int64_t{n_tokens} * row_bytes; }
   __host__ __device__ int64_t HeadersAt() const { return GatesAt() + Entries() * top_k * 8; }
   __host__ __device__ int64_t NumbersAt() const { return HeadersAt() + int64_t{n_ranks} * 8; }
@@ -51,6 +59,42 @@ struct WindowShape {
     return (FlagsAt() + Entries() * 4 + 127) / 128 * 128;
   }
   __host__ __device__ int64_t Bytes() const { return 2 * SlotBytes(); }
+  // From one row, or from one entry's gates or numbers, to the next; in bytes and elements.
+  __host__ __device__ int32_t RowStride() const { return row_bytes; }
+  __host__ __device__ int32_t GateStride() const { return top_k; }
+  __host__ __device__ int32_t NumberStride() const { return top_k; }
+};
+
+// The window where ranks send by NVSHMEM's put, which writes one range of memory and then a signal,
+// a 64-bit word, that announces this range only. So a token's gates, numbers and row lie together,
+// in a parcel, and its flag is a signal. Parcels are whole cache lines: a rank's own warps, which
+// pack neighbouring ones, share none. Rows are not cut.
+//
+// Behind the two slots for what comes lie two more, in which parcels are packed. A put reads its
+// parcel some time after the call, but before the receiver sees the signal, and the receiver ends
+// an epoch only after it has seen all of them. So whatever lets a rank overwrite what it sent in e,
+// see above, lets it overwrite what it packed in e, and no put needs to be awaited. Where a parcel
+// is packed: a token at its place on the way back, a sum at the place at which its token came. No
+// two parcels have the same, and all are less than n_tokens.
+struct PutWindowShape : WindowSizes {
+  using Flag = uint64_t;
+
+  __host__ __device__ int32_t RowAt() const { return (top_k * 12 + 15) / 16 * 16; }  // in a parcel
+  __host__ __device__ int32_t ParcelBytes() const {
+    return (RowAt() + row_bytes + 127) / 128 * 128;
+  }
+  __host__ __device__ char* Rows(char* slot) const { return slot + RowAt(); }
+  __host__ __device__ int64_t GatesAt() const { return 0; }
+  __host__ __device__ int64_t NumbersAt() const { return int64_t{top_k} * 8; }
+  __host__ __device__ int64_t HeadersAt() const { return int64_t{n_tokens} * ParcelBytes(); }
+  __host__ __device__ int64_t FlagsAt() const { return HeadersAt() + int64_t{n_ranks} * 8; }
+  __host__ __device__ int64_t SlotBytes() const {
+    return (FlagsAt() + int64_t{n_tokens} * 8 + 127) / 128 * 128;
+  }
+  __host__ __device__ int64_t Bytes() const { return 4 * SlotBytes(); }
+  __host__ __device__ int32_t RowStride() const { return ParcelBytes(); }
+  __host__ __device__ int32_t GateStride() const { return ParcelBytes() / 8; }
+  __host__ __device__ int32_t NumberStride() const { return ParcelBytes() / 4; }
 };
 
 // A rank's part in exchanges. `peers` holds its number, the timeout, and where failures are
@@ -60,6 +104,16 @@ struct Exchange {
   WindowShape shape;
   char* const* windows;  // [n_ranks], in device memory; this rank's own is one of them
   ExchangeState* state;
+};
+
+// The same where it sends by put. A window is the same object of the symmetric heap in every
+// process, so `windows` holds this rank's own for all ranks.
+struct PutExchange {
+  Peers peers;
+  PutWindowShape shape;
+  char* const* windows;
+  ExchangeState* state;
+  const int32_t* pes;  // [n_ranks], in device memory
 };
 
 // Where this rank's tokens go, in both directions. Between two ranks there is a list of tokens, in
@@ -102,6 +156,7 @@ ExchangeOptions ChooseOptions(const Routing& routing, int32_t n_ranks, int32_t r
 
 // The element type of rows, for sums.
 enum class RowType : int32_t { kBFloat16, kFloat16, kFloat32, kFloat64 };
+constexpr int32_t kRowTypes = 4;
 
 // Tokens to rows. Rows [capacity, row_bytes] and row_gates [capacity] without a token are left
 // unchanged. For the way back it returns numbers [n_received, top_k], the rows of each received
@@ -139,6 +194,14 @@ cudaError_t LaunchThere(const Exchange& exchange, const ThereArguments& argument
                         const ExchangeOptions& options, cudaStream_t stream);
 cudaError_t LaunchBack(const Exchange& exchange, const BackArguments& arguments,
                        const ExchangeOptions& options, cudaStream_t stream);
+
+// The same with `kernel` of nvshmem/exchange_put.cu; for LaunchBackPut, the one of arguments.type.
+cudaError_t LaunchTherePut(const void* kernel, const PutExchange& exchange,
+                           const ThereArguments& arguments, const ExchangeOptions& options,
+                           cudaStream_t stream);
+cudaError_t LaunchBackPut(const void* kernel, const PutExchange& exchange,
+                          const BackArguments& arguments, const ExchangeOptions& options,
+                          cudaStream_t stream);
 
 // Like PreloadSync.
 cudaError_t PreloadExchange();

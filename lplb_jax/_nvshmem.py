@@ -129,7 +129,7 @@ def built_version(put: pathlib.Path) -> Version:
 
 def _put_file() -> pathlib.Path | None:
     files = (pathlib.Path(str(file)) for file in importlib.resources.files("lplb_jax").iterdir())
-    return next((file for file in files if file.name.startswith("sync_put-")), None)
+    return next((file for file in files if file.name.startswith("put-")), None)
 
 
 class Job:
@@ -151,7 +151,7 @@ class Job:
 
     @functools.cached_property
     def put_library(self) -> int:
-        """Loads the put-with-signal kernel; raises RuntimeError if that fails."""
+        """Loads the kernels that use put with signal; raises RuntimeError if that fails."""
         reason = missing_put()
         if reason is not None:
             raise RuntimeError(reason)

@@ -58,6 +58,11 @@ class Windows:
         """Of a window."""
         return _native.built_cuda().comm_window_bytes(self.shape)
 
+    @property
+    def put_bytes(self) -> int:
+        """Of a window that the others reach by put, and of what this rank packs for theirs."""
+        return _native.built_cuda().comm_put_window_bytes(self.shape)
+
 
 class Comm:
     """The result of `init_comm`, to pass as `comm=`. As a context manager it closes itself.
@@ -181,7 +186,7 @@ def init_comm(
     |---|---|
     | "p2p" | one process with several GPUs that can write to each other's memory |
     | "nvshmem" | one process per GPU, see `jax.distributed`; needs nvidia-nvshmem-cu13 |
-    | "nvshmem_put" | the same through NVSHMEM's put with signal, in a separate kernel; used for
+    | "nvshmem_put" | the same through NVSHMEM's put with signal, in separate kernels; used for
       "nvshmem" if a GPU cannot map another one's memory, as on another host |
     | "xla" | everything else: `lax.all_gather` |
     | "auto" | on GPUs the first that works, otherwise "xla" with a warning that says why |
@@ -199,7 +204,7 @@ def init_comm(
       max_tokens: the most tokens per rank that `moe` exchanges with transport "peer"; 0 for none.
         Every rank then allocates twice what it can receive from or send to others:
         2 · max_tokens · min(ranks − 1, ⌈top_k · capacity_factor⌉) · hidden_bytes, plus a few per
-        cent. "nvshmem_put" and "xla" allocate nothing.
+        cent; twice as much with "nvshmem_put", and nothing with "xla".
       hidden_bytes: the most bytes of a token; with bfloat16 twice the hidden size.
       top_k: the most choices of a token; up to 32.
       capacity_factor: the largest one that `moe_layer` will be called with.
@@ -207,7 +212,8 @@ def init_comm(
         the others.
       copy_bytes: the most bytes of copies of experts that a rank receives in a layer; 0 for none.
         Every rank allocates twice as much. Copy engines then move the copies along a topology and
-        their gradients while tokens travel with transport "peer", also between processes.
+        their gradients while tokens travel with transport "peer", also between processes. Without
+        effect for "nvshmem_put" and "xla".
 
     Returns:
       A `Comm`.
@@ -251,7 +257,7 @@ def init_comm(
             max_experts=max_experts,
             timeout_s=float(timeout_s),
             identifier=identifier,
-            window=windows if chosen in ("p2p", "nvshmem") else None,
+            window=windows if chosen != "xla" else None,
             sms=sms,
             copy_bytes=int(copy_bytes) if chosen in ("p2p", "nvshmem") else 0,
             members=members,
@@ -399,6 +405,12 @@ class _Inboxes:
             self.identifier, ordinal, windows, self.windows.shape
         )
 
+    def attach_put_windows(self, ordinal: int, library: int, window: int) -> None:
+        assert self.windows is not None
+        _native.built_cuda().comm_attach_put_windows(
+            self.identifier, ordinal, library, window, self.windows.shape
+        )
+
     def attach_hangars(self, ordinal: int, hangars: list[int]) -> None:
         _native.built_cuda().comm_attach_hangars(
             self.identifier, ordinal, hangars, self.hangar_bytes
@@ -477,20 +489,26 @@ def _connect_nvshmem(
         job.free(inbox)
         raise
     made.attach(ordinal, list(group).index(mine), inboxes)
-    if transport == "nvshmem_put":
-        symmetric = (inbox, inbox + staging, inbox + signals)
-        native.comm_attach_put(made.identifier, ordinal, put_library, pes, *symmetric)
     symmetric_memory = [inbox]
 
-    def mapped(n_bytes: int) -> list[int]:
-        memory = job.allocate(n_bytes)
-        symmetric_memory.append(memory)
+    def symmetric(n_bytes: int) -> int:
+        symmetric_memory.append(job.allocate(n_bytes))
+        return symmetric_memory[-1]
+
+    def mapped(memory: int) -> list[int]:
         return [memory if pe == job.pe else job.pointer(memory, pe) for pe in pes]
 
-    if transport == "nvshmem" and made.windows is not None:
-        made.attach_windows(ordinal, mapped(made.windows.n_bytes))
-    if transport == "nvshmem" and made.copy_bytes:
-        made.attach_hangars(ordinal, mapped(made.hangar_bytes))
+    if put_library is not None:
+        words = (inbox, inbox + staging, inbox + signals)
+        native.comm_attach_put(made.identifier, ordinal, put_library, pes, *words)
+        if made.windows is not None:
+            window = symmetric(made.windows.put_bytes)
+            made.attach_put_windows(ordinal, put_library, window)
+    else:
+        if made.windows is not None:
+            made.attach_windows(ordinal, mapped(symmetric(made.windows.n_bytes)))
+        if made.copy_bytes:
+            made.attach_hangars(ordinal, mapped(symmetric(made.hangar_bytes)))
     rendezvous.exchange("attached", "")  # Nobody writes to an inbox that is not cleared.
 
     def release() -> None:

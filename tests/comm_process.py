@@ -8,6 +8,7 @@ import re
 import sys
 import time
 import warnings
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,7 +55,7 @@ def versions(process: int, processes: list[int]) -> None:
     """If one process's host library cannot run the put, none uses it, and its memory is freed."""
     library = Library((3, 4, 5) if process == 1 else (3, 8, 0))
     _nvshmem._library = lambda: library
-    _nvshmem._put_file = lambda: pathlib.Path("sync_put-nvshmem-3.6.5.fatbin")
+    _nvshmem._put_file = lambda: pathlib.Path("put-nvshmem-3.6.5.fatbin")
     _nvshmem.join = lambda ordinal, rendezvous: _nvshmem.Job(ordinal)
     lplb_jax.comm._on_gpus = lambda groups: True
     _native.cuda = lambda: Native
@@ -69,6 +70,37 @@ def versions(process: int, processes: list[int]) -> None:
         with pytest.raises(RuntimeError, match=f"'{transport}' is not available: .*{words}"):
             init_comm(mesh, max_experts=8, transport=transport, timeout_s=FOREVER)
     assert library.allocations == library.frees == 3
+
+
+def windows(process: int, processes: list[int]) -> None:
+    """Where GPUs cannot map each other's memory, put reaches the windows, on the symmetric heap."""
+    library = Library((3, 8, 0))
+    native = NativeOfPut()
+    _nvshmem._library = lambda: library
+    _nvshmem._put_file = lambda: pathlib.Path("put-nvshmem-3.6.5.fatbin")
+    _nvshmem.join = lambda ordinal, rendezvous: _nvshmem.Job(ordinal)
+    lplb_jax.comm._on_gpus = lambda groups: True
+    _native.cuda = lambda: native
+    mesh = Mesh(np.array(jax.devices()), "ep")
+    room = {"max_tokens": 100, "hidden_bytes": 500, "top_k": 4, "copy_bytes": 64}
+    for number, transport in enumerate(("auto", "nvshmem", "nvshmem_put")):
+        options: dict[str, Any] = {"transport": transport, "timeout_s": FOREVER, **room}
+        with init_comm(mesh, max_experts=8, **options) as comm:
+            assert comm.transport == "nvshmem_put"
+            assert comm.window is not None
+            assert comm.window.shape == [len(processes), 100, 4, 512]
+            assert comm.copy_bytes == 0, "copy engines reach mapped memory only"
+            assert comm.most_slots == 16
+            assert not comm.fuses
+            assert library.allocations == 2 * number + 2
+            inbox, pes, window = native.attached.pop(comm.identifier)
+            assert inbox != window
+            assert pes == processes
+    assert library.allocations == library.frees == 6
+    assert not native.attached
+    with init_comm(mesh, max_experts=8, transport="nvshmem_put", timeout_s=FOREVER) as comm:
+        assert comm.window is None
+        assert library.allocations == 7
 
 
 class Library:
@@ -87,7 +119,7 @@ class Library:
 
     def nvshmem_malloc(self, n_bytes):
         self.allocations += 1
-        return 4096
+        return 4096 * self.allocations
 
     def nvshmem_free(self, address):
         self.frees += 1
@@ -107,6 +139,31 @@ class Native:
     comm_load_library = staticmethod(lambda ordinal, file: 1)
 
 
+class NativeOfPut(Native):
+    """The same for whatever init_comm and Comm use of it where peers are not mapped."""
+
+    def __init__(self):
+        self.attached: dict[int, tuple] = {}
+
+    def comm_attach(self, comm, ordinal, rank, inboxes, stride, timeout_s):
+        assert [inbox != 0 for inbox in inboxes] == [peer == rank for peer in range(len(inboxes))]
+
+    def comm_attach_put(self, comm, ordinal, library, pes, inbox, staging, signals):
+        self.attached[comm] = (inbox, pes)
+
+    def comm_put_window_bytes(self, shape):
+        return 4 * shape[1] * shape[3]
+
+    def comm_attach_put_windows(self, comm, ordinal, library, window, shape):
+        self.attached[comm] += (window,)
+
+    def comm_failure(self, comm):
+        return ""
+
+    def comm_detach(self, comm):
+        pass
+
+
 def late(process: int, processes: list[int]) -> None:
     """If a process does not come, the others name it within their timeout."""
     mesh = Mesh(np.array(jax.devices()), "ep")
@@ -124,7 +181,8 @@ def main() -> None:
     process, n_processes = int(process), int(n_processes)
     jax.config.update("jax_platforms", "cpu")
     jax.distributed.initialize(coordinator, n_processes, process)
-    scenarios = {function.__name__: function for function in (agreement, init, versions, late)}
+    functions = (agreement, init, versions, windows, late)
+    scenarios = {function.__name__: function for function in functions}
     scenarios[scenario](process, list(range(n_processes)))
     print("done")
 

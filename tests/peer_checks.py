@@ -1,6 +1,6 @@
 """Checks of transport "peer" on any devices, in one process or, run as a script, in several.
 
-python peer_checks.py COORDINATOR N_PROCESSES PROCESS SEED SCENARIO
+python peer_checks.py COORDINATOR N_PROCESSES PROCESS SEED SCENARIO TRANSPORT
 """
 
 from __future__ import annotations
@@ -111,32 +111,33 @@ def assigned(ids, n_ranks):
     return Assignment(ids, position.reshape(ids.shape), counts)
 
 
+def both_ways(mesh, capacity, **options):
+    """dispatch, combine and their transposes: of tokens, gates, slots, and the sums' gradient."""
+
+    def rank(tokens, gates, ids, upstream):
+        slots = assigned(ids, mesh.size)
+
+        def send(tokens, gates):
+            rows, row_gates, plan = moe.dispatch(
+                tokens, gates, slots, axis_name="ep", capacity=capacity, **options
+            )
+            used = jnp.arange(capacity) < plan.group_sizes.sum()
+            return jnp.where(used[:, None], rows, 0), jnp.where(used, row_gates, 0), plan
+
+        rows, row_gates, plan = send(tokens, gates)
+        backwards = jax.vjp(lambda *given: send(*given)[:2], tokens, gates)[1]
+        out, home = jax.vjp(lambda rows: moe.combine(rows, plan), rows)
+        scaled = (rows * 2, row_gates * 3)
+        return rows, row_gates, out, backwards(scaled), home(upstream)[0], plan.overflow
+
+    return per_rank(rank, mesh, n_inputs=4)
+
+
 def check_parts(mesh, comm, rng, n_rounds=4, dtypes=("float32",)):
     """dispatch, combine and their transposes against "padded": the same rows, and sums to
     rounding."""
     n_ranks = mesh.size
-
-    def both_ways(transport, capacity):
-        options: dict[str, Any] = {"axis_name": "ep", "capacity": capacity, "transport": transport}
-        if transport == "peer":
-            options["comm"] = comm
-
-        def rank(tokens, gates, ids, upstream):
-            slots = assigned(ids, n_ranks)
-
-            def send(tokens, gates):
-                rows, row_gates, plan = moe.dispatch(tokens, gates, slots, **options)
-                used = jnp.arange(capacity) < plan.group_sizes.sum()
-                return jnp.where(used[:, None], rows, 0), jnp.where(used, row_gates, 0), plan
-
-            rows, row_gates, plan = send(tokens, gates)
-            backwards = jax.vjp(lambda *given: send(*given)[:2], tokens, gates)[1]
-            out, home = jax.vjp(lambda rows: moe.combine(rows, plan), rows)
-            scaled = (rows * 2, row_gates * 3)
-            return rows, row_gates, out, backwards(scaled), home(upstream)[0], plan.overflow
-
-        return per_rank(rank, mesh, n_inputs=4)
-
+    transports = {"transport": "peer", "comm": comm}, {"transport": "padded"}
     for dtype in dtypes:
         for _ in range(n_rounds):
             n_tokens, top_k = int(rng.integers(1, 17)), int(rng.integers(1, TOP_K + 1))
@@ -150,11 +151,28 @@ def check_parts(mesh, comm, rng, n_rounds=4, dtypes=("float32",)):
                 everywhere(mesh, array.astype(t))
                 for array, t in zip(given, (dtype, "float32", "int32", dtype), strict=True)
             ]
-            peer, padded = (both_ways(t, capacity)(*given) for t in ("peer", "padded"))
+            peer, padded = (both_ways(mesh, capacity, **how)(*given) for how in transports)
             for got, expected in zip(jax.tree.leaves(peer), jax.tree.leaves(padded), strict=True):
                 for a, b in zip(got.addressable_shards, expected.addressable_shards, strict=True):
                     a, b = (np.asarray(part.data).astype(np.float64) for part in (a, b))
                     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def check_bits(mesh, comm, rng, n_batches=3):
+    """Rows, gates, sums and gradients have the bits of the exchange over mapped windows."""
+    n_ranks = mesh.size
+    with init_comm(mesh, max_experts=64, transport="nvshmem", **WINDOWS) as mapped:
+        for dtype in ("bfloat16", "float16", "float32"):
+            n_tokens, top_k = int(rng.integers(1, 257)), int(rng.integers(1, 9))
+            capacity = int(rng.integers(1, 2 * n_tokens * top_k + 2))
+            shape = n_ranks * n_tokens, 8 * int(rng.integers(1, 65))
+            both = [both_ways(mesh, capacity, transport="peer", comm=c) for c in (comm, mapped)]
+            for _ in range(n_batches):
+                ids = rng.integers(-1, n_ranks, (shape[0], top_k)).astype(np.int32)
+                tokens, upstream = (rng.normal(size=shape).astype(dtype) for _ in "ab")
+                given = tokens, rng.random(ids.shape).astype(np.float32), ids, upstream
+                given = [everywhere(mesh, array) for array in given]
+                assert_equal(*(run(*given) for run in both))
 
 
 def check_many(mesh, comm, rng, n_batches=100):
@@ -311,7 +329,7 @@ CHECKS = [check_options, check_anywhere, check_dtypes, check_scan, check_ten_tho
 
 
 def main() -> None:
-    coordinator, n_processes, process, seed, scenario = sys.argv[1:]
+    coordinator, n_processes, process, seed, scenario, transport = sys.argv[1:]
     process = int(process)
     jax.distributed.initialize(coordinator, int(n_processes), process, local_device_ids=[process])
     print(f"--seed={seed}", flush=True)
@@ -319,7 +337,10 @@ def main() -> None:
     mesh = Mesh(np.array(jax.devices()), "ep")
     timeout_s = 3.0 if scenario == "killed" else 30.0
     windows, checks = (WITH_COPIES, COPY_CHECKS) if scenario == "copies" else (WINDOWS, CHECKS)
-    comm = init_comm(mesh, max_experts=64, transport="nvshmem", timeout_s=timeout_s, **windows)
+    if transport != "nvshmem":
+        checks = [check_bits, *checks]
+    comm = init_comm(mesh, max_experts=64, transport=transport, timeout_s=timeout_s, **windows)
+    assert comm.transport == transport
     if scenario == "killed":
 
         def die(i):

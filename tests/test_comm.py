@@ -134,7 +134,7 @@ def test_without_nvshmem_the_message_says_what_to_install(monkeypatch):
 def test_nvshmem_versions(monkeypatch, built, host, runs):
     """A host library runs older device code of its major version; else both are named."""
     monkeypatch.setattr(_nvshmem, "_library", lambda: Host(host))
-    file = pathlib.Path("lplb_jax") / f"sync_put-nvshmem-{'.'.join(map(str, built))}.fatbin"
+    file = pathlib.Path("lplb_jax") / f"put-nvshmem-{'.'.join(map(str, built))}.fatbin"
     monkeypatch.setattr(_nvshmem, "_put_file", lambda: file)
     reason = _nvshmem.missing_put()
     assert (reason is None) == runs
@@ -353,7 +353,7 @@ def test_scan_checkpoint_and_grad_can_hold_it(mesh):
 
 
 @pytest.mark.parametrize(
-    ("scenario", "n"), [("agreement", 4), ("init", 2), ("versions", 2), ("late", 3)]
+    ("scenario", "n"), [("agreement", 4), ("init", 2), ("versions", 2), ("windows", 2), ("late", 3)]
 )
 def test_processes(scenario, n):
     for output in processes.run(n, comm_process.__file__, scenario, **WITHOUT_GPUS):

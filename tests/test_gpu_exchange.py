@@ -202,12 +202,19 @@ def test_one_gpu_is_a_mesh_too(rng):
 
 @several
 @needs_nvshmem
-@pytest.mark.parametrize("scenario", ["all", "copies", "killed"])
-def test_processes(request, scenario):
+@pytest.mark.parametrize(
+    ("transport", "scenario"),
+    [
+        ("nvshmem", "all"), ("nvshmem", "copies"), ("nvshmem", "killed"),
+        ("nvshmem_put", "all"), ("nvshmem_put", "killed"),
+    ],
+)  # fmt: skip
+def test_processes(request, transport, scenario):
     """One per GPU; if one is killed, an error within the timeout, and no garbage."""
     seed = str(request.config.option.seed)
     memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    outputs = processes.run(len(jax.devices()), peer_checks.__file__, seed, scenario, **memory)
+    arguments = seed, scenario, transport
+    outputs = processes.run(len(jax.devices()), peer_checks.__file__, *arguments, **memory)
     for process, output in enumerate(outputs):
         if scenario != "killed":
             assert "all passed" in output

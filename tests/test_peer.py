@@ -2,6 +2,7 @@
 
 import functools
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import moe_checks
 import numpy as np
 import peer_checks
 import pytest
+from jax import export
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from lplb_jax import init_comm, moe
+from lplb_jax import _native, export_checks, init_comm, moe
 from lplb_jax._native import warn_once
 from lplb_jax.comm import Comm, _windows
 from lplb_jax.moe.collectives import ListPlan
@@ -33,12 +35,13 @@ def comm_of(
     top_k=3,
     capacity_factor=8.0,
     copy_bytes=0,
+    transport="p2p",
 ):
     """A communicator without GPUs: its calls run the specification."""
     window = _windows(size, max_tokens, hidden_bytes, top_k, capacity_factor)
     options = {"max_experts": max_experts, "timeout_s": 1.0, "identifier": 1, "window": window}
     options["copy_bytes"] = copy_bytes
-    return Comm("p2p", "ep", size, **options)
+    return Comm(transport, "ep", size, **options)
 
 
 def test_the_layer_equals_one_device(rng, mesh):
@@ -61,6 +64,26 @@ def test_the_parts_equal_those_of_padded(rng, mesh):
 
 def test_many_batches(rng, mesh):
     peer_checks.check_many(mesh, comm_of(4, max_tokens=256, hidden_bytes=1024), rng)
+
+
+@pytest.mark.parametrize("max_experts", [1, 64])
+def test_by_put(rng, mesh, max_experts):
+    """Counts are then exchanged by a kernel of their own, if comm has room for all slots."""
+    comm = comm_of(4, transport="nvshmem_put", max_experts=max_experts)
+    has_room = comm.most_slots >= 4
+    if has_room:
+        peer_checks.check_layer(mesh, comm, rng)
+    peer_checks.check_parts(mesh, comm, rng, n_rounds=1)
+    shapes = [((8, 16), "float32"), ((8, 3), "float32"), ((8, 3), "int32"), ((8, 16), "float32")]
+    operands = [jax.ShapeDtypeStruct((4 * n, k), dtype) for (n, k), dtype in shapes]
+    run = peer_checks.both_ways(mesh, 24, transport="peer", comm=comm)
+    targets = {f"lplb_{name}" for name in ("there", "back", "plan", "synced_plan", "sync")}
+    with mock.patch.dict(_native.AVAILABLE, {"CUDA": tuple(targets)}):
+        lowered = export.export(run, platforms=["cuda"], disabled_checks=export_checks())
+        text = lowered(*operands).mlir_module()
+    calls = set(re.findall(r"custom_call @(lplb_\w+)", text))
+    assert calls - {"lplb_sync"} == targets - {"lplb_sync", "lplb_synced_plan"}
+    assert ("lplb_sync" in calls) == has_room == ("stablehlo.all_gather" not in text)
 
 
 @pytest.mark.parametrize("transport", ["peer", "padded"])

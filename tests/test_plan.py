@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from lplb_jax import Assignment, _native
 from lplb_jax.moe.plan import planned
+from lplb_jax.reference.exchange import STARTS_HERE, STARTS_RETURN
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,29 @@ def test_the_plan(rng, n_ranks, n_slots, n_tokens, top_k):
     for _ in range(3):
         case = plan_cases.random_case(rng, n_ranks, n_slots, n_tokens, top_k)
         plan_cases.check(case.run(), case)
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "n_slots", "n_tokens", "top_k"), [(2, 5, 33, 8), (3, 1, 17, 1), (8, 4, 9, 32)]
+)
+def test_places(rng, n_ranks, n_slots, n_tokens, top_k):
+    """On the way back, every token sent has a place of its own in the window, and on the way there
+    every token received; NVSHMEM's put also packs tokens and sums at these places."""
+    for _ in range(3):
+        case = plan_cases.random_case(rng, n_ranks, n_slots, n_tokens, top_k)
+        row, order, lists = map(np.asarray, case.run()[:3])
+        leaves = order >= 0
+        returns = lists[STARTS_RETURN][row[leaves] // case.capacity] + order[leaves]
+        ranks = np.where(case.rows() < 0, -1, case.rows() // case.capacity)
+        sizes = (ranks == case.me).any(axis=2).sum(axis=1)
+        sizes[case.me] = 0
+        received = zip(lists[STARTS_HERE], sizes, strict=True)
+        here = np.concatenate([start + np.arange(size) for start, size in received])
+        others = n_ranks - 1
+        most = n_tokens * min(others, top_k), min(n_tokens * others, case.capacity)
+        for places, room in zip((returns, here), most, strict=True):
+            assert len(np.unique(places)) == len(places)
+            assert ((places >= 0) & (places < room)).all()
 
 
 @pytest.mark.parametrize("shared_bytes", [227 << 10, 1 << 10])

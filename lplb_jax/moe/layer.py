@@ -144,8 +144,8 @@ def moe_layer(
       solver: see `rebalance`.
       transport: "ragged", "padded", "peer" or "auto", see `dispatch`.
       gemm: "mosaic", "xla" or "auto", see `expert_ffn`; not with `ffn`.
-      comm: from `init_comm`; exchanges the loads, and the tokens with transport "peer". None: loads
-        by `lax.all_gather`.
+      comm: from `init_comm`; exchanges the loads, and the tokens with transport "peer", also where
+        its transport is "nvshmem_put". None: loads by `lax.all_gather`.
       in_place: `experts` are `WithRoom`, even without that type. The result varies over all axes
         that `tokens` vary over; if the experts do not, fetch them with `replicate_weights`.
       n_nodes: number of nodes; tokens stay on their node if possible, see `rebalance`, and copies

@@ -3,12 +3,14 @@
 A token is written to the window of every rank that serves it, with the indices of the rows that it
 expands to, and from the window to these rows; sums of rows return the same way. There is no send
 buffer and no kernel in between, and a window holds as many tokens as its rank can receive,
-whatever the number of ranks. `cuda/exchange.h` explains why no rank overwrites data that another
-still reads.
+whatever the number of ranks. Where windows cannot be mapped, a token is packed with all that
+belongs to it, and NVSHMEM's put takes it to the window. `cuda/exchange.h` explains why no rank
+overwrites data that another still reads.
 
 The start of each list in a window, and every row, follow from the counts of all ranks. One kernel
 exchanges the counts and computes all of it, `lplb_jax.reference.synced_plan` in a launch: for few
-tokens, a dozen XLA kernels would take longer than the exchange.
+tokens, a dozen XLA kernels would take longer than the exchange. By put, the exchange of counts is
+another launch.
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ class PeerPlan(Plan):
 
 @dataclasses.dataclass(frozen=True)
 class Peer(Transport):
-    """Moves tokens by kernels over the windows of a communicator."""
+    """Moves tokens by kernels over the windows of a communicator, mapped or reached by put."""
 
     name = "peer"
     comm: Comm | None

@@ -21,7 +21,7 @@ from jax import lax
 from lplb_jax import _native, reference
 from lplb_jax.assignment import Assignment
 from lplb_jax.comm import Comm
-from lplb_jax.loads import sync_loads
+from lplb_jax.loads import all_gather_counts
 from lplb_jax.moe.transfers import ALONE, Beside
 
 
@@ -132,14 +132,16 @@ def planned(
     order: jax.Array | np.ndarray | None,
     comm: Comm | None = None,
 ) -> Sequence[jax.Array]:
-    """`reference.plan` of all ranks' counts, which the kernel itself exchanges given `comm`."""
+    """`reference.plan` of all ranks' counts, which the kernel itself exchanges if `comm` can."""
     n_ranks, n_physical = lax.axis_size(axis_name), len(assignment.counts)
     if order is None:
         slots = np.arange(n_physical // n_ranks, dtype=np.int32)
         order = np.broadcast_to(slots, (n_ranks, len(slots)))
     me, room = lax.axis_index(axis_name), workspace(assignment.position.size, n_ranks)
     fits = _fits(n_ranks, n_physical // n_ranks)
-    if comm is not None and n_physical <= comm.most_slots and fits:
+    if comm is not None and n_physical > comm.most_slots:
+        comm = None
+    if comm is not None and comm.fuses and fits:
         options = {"axis_name": axis_name, "capacity": capacity, "comm": comm.identifier}
         return _native.call(
             "lplb_synced_plan",
@@ -151,8 +153,10 @@ def planned(
             **options,
         )
     slot, position, counts = assignment
-    counts = sync_loads(counts, axis_name).reshape(n_ranks, n_ranks, -1)
-    operands = (slot, position, counts, order, me)
+    counts = all_gather_counts(counts, axis_name, comm)
+    if comm is not None:
+        counts = jnp.maximum(counts, 0)  # −1 after a failure: nothing has a row
+    operands = (slot, position, counts.reshape(n_ranks, n_ranks, -1), order, me)
     if not fits:
         return reference.plan(*map(jnp.asarray, operands), capacity=capacity)
     return _native.call("lplb_plan", reference.plan, *operands, workspace=room, capacity=capacity)

@@ -130,26 +130,27 @@ cuda::Routing RoutingOf(const std::array<int32_t, 4>& sizes, const std::array<Po
   return {As(of[0]), As(of[1]), As(of[2]), As(of[3]), sizes[0], sizes[1], sizes[2], sizes[3]};
 }
 
+// Exchanges as the rank of `device` in communicator `comm`.
 // bytes: per row and per gate; blocks: all, and those that send. in: tokens, gates; out: rows,
 // row_gates, numbers, sizes.
-void LaunchThere(int64_t comm, int32_t device, std::array<int32_t, 4> sizes,
-                 std::array<int32_t, 2> bytes, std::array<int32_t, 2> blocks,
-                 std::array<Pointer, 4> routing, std::array<Pointer, 2> in,
-                 std::array<Pointer, 4> out, Pointer stream) {
+void LaunchThereOf(int64_t comm, int32_t device, std::array<int32_t, 4> sizes,
+                   std::array<int32_t, 2> bytes, std::array<int32_t, 2> blocks,
+                   std::array<Pointer, 4> routing, std::array<Pointer, 2> in,
+                   std::array<Pointer, 4> out, Pointer stream) {
   ThrowIf(
-      Lent().there(RankOf(comm, device).exchange,
+      Lent().there(RankOf(comm, device),
                    {RoutingOf(sizes, routing), As<void>(in[0]), As<void>(in[1]), As<void>(out[0]),
                     As<void>(out[1]), As(out[2]), As(out[3]), bytes[0], bytes[1]},
                    {blocks[0], blocks[1]}, As<CUstream_st>(stream)));
 }
 
 // type: a RowType. in: rows, row_gates, numbers, sizes; out: tokens, gates.
-void LaunchBack(int64_t comm, int32_t device, std::array<int32_t, 4> sizes,
-                std::array<int32_t, 2> bytes, int32_t type, std::array<int32_t, 2> blocks,
-                std::array<Pointer, 4> routing, std::array<Pointer, 4> in,
-                std::array<Pointer, 2> out, Pointer stream) {
+void LaunchBackOf(int64_t comm, int32_t device, std::array<int32_t, 4> sizes,
+                  std::array<int32_t, 2> bytes, int32_t type, std::array<int32_t, 2> blocks,
+                  std::array<Pointer, 4> routing, std::array<Pointer, 4> in,
+                  std::array<Pointer, 2> out, Pointer stream) {
   ThrowIf(Lent().back(
-      RankOf(comm, device).exchange,
+      RankOf(comm, device),
       {RoutingOf(sizes, routing), As<void>(in[0]), As<void>(in[1]), As(in[2]), As(in[3]),
        As<void>(out[0]), As<void>(out[1]), bytes[0], bytes[1], static_cast<cuda::RowType>(type)},
       {blocks[0], blocks[1]}, As<CUstream_st>(stream)));
@@ -166,8 +167,8 @@ NB_MODULE(_bench, m) {
   m.def("launch_place_copies", lplb::LaunchPlaceCopies);
   m.def("launch_ipm", lplb::LaunchIpm);
   m.def("launch_sync", lplb::LaunchSyncOf);
-  m.def("launch_there", lplb::LaunchThere);
-  m.def("launch_back", lplb::LaunchBack);
+  m.def("launch_there", lplb::LaunchThereOf);
+  m.def("launch_back", lplb::LaunchBackOf);
   m.def("launch_empty", lplb::LaunchEmpty);
   m.def("launch_rebalance", lplb::LaunchRebalance);
   m.def("launch_synced_rebalance", lplb::LaunchSyncedRebalance);

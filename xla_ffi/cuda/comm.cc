@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -176,26 +177,32 @@ uintptr_t LoadLibrary(int device, const std::string& path) {
 #endif
 }
 
+// A kernel of what LoadLibrary returned, ready to be launched on the current device.
+const void* KernelOf(uintptr_t library, const std::string& name) {
+#if CUDART_VERSION >= 12080
+  cudaKernel_t found;
+  ThrowIf(cudaLibraryGetKernel(&found, reinterpret_cast<cudaLibrary_t>(library), name.c_str()),
+          name);
+  const auto kernel = reinterpret_cast<const void*>(found);
+  cudaFuncAttributes attributes;
+  ThrowIf(cudaFuncGetAttributes(&attributes, kernel), name);
+  return kernel;
+#else
+  throw std::runtime_error(name + ": lplb_jax was built with a CUDA older than 12.8");
+#endif
+}
+
 // Lets an attached rank reach the peers whose inbox is 0 through the put kernel of `library`.
 void AttachPut(int64_t id, int device, uintptr_t library, const std::vector<int32_t>& pes,
                uintptr_t inbox, uintptr_t staging, uintptr_t signals) {
-#if CUDART_VERSION >= 12080
   const DeviceScope scope(device);
-  cudaKernel_t kernel;
-  ThrowIf(cudaLibraryGetKernel(&kernel, reinterpret_cast<cudaLibrary_t>(library), "lplb_sync_put"),
-          "lplb_sync_put");
-  cudaFuncAttributes attributes;
-  ThrowIf(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)),
-          "lplb_sync_put");
+  const void* kernel = KernelOf(library, "lplb_sync_put");
   const std::lock_guard<std::mutex> lock(mutex);
   CommRank& made = all_ranks.at({id, device});
   const uintptr_t table = reinterpret_cast<uintptr_t>(made.peers.inboxes + made.peers.size);
   made.put = {reinterpret_cast<uint64_t*>(inbox), reinterpret_cast<uint64_t*>(staging),
               reinterpret_cast<uint64_t*>(signals), CopyToDevice(pes, table)};
-  made.put_kernel = reinterpret_cast<const void*>(kernel);
-#else
-  throw std::runtime_error("lplb_jax was built with a CUDA older than 12.8");
-#endif
+  made.put_kernel = kernel;
 }
 
 // Device memory that peers write to. Freed with this object.
@@ -218,26 +225,63 @@ class Window {
   uintptr_t address_;
 };
 
-int64_t WindowBytes(const std::array<int32_t, 4>& shape) {
-  return cuda::WindowShape{shape[0], shape[1], shape[2], shape[3]}.Bytes();
+// In the order of WindowSizes.
+using WindowArgument = std::array<int32_t, 4>;
+
+cuda::WindowSizes SizesOf(const WindowArgument& shape) {
+  return {shape[0], shape[1], shape[2], shape[3]};
 }
 
-// Lets an attached rank exchange tokens. windows[r] is rank r's window, cleared. `shape` is a
-// WindowShape.
-void AttachWindows(int64_t id, int device, const std::vector<uintptr_t>& windows,
-                   const std::array<int32_t, 4>& shape) {
-  const DeviceScope scope(device);
-  ThrowIf(cuda::PreloadExchange(), "loading the kernels");
+template <typename Shape>
+int64_t WindowBytes(const WindowArgument& shape) {
+  return Shape{SizesOf(shape)}.Bytes();
+}
+
+// An Exchange or PutExchange but for `peers`. windows[r] is what the rank takes for rank r's
+// window.
+template <typename Made>
+Made MakeExchange(int device, const std::vector<uintptr_t>& windows, const WindowArgument& shape) {
   ThrowIf(cuda::PreloadPlan(), "loading the kernels");
   static_assert(sizeof(cuda::ExchangeState) <= kStateBytes);
   const uintptr_t memory = Allocate(device, kStateBytes + windows.size() * sizeof(uintptr_t));
+  Made made = {};
+  made.shape = {SizesOf(shape)};
+  made.state = reinterpret_cast<cuda::ExchangeState*>(memory);
+  made.windows = reinterpret_cast<char* const*>(CopyToDevice(windows, memory + kStateBytes));
+  return made;
+}
+
+// Lets an attached rank exchange tokens. windows[r] is rank r's window, cleared.
+void AttachWindows(int64_t id, int device, const std::vector<uintptr_t>& windows,
+                   const WindowArgument& shape) {
+  const DeviceScope scope(device);
+  ThrowIf(cuda::PreloadExchange(), "loading the kernels");
+  const auto exchange = MakeExchange<cuda::Exchange>(device, windows, shape);
   const std::lock_guard<std::mutex> lock(mutex);
   CommRank& made = all_ranks.at({id, device});
+  made.exchange = exchange;
   made.exchange.peers = made.peers;
-  made.exchange.shape = {shape[0], shape[1], shape[2], shape[3]};
-  made.exchange.state = reinterpret_cast<cuda::ExchangeState*>(memory);
-  made.exchange.windows =
-      reinterpret_cast<char* const*>(CopyToDevice(windows, memory + kStateBytes));
+}
+
+// The same after AttachPut, by kernels of `library`. This rank's `window`, cleared, is on the
+// symmetric heap.
+void AttachPutWindows(int64_t id, int device, uintptr_t library, uintptr_t window,
+                      const WindowArgument& shape) {
+  const DeviceScope scope(device);
+  PutKernels kernels = {KernelOf(library, "lplb_there_put"), {}};
+  constexpr const char* kTypes[] = {"bfloat16", "float16", "float32", "float64"};
+  static_assert(std::size(kTypes) == cuda::kRowTypes);
+  for (size_t type = 0; type < std::size(kTypes); ++type) {
+    kernels.back[type] = KernelOf(library, std::string("lplb_back_put_") + kTypes[type]);
+  }
+  const std::vector<uintptr_t> windows(shape[0], window);
+  const auto exchange = MakeExchange<cuda::PutExchange>(device, windows, shape);
+  const std::lock_guard<std::mutex> lock(mutex);
+  CommRank& made = all_ranks.at({id, device});
+  made.put_kernels = kernels;
+  made.put_exchange = exchange;
+  made.put_exchange.peers = made.peers;
+  made.put_exchange.pes = made.put.pes;
 }
 
 // Lets an attached rank send copies of experts. hangars[r] is rank r's hangar of `bytes`, cleared.
@@ -276,6 +320,7 @@ void Detach(int64_t id) {
     rank.flights.reset();
     ThrowIf(cudaFree(rank.peers.state), "cudaFree");
     ThrowIf(cudaFree(rank.exchange.state), "cudaFree");
+    ThrowIf(cudaFree(rank.put_exchange.state), "cudaFree");
     ThrowIf(cudaFreeHost(rank.peers.report), "cudaFreeHost");
   }
 }
@@ -317,8 +362,10 @@ void DefineComm(nanobind::module_& m) {
   m.def("comm_inbox_bytes", cuda::InboxBytes);
   m.def("comm_attach", Attach);
   m.def("comm_attach_put", AttachPut);
-  m.def("comm_window_bytes", WindowBytes);
+  m.def("comm_window_bytes", WindowBytes<cuda::WindowShape>);
   m.def("comm_attach_windows", AttachWindows);
+  m.def("comm_put_window_bytes", WindowBytes<cuda::PutWindowShape>);
+  m.def("comm_attach_put_windows", AttachPutWindows);
   m.def("comm_hangar_bytes", Flights::HangarBytes);
   m.def("comm_attach_hangars", AttachHangars);
   m.def("comm_add_route", AddRoute);

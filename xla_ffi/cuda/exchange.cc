@@ -115,18 +115,18 @@ struct BackCall : ExchangeCall {
 };
 
 // The window must have room for everything the routing can ask for: nothing checks it later.
-ffi::Error CheckWindow(const ExchangeCall& call, const cuda::WindowShape& shape) {
+ffi::Error CheckWindow(const ExchangeCall& call, const cuda::WindowSizes& window) {
   const auto number = [](int64_t value) { return std::to_string(value); };
-  const int64_t others = std::max<int64_t>(shape.n_ranks - 1, 0);
+  const int64_t others = std::max<int64_t>(window.n_ranks - 1, 0);
   const int64_t back = call.n_tokens.value * std::min(others, call.top_k.value);
-  if (call.n_ranks.value == shape.n_ranks && call.top_k.value <= shape.top_k &&
-      std::max(back, call.n_received.value) <= shape.n_tokens &&
-      call.row_bytes <= shape.row_bytes) {
+  if (call.n_ranks.value == window.n_ranks && call.top_k.value <= window.top_k &&
+      std::max(back, call.n_received.value) <= window.n_tokens &&
+      call.row_bytes <= window.row_bytes) {
     return ffi::Error::Success();
   }
-  return Invalid("comm: its windows are of " + number(shape.n_ranks) + " ranks, " +
-                 number(shape.n_tokens) + " tokens of " + number(shape.row_bytes) +
-                 " bytes and top_k " + number(shape.top_k) + ", and this call needs " +
+  return Invalid("comm: its windows are of " + number(window.n_ranks) + " ranks, " +
+                 number(window.n_tokens) + " tokens of " + number(window.row_bytes) +
+                 " bytes and top_k " + number(window.top_k) + ", and this call needs " +
                  number(call.n_ranks.value) + ", " + number(std::max(back, call.n_received.value)) +
                  " of " + number(call.row_bytes) + " and " + number(call.top_k.value));
 }
@@ -136,23 +136,23 @@ ffi::Error RunExchange(const Call& call, const OnDevice& on, const Launch& launc
                        const char* name) {
   const auto found = FindRank(call.comm, on.ordinal);
   if (found.has_error()) return found.error();
-  LPLB_RETURN_IF_ERROR(CheckWindow(call, found->exchange.shape));
+  LPLB_RETURN_IF_ERROR(CheckWindow(call, found->window()));
   int n_sms = 0;
   const cudaError_t error =
       cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, on.ordinal);
   if (error != cudaSuccess) return FromCuda(error, name);
   if (call.n_sms > 0) n_sms = static_cast<int>(std::min<int64_t>(n_sms, call.n_sms));
-  const cuda::ExchangeOptions options = cuda::ChooseOptions(
-      call.arguments.routing, found->exchange.shape.n_ranks, call.row_bytes, n_sms);
-  return FromCuda(launch(found->exchange, call.arguments, options, on.stream), name);
+  const cuda::ExchangeOptions options =
+      cuda::ChooseOptions(call.arguments.routing, found->window().n_ranks, call.row_bytes, n_sms);
+  return FromCuda(launch(*found, call.arguments, options, on.stream), name);
 }
 
 ffi::Error RunThere(const ThereCall& call, const OnDevice& on) {
-  return RunExchange(call, on, cuda::LaunchThere, "there");
+  return RunExchange(call, on, LaunchThere, "there");
 }
 
 ffi::Error RunBack(const BackCall& call, const OnDevice& on) {
-  return RunExchange(call, on, cuda::LaunchBack, "back");
+  return RunExchange(call, on, LaunchBack, "back");
 }
 
 const Register there({"lplb_there", CudaHandler<ThereCall, RunThere>, InitializeComm});

@@ -17,8 +17,8 @@ struct Launchers {
   decltype(&cuda::LaunchRebalance) rebalance;
   decltype(&cuda::LaunchSyncedRebalance) synced_rebalance;
   decltype(&LaunchSync) sync;
-  decltype(&cuda::LaunchThere) there;
-  decltype(&cuda::LaunchBack) back;
+  decltype(&LaunchThere) there;
+  decltype(&LaunchBack) back;
   decltype(&cuda::LaunchEmpty) empty;
   decltype(&FindRank) find_rank;
   decltype(&cudaGetErrorString) error_string;
