@@ -24,9 +24,8 @@ constexpr int32_t kStepBytes = kFlightSums * 32 * kWord;
 // The rows of one warp that go to other ranks. A specialization has
 //   kThere, kBack: the lists that tell at which place a token, or a sum, is to be written;
 //   SlotTo: the slot with that place;
-//   Add: for each lane that `sends`, the row at `entry` of `slot` has been written, and `arrives`
-//   at
-//     a place of the window of `rank`;
+//   Add: each lane that `sends` has written the row at `entry` of `slot`, which goes to place
+//     `arrives` of the window of `rank`;
 //   Leave: sends what was added; LeaveIfMany: likewise, or waits for more.
 template <typename AnyExchange>
 class Outbox;
