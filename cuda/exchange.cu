@@ -6,15 +6,6 @@
 
 namespace lplb::cuda {
 
-__device__ __forceinline__ void StoreRelaxed(uint32_t* word, uint32_t value) {
-  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
-}
-__device__ __forceinline__ uint32_t LoadAcquired(const uint32_t* word) {
-  uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value;
-}
-
 __device__ __forceinline__ void SendHeader(const Exchange&, int32_t, uint64_t* header,
                                            uint64_t value) {
   StoreWord(header, value);
@@ -57,7 +48,7 @@ class Outbox<Exchange> {
   __device__ __forceinline__ void Leave(const ExchangeCall& call) {
     __syncwarp();
     asm volatile("fence.acq_rel.sys;" ::: "memory");
-    for (int32_t i = Lane(); i < n_flags_; i += 32) StoreRelaxed(flags_[i], call.epoch);
+    for (int32_t i = Lane(); i < n_flags_; i += 32) StoreWord(flags_[i], call.epoch);
     __syncwarp();
     n_flags_ = n_rows_ = 0;
   }

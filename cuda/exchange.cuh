@@ -66,12 +66,6 @@ __device__ __forceinline__ Slot<AnyExchange> SlotOf(const AnyExchange& exchange,
   return SlotAt(exchange, call.windows[rank] + (call.epoch & 1) * exchange.shape.SlotBytes());
 }
 
-__device__ __forceinline__ uint64_t LoadAcquired(const uint64_t* word) {
-  uint64_t value;
-  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
-  return value;
-}
-
 // Loads a word; 0 if it is not `there`. Bypasses the L1 cache: what a peer has written is
 // in L2. Predicated here, since branches around loads cost each of them a register for its address.
 __device__ __forceinline__ uint4 LoadWide(const char* address, bool there) {

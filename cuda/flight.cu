@@ -22,21 +22,11 @@ __device__ __forceinline__ uint32_t* WordsOf(char* hangar, Word word) {
   return word == Word::kArrived ? HeaderOf(hangar)->arrived : HeaderOf(hangar)->freed;
 }
 
-__device__ __forceinline__ uint32_t LoadAcquire(const uint32_t* from) {
-  uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void StoreRelaxed(uint32_t* to, uint32_t value) {
-  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
-}
-
 // No kernel can call off the engines' copies, which follow on the stream. So a receiver whose place
 // was not free hears beforehand that its bytes may get mixed.
 __device__ void GiveUp(const Hangars& hangars, int32_t rank, Word word) {
   if (word != Word::kFreed) return;
-  StoreRelaxed(HeaderOf(hangars.all[rank])->spoiled + hangars.peers.rank, 1);
+  StoreWord(HeaderOf(hangars.all[rank])->spoiled + hangars.peers.rank, 1);
   __threadfence_system();
 }
 
@@ -48,7 +38,7 @@ __global__ void AwaitKernel(const Hangars hangars, const FlightRanks ranks, Word
   const volatile int32_t* failed = &hangars.peers.state->failed;
   int64_t deadline = 0;
   for (uint32_t round = 1;; ++round) {
-    if (static_cast<int32_t>(LoadAcquire(awaited) - flight) >= 0) return;
+    if (static_cast<int32_t>(LoadAcquired(awaited) - flight) >= 0) return;
     if (round % 64 != 0) continue;  // Reading the clock takes longer than looking again.
     if (*failed != 0) return GiveUp(hangars, rank, word);
     const int64_t now = Nanoseconds();
@@ -69,7 +59,7 @@ __global__ void RaiseKernel(const Hangars hangars, const FlightRanks ranks, Word
   const bool all = ranks.n == 0;
   const int32_t n = all ? hangars.peers.size : ranks.n;
   for (int32_t i = threadIdx.x; i < n; i += blockDim.x) {
-    StoreRelaxed(WordsOf(hangars.all[all ? i : ranks.of[i]], word) + hangars.peers.rank, flight);
+    StoreWord(WordsOf(hangars.all[all ? i : ranks.of[i]], word) + hangars.peers.rank, flight);
   }
 }
 
@@ -87,7 +77,7 @@ __device__ bool Spoiled(const Hangars& hangars, const FlightRanks& senders, uint
   if (threadIdx.x < senders.n) {
     __threadfence_system();
     const int32_t rank = senders.of[threadIdx.x];
-    spoiled = LoadAcquire(HeaderOf(hangars.own)->spoiled + rank) != 0;
+    spoiled = LoadAcquired(HeaderOf(hangars.own)->spoiled + rank) != 0;
     if (spoiled && blockIdx.x == 0) Report(hangars.peers, SyncFailure::kNoCopies, flight, rank);
   }
   return __syncthreads_or(spoiled) != 0;
