@@ -10,10 +10,10 @@ import numpy as np
 from lplb_jax._portfolio import (
     Sizes,
     Table,
+    amended,
     as_tokens,
     constructions,
     imbalances,
-    native,
     scenarios,
     with_even_homes,
 )
@@ -22,8 +22,6 @@ from lplb_jax._portfolio import (
 # load: on the given batches, and on average over likely future ones. A few of the latter suffice
 # during the search.
 _WORSE, _SOON_WORSE, _SOON_BATCHES = 1.009, 1.05, 3
-# The exact solver's budget on the way to each aim: batches solved times slots.
-_MOST_WORK = 1_200_000
 
 
 def keep(
@@ -79,25 +77,15 @@ def _candidates(previous: Table, aims: _Aims, sizes: Sizes, along: bool) -> Iter
     n_homes = np.bincount(previous.homes // sizes.slots_per_rank)
     if n_homes.max() * sizes.ep_size >= sizes.n_logical + sizes.ep_size:
         previous = with_even_homes(previous.phy2log, mean, sizes)
-    amended = _amended(previous, aims.tokens, aims.as_is, sizes, along)
-    yield amended
+    least = amended(previous, aims.tokens, aims.as_is, sizes, along)
+    yield least
     few = slice(_SOON_BATCHES)
     tokens = np.concatenate([aims.tokens, aims.soon[few]])
     goals = np.concatenate([aims.as_is, aims.of_soon[few]])
-    yield _amended(amended, tokens, goals, sizes, along)
+    yield amended(least, tokens, goals, sizes, along)
     if not along:
         homes = previous.homes // sizes.slots_per_rank
         yield from constructions(mean, sizes, homes.astype(np.int32))
-
-
-def _amended(
-    table: Table, tokens: np.ndarray, goals: np.ndarray, sizes: Sizes, along: bool
-) -> Table:
-    """Changes the table until every batch reaches its goal or no change helps."""
-    phy2log, homes = (np.array(array, np.int32) for array in table)
-    how = sizes.ep_size, sizes.n_nodes, along
-    native().amend(phy2log, homes, *how, tokens.ravel(), goals, _MOST_WORK // len(phy2log))
-    return Table(phy2log, homes)
 
 
 def _similar_ranks(fresh: Table, previous: Table, sizes: Sizes) -> np.ndarray:

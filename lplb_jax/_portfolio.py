@@ -19,6 +19,8 @@ _TOKENS = 1 << 40
 # Later: loads keep this correlation (of logarithms) with an expert's present load, and count less.
 _SOON_BATCHES, _SPREAD = 16, 0.2
 _LATER_BATCHES, _STAYS, _CAUTION = 32, 0.5, 0.15
+# The exact solver's budget while a table is changed: batches solved times slots.
+_MOST_WORK = 1_200_000
 # What keeping copies on their experts' nodes may cost on the given batches, in mean rank loads.
 _FREE = 1e-3
 
@@ -49,7 +51,8 @@ def best_table(batches: np.ndarray, sizes: Sizes, further: Iterable[Table] = ())
 
     It minimizes the ratio of the largest to the mean rank load on the batches, on likely future
     ones and, with a lower weight, on batches whose experts have exchanged part of their loads.
-    Placements that are worse than EPLB's on the given batches are excluded, unless all are.
+    Placements that are worse than EPLB's on the given batches are excluded. If all are (its homes
+    may be uneven, these may not), they are changed, best first, until one is as good.
 
     Args:
       batches: loads, finite and nonnegative, not all 0.
@@ -61,7 +64,8 @@ def best_table(batches: np.ndarray, sizes: Sizes, further: Iterable[Table] = ())
     mean = tokens.mean(axis=0)
     published = eplb(batches.sum(axis=0), sizes.ep_size, sizes.slots_per_rank).ravel()
     tables = [*constructions(mean, sizes), *further, with_even_homes(published, mean, sizes)]
-    at_most = imbalances(published, sizes.ep_size, tokens).mean()
+    as_published = imbalances(published, sizes.ep_size, tokens)
+    at_most = as_published.mean()
 
     def judge(tokens: np.ndarray) -> np.ndarray:
         return np.array(
@@ -69,6 +73,12 @@ def best_table(batches: np.ndarray, sizes: Sizes, further: Iterable[Table] = ())
         )
 
     now = judge(tokens)
+    if now.min() > at_most:
+        for k in now.argsort():
+            tables.append(amended(tables[k], tokens, as_published, sizes))
+            if imbalances(tables[-1].phy2log, sizes.ep_size, tokens).mean() <= at_most:
+                break
+        now = judge(tokens)
     cost = now + judge(soon) + _CAUTION * np.log(judge(later))
     allowed = now <= max(at_most, now.min())
     cost[~allowed] = np.inf
@@ -165,6 +175,24 @@ def with_even_homes(phy2log: np.ndarray, loads: np.ndarray, sizes: Sizes) -> Tab
         twice = (held[:, None] == phy2log[rank_of == n_homes.argmin()]).sum(axis=1) > 1
         slot = slots[np.where((held < 0) | twice, -1.0, share[held]).argmin()]
         phy2log[slot], homes[expert] = expert, slot
+
+
+def amended(
+    table: Table, tokens: np.ndarray, goals: np.ndarray, sizes: Sizes, along: bool = False
+) -> Table:
+    """Changes the table until the imbalance of every batch is at most its goal or no change helps.
+
+    Args:
+      table: the table to change.
+      tokens: batches int64 `[batches, n_logical]`.
+      goals: float64 `[batches]`, ratios of the largest to the mean rank load.
+      sizes: sizes of the table.
+      along: whether the table is along a topology: experts then exchange all their slots.
+    """
+    phy2log, homes = (np.array(array, np.int32) for array in table)
+    how = sizes.ep_size, sizes.n_nodes, along
+    native().amend(phy2log, homes, *how, tokens.ravel(), goals, _MOST_WORK // len(phy2log))
+    return Table(phy2log, homes)
 
 
 def _abroad(table: Table, sizes: Sizes) -> int:
