@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import subprocess
@@ -23,6 +24,8 @@ def one_per_gpu(n_gpus: int | None = None) -> None:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
         n = visible_gpus() if n_gpus is None else n_gpus
+        if n < 1:
+            sys.exit("processes: expected one GPU or more, got none; see CUDA_VISIBLE_DEVICES")
         places = [{**os.environ, _PLACE: f"{address} {n} {i}"} for i in range(n)]
         command = [sys.executable, *sys.argv]
         started = [subprocess.Popen(command, env=environment) for environment in places]
@@ -37,5 +40,7 @@ def visible_gpus() -> int:
     """The number of GPUs that a process would see; JAX must not start in this one."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
-        return len(chosen.split(","))
+        # CUDA ignores what follows an entry that names no GPU.
+        named = itertools.takewhile(lambda name: name.strip() not in ("", "-1"), chosen.split(","))
+        return len(list(named))
     return subprocess.check_output(["nvidia-smi", "--list-gpus"], text=True).count("GPU ")

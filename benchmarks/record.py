@@ -27,7 +27,7 @@ def write(path: str, figures: dict[str, Any]) -> None:
 def run() -> dict[str, Any]:
     """Command, commit, versions and machine; clocks are read at the end of the run.
 
-    Outside a repository the environment variable COMMIT names the commit.
+    The environment variable COMMIT names the commit, if set, as for a copy of the sources.
     """
     smi = _output("nvidia-smi", f"--query-gpu={','.join(_OF_GPU)}", "--format=csv,noheader")
     gpus = [dict(zip(_OF_GPU, line.split(", "), strict=True)) for line in smi.splitlines()]
@@ -35,8 +35,9 @@ def run() -> dict[str, Any]:
     here = pathlib.Path(__file__).parent
     return {
         "command": " ".join([pathlib.Path(sys.argv[0]).name, *map(_portable, sys.argv[1:])]),
-        "commit": _output("git", "-C", str(here), "describe", "--always", "--dirty").strip()
-        or os.environ.get("COMMIT", "not recorded"),
+        "commit": os.environ.get("COMMIT")
+        or _output("git", "-C", str(here), "describe", "--always", "--dirty").strip()
+        or "not recorded",
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": _version("jaxlib"),

@@ -2,12 +2,14 @@
 
 import copy
 import json
+import os
 import pathlib
 import subprocess
 import sys
 from typing import Any
 
 import compare
+import per_gpu
 import pytest
 import record
 
@@ -128,17 +130,35 @@ def test_every_json_says_what_it_depends_on(tmp_path):
     versions = "python", "jax", "jaxlib", "nccl", "cuda_runtime", "cuda_of_driver"
     assert {"command", "commit", "gpus", "cpu", *versions} == run.keys()
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if head.returncode == 0:
+    if head.returncode == 0 and "COMMIT" not in os.environ:
         assert run["commit"].removesuffix("-dirty") in head.stdout
     assert all(run.values()) or run["gpus"] == []
 
 
-def test_a_commit_can_be_named_where_there_is_no_repository(monkeypatch):
-    monkeypatch.setattr(record, "_output", lambda *command: "")
-    monkeypatch.delenv("COMMIT", raising=False)
-    assert record.run()["commit"] == "not recorded"
+def test_a_commit_can_be_named(monkeypatch):
+    """Where there is no repository, or another one than that of the sources."""
     monkeypatch.setenv("COMMIT", "0123abc")
     assert record.run()["commit"] == "0123abc"
+    monkeypatch.setattr(record, "_output", lambda *command: "")
+    assert record.run()["commit"] == "0123abc"
+    monkeypatch.delenv("COMMIT")
+    assert record.run()["commit"] == "not recorded"
+
+
+@pytest.mark.parametrize(
+    ("names", "n"),
+    [("0,1", 2), ("3", 1), ("GPU-8932f937,GPU-a1b2c3d4", 2), ("", 0), ("-1", 0), ("0,-1,1", 1)],
+)
+def test_gpus_are_counted_as_cuda_does(monkeypatch, names, n):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+    assert per_gpu.visible_gpus() == n
+
+
+def test_processes_without_a_gpu_end_with_a_message(monkeypatch):
+    monkeypatch.delenv("LPLB_BENCHMARK_PLACE", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SystemExit, match="got none; see CUDA_VISIBLE_DEVICES"):
+        per_gpu.one_per_gpu()
 
 
 def test_a_command_names_no_paths_of_the_machine(monkeypatch):
