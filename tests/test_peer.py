@@ -98,6 +98,36 @@ def test_no_empty_array_crosses_shard_map(rng, mesh, transport):
 
 
 @pytest.mark.parametrize(
+    ("width", "dtype", "words"),
+    [
+        (3, "float32", r"rows: .* multiple of 16 bytes .* got float32 \[384, 3\]"),
+        (32, "float32", r"rows: expected at most 64 bytes .* got float32 .*; raise hidden_bytes"),
+        (16, "float64", r"rows: expected at most 64 bytes .* got float64"),
+        (64, "float8_e4m3fn", "rows: expected one of bfloat16"),
+        (16, "float32", None),
+        (8, "bfloat16", None),
+    ],
+)
+def test_results_without_room_are_refused(mesh, width, dtype, words):
+    """The experts' results may be of another width or dtype than the tokens."""
+
+    def step(tokens, gates, ids):
+        options = {"axis_name": "ep", "capacity": 384, "transport": "peer", "comm": comm_of(4)}
+        rows, _, plan = moe.dispatch(tokens, gates, peer_checks.assigned(ids, 4), **options)
+        return moe.combine(jnp.zeros((len(rows), width), dtype), plan)
+
+    run = jax.shard_map(step, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    shapes = [((64, 16), "float32"), ((64, 3), "float32"), ((64, 3), "int32")]
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    with jax.enable_x64(dtype == "float64"):
+        if words is None:
+            assert jax.eval_shape(run, *arguments).shape == (64, width)
+        else:
+            with pytest.raises(ValueError, match=words):
+                jax.eval_shape(run, *arguments)
+
+
+@pytest.mark.parametrize(
     ("changed", "words"),
     [
         ({"comm": None}, "'peer' expects a comm with windows.*got comm=None"),

@@ -36,7 +36,7 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["row", "order", "lists"],
-    meta_fields=["capacity", "n_received", "axis_name", "comm", "sms"],
+    meta_fields=["capacity", "n_received", "axis_name", "comm", "sms", "row_bytes"],
 )
 @dataclasses.dataclass(frozen=True)
 class Routing:
@@ -50,6 +50,7 @@ class Routing:
       axis_name: the expert-parallel mesh axis (static).
       comm: identifier of the communicator (static).
       sms: SMs that move tokens, 0 for all (static).
+      row_bytes: bytes that the windows have for a token (static).
     """
 
     row: jax.Array
@@ -60,6 +61,7 @@ class Routing:
     axis_name: Any
     comm: int
     sms: int
+    row_bytes: int
 
     def call(self, target: str, specification: Any, *operands: jax.Array) -> Any:
         """Calls the kernel `target`, or its specification if the backend has none."""
@@ -117,6 +119,15 @@ class PeerPlan(Plan):
 
     def summed(self, rows: jax.Array) -> jax.Array:
         """Sums all ranks' rows of this rank's tokens; sums travel as they are computed."""
+        reason = _unfit("rows", rows)
+        if reason is None and _bytes_of_a_row(rows) > self.routing.row_bytes:
+            reason = (
+                f"rows: expected at most {self.routing.row_bytes} bytes each, which the windows of "
+                f"comm have room for, got {rows.dtype.name} {list(rows.shape)}; raise hidden_bytes "
+                f"in init_comm, or pass another transport"
+            )
+        if reason is not None:
+            raise ValueError(reason)
         return _back(rows, self.routing, self.came)
 
     def home(self, sums: jax.Array) -> jax.Array:
@@ -150,18 +161,10 @@ class Peer(Transport):
                 "to init_comm, " + ("got comm=None" if comm is None else f"got {comm}")
             )
         check_comm(comm, axis_name, 1)
-        for name, array in (("tokens", tokens), ("gates", gates)):
-            if array.dtype.name not in _DTYPES:
-                return (
-                    f"{name}: expected one of {', '.join(_DTYPES)} with transport 'peer', got "
-                    f"{array.dtype.name}"
-                )
-        row_bytes = tokens.shape[1] * tokens.dtype.itemsize
-        if row_bytes % 16:
-            return (
-                f"tokens: expected a hidden size of a multiple of 16 bytes with transport 'peer', "
-                f"got {tokens.dtype.name} {list(tokens.shape)}"
-            )
+        reason = _unfit("tokens", tokens) or _of_another_dtype("gates", gates)
+        if reason is not None:
+            return reason
+        row_bytes = _bytes_of_a_row(tokens)
         n_tokens, top_k = gates.shape
         others = comm.size - 1
         needed = max(min(others * n_tokens, capacity), n_tokens * min(others, top_k))
@@ -182,7 +185,9 @@ class Peer(Transport):
         assert self.comm is not None
         row, place, lists, *known = planned(assignment, axis_name, capacity, order, self.comm)
         n_received = min((self.comm.size - 1) * len(row), capacity)
-        options = (capacity, n_received, axis_name, self.comm.identifier, self.comm.sms)
+        assert self.comm.window is not None
+        room = self.comm.window.row_bytes
+        options = (capacity, n_received, axis_name, self.comm.identifier, self.comm.sms, room)
         routing = Routing(row, place, lists, *options)
         return Routed(*known, capacity=capacity, axis_name=axis_name, routing=routing)
 
@@ -207,6 +212,30 @@ class Peer(Transport):
         elif beside.waits:
             rows, experts = beside_rows(beside.fetch, rows, experts)
         return rows, row_gates, experts, plan
+
+
+def _bytes_of_a_row(rows: jax.Array) -> int:
+    return rows.shape[1] * rows.dtype.itemsize
+
+
+def _of_another_dtype(name: str, array: jax.Array) -> str | None:
+    if array.dtype.name in _DTYPES:
+        return None
+    return (
+        f"{name}: expected one of {', '.join(_DTYPES)} with transport 'peer', got "
+        f"{array.dtype.name}"
+    )
+
+
+def _unfit(name: str, rows: jax.Array) -> str | None:
+    """Why the kernels cannot move these rows, or None."""
+    reason = _of_another_dtype(name, rows)
+    if reason is not None or _bytes_of_a_row(rows) % 16 == 0:
+        return reason
+    return (
+        f"{name}: expected a hidden size of a multiple of 16 bytes with transport 'peer', got "
+        f"{rows.dtype.name} {list(rows.shape)}"
+    )
 
 
 @jax.custom_vjp
