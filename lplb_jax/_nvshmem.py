@@ -179,9 +179,8 @@ def _job(ordinal: int) -> Job:
 
 
 def join(ordinal: int, rendezvous: Rendezvous) -> Job:
-    """Initializes NVSHMEM on GPU `ordinal` for the processes of `rendezvous`, or reuses it."""
+    """Initializes NVSHMEM on the current GPU, `ordinal`, for these processes, or reuses it."""
     library = _loaded()
-    _native.built_cuda().comm_use_device(ordinal)  # NVSHMEM takes the GPU of the current context.
     status = library.nvshmemx_init_status()
     n_processes = len(rendezvous.processes)
     states = {int(state) for state in rendezvous.exchange("status", str(status))}

@@ -21,15 +21,21 @@ class Rendezvous:
         """This process's index in `processes`."""
         return self.processes.index(jax.process_index())
 
+    def say(self, name: str, value: str) -> str:
+        """Tells the others this process's value without waiting for theirs; returns their key."""
+        self._round += 1
+        key = f"{self._prefix}/{self._round}-{name}"
+        here = jax.process_index()
+        if self.processes != [here]:
+            _client().key_value_set(f"{key}/{here}", value)
+        return key
+
     def exchange(self, name: str, value: str) -> list[str]:
         """Every process's value, in the order of `processes`."""
-        self._round += 1
-        here = jax.process_index()
-        if self.processes == [here]:
+        key = self.say(name, value)
+        if len(self.processes) == 1:
             return [value]
-        key = f"{self._prefix}/{self._round}-{name}"
         client = _client()
-        client.key_value_set(f"{key}/{here}", value)
         values = []
         for process in self.processes:
             try:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import collections
+import contextlib
 import dataclasses
 import itertools
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -27,9 +31,13 @@ _NO_MODULE = (
 )
 
 _MOST_CHOICES = 32  # a lane of a warp each
+_MOST_COLUMNS, _MOST_RANKS = 32, 512  # of copies that engines move, see cuda/flight.h
+_MOST_SECONDS = 1e9  # in nanoseconds they fit in 64 bits
 
-# All processes make their communicators in the same order, so these agree.
-_ids = itertools.count(1)
+# Programs hold a communicator's identifier only: what they use of it must live until it is closed.
+_connected: dict[int, Comm] = {}
+_made: collections.Counter[tuple[int, ...]] = collections.Counter()  # with these processes
+_last_identifier = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Comm:
       size: ranks of a group, the size of that axis.
       max_experts: the largest n_logical it can be used with.
       timeout_s: how long a rank waits for the others before the call fails.
-      identifier: the same in all processes.
+      identifier: the same in all processes; 0 with transport "xla".
       window: memory for tokens that ranks exchange, or None.
       sms: SMs that may move tokens, 0 for all.
       copy_bytes: room for copies of experts that a rank receives at once.
@@ -93,7 +101,7 @@ class Comm:
         sms: int = 0,
         copy_bytes: int = 0,
         members: Sequence[tuple[int, int]] = (),
-        release: Callable[[], None] = lambda: None,
+        release: Callable[[bool], None] = lambda failed: None,
     ):
         self.transport = transport
         self.axis = axis
@@ -106,6 +114,7 @@ class Comm:
         self.copy_bytes = copy_bytes
         self._members = members  # (device, rank) of this process
         self._routes: dict[str, int] = {}
+        self._routing = threading.Lock()
         self._release = release
         self.closed = False
 
@@ -134,12 +143,19 @@ class Comm:
 
     def route(self, to: list[list[int]], origin: list[list[int]]) -> int:
         """The number of a route of copies: every rank's receivers and senders, column by column."""
+        if len(to[0]) > _MOST_COLUMNS:
+            raise ValueError(
+                f"r2o: expected at most {_MOST_COLUMNS} columns with copy_bytes in init_comm, got "
+                f"{len(to[0])}; leave copy_bytes out"
+            )
         key = str((to, origin))
-        if key not in self._routes:
-            self._routes[key] = len(self._routes)
-            for device, rank in self._members:
-                _native.built_cuda().comm_add_route(self.identifier, device, to[rank], origin[rank])
-        return self._routes[key]
+        with self._routing:
+            if key not in self._routes:
+                for device, rank in self._members:
+                    ranks = to[rank], origin[rank]
+                    _native.built_cuda().comm_add_route(self.identifier, device, *ranks)
+                self._routes[key] = len(self._routes)
+            return self._routes[key]
 
     def failure(self) -> str | None:
         """The failure on this process's devices, if any.
@@ -154,13 +170,15 @@ class Comm:
     def close(self) -> None:
         """Waits for the devices and frees the buffers. Programs that use it afterwards raise.
 
-        With NVSHMEM all processes must call it. After a failure its memory is not freed.
+        The buffers live until then, or until the process ends. With NVSHMEM all processes must call
+        it; after a failure in one of them, or if one does not call it within `timeout_s`, NVSHMEM's
+        memory is not freed.
         """
         if not self.closed:
             failed = self.failure() is not None
             self.closed = True
-            if not failed or self.transport == "p2p":
-                self._release()
+            _connected.pop(self.identifier, None)
+            self._release(failed)
 
 
 def init_comm(
@@ -180,7 +198,8 @@ def init_comm(
     """Connects the ranks of a mesh axis, so that the kernels of `rebalance` exchange counts.
 
     Call it outside `jax.jit`, in every process of the mesh, and in the same order if there are
-    several communicators. Each row of the mesh along `axis` is its own group.
+    several communicators of the same processes. Each row of the mesh along `axis` is its own group.
+    Compiled programs refer to the communicator: keep it open, and close it when they are done.
 
     | transport | for |
     |---|---|
@@ -198,14 +217,15 @@ def init_comm(
         buffer of 16 bytes · ranks · (max_experts + 1), twice that with max_tokens.
       transport: one of the above. If none is available, "auto" uses "xla"; other values raise. All
         processes make the same choice.
-      timeout_s: seconds after which a rank gives up waiting for the others, here and in a kernel.
-        A kernel that gives up sets `Status.SYNC_FAILED`, and the next use of the communicator
-        raises `DEADLINE_EXCEEDED` which names the waiting and the missing ranks.
+      timeout_s: seconds, at most 10⁹, after which a rank gives up waiting for the others, here and
+        in a kernel. A kernel that gives up sets `Status.SYNC_FAILED`, and the next use of the
+        communicator raises `DEADLINE_EXCEEDED` which names the waiting and the missing ranks.
       max_tokens: the most tokens per rank that `moe` exchanges with transport "peer"; 0 for none.
         Every rank then allocates twice what it can receive from or send to others:
         2 · max_tokens · min(ranks − 1, ⌈top_k · capacity_factor⌉) · hidden_bytes, plus a few per
         cent; twice as much with "nvshmem_put", and nothing with "xla".
-      hidden_bytes: the most bytes of a token; with bfloat16 twice the hidden size.
+      hidden_bytes: the most bytes of a token, or of an expert's result for it if that is larger;
+        with bfloat16 twice the hidden size.
       top_k: the most choices of a token; up to 32.
       capacity_factor: the largest one that `moe_layer` will be called with.
       sms: SMs that may move tokens; 0 for all. About 32 saturate NVLink; concurrent kernels get
@@ -235,8 +255,11 @@ def init_comm(
     max_experts = check_count("max_experts", max_experts)
     if transport not in TRANSPORTS:
         raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
-    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
-        raise ValueError(f"timeout_s: expected a positive number of seconds, got {timeout_s!r}")
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s <= _MOST_SECONDS:
+        raise ValueError(
+            f"timeout_s: expected a positive number of seconds, at most {_MOST_SECONDS:g}, got "
+            f"{timeout_s!r}"
+        )
     windows = _windows(groups.shape[1], max_tokens, hidden_bytes, top_k, capacity_factor)
     if not isinstance(sms, int) or sms < 0:
         raise ValueError(f"sms: expected a number of SMs, or 0 for all, got {sms!r}")
@@ -246,30 +269,24 @@ def init_comm(
         raise ValueError(
             f"max_tokens: expected a positive number with copy_bytes = {copy_bytes}, got 0"
         )
-    identifier = next(_ids)
-    members: list[tuple[int, int]] = []
-
-    def comm(chosen: str, release: Callable[[], None] = lambda: None) -> Comm:
-        return Comm(
-            chosen,
-            axis,
-            groups.shape[1],
-            max_experts=max_experts,
-            timeout_s=float(timeout_s),
-            identifier=identifier,
-            window=windows if chosen != "xla" else None,
-            sms=sms,
-            copy_bytes=int(copy_bytes) if chosen in ("p2p", "nvshmem") else 0,
-            members=members,
-            release=release,
+    if copy_bytes and groups.shape[1] > _MOST_RANKS:
+        raise ValueError(
+            f"copy_bytes: expected 0 with more than {_MOST_RANKS} ranks, got {copy_bytes} with "
+            f"{groups.shape[1]}"
         )
+    members: list[tuple[int, int]] = []
+    common: dict[str, Any] = {"max_experts": max_experts, "timeout_s": float(timeout_s)}
+
+    def by_xla() -> Comm:
+        return Comm("xla", axis, groups.shape[1], identifier=0, sms=sms, **common)
 
     on_gpus = _on_gpus(groups)
     if transport == "xla" or (transport == "auto" and not on_gpus):
-        return comm("xla")
+        return by_xla()
     processes = sorted({device.process_index for device in groups.flat})
     chosen = transport if transport != "auto" else "p2p" if len(processes) == 1 else "nvshmem"
-    rendezvous = Rendezvous(f"lplb_jax/comm/{identifier}", processes, timeout_s)
+    rendezvous = _meeting(processes, timeout_s)
+    identifier = _new_identifier(rendezvous)
     probe, connect = (
         (_probe_p2p, _connect_p2p) if chosen == "p2p" else (_probe_nvshmem, _connect_nvshmem)
     )
@@ -279,15 +296,54 @@ def init_comm(
         inboxes = _Inboxes(identifier, groups.shape[1], stride, float(timeout_s), windows)
         inboxes = dataclasses.replace(inboxes, copy_bytes=int(copy_bytes), members=members)
         try:
-            return comm(*connect(groups, inboxes, rendezvous, chosen))
+            chosen, release = connect(groups, inboxes, rendezvous, chosen)
         except _CannotConnect as error:
             reason = str(error)
+        else:
+            comm = Comm(
+                chosen,
+                axis,
+                groups.shape[1],
+                identifier=identifier,
+                window=windows,
+                sms=sms,
+                copy_bytes=int(copy_bytes) if chosen != "nvshmem_put" else 0,
+                members=members,
+                release=release,
+                **common,
+            )
+            _connected[identifier] = comm
+            return comm
     if transport != "auto":
         raise RuntimeError(f"transport: {transport!r} is not available: {reason}")
     warnings.warn(
         f"comm: loads are exchanged by lax.all_gather, which is slower: {reason}", stacklevel=2
     )
-    return comm("xla")
+    return by_xla()
+
+
+def _meeting(processes: list[int], timeout_s: float) -> Rendezvous:
+    """Of these processes for their next communicator, which they all make in the same order."""
+    key = tuple(processes)
+    _made[key] += 1
+    name = f"lplb_jax/comm/{','.join(map(str, processes))}/{_made[key]}"
+    return Rendezvous(name, processes, timeout_s)
+
+
+def _new_identifier(rendezvous: Rendezvous) -> int:
+    """One that no process of the meeting has used. A program has the same one everywhere."""
+    global _last_identifier
+    proposals = rendezvous.exchange("identifier", str(_last_identifier + 1))
+    _last_identifier = max(map(int, proposals))
+    return _last_identifier
+
+
+@atexit.register
+def _close_all() -> None:
+    """While CUDA is still there. Of what NVSHMEM's processes must free together, nothing."""
+    for comm in list(_connected.values()):
+        if comm.transport == "p2p":
+            comm.close()
 
 
 def _most_counts(max_experts: int, windows: Windows | None) -> int:
@@ -417,37 +473,49 @@ class _Inboxes:
         )
 
 
-Connection = tuple[str, Callable[[], None]]  # transport, and what frees it
+# The transport, and what frees it; the argument tells whether it has failed.
+Connection = tuple[str, Callable[[bool], None]]
 
 
 def _connect_p2p(groups: np.ndarray, made: _Inboxes, _: Rendezvous, __: str) -> Connection:
     native = _native.built_cuda()
-    owned, owned_windows = [], []
-    for group in groups:
-        ordinals = [device.local_hardware_id for device in group]
-        for a, b in itertools.permutations(ordinals, 2):
-            native.comm_enable_peer(a, b)
-        inboxes = [native.comm_allocate(ordinal, made.n_bytes) for ordinal in ordinals]
-        for rank, ordinal in enumerate(ordinals):
-            made.attach(ordinal, rank, inboxes)
-        owned += zip(ordinals, inboxes, strict=True)
-        if made.windows is not None:
-            windows = [native.Window(ordinal, made.windows.n_bytes) for ordinal in ordinals]
-            for ordinal in ordinals:
-                made.attach_windows(ordinal, [window.address for window in windows])
-            owned_windows += windows
-        if made.copy_bytes:
-            hangars = [native.Window(ordinal, made.hangar_bytes) for ordinal in ordinals]
-            for ordinal in ordinals:
-                made.attach_hangars(ordinal, [hangar.address for hangar in hangars])
-            owned_windows += hangars
+    owned: list[tuple[int, int]] = []
+    owned_windows: list[Any] = []
 
-    def release() -> None:
+    def release(_: bool) -> None:
         native.comm_detach(made.identifier)
         owned_windows.clear()
         for ordinal, inbox in owned:
             native.comm_free(ordinal, inbox)
 
+    def allocated(ordinal: int) -> int:
+        owned.append((ordinal, native.comm_allocate(ordinal, made.n_bytes)))
+        return owned[-1][1]
+
+    def window(ordinal: int, n_bytes: int) -> int:
+        owned_windows.append(native.Window(ordinal, n_bytes))
+        return owned_windows[-1].address
+
+    def connect(ordinals: list[int]) -> None:
+        for a, b in itertools.permutations(ordinals, 2):
+            native.comm_enable_peer(a, b)
+        inboxes = [allocated(ordinal) for ordinal in ordinals]
+        for rank, ordinal in enumerate(ordinals):
+            made.attach(ordinal, rank, inboxes)
+        if made.windows is not None:
+            windows = [window(ordinal, made.windows.n_bytes) for ordinal in ordinals]
+            for ordinal in ordinals:
+                made.attach_windows(ordinal, windows)
+        if made.copy_bytes:
+            hangars = [window(ordinal, made.hangar_bytes) for ordinal in ordinals]
+            for ordinal in ordinals:
+                made.attach_hangars(ordinal, hangars)
+
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(release, True)
+        for group in groups:
+            connect([device.local_hardware_id for device in group])
+        on_error.pop_all()
     return "p2p", release
 
 
@@ -467,6 +535,8 @@ def _connect_nvshmem(
     native = _native.built_cuda()
     (mine,) = [device for device in groups.flat if device.process_index == jax.process_index()]
     ordinal = mine.local_hardware_id
+    # NVSHMEM takes the GPU of the current context.
+    _together(rendezvous, lambda: native.comm_use_device(ordinal))
     job = _together(rendezvous, lambda: _nvshmem.join(ordinal, rendezvous))
     word = 8
     staging = made.n_bytes
@@ -488,7 +558,6 @@ def _connect_nvshmem(
     except _CannotConnect:
         job.free(inbox)
         raise
-    made.attach(ordinal, list(group).index(mine), inboxes)
     symmetric_memory = [inbox]
 
     def symmetric(n_bytes: int) -> int:
@@ -498,25 +567,48 @@ def _connect_nvshmem(
     def mapped(memory: int) -> list[int]:
         return [memory if pe == job.pe else job.pointer(memory, pe) for pe in pes]
 
-    if put_library is not None:
-        words = (inbox, inbox + staging, inbox + signals)
-        native.comm_attach_put(made.identifier, ordinal, put_library, pes, *words)
-        if made.windows is not None:
-            window = symmetric(made.windows.put_bytes)
-            made.attach_put_windows(ordinal, put_library, window)
-    else:
-        if made.windows is not None:
-            made.attach_windows(ordinal, mapped(symmetric(made.windows.n_bytes)))
-        if made.copy_bytes:
-            made.attach_hangars(ordinal, mapped(symmetric(made.hangar_bytes)))
-    rendezvous.exchange("attached", "")  # Nobody writes to an inbox that is not cleared.
+    def attach() -> None:
+        made.attach(ordinal, list(group).index(mine), inboxes)
+        if put_library is not None:
+            words = (inbox, inbox + staging, inbox + signals)
+            native.comm_attach_put(made.identifier, ordinal, put_library, pes, *words)
+            if made.windows is not None:
+                window = symmetric(made.windows.put_bytes)
+                made.attach_put_windows(ordinal, put_library, window)
+        else:
+            if made.windows is not None:
+                made.attach_windows(ordinal, mapped(symmetric(made.windows.n_bytes)))
+            if made.copy_bytes:
+                made.attach_hangars(ordinal, mapped(symmetric(made.hangar_bytes)))
+        rendezvous.exchange("attached", "")  # Nobody writes to an inbox that is not cleared.
 
-    def release() -> None:
+    def release(failed: bool) -> None:
         native.comm_detach(made.identifier)
-        for memory in reversed(symmetric_memory):
-            job.free(memory)
+        # To free is to wait for all others, who do not come if they have failed.
+        if not _fails_somewhere(rendezvous, failed, made.timeout_s):
+            for memory in reversed(symmetric_memory):
+                job.free(memory)
 
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(native.comm_detach, made.identifier)
+        attach()
+        on_error.pop_all()
     return transport, release
+
+
+def _fails_somewhere(rendezvous: Rendezvous, failed: bool, timeout_s: float) -> bool:
+    """Whether a process's communicator has failed, or is not closed in time."""
+    if failed:
+        rendezvous.say("close", "1")
+        return True
+    try:
+        return "1" in rendezvous.exchange("close", "0")
+    except TimeoutError:
+        _native.warn_once(
+            f"comm: NVSHMEM's memory is not freed, since not every process of the mesh closed the "
+            f"communicator within {timeout_s:g} s"
+        )
+        return True
 
 
 def _together(rendezvous: Rendezvous, step: Callable[[], Any]) -> Any:

@@ -74,13 +74,7 @@ def versions(process: int, processes: list[int]) -> None:
 
 def windows(process: int, processes: list[int]) -> None:
     """Where GPUs cannot map each other's memory, put reaches the windows, on the symmetric heap."""
-    library = Library((3, 8, 0))
-    native = NativeOfPut()
-    _nvshmem._library = lambda: library
-    _nvshmem._put_file = lambda: pathlib.Path("put-nvshmem-3.6.5.fatbin")
-    _nvshmem.join = lambda ordinal, rendezvous: _nvshmem.Job(ordinal)
-    lplb_jax.comm._on_gpus = lambda groups: True
-    _native.cuda = lambda: native
+    library, native = by_put()
     mesh = Mesh(np.array(jax.devices()), "ep")
     room = {"max_tokens": 100, "hidden_bytes": 500, "top_k": 4, "copy_bytes": 64}
     for number, transport in enumerate(("auto", "nvshmem", "nvshmem_put")):
@@ -101,6 +95,50 @@ def windows(process: int, processes: list[int]) -> None:
     with init_comm(mesh, max_experts=8, transport="nvshmem_put", timeout_s=FOREVER) as comm:
         assert comm.window is None
         assert library.allocations == 7
+
+
+def identifiers(process: int, processes: list[int]) -> None:
+    """Communicators of some of the processes do not come in the way of those of all."""
+    by_put()
+    options: dict[str, Any] = {"max_experts": 8, "transport": "nvshmem_put", "timeout_s": FOREVER}
+    own = Mesh(np.array(jax.local_devices()), "ep")
+    made = [init_comm(own, **options) for _ in range(3 * process)]
+    made += [init_comm(Mesh(np.array(jax.devices()), "ep"), **options) for _ in range(2)]
+    used = [comm.identifier for comm in made]
+    assert sorted(set(used)) == used
+    check = Rendezvous("identifiers", processes, timeout_s=FOREVER)
+    assert len(set(check.exchange("of all", str(used[-2:])))) == 1
+
+
+def closing(process: int, processes: list[int]) -> None:
+    """Memory is freed if all close, not after a failure anywhere; nobody waits for longer."""
+    library, native = by_put()
+    mesh = Mesh(np.array(jax.devices()), "ep")
+    options: dict[str, Any] = {"max_experts": 8, "transport": "nvshmem_put"}
+    for failing in (None, *processes):
+        native.failure = "it rains" if process == failing else ""
+        init_comm(mesh, timeout_s=FOREVER, **options).close()
+        assert library.frees == 1, failing
+    comm = init_comm(mesh, timeout_s=2, **options)
+    if process != 1:
+        start = time.perf_counter()
+        with pytest.warns(UserWarning, match=r"not freed, since not every process .* within 2 s"):
+            comm.close()
+        assert time.perf_counter() - start < 30
+    assert library.frees == 1
+    assert native.detached == len(processes) + 1 + (process != 1)
+
+
+def by_put() -> tuple["Library", "NativeOfPut"]:
+    """As if there were GPUs of different hosts."""
+    library = Library((3, 8, 0))
+    native = NativeOfPut()
+    _nvshmem._library = lambda: library
+    _nvshmem._put_file = lambda: pathlib.Path("put-nvshmem-3.6.5.fatbin")
+    _nvshmem.join = lambda ordinal, rendezvous: _nvshmem.Job(ordinal)
+    lplb_jax.comm._on_gpus = lambda groups: True
+    _native.cuda = lambda: native
+    return library, native
 
 
 class Library:
@@ -137,6 +175,8 @@ class Native:
     comm_inbox_bytes = staticmethod(lambda size, stride: 16 * size * stride)
     comm_clear = staticmethod(lambda ordinal, address, n_bytes: None)
     comm_load_library = staticmethod(lambda ordinal, file: 1)
+    comm_use_device = staticmethod(lambda ordinal: None)
+    comm_detach = staticmethod(lambda comm: None)
 
 
 class NativeOfPut(Native):
@@ -144,6 +184,8 @@ class NativeOfPut(Native):
 
     def __init__(self):
         self.attached: dict[int, tuple] = {}
+        self.detached = 0
+        self.failure = ""
 
     def comm_attach(self, comm, ordinal, rank, inboxes, stride, timeout_s):
         assert [inbox != 0 for inbox in inboxes] == [peer == rank for peer in range(len(inboxes))]
@@ -158,10 +200,10 @@ class NativeOfPut(Native):
         self.attached[comm] += (window,)
 
     def comm_failure(self, comm):
-        return ""
+        return self.failure
 
     def comm_detach(self, comm):
-        pass
+        self.detached += 1
 
 
 def late(process: int, processes: list[int]) -> None:
@@ -181,7 +223,7 @@ def main() -> None:
     process, n_processes = int(process), int(n_processes)
     jax.config.update("jax_platforms", "cpu")
     jax.distributed.initialize(coordinator, n_processes, process)
-    functions = (agreement, init, versions, windows, late)
+    functions = (agreement, init, versions, windows, identifiers, closing, late)
     scenarios = {function.__name__: function for function in functions}
     scenarios[scenario](process, list(range(n_processes)))
     print("done")

@@ -1,5 +1,6 @@
 """Communicators without a GPU: their arguments, agreement, and what they lower to."""
 
+import gc
 import importlib.metadata
 import pathlib
 import re
@@ -204,6 +205,7 @@ BAD = {
     "transport": (lambda mesh: {"transport": "ib"}, ValueError, "transport: .*p2p.*got 'ib'"),
     "timeout": (lambda mesh: {"timeout_s": 0}, ValueError, "timeout_s: .*positive.*got 0"),
     "no timeout": (lambda mesh: {"timeout_s": float("inf")}, ValueError, "timeout_s: .*inf"),
+    "too patient": (lambda mesh: {"timeout_s": 1e10}, ValueError, r"timeout_s: .*1e\+09, got 1000"),
     "no number": (lambda mesh: {"timeout_s": "1"}, ValueError, "timeout_s: .*'1'"),
 }
 
@@ -217,7 +219,6 @@ def test_bad_arguments_of_init(mesh, name):
 
 def closed():
     comm = fake()
-    comm._release = lambda: None
     comm.failure = lambda: None
     comm.close()
     return comm
@@ -352,8 +353,120 @@ def test_scan_checkpoint_and_grad_can_hold_it(mesh):
     assert text.count("custom_call @lplb_synced_rebalance") == 2  # Forward, and replayed.
 
 
+class Mapped:
+    """A stand-in for the CUDA module where GPUs map each other's memory."""
+
+    def __init__(self, windows: int = 100):
+        self.windows = windows  # that there is memory for
+        self.held: list[str] = []
+        self.routes = 0
+
+    def __getattr__(self, name):
+        return lambda *_: 16 if name.endswith("_bytes") else True
+
+    def comm_failure(self, comm):
+        return ""
+
+    def comm_attach(self, comm, ordinal, *_):
+        self.held.append(f"state {comm}")
+
+    def comm_detach(self, comm):
+        self.held[:] = [one for one in self.held if one != f"state {comm}"]
+
+    def comm_allocate(self, ordinal, n_bytes):
+        self.held.append("inbox")
+        return 1
+
+    def comm_free(self, ordinal, address):
+        self.held.remove("inbox")
+
+    def comm_add_route(self, comm, device, to, origin):
+        self.routes += 1
+        return self.routes - 1
+
+    @property
+    def Window(self):
+        held, windows = self.held, self.windows
+
+        class Window:
+            address = 1
+
+            def __init__(self, ordinal, n_bytes):
+                if held.count("window") == windows:
+                    raise MemoryError("cudaMalloc")
+                held.append("window")
+
+            def __del__(self):
+                if "window" in held:
+                    held.remove("window")
+
+        return Window
+
+
+ROOM: dict[str, Any] = {"max_tokens": 16, "hidden_bytes": 64, "copy_bytes": 128}
+
+
+@pytest.fixture
+def one_gpu(mesh, monkeypatch):
+    """Makes communicators of a mesh of one GPU, with this module."""
+    mesh = Mesh(mesh.devices[:1], "ep")
+    monkeypatch.setattr(lplb_jax.comm, "_on_gpus", lambda groups: True)
+
+    def connect(native, **options):
+        monkeypatch.setattr(_native, "cuda", lambda: native)
+        monkeypatch.setattr(_native, "built_cuda", lambda: native)
+        return init_comm(mesh, max_experts=8, transport="p2p", **options)
+
+    return connect
+
+
+def test_memory_lives_until_it_is_closed(one_gpu):
+    """Compiled programs hold nothing but the identifier, and may run when `comm` is forgotten."""
+    native = Mapped()
+    comm = one_gpu(native, **ROOM)
+    name = f"state {comm.identifier}"
+    connected = lplb_jax.comm._connected[comm.identifier]
+    del comm
+    gc.collect()
+    assert sorted(native.held) == ["inbox", name, "window", "window"]
+    connected.close()
+    assert native.held == []
+    assert connected.identifier not in lplb_jax.comm._connected
+
+
+@pytest.mark.parametrize("windows", [0, 1])
+def test_nothing_is_left_where_connecting_fails(one_gpu, windows):
+    native, connected = Mapped(windows), len(lplb_jax.comm._connected)
+    with pytest.raises(MemoryError):
+        one_gpu(native, **ROOM)
+    gc.collect()
+    assert native.held == []
+    assert len(lplb_jax.comm._connected) == connected
+
+
+def test_routes_are_numbered_as_the_module_numbers_them(one_gpu):
+    native = Mapped()
+    with one_gpu(native, **ROOM) as comm:
+        one, wide, two = [[[0] * n_columns] for n_columns in (1, 33, 2)]
+        assert comm.route(one, one) == 0
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"r2o: expected at most 32 columns .*got 33"):
+                comm.route(wide, wide)
+        assert [comm.route(two, two), comm.route(one, one)] == [1, 0]
+        assert native.routes == 2
+
+
 @pytest.mark.parametrize(
-    ("scenario", "n"), [("agreement", 4), ("init", 2), ("versions", 2), ("windows", 2), ("late", 3)]
+    ("scenario", "n"),
+    [
+        ("agreement", 4),
+        ("init", 2),
+        ("versions", 2),
+        ("windows", 2),
+        ("identifiers", 2),
+        ("closing", 2),
+        ("late", 3),
+    ],
 )
 def test_processes(scenario, n):
     for output in processes.run(n, comm_process.__file__, scenario, **WITHOUT_GPUS):
