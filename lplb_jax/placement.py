@@ -207,7 +207,8 @@ def place_experts(
     Method "eplb" places experts like EPLB's `rebalance_experts`: each redundant slot goes to the
     expert with the most load per copy, and the copies are packed onto ranks. If `n_groups` is a
     multiple of `n_nodes`, groups of consecutive experts are packed onto nodes first, and no copy
-    leaves its node. Homes are then as even as the table allows.
+    leaves its node. Homes are then as even as the table allows, which often is not even enough for
+    the own experts of `moe.moe_layer`.
 
     With `previous`, the current placement, few experts and copies move. Step by step a copy is
     replaced or two experts are swapped, until the largest rank load, balanced exactly, is within

@@ -24,7 +24,9 @@ class Status(enum.IntFlag):
     above 3.4e38. Nothing was moved in this group, `max_load` is 2³¹ − 1 (infinity with float32
     loads) and `lower_bound` 0; an expert's infinite load counts as the largest float32."""
     BAD_PLACEMENT = 8
-    """phy2log, log2phy and r2o contradict one another: the quotas of this group are meaningless."""
+    """phy2log, log2phy and r2o contradict one another: the quotas of this group are meaningless. In
+    `moe_layer`, also: a rank is home of more experts than it has rows for; choices of experts
+    without a row are missing in the output, and all others are NaN."""
     NOT_CONVERGED = 16
     """The interior point's `max_load` is more than 1e-4 of itself above `lower_bound`: it stopped
     early (loads or weights differ by more than float32 can resolve), or `repair=False` and rounding

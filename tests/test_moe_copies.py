@@ -27,7 +27,7 @@ from moe_checks import (
     with_slopes,
 )
 
-from lplb_jax import Placement, metrics, moe, place_copies, topologies
+from lplb_jax import Placement, Status, metrics, moe, place_copies, topologies
 
 CASE = AnyCase(8, 4, 19)
 BATCH: dict[str, Any] = {"copies": "batch", "transport": "padded", "gemm": "xla", **ROOM}
@@ -333,17 +333,73 @@ def test_bad_arguments(rng, mesh):
             jax.eval_shape(run, *floats[:2], experts, ids)
 
 
-def test_homes_that_do_not_fit_are_told(rng, mesh):
-    """A rank has rows for ⌈n_logical / ep_size⌉ experts, however copies are chosen."""
-    floats, ids, _ = by_rank(problem(rng, CASE, skewed))
+def crowded_placement():
+    """A rank is home of four experts, and has rows for three."""
     table = np.full((8, 4), -1, np.int32)
     table.ravel()[:19] = np.arange(19)
-    crowded = Placement.from_phy2log(table, ep_size=8)
+    return Placement.from_phy2log(table, ep_size=8)
 
-    def rank(tokens, gates, experts, ids):
-        options = {"placement": crowded, "axis_name": "ep", **BATCH}
-        return moe.moe_layer(tokens, ids, gates, experts, **options).out
 
-    run = jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+HOMES: dict[str, dict[str, Any]] = {
+    "copies of the batch": {"copies": "batch"},
+    "those that there are": {},
+    "even": {"balance": "eplb"},
+    "none": {"balance": "none"},
+}
+
+
+@pytest.mark.parametrize("options", HOMES.values(), ids=HOMES)
+def test_homes_that_do_not_fit_are_told(rng, mesh, options):
+    """A known placement is refused; a traced one gives no results, and a status."""
+    floats, ids, _ = by_rank(problem(rng, CASE, skewed))
+    options = {"axis_name": "ep", "transport": "padded", "gemm": "xla", **ROOM, **options}
+
+    def rank(tokens, gates, experts, ids, placement):
+        options["placement"] = placement
+        out, traffic = moe.moe_layer(tokens, ids, gates, moe.Own(experts), **options)
+        return out, traffic.status
+
+    specs = (P("ep"), P("ep"), P("ep"), P("ep"), P())
+    run = jax.shard_map(rank, mesh=mesh, in_specs=specs, out_specs=(P("ep"), P()))
+    known = jax.shard_map(
+        lambda *arguments: rank(*arguments, crowded_placement())[0],
+        mesh=mesh,
+        in_specs=P("ep"),
+        out_specs=P("ep"),
+    )
     with pytest.raises(ValueError, match=r"^placement: .*at most 3 experts, got 4 on rank 0"):
-        jax.eval_shape(run, *floats, ids)
+        jax.eval_shape(known, *floats, ids)
+    out, status = jax.jit(run)(*floats, ids, crowded_placement())
+    assert all(status & Status.BAD_PLACEMENT)
+    assert np.isnan(out).any()
+
+
+def test_weights_in_slots_need_no_even_homes(rng, mesh):
+    """Nor does `rebalance`: every slot's weights are there."""
+    placement = crowded_placement()
+    floats, ids, _ = problem(rng, CASE, skewed)
+    tokens, gates, experts = floats
+
+    def of_slots(array):
+        there = (placement.phy2log >= 0).reshape(-1, *[1] * (array.ndim - 1))
+        return np.where(there, array[placement.phy2log], 0)
+
+    def rank(tokens, gates, experts, ids, placement):
+        return moe.moe_layer(
+            tokens,
+            ids,
+            gates,
+            moe.InSlots(experts),
+            placement=placement,
+            axis_name="ep",
+            transport="padded",
+            gemm="xla",
+            **ROOM,
+        )
+
+    specs = (P("ep"), P("ep"), P("ep"), P("ep"), P())
+    given = moe.LayerResult(P("ep"), P())
+    run = jax.shard_map(rank, mesh=mesh, in_specs=specs, out_specs=given)
+    out, traffic = jax.jit(run)(tokens, gates, jax.tree.map(of_slots, experts), ids, placement)
+    assert not traffic.status.any()
+    np.testing.assert_allclose(out, plainly(tokens, gates, experts, ids), rtol=1e-4, atol=1e-5)

@@ -70,6 +70,38 @@ def test_from_ids_and_back(rng, name, n_layers):
         assert_there(back, (of_ids["floats"], of_ids["integers"]))
 
 
+@pytest.mark.parametrize("n_layers", [None, 2])
+@pytest.mark.parametrize("n_logical", [16, 14])
+def test_homes_that_do_not_fit(rng, n_logical, n_layers):
+    """Known ones are refused; of traced ones, every row of their layer is marked as lost."""
+    crowded = np.full((4, 6), -1, np.int32)
+    crowded.ravel()[:n_logical] = np.arange(n_logical)  # six homes on a rank that has four rows
+    tables = [AnyCase(4, 6, n_logical).placement(rng).phy2log.reshape(4, 6), crowded][::-1]
+    placement = Placement.from_phy2log(tables[0] if n_layers is None else tables, ep_size=4)
+    lead = () if n_layers is None else (n_layers,)
+    marks = {"float32": np.nan, "bfloat16": np.nan, "int8": -128, "uint16": 65535, "bool": True}
+    for dtype, mark in marks.items():
+        of_ids = jnp.asarray(rng.integers(0, 2, (*lead, n_logical, 3)), dtype)
+        for move in (
+            moe.to_home_order,
+            lambda array, placement: moe.to_id_order(
+                jnp.zeros((*lead, 16, 3), array.dtype), placement
+            ),
+            lambda array, placement: moe.move_experts(
+                jnp.zeros((*lead, 16, 3), array.dtype), placement, placement
+            ),
+        ):
+            with pytest.raises(ValueError, match=r"at most 4 experts, got 6.*moe\.InSlots"):
+                move(of_ids, placement)
+            got = jax.jit(move)(of_ids, placement).astype(np.float32)
+            lost = got if n_layers is None else got[0]
+            np.testing.assert_array_equal(lost, np.full_like(lost, mark))
+            if n_layers is not None and move is moe.to_home_order:
+                fits = jax.tree.map(lambda leaf: leaf[1], placement)
+                want = moe.to_home_order(of_ids[1], fits).astype(np.float32)
+                np.testing.assert_array_equal(got[1], want)
+
+
 def test_another_number_of_ranks(rng):
     """19 experts from eight ranks to four, via the order of ids."""
     array = rng.normal(0, 1, (19, 2)).astype(np.float32)

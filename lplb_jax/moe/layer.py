@@ -28,7 +28,7 @@ from lplb_jax.moe.experts import (
     gated_units,
     network_of,
 )
-from lplb_jax.moe.moves import check_homes
+from lplb_jax.moe.moves import check_homes, uneven
 from lplb_jax.moe.products import Gemm
 from lplb_jax.moe.traffic import Traffic, traffic_of
 from lplb_jax.moe.transfers import Beside
@@ -45,6 +45,7 @@ from lplb_jax.moe.weights import (
 )
 from lplb_jax.placement import Placement
 from lplb_jax.solver import Split
+from lplb_jax.status import Status
 
 Balance = Literal["lplb", "eplb", "none"]
 BALANCES = get_args(Balance)
@@ -200,11 +201,14 @@ def moe_layer(
     options = {"comm": comm, "solver": solver, "copies": copies, "fan_out": fan_out}
     options |= {"n_nodes": n_nodes, "tile": tile, "base_load": base_load}
     assignment, split, placement = _balanced(balance, indices, r2o, problem, axis_name, options)
+    given = problem.placement
     problem = dataclasses.replace(problem, placement=placement)
 
     # The row of every choice on its rank.
     capacity = capacity_for(indices.size, problem.ep_size, capacity_factor)
     check_dispatch(tokens, gates, assignment, axis_name, capacity)
+    if not isinstance(weights, InSlots) and not problem.along_topology:
+        gates, split = _lost_if_uneven(gates, split, given)
     carrier = transports.choose_for_tokens(
         transport,
         tokens,
@@ -258,10 +262,22 @@ def _check_balance(
     if of_batch and balance != "lplb":
         raise ValueError(f"balance: expected 'lplb' with copies='batch', got {balance!r}")
     problem = check_problem(None, r2o, placement, axis_name, n_nodes)
-    if not of_batch:
-        return problem
-    check_homes("placement", placement)
-    return anywhere(placement, n_nodes)
+    return anywhere(placement, n_nodes) if of_batch else problem
+
+
+def _lost_if_uneven(
+    gates: jax.Array, split: Split, placement: Placement
+) -> tuple[jax.Array, Split]:
+    """NaN for gates, and a status, if own experts in home order do not fit their ranks.
+
+    Raises if the placement is known.
+    """
+    homes = check_homes("placement", placement)
+    if not isinstance(homes, jax.Array):
+        return gates, split
+    is_lost = uneven(homes, placement.n_physical, placement.ep_size)
+    status = split.status | jnp.where(is_lost, Status.BAD_PLACEMENT, 0)
+    return jnp.where(varying_as(is_lost, gates), jnp.nan, gates), split._replace(status=status)
 
 
 def _check_shapes(tokens: jax.Array, indices: jax.Array, gates: jax.Array) -> None:

@@ -48,8 +48,9 @@ def move_experts(
     Raises:
       TypeError: old or new is not a Placement.
       ValueError: the placements differ in size, the home of an expert holds another one, a rank is
-        home of more than n_local, or an array is not as above. The values of traced placements are
-        not checked; rows that then get no expert are NaN if all should have one.
+        home of more than n_local, or an array is not as above. The values of traced placements
+        cannot be checked: if a rank is home of more than n_local, all rows are NaN (of integers
+        the smallest, if unsigned the largest number).
 
     >>> place = functools.partial(
     ...     place_experts, n_logical=4, ep_size=2, redundants_per_rank=1
@@ -156,6 +157,15 @@ class _Rows(NamedTuple):
         )
         return self.find(n_logical, self.ep_size * -(-n_logical // self.ep_size), *of_experts)
 
+    def lose(self, *homes: jax.Array) -> jax.Array:
+        """bool `[(layers)]`: whether an order has no room for some experts."""
+
+        def of_one(home: jax.Array, n: int) -> jax.Array:
+            of_layer = functools.partial(uneven, n_slots=n, ep_size=self.ep_size)
+            return of_layer(home) if home.ndim == 1 else jax.vmap(of_layer)(home)
+
+        return functools.reduce(jnp.logical_or, map(of_one, homes, self.n_slots))
+
 
 def _between(n_logical: int, n_rows: int, old: jax.Array, new: jax.Array) -> jax.Array:
     del n_logical
@@ -212,11 +222,31 @@ def rows_per_rank(placement: Placement) -> int:
 
 
 def home_rows(home: jax.Array, n_slots: int, ep_size: int) -> jax.Array:
-    """int32 `[n_logical]`: the row of each expert in home order, from the slots of the homes."""
+    """int32 `[n_logical]`: the row of each expert in home order, from the slots of the homes.
+
+    A rank that is home of more than n_local experts would need rows of the next one, see `uneven`.
+    """
     per_rank, n_local = n_slots // ep_size, -(-len(home) // ep_size)
     is_home = jnp.zeros(n_slots, jnp.int32).at[home].set(1).reshape(ep_size, per_rank)
     place = jnp.cumsum(is_home, axis=1, dtype=jnp.int32).reshape(-1)[home] - 1
     return home // per_rank * n_local + place
+
+
+def uneven(home: Any, n_slots: int, ep_size: int) -> jax.Array:
+    """bool `[]`: whether a rank is home of more experts than it has rows, from the homes' slots."""
+    ranks = jnp.arange(ep_size, dtype=home.dtype)
+    n_homes = (jnp.asarray(home)[:, None] // (n_slots // ep_size) == ranks).sum(axis=0)
+    return (n_homes > -(-len(home) // ep_size)).any()
+
+
+def lost(dtype: Any) -> Any:
+    """What stands for the value of an expert without a row, as where JAX fills a gather."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.asarray(jnp.nan, dtype)
+    if dtype == jnp.bool_:
+        return jnp.asarray(True)
+    limits = jnp.iinfo(dtype)
+    return jnp.asarray(limits.min if limits.min < 0 else limits.max, dtype)
 
 
 def home_slots(placement: Placement) -> jax.Array:
@@ -230,8 +260,7 @@ def home_slots(placement: Placement) -> jax.Array:
 
 
 def _picked(array: jax.Array, *homes: jax.Array, rows: _Rows) -> jax.Array:
-    """The rows of `array` that `rows` names."""
-    full = homes[0].shape[-1] % rows.ep_size == 0
+    """The rows of `array` that `rows` names; rows without an expert are 0."""
     if homes[0].ndim == 1:
         source = rows(*homes)
         picked = array.at[source]
@@ -241,12 +270,14 @@ def _picked(array: jax.Array, *homes: jax.Array, rows: _Rows) -> jax.Array:
     sharding = _sharding_of(
         jax.typeof(array).sharding, (*source.shape, *array.shape[source.ndim :])
     )
-    return picked.get(
+    picked = picked.get(
         mode="fill",
-        fill_value=None if full else 0,
+        fill_value=0,
         # JAX requires it if the mesh has explicit axes.
         out_sharding=sharding if any(sharding.spec) else None,
     )
+    is_lost = rows.lose(*homes).reshape(source.shape[:-1] + (1,) * (array.ndim - source.ndim + 1))
+    return jnp.where(is_lost, lost(array.dtype), picked)
 
 
 def _sharding_of(sharding: Any, shape: tuple[int, ...]) -> Any:
@@ -300,7 +331,8 @@ def check_homes(name: str, placement: Placement) -> Any:
         if at_home.max() > rows_per_rank(placement):
             raise ValueError(
                 f"{name}: expected every rank as the home of at most {rows_per_rank(placement)} "
-                f"experts, got {at_home.max()}{where} on rank {at_home.argmax()}"
+                f"experts, got {at_home.max()}{where} on rank {at_home.argmax()}; place_experts "
+                f"makes homes even with method='auto', and moe.InSlots holds weights without homes"
             )
     return homes
 

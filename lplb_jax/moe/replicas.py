@@ -12,7 +12,7 @@ from lplb_jax._axes import check_axis, varying_over
 from lplb_jax.moe import transports
 from lplb_jax.moe.copies import Copies, check_reverse, copy
 from lplb_jax.moe.fetch import Fetch, filled
-from lplb_jax.moe.moves import check_homes, rows_per_rank
+from lplb_jax.moe.moves import check_homes, lost, rows_per_rank, uneven
 from lplb_jax.moe.slots import fetch_anywhere, inverted, slots_by_row
 from lplb_jax.placement import Placement, choose_topology
 
@@ -56,7 +56,9 @@ def replicate_weights(
         between each pair of ranks. "auto" chooses as in `dispatch`.
 
     Returns:
-      The same pytree of `[slots_per_rank, …]`: the weights of all slots. Empty ones are 0.
+      The same pytree of `[slots_per_rank, …]`: the weights of all slots. Empty ones are 0. If a
+      traced placement has a rank that is home of more than n_local experts, all are NaN, see
+      `move_experts`.
 
     Raises:
       TypeError, ValueError: at trace time; the message names the argument.
@@ -120,7 +122,7 @@ def _anywhere(
                 f"{name}: expected nothing with a placement that has no topology, got {value!r}: "
                 f"it says what is in each slot"
             )
-    check_homes("placement", placement)
+    is_lost = uneven(check_homes("placement", placement), placement.n_physical, n_ranks)
     slots = slots_by_row(placement)
     fetch = fetch_anywhere(placement, slots, axis_name, transports.choose(transport, n_ranks))
     me = lax.axis_index(axis_name)
@@ -138,7 +140,7 @@ def _anywhere(
         if fetch.n_copies:
             rows = filled(fetch, rows)
         there = held.reshape(-1, *[1] * (rows.ndim - 1))
-        return jnp.where(there, copy(rows, moved), 0)
+        return jnp.where(there, jnp.where(is_lost, lost(rows.dtype), copy(rows, moved)), 0)
 
     return jax.tree.map(fill, local_weights)
 

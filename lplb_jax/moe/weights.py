@@ -27,7 +27,8 @@ class Own(NamedTuple):
 
     Attributes:
       experts: a pytree of arrays `[n_local, …]`, in the order of the rank's slots; without
-        topology in home order, padded: see `move_experts`.
+        topology in home order, padded: see `move_experts`. No rank may then be home of more than
+        n_local = ⌈n_logical / ep_size⌉ experts.
     """
 
     experts: Any
