@@ -282,8 +282,25 @@ def check_weights(rank_weights: Any, group_size: int) -> jax.Array | np.ndarray 
     return weights
 
 
-def check_count(name: str, value: Any) -> int:
-    """A static positive integer."""
-    if not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name}: expected a static integer of at least 1, got {value!r}")
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """A static integer, positive unless `least` says otherwise."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected a static integer of at least {least}, got {value!r}")
     return int(value)
+
+
+def check_flags(**flags: Any) -> None:
+    """Raises unless all are static truth values."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool | np.bool_):
+            raise TypeError(f"{name}: expected a static True or False, got {flag!r}")
+
+
+def check_array(name: str, value: Any, words: str) -> None:
+    """Raises unless `value` is an array of JAX or NumPy; `words` say what should be in it."""
+    known = isinstance(value, jax.Array | np.ndarray | np.generic)
+    if not known and not hasattr(value, "__jax_array__"):
+        raise TypeError(
+            f"{name}: expected an array, {words}, got {type(value).__name__}; make one with "
+            f"jnp.asarray"
+        )

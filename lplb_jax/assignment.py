@@ -13,6 +13,8 @@ from jax.core import min_dim
 from lplb_jax import _native, reference
 from lplb_jax._problem import (
     Problem,
+    check_array,
+    check_flags,
     check_indices,
     check_loads,
     check_problem,
@@ -132,7 +134,10 @@ def assign(
     given, indices = indices, check_indices(indices)
     loads = None if loads is None else check_loads(loads)
     problem = check_problem(loads, r2o, placement, axis_name, n_nodes)
+    check_flags(positions=positions)
     is_split = isinstance(split, Split | TileSplit)
+    if is_split:
+        check_array("split.quota", split.quota, "int32 [n_physical]")
     if not is_split or split.quota.shape != (problem.placement.n_physical,):
         got = list(split.quota.shape) if is_split else type(split).__name__
         raise ValueError(

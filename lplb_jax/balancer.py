@@ -16,6 +16,7 @@ from lplb_jax._problem import (
     Solver,
     anywhere,
     check_costs,
+    check_flags,
     check_indices,
     check_loads,
     check_problem,
@@ -235,6 +236,7 @@ def rebalance(
     ([0, 1, 2, 2, 3, -1], [3])
     """
     given, indices = indices, check_indices(indices)
+    check_flags(positions=positions)
     loads = None if loads is None else check_loads(loads)
     method = choose_solver(solver, loads, rank_weights)
     limit = check_copies(copies, r2o, fan_out, placement)

@@ -10,7 +10,7 @@ from jax import lax
 
 from lplb_jax import _native, reference
 from lplb_jax._axes import check_axis
-from lplb_jax._problem import check_count, check_indices
+from lplb_jax._problem import check_array, check_count, check_indices
 from lplb_jax.comm import Comm, check_comm
 
 
@@ -66,6 +66,8 @@ def sync_loads(counts: jax.Array, axis_name: Any, *, comm: Comm | None = None) -
     [[3, 1]]
     """
     check_axis(axis_name)
+    if not isinstance(counts, list | tuple):
+        check_array("counts", counts, "int32 [n]")
     counts = jnp.asarray(counts)
     if counts.dtype != jnp.int32 or counts.ndim != 1:
         raise TypeError(f"counts: expected int32 [n], got {counts.dtype.name} {list(counts.shape)}")

@@ -226,7 +226,25 @@ def test_split(split):
     refused(ValueError, words, lambda: assign(IDS, LOADS, split, RING))
 
 
-@pytest.mark.parametrize("n_logical", [0, -1, 2.0, "3", None])
+@pytest.mark.parametrize("value", [None, [1] * 20])
+def test_quota_and_counts_that_are_no_arrays(cpu_devices, value):
+    split = SPLIT._replace(quota=value)
+    words = "^split.quota: expected an array, .*, got "
+    refused(TypeError, words, lambda: assign(IDS, LOADS, split, RING))
+    if value is None:  # lists are taken
+        words = "^counts: expected an array, .*, got NoneType"
+        refused(TypeError, words, in_shard_map(cpu_devices, lambda _: sync_loads(value, "ep")))
+
+
+@pytest.mark.parametrize("positions", [None, "yes", 2])
+def test_positions(positions):
+    words = "^positions: expected a static True or False, got "
+    options = {"placement": PLACEMENT, "positions": positions}
+    refused(TypeError, words, lambda: rebalance(IDS, None, RING, **options))
+    refused(TypeError, words, lambda: assign(IDS, LOADS, SPLIT, RING, **options))
+
+
+@pytest.mark.parametrize("n_logical", [0, -1, 2.0, "3", None, True])
 def test_n_logical(n_logical):
     words = "^n_logical: expected a static integer of at least 1, got "
     refused(ValueError, words, lambda: count_loads(IDS, n_logical))

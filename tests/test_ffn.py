@@ -494,6 +494,25 @@ def test_bad_arguments_of_the_parts(function, words):
         function(jnp.zeros((5, 3)), jnp.zeros((2, 3, 4)), jnp.zeros(2, jnp.int32))
 
 
+@pytest.mark.parametrize("value", [None, [1], "1"])
+def test_parts_take_arrays(value):
+    x, w, n = jnp.zeros((5, 3)), jnp.zeros((2, 3, 4)), jnp.zeros(2, jnp.int32)
+    calls = {
+        "rows": lambda: moe.grouped_dot(value, w, n),
+        "weights": lambda: moe.grouped_dot(x, value, n),
+        "group_sizes": lambda: moe.grouped_dot(x, w, value),
+        "values": lambda: moe.per_row(value, n, 5),
+    }
+    for name, call in calls.items():
+        with pytest.raises(
+            TypeError, match=f"^{name}: expected an array, .*, got {type(value).__name__}"
+        ):
+            call()
+    for n_rows in (-1, 5.0, "5", None):
+        with pytest.raises(ValueError, match=r"^n_rows: expected a static integer .*, got "):
+            moe.per_row(w, n, n_rows)
+
+
 def test_forward_mode_is_refused_in_words():
     x, w, n = jnp.zeros((5, 3)), jnp.zeros((2, 3, 4)), jnp.zeros(2, jnp.int32)
     for function in (

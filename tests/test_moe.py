@@ -1229,6 +1229,30 @@ BAD = [
         r"^experts: .*hidden = 17.*got \[4, 16, 24\]",
     ),
     ({"tokens": np.zeros((9, 16), np.float32)}, ValueError, r"^assignment: .*with 9 tokens"),
+    ({"tokens": np.zeros((8, 16), np.int32)}, ValueError, r"^tokens: .*floats.*int32 \[8, 16\]"),
+    *[
+        ({name: value}, TypeError, f"^{name}: expected an array, floats .*{got}; make one")
+        for name in ("tokens", "gates")
+        for value, got in ((None, "NoneType"), ("8", "str"), ([[1.0]], "list"))
+    ],
+    ({"experts": moe.Experts(None, 1)}, TypeError, r"^experts\.gate_up: .*NoneType"),
+    ({"experts": moe.Experts(np.zeros((4, 16, 24)), [1])}, TypeError, r"^experts\.down: .*list"),
+    ({"experts": {"w": object()}, "ffn": max}, TypeError, r"^experts\['w'\]: .*got object"),
+    ({"ffn": 3}, TypeError, "^ffn: expected a function, got 3"),
+    ({"activation": None}, TypeError, "^activation: expected a function, got None"),
+    *[
+        ({name: value}, TypeError, f"^{name}: expected a static True or False, got")
+        for name in ("keep_copies", "in_place")
+        for value in ("no", None, np.ones(2, bool))
+    ],
+    *[
+        ({"capacity_factor": value}, TypeError, "^capacity_factor: expected a static number.* got")
+        for value in ("2", None, [2.0], np.ones(1), 2j)
+    ],
+    ({"capacity_factor": float("inf")}, ValueError, "^capacity_factor: .*got inf"),
+    ({"n_nodes": "2"}, TypeError, "^n_nodes: expected an integer, got '2'"),
+    ({"tile": 1.5}, ValueError, "^tile: expected a static integer .*got 1.5"),
+    ({"copies": "batch", "r2o": None, "fan_out": "2"}, ValueError, "^fan_out: .* got '2'"),
     ({"experts": (1, 2)}, TypeError, "^experts: .*got tuple"),
     (
         {
@@ -1281,6 +1305,51 @@ def test_bad_input(rng, mesh, changed, error, words):
     assert "got" in str(raised.value)
 
 
+STATIC = {
+    "capacity_factor": TypeError,
+    "keep_copies": TypeError,
+    "in_place": TypeError,
+    "n_nodes": TypeError,
+    "tile": ValueError,
+    "fan_out": ValueError,
+}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_traced_numbers_are_told(rng, mesh, name):
+    """What must be known when the program is traced, given as an argument of the program."""
+    placement = AnyCase(8, 4, 19).placement(rng)
+
+    def rank(x, value):
+        ids, experts = jnp.zeros((8, 3), jnp.int32), jnp.zeros((3, 16, 16))
+        return moe.moe_layer(
+            jnp.zeros((8, 16)), ids, jnp.zeros((8, 3)), experts, placement=placement,
+            axis_name="ep", ffn=lambda rows, experts, sizes: rows, copies="batch", **{name: value},
+        ).out  # fmt: skip
+
+    run = jax.shard_map(rank, mesh=mesh, in_specs=(P("ep"), P()), out_specs=P("ep"))
+    with pytest.raises(STATIC[name], match=f"^{name}: expected .*, got .*"):
+        jax.eval_shape(run, jnp.zeros(8), jnp.float32(2))
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [2, 2.0, np.float32(2), np.float16(2), np.int64(2), np.array(2.0), jnp.float32(2)],
+)
+def test_static_numbers(mesh, factor):
+    """Inside shard_map too, where an operation on a scalar of JAX would be traced."""
+    sizes = []
+
+    def rank(x):
+        sizes.append(moe.capacity_for(40, 8, factor))
+        return x
+
+    jax.eval_shape(
+        jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")), jnp.zeros(8)
+    )
+    assert sizes == [moe.capacity_for(40, 8, factor)] == [80]
+
+
 def test_bad_input_of_the_parts(rng, mesh):
     case = CASES["cube"](rng)
     placement = case.placement()
@@ -1298,6 +1367,9 @@ def test_bad_input_of_the_parts(rng, mesh):
 
     weights = jnp.zeros((4, 2))
     replicate = functools.partial(moe.replicate_weights, weights, case.r2o, "ep")
+    for value in (1, "1", [2.0], {"w": 2}):
+        refused(TypeError, "^local_weights: .*got ", moe.replicate_weights, value, case.r2o, "ep")
+    refused(TypeError, "^in_place: .*got 'yes'", replicate, in_place="yes")
     copies = "^redundants_per_rank: expected"
     refused(ValueError, f"{copies}.*2 columns.*got 3", replicate, redundants_per_rank=3)
     refused(ValueError, f"{copies}.*got 6 with", replicate, redundants_per_rank=6)
@@ -1322,7 +1394,19 @@ def test_bad_input_of_the_parts(rng, mesh):
     refused(ValueError, r"^tokens: .*got float32 \[0, 16\]", dispatch, tokens[:0], good)
     refused(ValueError, r"^gates: .*\[8, 3\].*\[8, 2\]", dispatch, tokens, good, jnp.zeros((8, 2)))
     refused(ValueError, "^gates: .*floats.*int32", dispatch, tokens, good, ids)
-    refused(ValueError, "^capacity: .*got 0", dispatch, tokens, good, capacity=0)
+    for capacity in (0, "24", None, 24.0, jnp.int32(24), True):
+        refused(ValueError, "^capacity: .*got ", dispatch, tokens, good, capacity=capacity)
+    refused(TypeError, "^tokens: .*got NoneType", dispatch, None, good)
+    refused(TypeError, "^gates: .*got NoneType", dispatch, tokens, good, None)
+    words = r"^assignment\.position: .*got NoneType"
+    refused(TypeError, words, dispatch, tokens, good._replace(position=None))
+    refused(TypeError, "^rows: .*got NoneType", moe.combine, None, None)
+    refused(
+        TypeError, r"^plan: expected a lplb_jax\.moe\.Plan, got NoneType", moe.combine, some, None
+    )
+    for n_rows in (-1, 8.0, "8"):
+        refused(ValueError, "^n_rows: .*got ", moe.capacity_for, n_rows, 8, 1.25)
+    refused(ValueError, "^ep_size: .*got None", moe.capacity_for, 8, None, 1.25)
     refused(ValueError, "^capacity: .*2³¹.*8 ranks", dispatch, tokens, good, capacity=2**28)
     odd = good._replace(counts=jnp.zeros(63, jnp.int32))
     refused(ValueError, r"^assignment: .*\[63\]", dispatch, tokens, odd)
@@ -1331,6 +1415,9 @@ def test_bad_input_of_the_parts(rng, mesh):
     refused(ValueError, words, moe.expert_ffn, tokens, experts, jnp.zeros(3, jnp.int32))
     gated = functools.partial(moe.expert_ffn, tokens, experts, jnp.zeros(4, jnp.int32))
     refused(ValueError, r"^gates: .*\[8\].*\[3\]", gated, gates=jnp.zeros(3))
+    refused(TypeError, "^gates: .*got list", gated, gates=[1.0])
+    refused(TypeError, "^rows: .*got NoneType", moe.expert_ffn, None, experts, jnp.zeros(4))
+    refused(TypeError, "^group_sizes: .*got list", moe.expert_ffn, tokens, experts, [0] * 4)
     with pytest.raises(ValueError, match=r"^weights: .*\[32, …\] or scalars, got \[31\]"):
         moe.move_experts(jnp.zeros(31), placement, placement)
     with pytest.raises(TypeError, match=r"^old: .*got int"):

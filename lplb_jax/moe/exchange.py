@@ -11,10 +11,12 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from lplb_jax._axes import check_axis, varying_over
-from lplb_jax._problem import check_count
+from lplb_jax._problem import check_array, check_count
 from lplb_jax.assignment import Assignment
 from lplb_jax.comm import Comm
 from lplb_jax.moe import transports
@@ -35,14 +37,29 @@ def capacity_for(n_rows: int, ep_size: int, factor: float) -> int:
       A multiple of 8, as kernels require; at most what all ranks send together, rounded up.
 
     Raises:
-      ValueError: the factor is below 1.
+      TypeError, ValueError: the factor is no static number, or below 1.
 
     >>> moe.capacity_for(1000, 8, 1.25)
     1256
     """
-    if not factor >= 1:
-        raise ValueError(f"capacity_factor: expected a number of at least 1, got {factor!r}")
+    n_rows, ep_size = check_count("n_rows", n_rows, least=0), check_count("ep_size", ep_size)
+    factor = _check_factor(factor)
     return -(-min(math.ceil(n_rows * factor), n_rows * ep_size) // 8) * 8
+
+
+def _check_factor(factor: Any) -> Any:
+    """`factor` as a static number, which may have been a scalar array."""
+    is_array = isinstance(factor, jax.Array | np.ndarray) and factor.ndim == 0
+    if is_array and not isinstance(factor, jax.core.Tracer):
+        factor = factor.item()
+    if not isinstance(factor, int | float | np.integer | np.floating):
+        raise TypeError(
+            f"capacity_factor: expected a static number, since it sets the sizes of arrays, got "
+            f"{factor!r}"
+        )
+    if not 1 <= factor < math.inf:
+        raise ValueError(f"capacity_factor: expected a number of at least 1, got {factor!r}")
+    return factor
 
 
 def dispatch(
@@ -147,7 +164,7 @@ def combine(rows: jax.Array, plan: Plan) -> jax.Array:
       choices, then on the token's. Choices without an expert or without room add nothing.
 
     Raises:
-      ValueError: at trace time; the message names the argument.
+      TypeError, ValueError: at trace time; the message names the argument.
 
     >>> spec, alone = jax.sharding.PartitionSpec("ep"), np.array([[0]])  # one rank
     >>> mesh = jax.sharding.Mesh(jax.devices()[:1], "ep")
@@ -165,6 +182,12 @@ def combine(rows: jax.Array, plan: Plan) -> jax.Array:
     >>> run(tokens, ids, jnp.array([[0.25, 0.5], [1.0, 9.0]])).tolist()
     [[0.75], [2.0]]
     """
+    check_array("rows", rows, "[capacity, hidden]")
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"plan: expected a lplb_jax.moe.Plan, got {type(plan).__name__}; pass the one that "
+            f"dispatch returned"
+        )
     if rows.ndim != 2 or len(rows) != plan.capacity:
         raise ValueError(
             f"rows: expected [capacity, hidden] with capacity = {plan.capacity}, got "
@@ -182,6 +205,10 @@ def _check_assignment(
             f"assignment: expected a lplb_jax.Assignment, got {type(assignment).__name__}; pass "
             f"positions=True to rebalance"
         )
+    check_array("tokens", tokens, "floats [tokens, hidden]")
+    check_array("gates", gates, "floats [tokens, top_k]")
+    for field, value in zip(assignment._fields, assignment, strict=True):
+        check_array(f"assignment.{field}", value, "int32")
     floating = jnp.issubdtype(tokens.dtype, jnp.floating)
     if tokens.ndim != 2 or len(tokens) < 1 or not floating:
         raise ValueError(

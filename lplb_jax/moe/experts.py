@@ -11,6 +11,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lplb_jax._axes import varying_as
+from lplb_jax._problem import check_array
 from lplb_jax.moe.copies import check_reverse, head, wider
 from lplb_jax.moe.products import (
     PRODUCT,
@@ -77,6 +78,7 @@ def expert_ffn(
     >>> out[:3].tolist()
     [[9.0, 9.0, 9.0], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]]
     """
+    check_rows("rows", rows)
     if gates is None:
         gates = jnp.ones(rows.shape[:1], jnp.float32)
     _check(rows, experts, group_sizes, gates)
@@ -224,9 +226,9 @@ def _gated(
 
 
 def _check(rows: jax.Array, experts: Experts, group_sizes: jax.Array, gates: jax.Array) -> None:
-    check_rows("rows", rows)
     check_experts(experts, rows.shape[1], rows.dtype)
     check_group_sizes(group_sizes, len(experts.down))
+    check_array("gates", gates, "floats [n_rows]")
     if gates.shape != rows.shape[:1] or not jnp.issubdtype(gates.dtype, jnp.floating):
         raise ValueError(
             f"gates: expected floats [n_rows] = [{len(rows)}], got {gates.dtype} "
@@ -242,6 +244,8 @@ def check_experts(experts: Experts, hidden: int, dtype: Any) -> None:
             f"with Experts(gate_up, down), or pass ffn, a network for yours"
         )
     gate_up, down = experts
+    check_array("experts.gate_up", gate_up, "[n, hidden, 2 · width]")
+    check_array("experts.down", down, "[n, width, hidden]")
     if gate_up.ndim != 3 or down.ndim != 3:
         fits = False
     else:
@@ -265,6 +269,9 @@ def check_tree(experts: Any) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(experts)
     if not leaves:
         raise ValueError("experts: expected a pytree with arrays [n, …], got one without leaves")
+    for path, leaf in leaves:
+        if not jnp.isscalar(leaf):
+            check_array(f"experts{jax.tree_util.keystr(path)}", leaf, "[n, …]")
     shapes = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
     n = next((shape[0] for shape in shapes.values() if shape), None)
     for path, shape in shapes.items():

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 
 from lplb_jax import metrics
 from lplb_jax._axes import varying_as, varying_over
-from lplb_jax._problem import Problem, Solver, anywhere, check_indices, check_problem
+from lplb_jax._problem import (
+    Problem,
+    Solver,
+    anywhere,
+    check_array,
+    check_flags,
+    check_indices,
+    check_problem,
+)
 from lplb_jax.assignment import Assignment, assign
 from lplb_jax.balancer import rebalance
 from lplb_jax.batch_copies import CopiesFrom, check_copies
@@ -184,6 +192,7 @@ def moe_layer(
     ([2, 0, 1, 1], 0)
     """
     indices = check_indices(indices)
+    check_flags(keep_copies=keep_copies, in_place=in_place)
     problem = _check_balance(balance, copies, fan_out, r2o, placement, axis_name, n_nodes)
     _check_shapes(tokens, indices, gates)
     _check_network(ffn, activation, gemm, unwrapped(experts), tokens)
@@ -282,8 +291,12 @@ def _lost_if_uneven(
 
 def _check_shapes(tokens: jax.Array, indices: jax.Array, gates: jax.Array) -> None:
     """Raises if the shapes do not match; `check_dispatch` checks the rest."""
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens: expected floats [tokens, hidden], got {list(tokens.shape)}")
+    check_array("tokens", tokens, "floats [tokens, hidden]")
+    check_array("gates", gates, "floats [tokens, top_k]")
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.floating):
+        raise ValueError(
+            f"tokens: expected floats [tokens, hidden], got {tokens.dtype} {list(tokens.shape)}"
+        )
     if indices.ndim != 2 or gates.shape != indices.shape or indices.shape[1] < 1:
         raise ValueError(
             f"gates: expected the shape of indices, [tokens, top_k], with top_k of at least 1, got "
@@ -293,6 +306,9 @@ def _check_shapes(tokens: jax.Array, indices: jax.Array, gates: jax.Array) -> No
 
 def _check_network(ffn: Any, activation: Any, gemm: str, experts: Any, tokens: jax.Array) -> None:
     """Raises if the experts do not match the network."""
+    for name, function in (("ffn", ffn), ("activation", activation)):
+        if not callable(function) and (function is not None or name == "activation"):
+            raise TypeError(f"{name}: expected a function, got {function!r}")
     if ffn is None:
         check_experts(experts, tokens.shape[-1], tokens.dtype)
         return

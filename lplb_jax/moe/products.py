@@ -13,6 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lplb_jax._axes import varying_as
+from lplb_jax._problem import check_array, check_count
 from lplb_jax.moe.copies import check_reverse, custom_vjp, numbers, wider
 
 Gemm = Literal["auto", "xla", "mosaic"]
@@ -48,6 +49,7 @@ def grouped_dot(
     [[10.0], [200.0], [0.0]]
     """
     check_rows("rows", rows)
+    check_array("weights", weights, "[slots, k, n]")
     if weights.ndim != 3 or weights.shape[1] != rows.shape[1]:
         raise ValueError(
             f"weights: expected [slots, k, n] with k = {rows.shape[1]} as rows have, got "
@@ -106,6 +108,9 @@ def per_row(values: jax.Array, group_sizes: jax.Array, n_rows: int) -> jax.Array
     >>> moe.per_row(jnp.array([7, 8, 9]), jnp.array([2, 0, 1]), 4).tolist()
     [7, 7, 9, 0]
     """
+    check_array("values", values, "[slots, …]")
+    if not jax.export.is_symbolic_dim(n_rows):
+        n_rows = check_count("n_rows", n_rows, least=0)
     if values.ndim < 1:
         raise ValueError(f"values: expected [slots, …], got {list(values.shape)}")
     check_group_sizes(group_sizes, len(values))
@@ -147,6 +152,7 @@ _per_row.defvjp(
 
 def check_rows(name: str, rows: jax.Array) -> None:
     """Raises unless `rows` are floats `[n_rows, columns]`."""
+    check_array(name, rows, "floats [n_rows, hidden]")
     if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.floating):
         raise ValueError(
             f"{name}: expected floats [n_rows, hidden], got {rows.dtype} {list(rows.shape)}"
@@ -155,6 +161,7 @@ def check_rows(name: str, rows: jax.Array) -> None:
 
 def check_group_sizes(group_sizes: jax.Array, slots: int) -> None:
     """Raises unless `group_sizes` is int32 `[slots]`."""
+    check_array("group_sizes", group_sizes, "int32 [slots]")
     if group_sizes.shape != (slots,) or group_sizes.dtype != jnp.int32:
         raise ValueError(
             f"group_sizes: expected int32 [slots] = [{slots}], got {group_sizes.dtype} "

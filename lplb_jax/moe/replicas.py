@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lplb_jax._axes import check_axis, varying_over
+from lplb_jax._problem import check_array, check_flags
 from lplb_jax.moe import transports
 from lplb_jax.moe.copies import Copies, check_reverse, copy
 from lplb_jax.moe.fetch import Fetch, filled
@@ -71,6 +72,7 @@ def replicate_weights(
     >>> slots(jnp.array([10, 11, 20, 21])).tolist()  # two experts on each rank, and one copy
     [10, 11, 20, 20, 21, 10]
     """
+    check_flags(in_place=in_place)
     if r2o is None and isinstance(placement, Placement) and placement.topology is None:
         return _anywhere(
             local_weights, placement, axis_name, redundants_per_rank, in_place, transport
@@ -86,6 +88,7 @@ def replicate_weights(
     fetch = Fetch(r2o, axis_name, redundants_per_rank)
 
     def replicate(weights: jax.Array) -> jax.Array:
+        check_array("local_weights", weights, "[n_local, …]")
         n_local = len(weights) - (fetch.n_copies if in_place else 0)
         if fetch.n_copies > n_local:
             raise ValueError(
@@ -130,6 +133,7 @@ def _anywhere(
     moved = Copies(inverted(slots, len(held))[me], slots[me][:, None])
 
     def fill(weights: jax.Array) -> jax.Array:
+        check_array("local_weights", weights, "[n_local, …]")
         if len(weights) != n_local:
             raise ValueError(
                 f"local_weights: expected arrays [n_local, …] = [{n_local}, …] with n_local = "
