@@ -139,7 +139,7 @@ def fetch_copies(weights: Any, placement: Placement, mesh: Mesh) -> Any:
     def fetch(experts: Any, placement: Placement) -> Any:
         def of_layer(layer: Any) -> Any:
             experts, placement = layer
-            return moe.replicate_weights(experts, None, "ep", placement=placement)
+            return moe.replicate_weights(experts, axis_name="ep", placement=placement)
 
         return lax.map(of_layer, (experts, placement))
 

@@ -119,7 +119,7 @@ def loss(
         experts = jax.tree.map(lambda array: array.astype(config.dtype), block["experts"])
         if config.balance not in ("none", "batch"):
             # Before attention, so that attention can hide the transfer.
-            experts = moe.replicate_weights(experts, None, AXIS, placement=placement)
+            experts = moe.replicate_weights(experts, axis_name=AXIS, placement=placement)
         stream = stream + attention(block, stream, config.heads)
         tokens = norm(stream, block["norm_experts"]).reshape(-1, config.hidden)
         ids, gates, aux = route(block["router"], tokens, config.top_k)

@@ -143,7 +143,7 @@ def layer_of(mesh, case, network, *, early=False, transport="padded", **options)
 
     def rank(tokens, gates, experts, ids, placement):
         if early:
-            experts = moe.replicate_weights(experts, None, "ep", placement=placement)
+            experts = moe.replicate_weights(experts, axis_name="ep", placement=placement)
         result = moe.moe_layer(tokens, ids, gates, experts, placement=placement, **options)
         return result.out, result.traffic
 

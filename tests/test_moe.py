@@ -126,7 +126,9 @@ def test_weights_for_the_slots_of_any_placement(rng, cpu_devices, monkeypatch, s
         jax.shard_map, mesh=mesh, in_specs=(P("ep"), P()), out_specs=P("ep"), check_vma=False
     )
     def fetch(weights, placement):
-        return moe.replicate_weights(weights, None, "ep", placement=placement, transport=transport)
+        return moe.replicate_weights(
+            weights, axis_name="ep", placement=placement, transport=transport
+        )
 
     @jax.jit
     def run(weights, placement, slopes):
@@ -163,7 +165,7 @@ def test_weights_for_any_slots_in_strict_modes(rng, cpu_devices, monkeypatch, mo
     def pulled(transport):
         def fetch(weights):
             return moe.replicate_weights(
-                weights, None, "ep", placement=placement, transport=transport
+                weights, axis_name="ep", placement=placement, transport=transport
             )
 
         over = jax.shard_map(fetch, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"), check_vma=False)
@@ -188,7 +190,7 @@ def test_the_ragged_exchange_of_weights_has_the_same_types(rng, cpu_devices, che
         def slopes(weights, scale):
             def loss(weights):
                 slots = moe.replicate_weights(
-                    weights, None, "ep", placement=placement, transport=transport
+                    weights, axis_name="ep", placement=placement, transport=transport
                 )
                 return (slots * scale[0]).sum()
 
@@ -1379,6 +1381,8 @@ def test_bad_input_of_the_parts(rng, mesh):
     words = "^axis_name: .*multiple of the group size 16.*size 8"
     refused(ValueError, words, moe.replicate_weights, weights, sixteen, "ep")
     refused(ValueError, "^r2o: ", moe.replicate_weights, weights, np.array([[0], [0]]), "ep")
+    placed = functools.partial(moe.replicate_weights, placement=placement)
+    refused(ValueError, "^axis_name: .*got None", placed, weights)
     for name in (3, ("ep", "ep"), "data"):
         refused(ValueError, "^axis_name: ", moe.replicate_weights, weights, case.r2o, name)
 

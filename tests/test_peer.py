@@ -207,7 +207,7 @@ def test_weights_do_not_travel_by_peers(mesh):
     placement = moe_checks.AnyCase(4, 3, 8).placement(np.random.default_rng())
 
     def fetch(weights):
-        return moe.replicate_weights(weights, None, "ep", placement=placement, transport="peer")
+        return moe.replicate_weights(weights, axis_name="ep", placement=placement, transport="peer")
 
     run = jax.shard_map(fetch, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
     with pytest.raises(ValueError, match=r"^transport: expected one of auto.*got 'peer'"):

@@ -20,8 +20,8 @@ from lplb_jax.placement import Placement, choose_topology
 
 def replicate_weights(
     local_weights: Any,
-    r2o: Any,
-    axis_name: Any,
+    r2o: Any = None,
+    axis_name: Any = None,
     *,
     placement: Placement | None = None,
     redundants_per_rank: int | None = None,
@@ -44,7 +44,7 @@ def replicate_weights(
         topology, in home order, padded: see `move_experts`.
       r2o: static topology `[group_size, n_columns]`, see `lplb_jax.topologies`; None for the
         placement's.
-      axis_name: the expert-parallel mesh axis (or a tuple of axes).
+      axis_name: the expert-parallel mesh axis (or a tuple of axes), always needed.
       placement: where the experts are; not needed if `r2o` is given. Without a topology it may
         have any number of copies on any ranks.
       redundants_per_rank: redundant slots of each rank, a multiple of the columns; None for the
