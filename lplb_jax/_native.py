@@ -85,6 +85,7 @@ def call(
     axis_name: Any = None,
     workspace: tuple[int, ...] | None = None,
     only_cuda: str | None = None,
+    not_cpu: str | None = None,
     **attributes: int,
 ) -> Any:
     """Runs `target` natively, or `reference` if the platform has no native code.
@@ -103,10 +104,17 @@ def call(
         command buffers. With it, `reference` returns a tuple.
       only_cuda: the error message if the program is lowered for a platform other than CUDA; None
         if that is allowed.
+      not_cpu: the same for a program lowered for CPUs.
       attributes: integers for `target` and `reference`.
     """
     operation = _Operation(
-        target, reference, tuple(sorted(attributes.items())), axis_name, workspace, only_cuda
+        target,
+        reference,
+        tuple(sorted(attributes.items())),
+        axis_name,
+        workspace,
+        only_cuda,
+        not_cpu,
     )
     # Batches are on their device by now; only small tables still have to be transferred.
     with jax.transfer_guard("allow"):
@@ -148,6 +156,7 @@ class _Operation:
     axis_name: Any
     workspace: tuple[Any, ...] | None
     only_cuda: str | None
+    not_cpu: str | None
 
     def __repr__(self) -> str:
         attributes = ", ".join(f"{name}={value}" for name, value in self.attributes)
@@ -251,6 +260,8 @@ def _lowering(ffi_platform: str | None) -> Callable[..., Any]:
     def lower(ctx: Any, *operands: Any, operation: _Operation, n_batch: int) -> Any:
         if operation.only_cuda is not None and ffi_platform != "CUDA":
             raise ValueError(operation.only_cuda)
+        if operation.not_cpu is not None and ffi_platform == "cpu":
+            raise ValueError(operation.not_cpu)
         if operation.target in AVAILABLE.get(ffi_platform or "", ()):
             attributes = {name: np.int64(value) for name, value in operation.attributes}
             return jax.ffi.ffi_lowering(operation.target)(ctx, *operands, **attributes)

@@ -266,7 +266,7 @@ def test_equals_one_device(rng, mesh, network, case, options):
     ids=["again", "batch, in place", "any, in place"],
 )
 def test_equals_one_device_by_the_ragged_transport(rng, mesh, monkeypatch, network, options):
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    monkeypatch.setattr("lplb_jax.moe.ragged.all_to_all", ragged_by_gather)
     assert_equals_one_device(rng, mesh, ANY, network, transport="ragged", **options)
 
 

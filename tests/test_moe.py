@@ -118,7 +118,7 @@ def test_every_balance_is_the_same_mathematics(rng, mesh, balance, check_vma):
 @pytest.mark.parametrize("sizes", [(8, 4, 19), (8, 5, 8), (4, 9, 30)])
 def test_weights_for_the_slots_of_any_placement(rng, cpu_devices, monkeypatch, sizes, transport):
     """Bit for bit, and gradients are summed at home; one program for all placements."""
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    monkeypatch.setattr("lplb_jax.moe.ragged.all_to_all", ragged_by_gather)
     case = AnyCase(*sizes)
     mesh = Mesh(cpu_devices[: case.ep_size], "ep")
 
@@ -158,7 +158,7 @@ def test_weights_for_the_slots_of_any_placement(rng, cpu_devices, monkeypatch, s
 
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_for_any_slots_in_strict_modes(rng, cpu_devices, monkeypatch, mode):
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    monkeypatch.setattr("lplb_jax.moe.ragged.all_to_all", ragged_by_gather)
     mesh, placement = Mesh(cpu_devices[:4], "ep"), AnyCase(4, 9, 30).placement(rng)
     weights = in_slots(rng.normal(0, 1, (30, 6, 2)).astype(jnp.bfloat16), placement)
 
@@ -804,7 +804,7 @@ def test_who_fetches_the_copies_and_where_to(rng, mesh, balance):
 @pytest.mark.parametrize("how", [ragged_checks.HOW[0], ragged_checks.HOW[-1]])
 def test_both_collectives_give_the_same_bits(rng, cpu_devices, monkeypatch, how):
     """96 and 256 experts, including gradients. For GPUs of several processes: test_gpu_sync.py."""
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    monkeypatch.setattr("lplb_jax.moe.ragged.all_to_all", ragged_by_gather)
     sizes = ragged_checks.Sizes(hidden=16, width=8, tokens=32, layers=1, calls=1, dtype=np.float32)
     ragged_checks.check(Mesh(cpu_devices[:2], "ep"), rng, sizes, how=[how])
 

@@ -85,7 +85,7 @@ def in_room(experts, n_local, room):
 @pytest.mark.parametrize("transport", ["ragged", "padded"])
 def test_in_place(rng, mesh, monkeypatch, transport, of_copies):
     """The same bits as with new arrays; room comes back with the copies, and has no gradient."""
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    monkeypatch.setattr("lplb_jax.moe.ragged.all_to_all", ragged_by_gather)
     n_local, room = 3, 4
 
     def run(in_place):
@@ -145,7 +145,7 @@ def test_equals_one_device(rng, mesh, monkeypatch, transport, again, n_nodes):
     """All routings, including ranks without tokens, and placements through one program, whose
     backward pass fetches the copies again, or even chooses them again; copies relayed by one rank
     of a node."""
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    monkeypatch.setattr("lplb_jax.moe.ragged.all_to_all", ragged_by_gather)
     options = {"transport": transport, "keep_copies": again == "layer", "n_nodes": n_nodes}
     options = {**BATCH, **options}
     layer = layer_over(mesh, CASE, check_vma=transport == "padded", **options)
@@ -174,7 +174,7 @@ def check_full_room(rng, mesh, **options):
 
 
 def test_as_many_gradients_as_can_come_home(rng, mesh, monkeypatch):
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    monkeypatch.setattr("lplb_jax.moe.ragged.all_to_all", ragged_by_gather)
     check_full_room(rng, mesh, transport="ragged", check_vma=False)
 
 
@@ -226,7 +226,7 @@ def kept_and_fetched_again(rng, mesh, problem, options, **of_layer):
 def test_fetched_again_they_give_the_same_bits(
     rng, mesh, monkeypatch, of_copies, transport, n_nodes
 ):
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gather)
+    monkeypatch.setattr("lplb_jax.moe.ragged.all_to_all", ragged_by_gather)
     options = {**BATCH, "copies": of_copies, "transport": transport, "n_nodes": n_nodes}
     jax.tree.map(
         np.testing.assert_array_equal,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxlib import version
 
-from lplb_jax import _libraries
+from lplb_jax import _libraries, _native
 from lplb_jax._axes import varying_as
 from lplb_jax._native import as_numbers
 from lplb_jax.moe.collectives import Collective, SendLists
@@ -126,7 +126,7 @@ def _ragged(
         return (starts[:, None] + offsets).reshape(-1), lengths.reshape(-1)
 
     starts, lengths = cut(*here)
-    return lax.ragged_all_to_all(
+    return all_to_all(
         array,
         varying_as(lax.empty((n_out, *array.shape[1:]), array.dtype), array),
         starts,
@@ -135,6 +135,23 @@ def _ragged(
         cut(*there)[1],
         axis_name=axis_name,
     )
+
+
+def all_to_all(
+    array: jax.Array, out: jax.Array, starts: jax.Array, *others: jax.Array, axis_name: Any
+) -> jax.Array:
+    """`lax.ragged_all_to_all`, but on CPUs, where XLA has none, an error before the program runs.
+
+    It is raised when the program is lowered: a program traced here may be compiled for GPUs that
+    are elsewhere.
+    """
+    words = "transport: expected 'padded' or 'auto' on CPUs, got 'ragged', which is for GPUs"
+    starts = _native.call("lplb_not_on_cpus", _itself, starts, not_cpu=words)
+    return lax.ragged_all_to_all(array, out, starts, *others, axis_name=axis_name)
+
+
+def _itself(array: jax.Array) -> jax.Array:
+    return array
 
 
 @functools.cache

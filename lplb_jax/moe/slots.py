@@ -23,6 +23,7 @@ from jax import lax
 
 from lplb_jax import _relays
 from lplb_jax._axes import varying_as
+from lplb_jax.moe import ragged
 from lplb_jax.moe.collectives import Collective
 from lplb_jax.moe.copies import add_received, numbers
 from lplb_jax.moe.moves import home_rows, home_slots, rows_per_rank
@@ -273,7 +274,7 @@ def _ragged(
     def sizes(there: jax.Array) -> jax.Array:
         return jnp.repeat(there.astype(jnp.int32).reshape(-1), n_pieces)
 
-    written = lax.ragged_all_to_all(
+    written = ragged.all_to_all(
         cut(array), cut(out), starts(row), sizes(sent), starts(place), sizes(received),
         axis_name=axis_name,
     )  # fmt: skip
