@@ -4,11 +4,14 @@ import io
 import os
 import pathlib
 import re
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
+import lplb_jax
 from lplb_jax import cli, demo
 
 N_TOKENS = 64
@@ -278,3 +281,17 @@ def test_the_table_is_narrow(rng, topology):
     lines = demo.table([demo.Layer(*loads[:2], tuple(runs))] * 12, topology).split("\n")
     assert len({len(line) for line in lines[1:]}) == 1
     assert max(map(len, lines)) <= 100
+
+
+def test_the_package_runs_as_the_command():
+    """`python -m lplb_jax`: the same output, and its exit status."""
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "lplb_jax", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"lplb_jax {lplb_jax.__version__}\n")
+    done = run("advise", "absent.npz", "--ranks", "8")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "lplb-jax advise: error: argument WORKLOAD: expected" in done.stderr
