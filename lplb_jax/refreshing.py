@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -94,13 +95,15 @@ def refresh(
     >>> result.reason, result.before.tolist(), result.after.tolist()
     ('1 of 1 layers placed anew: 0.016 s saved', [1.5], [1.0])
     """
-    steps = check_count("steps", steps)
-    for name, limit in (("most_layers", most_layers), ("most_bytes", most_bytes)):
-        if limit is not None and not limit > 0:
-            raise ValueError(f"{name}: expected None or a number above 0, got {limit!r}")
-    for name, value in (("row_s", row_s), ("bytes_per_expert", bytes_per_expert), ("link", link)):
-        if not 0 < value < np.inf:
-            raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+    _check_options(
+        steps=steps,
+        row_s=row_s,
+        bytes_per_expert=bytes_per_expert,
+        inference=inference,
+        link=link,
+        most_layers=most_layers,
+        most_bytes=most_bytes,
+    )
     placement = _on_host(placement)
     batches = _batches_of(history, placement)
     n_layers, n_batches, _ = batches.shape
@@ -149,6 +152,34 @@ def refresh(
     return result._replace(placement=stacked, reason=why)
 
 
+def _check_options(
+    *,
+    steps: int,
+    row_s: float,
+    bytes_per_expert: float,
+    inference: bool = False,
+    link: float = _cost.LINK,
+    most_layers: int | None = None,
+    most_bytes: float | None = None,
+) -> None:
+    """Raises if an option of `refresh` is not as its docstring says."""
+    check_count("steps", steps)
+    rates = {"row_s": row_s, "bytes_per_expert": bytes_per_expert, "link": link}
+    for name, value in rates.items():
+        if not isinstance(value, numbers.Real) or not 0 < value < np.inf:
+            raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+    if not isinstance(inference, bool | np.bool_):
+        raise TypeError(f"inference: expected a bool, got {inference!r}")
+    if most_layers is not None and (
+        not isinstance(most_layers, int | np.integer) or most_layers < 1
+    ):
+        raise ValueError(
+            f"most_layers: expected None or an integer of at least 1, got {most_layers!r}"
+        )
+    if most_bytes is not None and not (isinstance(most_bytes, numbers.Real) and most_bytes > 0):
+        raise ValueError(f"most_bytes: expected None or a number above 0, got {most_bytes!r}")
+
+
 class Refresher:
     """`refresh` in a background thread: `start` it, and `poll` in later steps.
 
@@ -156,6 +187,9 @@ class Refresher:
 
     Args:
       options: keyword arguments of `refresh`.
+
+    Raises:
+      TypeError, ValueError: an option is missing, unknown or not as `refresh` takes it.
 
     >>> placement = Placement.from_phy2log([[[0, 1], [2, 3]]], ep_size=2)
     >>> refresher = Refresher(steps=1000, row_s=1e-7, bytes_per_expert=1e9)
@@ -165,6 +199,7 @@ class Refresher:
     """
 
     def __init__(self, **options: Any) -> None:
+        _check_options(**options)
         self._options = options
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "lplb_jax-refresh")
         self._running: concurrent.futures.Future[Refresh] | None = None
@@ -173,15 +208,16 @@ class Refresher:
         """Starts with copies of the loads and the placement; both may be donated afterwards.
 
         Raises:
-          RuntimeError: the last result has not been polled; and whatever `refresh` raises.
+          RuntimeError: the last run goes on, or its result, which is kept, has not been polled.
+          TypeError, ValueError: an argument is not as `refresh` takes it.
+          Exception: whatever the last run raised; then nothing is started.
         """
         if self._running is not None:
-            self._running.exception()  # Waits: report a failure before starting another run.
-            running, self._running = self._running, None
-            running.result()
+            if self._running.done() and self._running.exception() is not None:
+                self.poll()  # Raises it.
             raise RuntimeError("start: expected the last result to be polled first")
-        copies = jax.tree.map(lambda array: jnp.copy(array), history)
-        self._running = self._thread.submit(refresh, copies, _on_host(placement), **self._options)
+        on_host = _on_host(placement)
+        self._running = self._thread.submit(refresh, _copied(history), on_host, **self._options)
 
     def poll(self, *, wait: bool = False) -> Refresh | None:
         """The result, once; None if it is not ready or nothing was started.
@@ -196,6 +232,13 @@ class Refresher:
             return None
         running, self._running = self._running, None
         return running.result()
+
+
+def _copied(history: LoadHistory | Any) -> Any:
+    """The same loads in other memory; on the device if they are there."""
+    if isinstance(history, LoadHistory | jax.Array):
+        return jax.tree.map(jnp.copy, history)
+    return np.array(history)  # JAX would cut int64 to 32 bits.
 
 
 def _on_host(placement: Placement) -> Placement:

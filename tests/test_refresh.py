@@ -1,6 +1,8 @@
 """Load histories, and whether a new placement is worth it: against loops and the solver."""
 
+import concurrent.futures
 import dataclasses
+import threading
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from lplb_jax import (
     moe,
     place_experts,
     refresh,
+    refreshing,
     solve,
     topologies,
 )
@@ -250,11 +253,48 @@ def test_an_error_of_the_thread_reaches_the_next_call(rng):
     with pytest.raises(ValueError, match=r"history: expected .*\[3, …, 16\]"):
         refresher.poll(wait=True)
     refresher.start(wrong, placement)
+    concurrent.futures.wait([refresher._running])
     with pytest.raises(ValueError, match="history"):
         refresher.start(drawn(rng), placement)
-    refresher.start(drawn(rng), placement)
+
+
+def test_start_while_it_runs(rng, monkeypatch):
+    """It raises at once, not when the run ends, and the result stays."""
+    loads, placement = drawn(rng), given_order()
+    goes_on = threading.Event()
+
+    def held(*arguments, **options):
+        assert goes_on.wait(timeout=60)
+        return refresh(*arguments, **options)
+
+    monkeypatch.setattr(refreshing, "refresh", held)
+    refresher = Refresher(**COSTS)
+    refresher.start(loads, placement)
+    try:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="polled first"):
+                refresher.start(loads * 0, placement)
+    finally:
+        goes_on.set()
+    concurrent.futures.wait([refresher._running])
     with pytest.raises(RuntimeError, match="polled first"):
-        refresher.start(drawn(rng), placement)
+        refresher.start(loads * 0, placement)
+    result = refresher.poll(wait=True)
+    assert result.placement == refresh(loads, placement, **COSTS).placement
+    refresher.start(loads * 0, placement)
+    assert not refresher.poll(wait=True).moved.any()
+
+
+def test_a_thread_takes_wide_tokens(rng):
+    """More than 31 bits, as `refresh` takes them, whatever JAX does with int64."""
+    wide, placement = drawn(rng).astype(np.int64) << 24, given_order()
+    expected = refresh(wide, placement, **COSTS)
+    refresher = Refresher(**COSTS)
+    refresher.start(wide, placement)
+    wide[:] = 0  # It has copied them.
+    found = refresher.poll(wait=True)
+    for name, value in expected._asdict().items():
+        jax.tree.map(np.testing.assert_array_equal, getattr(found, name), value)
 
 
 PLACEMENT = given_order()
@@ -264,8 +304,12 @@ BAD = [
     ({"row_s": 0}, "row_s: expected a finite number above 0, got 0"),
     ({"bytes_per_expert": np.nan}, "bytes_per_expert: expected"),
     ({"link": np.inf}, "link: expected"),
+    ({"row_s": None}, "row_s: expected a finite number above 0, got None"),
+    ({"inference": "no"}, "inference: expected a bool, got 'no'"),
     ({"most_layers": 0}, "most_layers: expected None or"),
+    ({"most_layers": 1.5}, "most_layers: expected None or an integer.*got 1.5"),
     ({"most_bytes": -1}, "most_bytes: expected None or"),
+    ({"most_bytes": "1 GB"}, "most_bytes: expected None or.*'1 GB'"),
     ({"history": LOADS[0]}, r"history: expected .*got \[2, 16\]"),
     ({"history": LOADS[:1]}, r"history: expected .*got \[1, 2, 16\]"),
     ({"history": LOADS * 0.5}, "history: expected whole tokens.*float64"),
@@ -280,6 +324,22 @@ def test_bad_arguments(changed, words):
     arguments = {"history": LOADS, "placement": PLACEMENT, **COSTS} | changed
     with pytest.raises((TypeError, ValueError), match=words):
         refresh(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"), [bad for bad in BAD if not bad[0].keys() & {"history", "placement"}]
+)
+def test_bad_options_of_a_thread(changed, words):
+    """As soon as they are given, not in the thread's first run."""
+    with pytest.raises((TypeError, ValueError), match=words):
+        Refresher(**COSTS | changed)
+
+
+def test_options_of_a_thread_by_name():
+    with pytest.raises(TypeError, match=r"missing.*steps"):
+        Refresher(row_s=1e-7, bytes_per_expert=1e7)
+    with pytest.raises(TypeError, match=r"unexpected.*most_layer"):
+        Refresher(**COSTS, most_layer=1)
 
 
 def test_bad_updates():
