@@ -170,6 +170,10 @@ def with_even_homes(phy2log: np.ndarray, loads: np.ndarray, sizes: Sizes) -> Tab
         at_home = np.flatnonzero(rank_of[homes] == n_homes.argmax())
         expert = at_home[share[at_home].argmax()]
         slots = np.flatnonzero(rank_of == n_homes.argmin())
+        there = slots[phy2log[slots] == expert]
+        if len(there):  # Only an expert's first slot on a rank is used.
+            homes[expert] = there[0]
+            continue
         slots = slots[~np.isin(slots, homes)]
         held = phy2log[slots]
         twice = (held[:, None] == phy2log[rank_of == n_homes.argmin()]).sum(axis=1) > 1

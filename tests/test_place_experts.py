@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lplb_jax import Placement, place_experts, solve
+from lplb_jax._portfolio import Sizes, with_even_homes
 
 # n_logical, ranks, redundant slots per rank, nodes
 SIZES = {
@@ -81,6 +82,21 @@ def test_the_solver_takes_it(rng, case):
     history = history_for(rng, sizes["n_logical"], 1)[0]
     split = solve(history.astype(np.int32), None, placement=place_experts(history, **sizes))
     assert split.status.tolist() == [0]
+
+
+def test_homes_are_first_slots(rng):
+    """A rank's second slot of an expert would not be used. Rank 0 has too many homes in any case,
+    which leaves other ranks uneven as well, so that experts move to where they have copies."""
+    sizes = Sizes(n_logical=12, ep_size=4, slots_per_rank=5)
+    for _ in range(50):
+        others = rng.permutation(np.append(np.arange(5, 12), rng.integers(5, 12, 8)))
+        given = np.append(np.arange(5), others).astype(np.int32)
+        table = with_even_homes(given, rng.lognormal(0, 2, 12), sizes)
+        np.testing.assert_array_equal(table.phy2log[table.homes], np.arange(12))
+        rank, slot = np.divmod(table.homes, sizes.slots_per_rank)
+        np.testing.assert_array_equal(np.bincount(rank), [3, 3, 3, 3])
+        on_rank = table.phy2log.reshape(4, 5)[rank] == np.arange(12)[:, None]
+        np.testing.assert_array_equal(slot, on_rank.argmax(axis=1))
 
 
 def check_never_worse_than_eplb(history, sizes):
