@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lplb_jax import _host
 from lplb_jax._models import MODELS, Model, synthetic_loads
 from lplb_jax.data import Traces, arrays_of
 
@@ -15,6 +16,8 @@ _MOST_HISTORY, _MOST_JUDGED = 16, 64
 # If the number of tokens per rank is not given.
 _TOKENS_PER_RANK = 4096
 _SYNTHETIC_BATCHES = 48
+# Tokens of a batch that the solvers take.
+_MOST_TOKENS = np.iinfo(np.int32).max
 
 
 class Workload(NamedTuple):
@@ -82,7 +85,7 @@ def find_workload(
     if isinstance(workload, Traces):
         name, arrays = "traces", workload._asdict()
     else:
-        name, arrays = "loads", {"loads": np.asarray(workload)}
+        name, arrays = "loads", {"loads": _host.array_of("workload", workload)}
     return _of_arrays(name, arrays, ep_size, n_logical, tokens_per_rank, top_k, most_layers)
 
 
@@ -203,10 +206,10 @@ def _count(ids: np.ndarray, n_logical: int) -> np.ndarray:
 
 
 def _as_tokens(loads: np.ndarray) -> np.ndarray:
-    """int64 loads; loads in other units than tokens are scaled to about a million."""
-    if loads.dtype.kind == "f" and not np.array_equal(loads, np.rint(loads)):
-        total = loads.sum(axis=2, keepdims=True)
-        loads = loads * ((1 << 20) / np.where(total > 0, total, 1))
+    """int64 loads; batches in other units, or of too many tokens, are scaled to about a million."""
+    total = loads.sum(axis=2, keepdims=True)
+    if total.max() > _MOST_TOKENS or not np.array_equal(loads, np.rint(loads)):
+        loads = loads / np.where(total > 0, total, 1) * (1 << 20)
     return np.rint(loads).astype(np.int64)
 
 
@@ -233,17 +236,16 @@ def _checked_ids(indices: np.ndarray, n_logical: int | None, name: str) -> np.nd
     return ids
 
 
-def _checked_loads(loads: np.ndarray, n_logical: int | None, name: str) -> np.ndarray:
-    """Loads `[layers, batches, n_logical]`, finite and at least 0."""
-    good_type = loads.dtype.kind in "iuf"
-    if not good_type or not 1 <= loads.ndim <= 3 or loads.size == 0:
+def _checked_loads(given: np.ndarray, n_logical: int | None, name: str) -> np.ndarray:
+    """float64 loads `[layers, batches, n_logical]`, finite and at least 0."""
+    floats = None if given.dtype.kind == "b" else _host.as_floats(given)
+    if floats is None or not 1 <= given.ndim <= 3 or given.size == 0:
         raise ValueError(
             f"workload: expected loads as numbers [layers, batches, n_experts], [layers, "
-            f"n_experts] or [n_experts], without empty axes, got {loads.dtype} {list(loads.shape)} "
-            f"in {name}"
+            f"n_experts] or [n_experts], without empty axes, got {given.dtype} "
+            f"{list(given.shape)} in {name}"
         )
-    if loads.ndim < 3:
-        loads = loads.reshape(-1, 1, loads.shape[-1])
+    loads = floats if given.ndim == 3 else floats.reshape(-1, 1, given.shape[-1])
     if n_logical is not None and loads.shape[-1] != n_logical:
         raise ValueError(
             f"n_logical: expected {loads.shape[-1]}, the number of experts in {name}, got "

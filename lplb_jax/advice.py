@@ -176,9 +176,10 @@ def advise(
     Args:
       workload: a path of an .npz file, or the name of a model, see `lplb_jax._models.MODELS`, whose
         routing is then synthetic; `lplb_jax.data.Traces`; or an array like the file's `loads`. The
-        file has `loads`, numbers `[layers, batches, n_logical]`, `[layers, n_logical]` or
-        `[n_logical]`, or `indices`, integers `[layers, tokens, top_k]`, −1 or an unsigned type's
-        maximum for none; and optionally `history`, like loads, of earlier batches.
+        file has `loads`, real numbers of any dtype `[layers, batches, n_logical]`,
+        `[layers, n_logical]` or `[n_logical]`, or `indices`, integers `[layers, tokens, top_k]`, −1
+        or an unsigned type's maximum for none; and optionally `history`, like loads, of earlier
+        batches. Shares, and batches of 2³¹ tokens or more, count as about a million tokens.
       ep_size: ranks.
       n_nodes: nodes of `ep_size / n_nodes` ranks each.
       redundants: numbers of redundant slots per rank to try; None for 1, 2, 4 and 8, if

@@ -12,7 +12,7 @@ import jax
 import jax.core
 import numpy as np
 
-from lplb_jax import _tables, topologies
+from lplb_jax import _host, _tables, topologies
 from lplb_jax._eplb import eplb, pack
 from lplb_jax._keep import keep
 from lplb_jax._portfolio import Sizes, Table, best_table
@@ -414,12 +414,10 @@ def _kept(
 
 def _loads_of(history: Any, n_logical: int, most_axes: int) -> np.ndarray:
     """`history` as float64 with one to `most_axes` axes; raises if it is not such an array."""
-    try:
-        loads = np.asarray(jax.device_get(history)).astype(np.float64, casting="same_kind")
-    except (TypeError, ValueError) as error:  # ragged, traced, or no real numbers
-        raise TypeError(
-            f"history: expected an array of real numbers, known on the host, got {history!r}"
-        ) from error
+    given = _host.array_of("history", history)
+    loads = _host.as_floats(given)
+    if loads is None:
+        raise TypeError(f"history: expected an array of real numbers, got {given.dtype}")
     if not 1 <= loads.ndim <= most_axes or loads.shape[-1] != n_logical or 0 in loads.shape:
         shapes = ["[n_logical]", "[layers, n_logical]", "[layers, batches, n_logical]"]
         raise ValueError(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lplb_jax import _cost
+from lplb_jax import _cost, _host
 from lplb_jax._portfolio import imbalances
 from lplb_jax._problem import check_count
 from lplb_jax.history import LoadHistory
@@ -19,6 +19,8 @@ from lplb_jax.placement import Placement, place_experts
 
 # Of the batches kept, this share is not placed from, but judges.
 _JUDGES = 0.25
+# Tokens of an expert in a batch; sums and products with the ranks' number stay below 2⁶³.
+_MOST_TOKENS = 1 << 40
 
 
 class Refresh(NamedTuple):
@@ -65,7 +67,8 @@ def refresh(
     come first.
 
     Args:
-      history: a `LoadHistory`, or loads `[layers, batches, n_logical]`, the oldest first.
+      history: a `LoadHistory`, or loads `[layers, batches, n_logical]`, the oldest first: whole
+        tokens in any real dtype.
       placement: the current placement, stacked, `[layers, …]`; along topologies or not.
       steps: steps until the next refresh.
       row_s: seconds per row (a token counts once for each expert it chooses):
@@ -238,7 +241,7 @@ def _copied(history: LoadHistory | Any) -> Any:
     """The same loads in other memory; on the device if they are there."""
     if isinstance(history, LoadHistory | jax.Array):
         return jax.tree.map(jnp.copy, history)
-    return np.array(history)  # JAX would cut int64 to 32 bits.
+    return np.array(_host.array_of("history", history))  # JAX would cut int64 to 32 bits.
 
 
 def _on_host(placement: Placement) -> Placement:
@@ -268,20 +271,24 @@ def _layers(placement: Placement) -> list[Placement]:
 
 def _batches_of(history: LoadHistory | Any, placement: Placement) -> np.ndarray:
     """int64 `[layers, batches, n_logical]`."""
-    kept = history.batches() if isinstance(history, LoadHistory) else jax.device_get(history)
-    kept = np.asarray(kept)
+    kept = history.batches() if isinstance(history, LoadHistory) else history
+    kept = _host.array_of("history", kept)
     expected = len(placement.phy2log), placement.n_logical
     if kept.ndim != 3 or (kept.shape[0], kept.shape[2]) != expected:
         raise ValueError(
             f"history: expected [layers, batches, n_logical] = [{expected[0]}, …, {expected[1]}] "
             f"as placement has, got {list(kept.shape)}"
         )
-    if kept.dtype.kind not in "iu" or (kept.size and kept.min() < 0):
+    tokens = _host.as_floats(kept)
+    if tokens is None:
+        raise TypeError(f"history: expected an array of real numbers, got {kept.dtype}")
+    wrong = ~((tokens >= 0) & (tokens < _MOST_TOKENS) & (tokens == np.rint(tokens)))
+    if wrong.any():
         raise ValueError(
-            f"history: expected whole tokens of at least 0, got {kept.dtype}"
-            f"{f' and {kept.min()}' if kept.size else ''}"
+            f"history: expected whole tokens, at least 0 and below 2⁴⁰, got {tokens[wrong][0]:g} "
+            f"in {kept.dtype}; multiply shares by the tokens of their batch and round them"
         )
-    return kept.astype(np.int64)
+    return tokens.astype(np.int64)
 
 
 def _largest(placement: Placement, batches: np.ndarray) -> float:

@@ -3,7 +3,11 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
+#include <cmath>
+#include <cstdint>
+#include <limits>
 #include <optional>
+#include <string>
 
 #include "xla_ffi/cpu/amending.h"
 #include "xla_ffi/cpu/graph_waves.h"
@@ -14,6 +18,30 @@ namespace {
 
 template <typename T>
 using Array = nanobind::ndarray<T, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
+
+[[noreturn]] void Refuse(const std::string& message) {
+  throw nanobind::value_error(message.c_str());
+}
+
+// The waves would never end on negative loads, nor on sums that overflow.
+void CheckBatches(const Array<const int64_t>& batches, size_t n_batches, size_t n_logical) {
+  if (batches.size() != n_batches * n_logical) {
+    Refuse("batches: expected " + std::to_string(n_batches) + " · " + std::to_string(n_logical) +
+           " loads, got " + std::to_string(batches.size()));
+  }
+  for (size_t b = 0; b < n_batches; ++b) {
+    int64_t left = std::numeric_limits<int64_t>::max();
+    for (size_t e = 0; e < n_logical; ++e) {
+      const int64_t load = batches.data()[b * n_logical + e];
+      if (load < 0 || load > left) {
+        Refuse("batches: expected loads of at least 0 with sums below 2⁶³, got " +
+               std::to_string(load) + " for expert " + std::to_string(e) + " of batch " +
+               std::to_string(b));
+      }
+      left -= load;
+    }
+  }
+}
 
 // Fills `homes` [n_logical] from the table phy2log [n_physical].
 void Homes(Array<const int32_t> phy2log, int32_t ep_size, Array<int32_t> homes) {
@@ -29,6 +57,12 @@ void Homes(Array<const int32_t> phy2log, int32_t ep_size, Array<int32_t> homes) 
 void Place(Array<const double> loads, std::optional<Array<const int32_t>> home_ranks,
            int32_t ep_size, int32_t n_nodes, bool stay, double theta, bool all, double meet,
            Array<int32_t> phy2log, Array<int32_t> homes) {
+  for (size_t e = 0; e < loads.size(); ++e) {
+    if (!(loads.data()[e] >= 0) || std::isinf(loads.data()[e])) {
+      Refuse("loads: expected finite loads of at least 0, got " + std::to_string(loads.data()[e]) +
+             " for expert " + std::to_string(e));
+    }
+  }
   const PlaceSizes sizes = {ep_size, static_cast<int32_t>(loads.size()),
                             static_cast<int32_t>(phy2log.size()) / ep_size, ep_size / n_nodes};
   Placing placing(sizes, loads.data(), home_ranks ? home_ranks->data() : nullptr, stay);
@@ -41,7 +75,9 @@ void Place(Array<const double> loads, std::optional<Array<const int32_t>> home_r
 // balanced exactly.
 void BestLoads(Array<const int32_t> phy2log, int32_t ep_size, Array<const int64_t> batches,
                Array<int64_t> most) {
+  if (most.size() == 0) return;
   const int32_t n_logical = static_cast<int32_t>(batches.size() / most.size());
+  CheckBatches(batches, most.size(), n_logical);
   const ReplicaGraph graph(ep_size, n_logical, static_cast<int32_t>(phy2log.size()) / ep_size,
                            phy2log.data());
   GraphWaves waves(graph);
@@ -56,6 +92,7 @@ void BestLoads(Array<const int32_t> phy2log, int32_t ep_size, Array<const int64_
 double Amend(Array<int32_t> phy2log, Array<int32_t> homes, int32_t ep_size, int32_t n_nodes,
              bool swaps_only, Array<const int64_t> batches, Array<const double> goals,
              int64_t most_solves) {
+  CheckBatches(batches, goals.size(), homes.size());
   const AmendSizes sizes = {ep_size, static_cast<int32_t>(homes.size()),
                             static_cast<int32_t>(phy2log.size()) / ep_size, ep_size / n_nodes,
                             swaps_only};
