@@ -15,8 +15,9 @@ def eplb(
     If groups of experts divide evenly among the nodes, groups are packed onto nodes, and each node
     copies and packs its own experts (hierarchical); otherwise all ranks are one node (global).
     """
-    # In float32, as published: rounding decides between almost equal loads.
-    weight = weight.astype(np.float32)
+    # In float32, as published: rounding decides between almost equal loads. Powers of two do not
+    # change that, and keep loads in any unit within the type's range.
+    weight = np.ldexp(weight, -np.frexp(weight.max())[1]).astype(np.float32)
     if n_groups % n_nodes:
         n_groups = n_nodes = 1
     groups = np.arange(len(weight)).reshape(n_groups, -1)

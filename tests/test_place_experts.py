@@ -155,9 +155,13 @@ def test_deterministic_and_free_of_units(rng):
     history = history_for(rng, 64, 1)[0]
     sizes = sizes_of("8 ranks")
     np.random.seed(rng.integers(2**31))  # noqa: NPY002 - a state that must not matter
-    placements = [place_experts(history * unit, **sizes) for unit in (1, 1, 2.0**-60, 2.0**80)]
-    for placement in placements[1:]:
-        jax.tree.map(np.testing.assert_array_equal, placement, placements[0])
+    for method in ("auto", "eplb"):
+        placements = [
+            place_experts(history * unit, **sizes, method=method)
+            for unit in (1, 1, 2.0**-60, 2.0**80, 2.0**-900, 2.0**900)
+        ]
+        for placement in placements[1:]:
+            jax.tree.map(np.testing.assert_array_equal, placement, placements[0])
 
 
 @pytest.mark.parametrize("history", [None, np.zeros(64), np.zeros((1, 3, 64))])
