@@ -39,6 +39,11 @@ def check_axis_names(argument: str, axis_name: Any) -> tuple[Any, ...]:
     return names
 
 
+def varies_over(array: Any, axis_name: Any) -> bool:
+    """Whether JAX knows that `array` may differ along this mapped axis (or one of a tuple)."""
+    return any(name in jax.typeof(array).manual_axis_type.varying for name in axis_names(axis_name))
+
+
 def varying_over(array: jax.Array, axis_name: Any) -> jax.Array:
     """`array` typed as varying along this mapped axis (or a tuple of axes)."""
     varying = jax.typeof(array).manual_axis_type.varying

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lplb_jax import _native
-from lplb_jax._axes import check_axis
+from lplb_jax._axes import check_axis, varies_over
 from lplb_jax.placement import (
     Placement,
     check_fits,
@@ -93,7 +93,11 @@ def check_problem(
         rows = loads.shape[0] if loads.ndim == 2 else len(topology)
         placement = given_order(topology, loads.shape[-1], axis_size or rows)
     else:
-        check_fits(placement, topology)
+        try:
+            check_fits(placement, topology)
+        except ValueError as error:
+            check_unsharded(placement, axis_name, str(error))
+            raise
     ep_size = placement.ep_size
     if axis_size is not None and axis_size != ep_size:
         raise ValueError(
@@ -104,13 +108,27 @@ def check_problem(
         (placement.n_logical,),
         (ep_size, placement.n_logical),
     ]:
-        raise ValueError(
+        words = (
             f"loads: expected shape [n_logical] = [{placement.n_logical}] or [ep_size, n_logical] "
             f"= [{ep_size}, {placement.n_logical}], got {list(loads.shape)}"
         )
+        check_unsharded(placement, axis_name, words)
+        raise ValueError(words)
     if n_nodes is not None:
         check_nodes(ep_size, n_nodes)
     return Problem(topology, placement, n_nodes)
+
+
+def check_unsharded(placement: Placement, axis_name: Any, contradiction: str) -> None:
+    """Raises if `placement` differs between ranks, which then explains the contradiction.
+
+    Without one it may be equal in fact, such as one computed from `lax.all_gather`'s result.
+    """
+    if axis_name is not None and varies_over(placement.phy2log, axis_name):
+        raise ValueError(
+            f"placement: expected the same on all ranks, got one that varies over {axis_name!r}; "
+            f"pass it to jax.shard_map with in_specs P(), since for a part of it, {contradiction}"
+        )
 
 
 def _cut_to_32_bits() -> bool:

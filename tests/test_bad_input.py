@@ -300,6 +300,25 @@ def test_axis_that_is_not_of_the_mesh(cpu_devices):
     refused(ValueError, "^axis_name: .*got 'expert'", in_shard_map(cpu_devices, rank))
 
 
+@pytest.mark.parametrize("r2o", [topologies.cube(), None])
+@pytest.mark.parametrize("loads", [None, np.ones((8, 64), np.int32)])
+def test_sharded_placement(cpu_devices, r2o, loads):
+    """With given loads, or if a part of it contradicts itself."""
+    case = Case(topologies.cube(), 8)
+    placement = case.placement()
+    if r2o is None:
+        placement = dataclasses.replace(placement, topology=None)
+
+    def rank(ids, placement):
+        return rebalance(ids, loads, r2o, placement=placement, axis_name="ep")[0]
+
+    mesh = Mesh(cpu_devices, "ep")
+    run = jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    words = r"^placement: .*varies over 'ep'; pass it to jax.shard_map with in_specs P\(\)"
+    ids = np.zeros((8, 5), np.int32)
+    refused(ValueError, words, lambda: jax.eval_shape(run, ids, placement))
+
+
 def test_assign_needs_the_gathered_counts(cpu_devices):
     case = Case(topologies.cube(), 2)
     split = solve(np.ones(16, np.int32), case.r2o)

@@ -1307,6 +1307,35 @@ def test_bad_input(rng, mesh, changed, error, words):
     assert "got" in str(raised.value)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("copies", ["placement", "batch"])
+@pytest.mark.parametrize(("slots", "n_logical"), [(8, 32), (5, 32), (4, 32), (16, 64)])
+def test_a_sharded_placement_is_told(rng, mesh, slots, n_logical, copies, check_vma):
+    """A part of it may look like a placement, of fewer experts than there are weights for."""
+    placement = AnyCase(8, slots, n_logical).placement(rng)
+    ids, weights = jnp.zeros((8, 3), jnp.int32), jnp.zeros((n_logical, 16, 16))
+
+    def rank(x, weights, placement):
+        return moe.moe_layer(
+            x, ids, jnp.zeros((8, 3)), weights, placement=placement, axis_name="ep",
+            ffn=lambda rows, experts, sizes: rows, copies=copies,
+        ).out  # fmt: skip
+
+    def traced(specs):
+        run = jax.shard_map(rank, mesh=mesh, in_specs=specs, out_specs=P("ep"), check_vma=check_vma)
+        return jax.eval_shape(run, jnp.zeros((64, 16)), weights, placement)
+
+    assert traced((P("ep"), P("ep"), P())).shape == (64, 16)
+    words = r"^placement: expected .*got .*in_specs P\(\)" if check_vma else "placement"
+    with pytest.raises(ValueError, match=words):
+        traced((P("ep"), P("ep"), P("ep")))
+    if slots < n_logical:
+        with pytest.raises(
+            ValueError, match=r"^experts: .*got .* shard them with in_specs P\('ep'"
+        ):
+            traced((P("ep"), P(), P()))
+
+
 STATIC = {
     "capacity_factor": TypeError,
     "keep_copies": TypeError,

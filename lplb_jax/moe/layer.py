@@ -199,7 +199,12 @@ def moe_layer(
     check_reverse("tokens", (tokens, gates, experts))
     of_batch, uses_copies = copies == "batch", balance != "none"
     weights = as_weights(
-        experts, placement, in_place=in_place, uses_copies=uses_copies, of_batch=of_batch
+        experts,
+        placement,
+        axis_name,
+        in_place=in_place,
+        uses_copies=uses_copies,
+        of_batch=of_batch,
     )
     fetches = uses_copies and not isinstance(weights, InSlots)
     check_keeping(keep_copies, weights, problem, fetches=fetches)

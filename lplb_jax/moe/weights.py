@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-from lplb_jax._problem import Problem
+from lplb_jax._problem import Problem, check_unsharded
 from lplb_jax.moe import transports
 from lplb_jax.moe.fetch import Fetch, filled
 from lplb_jax.moe.flight import Flight
@@ -64,7 +64,13 @@ Weights: TypeAlias = Own | InSlots | WithRoom
 
 
 def as_weights(
-    experts: Any, placement: Placement, *, in_place: bool, uses_copies: bool, of_batch: bool
+    experts: Any,
+    placement: Placement,
+    axis_name: Any,
+    *,
+    in_place: bool,
+    uses_copies: bool,
+    of_batch: bool,
 ) -> Weights:
     """`experts` as one of the three types; raises if the leading size does not match.
 
@@ -94,10 +100,17 @@ def as_weights(
     for kind, (number, _) in kinds.items():
         if n_experts == number:
             return experts if typed else kind(experts)
-    raise ValueError(
+    words = (
         f"experts: expected the {' or its '.join(words for _, words in kinds.values())}, got "
         f"{n_experts}{', with in_place=True' if in_place else ''}"
     )
+    check_unsharded(placement, axis_name, words)
+    if n_experts == placement.n_logical:
+        words += (
+            f", as many as placement has on all ranks; shard them with in_specs P({axis_name!r}), "
+            f"or if placement was sharded, pass that with P()"
+        )
+    raise ValueError(words)
 
 
 def unwrapped(experts: Any) -> Any:
