@@ -1241,6 +1241,16 @@ BAD = [
     ({"experts": moe.Experts(np.zeros((4, 16, 24)), [1])}, TypeError, r"^experts\.down: .*list"),
     ({"experts": {"w": object()}, "ffn": max}, TypeError, r"^experts\['w'\]: .*got object"),
     ({"ffn": 3}, TypeError, "^ffn: expected a function, got 3"),
+    (
+        {"experts": moe.Own(moe.Experts(np.zeros((8, 16, 24)), np.zeros((8, 12, 16))))},
+        TypeError,
+        "^experts: .*float32, got float64",
+    ),
+    (
+        {"experts": moe.Own({"w": np.zeros((8, 16))}), "ffn": max},
+        ValueError,
+        "^experts: expected the 4 own experts of a rank, got 8",
+    ),
     ({"activation": None}, TypeError, "^activation: expected a function, got None"),
     *[
         ({name: value}, TypeError, f"^{name}: expected a static True or False, got")

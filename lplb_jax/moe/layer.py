@@ -125,7 +125,8 @@ def moe_layer(
       gates: floats `[tokens, top_k]`, weights of the choices.
       experts: `Experts` of `tokens`' dtype, or with `ffn` any pytree. The types
         `Own`, `InSlots` and `WithRoom` say which experts a rank holds. Without a type, `in_place`
-        means `WithRoom`; otherwise the leading size distinguishes the other two.
+        means `WithRoom`; otherwise the leading size distinguishes the other two, so that weights of
+        more experts than `placement` has may be taken for those of its slots. `Own` is checked.
       r2o: static topology, see `lplb_jax.topologies`; None for the placement's, or for a
         placement without one, see `Placement.from_phy2log`.
       placement: where the experts are, see `place_experts`.

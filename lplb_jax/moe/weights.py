@@ -25,6 +25,9 @@ from lplb_jax.placement import Placement
 class Own(NamedTuple):
     """A rank's own experts. `moe_layer` fetches the copies, for which it copies all weights once.
 
+    The type makes sure that a rank has n_local experts: bare weights of slots_per_rank experts are
+    taken as `InSlots`, also if they belong to another placement.
+
     Attributes:
       experts: a pytree of arrays `[n_local, …]`, in the order of the rank's slots; without
         topology in home order, padded: see `move_experts`. No rank may then be home of more than
