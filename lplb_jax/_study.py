@@ -217,15 +217,14 @@ class Study:
             empty = np.full((ep_size, redundants), -1)
             table = np.concatenate([homes, empty], axis=1)
             return Placement.from_phy2log(table, **sizes)
-        if kind in (PACKED, ANY, EVEN):
-            method = "eplb" if kind == EVEN else "auto"
-            stacked = place_experts(
-                history[None], **sizes, redundants_per_rank=redundants, method=method
-            )
-            return jax.tree.map(lambda array: array[0], stacked)
-        name, group_size = topology_of(kind, ep_size)
-        r2o = topologies.named(group_size)[name]
-        return place_experts(history.sum(axis=0), r2o, **sizes, redundants_per_rank=redundants)
+        r2o, method = None, "eplb" if kind == EVEN else "auto"
+        if kind not in (PACKED, ANY, EVEN):
+            name, group_size = topology_of(kind, ep_size)
+            r2o = topologies.named(group_size)[name]
+        stacked = place_experts(
+            history[None], r2o, **sizes, redundants_per_rank=redundants, method=method
+        )
+        return jax.tree.map(lambda array: array[0], stacked)
 
     def _exactly(self, kind: str, placement: Placement, batches: np.ndarray) -> np.ndarray:
         """Largest over mean rank load of every batch, at the optimum over all routings."""

@@ -219,9 +219,10 @@ def place_experts(
     `metrics.experts_fetched` and `homes_moved` count what moves.
 
     Args:
-      history: loads `[n_logical]`, or `[layers, n_logical]` for a placement per layer, or, without
-        `r2o`, `[layers, batches, n_logical]`; finite and not negative, any unit. None keeps the
-        given order along `r2o`, and means equal loads without `r2o`.
+      history: loads `[n_logical]`, or `[layers, n_logical]` for a placement per layer, or
+        `[layers, batches, n_logical]`, of which `r2o` and method "eplb" take the sum over batches;
+        finite and not negative, any unit and real dtype. None keeps the given order along `r2o`,
+        and means equal loads without `r2o`.
       r2o: topology `[group_size, n_columns]`, see `lplb_jax.topologies`, or None.
       n_logical: experts; with `r2o` a multiple of `ep_size`.
       ep_size: ranks; with `r2o` a multiple of `group_size`, groups are consecutive ranks.
@@ -266,7 +267,7 @@ def place_experts(
     if r2o is None:
         slots_per_rank = _slots_per_rank(n_logical, ep_size, redundants_per_rank, n_physical)
         _check_method(method, n_logical, n_groups)
-        loads = np.ones(n_logical) if history is None else _loads_of(history, n_logical, 3)
+        loads = np.ones(n_logical) if history is None else _loads_of(history, n_logical)
         sizes = Sizes(int(n_logical), int(ep_size), slots_per_rank, int(n_nodes))
         if method == "eplb":
             if previous is not None:
@@ -287,7 +288,9 @@ def place_experts(
     sizes = Sizes(int(n_logical), int(ep_size), slots_per_rank, int(n_nodes))
     if history is None and previous is None:
         return _along_topology(np.arange(n_logical), topology, sizes)
-    loads = np.ones(n_logical) if history is None else _loads_of(history, n_logical, 2)
+    loads = np.ones(n_logical) if history is None else _loads_of(history, n_logical)
+    if loads.ndim == 3:
+        loads = loads.sum(axis=1)
     place = functools.partial(_place_along, sizes=sizes, topology=topology)
     return _each_layer(place, loads, _kept(previous, loads, sizes, topology))
 
@@ -412,17 +415,17 @@ def _kept(
     return previous
 
 
-def _loads_of(history: Any, n_logical: int, most_axes: int) -> np.ndarray:
-    """`history` as float64 with one to `most_axes` axes; raises if it is not such an array."""
+def _loads_of(history: Any, n_logical: int) -> np.ndarray:
+    """`history` as float64 with one to three axes; raises if it is not such an array."""
     given = _host.array_of("history", history)
     loads = _host.as_floats(given)
     if loads is None:
         raise TypeError(f"history: expected an array of real numbers, got {given.dtype}")
-    if not 1 <= loads.ndim <= most_axes or loads.shape[-1] != n_logical or 0 in loads.shape:
-        shapes = ["[n_logical]", "[layers, n_logical]", "[layers, batches, n_logical]"]
+    if not 1 <= loads.ndim <= 3 or loads.shape[-1] != n_logical or 0 in loads.shape:
         raise ValueError(
-            f"history: expected shape {' or '.join(shapes[:most_axes])} with n_logical = "
-            f"{n_logical} and at least one layer, got {loads.shape}"
+            f"history: expected shape [n_logical] or [layers, n_logical] or [layers, batches, "
+            f"n_logical] with n_logical = {n_logical} and at least one layer and batch, got "
+            f"{loads.shape}"
         )
     if not np.all(np.isfinite(loads)) or np.any(loads < 0):
         raise ValueError("history: expected finite loads of at least 0, got NaN, inf or negative")

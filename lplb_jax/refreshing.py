@@ -308,20 +308,13 @@ def _anew(batches: np.ndarray, previous: Placement) -> Placement:
         "ep_size": previous.ep_size,
         "n_nodes": previous.n_nodes,
     }
-    if previous.topology is not None:
-        redundants = previous.redundants_per_rank
-        new = place_experts(
-            batches.sum(axis=0),
-            previous.topology,
-            **sizes,
-            redundants_per_rank=redundants,
-            previous=previous,
-        )
+    if previous.topology is None:
+        sizes["n_physical"] = previous.n_physical
     else:
-        stacked = jax.tree.map(lambda leaf: leaf[None], previous)
-        n_physical = previous.n_physical
-        new = place_experts(batches[None], **sizes, n_physical=n_physical, previous=stacked)
-        new = jax.tree.map(lambda leaf: leaf[0], new)
+        sizes["redundants_per_rank"] = previous.redundants_per_rank
+    stacked = jax.tree.map(lambda leaf: leaf[None], previous)
+    new = place_experts(batches[None], previous.topology, **sizes, previous=stacked)
+    new = jax.tree.map(lambda leaf: leaf[0], new)
     more = previous.log2phy.shape[1] - new.log2phy.shape[1]
     wide = np.pad(new.log2phy, [(0, 0), (0, more)], constant_values=-1)
     return dataclasses.replace(new, log2phy=wide)

@@ -322,8 +322,11 @@ def test_experts_that_do_not_divide_by_the_ranks(rng, n_logical):
 
 
 def test_the_python_runs(rng):
-    """As printed, for its own batch."""
+    """As printed, for its own batch, and with the loads that advise was given."""
     loads = drawn(rng, n_layers=1)
+    kept = lplb_jax.LoadHistory.empty(n_layers=1, n_logical=N_LOGICAL)
+    for batch in loads.swapaxes(0, 1):
+        kept = kept.update(batch.astype(np.int32))
     made = set()
     for given in ({}, {"topology": "ring"}, {"redundants": [1]}):
         advice = lplb_jax.advise(loads, ep_size=N_RANKS, **given)
@@ -332,6 +335,13 @@ def test_the_python_runs(rng):
         names = {"history": history, "indices": indices}
         exec(advice.code.replace(', axis_name="ep"', ""), names)
         assert rebalance(indices, None, placement=names["placement"])[1].status.tolist() == [0]
+        placing = advice.code.partition("\nphysical")[0]
+        for same_loads in (loads[:, :3], kept.batches()[:, :3]):
+            stacked = {"history": same_loads}
+            exec(placing, stacked)
+            first = jax.tree.map(lambda array: array[0], stacked["placement"])
+            assert first.topology is None or first == names["placement"]
+            assert rebalance(indices, None, placement=first)[1].status.tolist() == [0]
         assert max(map(len, str(advice).splitlines())) <= 100
     assert "ring" in made
 

@@ -339,8 +339,9 @@ GOOD: dict[str, Any] = {"n_logical": 16, "ep_size": 8, "redundants_per_rank": 2}
         (None, {"n_nodes": 3}, "n_nodes: expected a divisor of ep_size = 8, got 3"),
         (None, {"n_nodes": 0}, "n_nodes"),
         (np.ones(15), {}, r"history: expected shape .* got \(15,\)"),
-        (np.ones((2, 2, 16)), {}, "history: expected shape"),
-        (np.ones((0, 16)), {}, r"history: .*at least one layer, got \(0, 16\)"),
+        (np.ones((1, 2, 2, 16)), {}, "history: expected shape"),
+        (np.ones((0, 16)), {}, r"history: .*at least one layer and batch, got \(0, 16\)"),
+        (np.ones((2, 0, 16)), {}, r"history: .*at least one layer and batch, got \(2, 0, 16\)"),
         (np.full(16, np.nan), {}, "history: expected finite"),
         (np.full(16, np.inf), {}, "history: expected finite"),
         (-np.ones(16), {}, "history: expected finite loads of at least 0"),
@@ -484,3 +485,17 @@ def test_arrays_and_back(rng, along, n_layers):
     ):
         with pytest.raises(ValueError, match=words):
             Placement.from_arrays(changed)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.int32, np.float64])
+@pytest.mark.parametrize("update", [False, True])
+def test_several_batches_along_a_topology(rng, dtype, update):
+    """Their sum, which the dtype may not hold, is what the placement suits."""
+    loads = rng.integers(1, 250, (3, 5, 16)).astype(dtype)
+    r2o = topologies.ring(4)
+    sizes: dict[str, Any] = {"n_logical": 16, "ep_size": 4, "redundants_per_rank": 2}
+    if update:
+        sizes["previous"] = place_experts(rng.random((3, 16)), r2o, **sizes)
+    found = place_experts(loads, r2o, **sizes)
+    assert found.topology == r2o
+    assert found == place_experts(loads.astype(np.float64).sum(axis=1), r2o, **sizes)
