@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
 from typing import Any
 
@@ -42,6 +43,19 @@ def check_axis_names(argument: str, axis_name: Any) -> tuple[Any, ...]:
 def varies_over(array: Any, axis_name: Any) -> bool:
     """Whether JAX knows that `array` may differ along this mapped axis (or one of a tuple)."""
     return any(name in jax.typeof(array).manual_axis_type.varying for name in axis_names(axis_name))
+
+
+def axes_of_size(array: Any, size: int) -> tuple[Any, ...] | None:
+    """The fewest mapped axes along which `array` varies over `size` ranks; None if there are none.
+
+    `jax.shard_map(check_vma=False)` does not tell along which axes arrays vary.
+    """
+    varying = sorted(jax.typeof(array).manual_axis_type.varying)
+    for n in range(1, len(varying) + 1):
+        for names in itertools.combinations(varying, n):
+            if lax.axis_size(names) == size:
+                return names
+    return None
 
 
 def varying_over(array: jax.Array, axis_name: Any) -> jax.Array:

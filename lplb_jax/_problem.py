@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lplb_jax import _native
-from lplb_jax._axes import check_axis, varies_over
+from lplb_jax._axes import axes_of_size, check_axis, varies_over
 from lplb_jax.placement import (
     Placement,
     check_fits,
@@ -171,13 +171,35 @@ def check_loads(loads: Any, *, floats: bool = False) -> jax.Array:
 def check_sources(
     indices: jax.Array, loads: jax.Array | None, problem: Problem, axis_name: Any
 ) -> None:
-    """Raises if loads have several sources but the indices' source is unknown."""
+    """Raises if loads have several sources but the indices' source is unknown.
+
+    Warns if there seem to be several sources that do not know of one another.
+    """
+    if loads is None and axis_name is None:
+        _warn_if_alone(indices, problem.ep_size)
     if loads is None or loads.ndim == 1 or axis_name is not None:
         return
     if indices.ndim < 1 or indices.shape[0] != problem.ep_size:
         raise ValueError(
             f"indices: expected a leading axis of ep_size = {problem.ep_size} source ranks, got "
             f"shape {list(indices.shape)}"
+        )
+
+
+def _warn_if_alone(indices: jax.Array, ep_size: int) -> None:
+    """Warns if the ranks of a placement each balance their own tokens only.
+
+    A shard may hold all tokens of a placement's ranks; that there are equally many shards would be
+    chance.
+    """
+    names = axes_of_size(indices, ep_size) if ep_size > 1 else None
+    if names is not None:
+        axis = names[0] if len(names) == 1 else names
+        _native.warn_once(
+            f"axis_name: expected the axis of the ranks, got None, though indices vary over "
+            f"{axis!r}, as large as placement.ep_size = {ep_size}: every shard balances by itself, "
+            f"as if it had all tokens. Pass axis_name={axis!r}; or if that is meant, "
+            f"warnings.filterwarnings('ignore', 'axis_name: ')"
         )
 
 

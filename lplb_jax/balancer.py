@@ -183,7 +183,8 @@ def rebalance(
         for the given order with one redundant slot per column (not if `loads` is None: it
         defines the number of experts).
       axis_name: the expert-parallel mesh axis (or a tuple of axes) inside `jax.shard_map`; None
-        if there is no other rank.
+        if there is no other rank: every shard then balances by itself, and `split` is right for its
+        tokens alone. A warning says so if there are as many shards as ranks.
       comm: from `init_comm`: the counts are shared within the kernels that count and solve, in one
         launch or two. None: by `lax.all_gather`. See `sync_loads`.
       solver: "exact", "ipm" or "auto", see `solve`.

@@ -1,6 +1,8 @@
 """Every error is raised at trace time and names the argument, what was expected and what it got."""
 
 import dataclasses
+import re
+import warnings
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from lplb_jax import (
     sync_loads,
     topologies,
 )
+from lplb_jax._native import warn_once
 
 RING = topologies.ring(4)
 CASE = Case(RING, 4)
@@ -283,6 +286,50 @@ def in_shard_map(cpu_devices, function):
     mesh = Mesh(cpu_devices, "ep")
     mapped = jax.shard_map(function, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
     return lambda: jax.jit(mapped)(np.zeros((8, 5), np.int32))
+
+
+@pytest.mark.parametrize(
+    ("axes", "ep_size", "warned"),
+    [
+        ({"ep": 4}, 4, "'ep'"),
+        ({"data": 2, "ep": 4}, 4, "'ep'"),
+        ({"x": 2, "y": 2}, 4, r"\('x', 'y'\)"),
+        ({"data": 2}, 4, None),
+        ({"ep": 8}, 4, None),
+        ({"data": 1}, 1, None),
+    ],
+)
+def test_shards_that_balance_alone(cpu_devices, axes, ep_size, warned):
+    """Shards of another number may each hold the tokens of all ranks."""
+    devices = cpu_devices[: np.prod([*axes.values()])].reshape(*axes.values())
+    case = Case(topologies.ring(ep_size) if ep_size > 1 else np.array([[0]]), 4)
+    options: dict[str, Any] = {"placement": case.placement()}
+    split = Split(np.zeros(case.placement().n_physical, np.int32), *np.zeros((3, 1), np.int32))
+    named = {**options, "axis_name": ("x", "y") if "x" in axes else "ep"}
+    calls = {
+        "rebalance": lambda ids: rebalance(ids, None, case.r2o, **options)[0],
+        "assign": lambda ids: assign(ids, None, split, case.r2o, **options),
+        "positions": lambda ids: rebalance(ids, None, case.r2o, positions=True, **options)[0][0],
+    }
+    if warned is not None:
+        calls["named"] = lambda ids: rebalance(ids, None, case.r2o, **named)[0]
+    for name, call in calls.items():
+        for check_vma in (True, False):
+            run = jax.shard_map(
+                call,
+                mesh=Mesh(devices, tuple(axes)),
+                in_specs=P(tuple(axes)),
+                out_specs=P(tuple(axes)),
+                check_vma=check_vma,
+            )
+            warn_once.cache_clear()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                jax.eval_shape(run, np.zeros((8, 5), np.int32))
+            told = [str(one.message) for one in caught if "axis_name" in str(one.message)]
+            assert len(told) == (warned is not None and check_vma and name != "named"), name
+            for words in told:
+                assert re.match(f"axis_name: expected .*got None.*Pass axis_name={warned}; ", words)
 
 
 def test_axis_of_another_size(cpu_devices):
