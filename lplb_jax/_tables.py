@@ -11,7 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from lplb_jax import _native, reference
+from lplb_jax import _host, _native, reference
 
 
 def log2phy_of(
@@ -46,7 +46,7 @@ def check_phy2log(phy2log: Any, ep_size: int, n_logical: int | None) -> tuple[An
     expert has no slot.
     """
     traced = isinstance(phy2log, jax.core.Tracer)
-    table = phy2log if traced else np.asarray(jax.device_get(phy2log))
+    table = phy2log if traced else _host.array_of("phy2log", phy2log, "integers")
     if not np.issubdtype(table.dtype, np.integer):
         raise TypeError(f"phy2log: expected integers, got {table.dtype}")
     if traced and table.dtype != np.int32:
@@ -64,17 +64,19 @@ def check_phy2log(phy2log: Any, ep_size: int, n_logical: int | None) -> tuple[An
     if n_logical is None and traced:
         raise ValueError("n_logical: expected the number of experts where phy2log is traced")
     most = int(np.prod(shape[-2:]))
-    if n_logical is None:
-        n_logical = int(table.max()) + 1
-    elif not isinstance(n_logical, int | np.integer):
-        raise TypeError(f"n_logical: expected an integer or None, got {n_logical!r}")
-    if not 1 <= n_logical <= most:
-        raise ValueError(
-            f"n_logical: expected 1 to n_physical = {most} experts, got {int(n_logical)}"
-        )
+    if n_logical is not None:
+        if not isinstance(n_logical, int | np.integer):
+            raise TypeError(f"n_logical: expected an integer or None, got {n_logical!r}")
+        if not 1 <= n_logical <= most:
+            raise ValueError(
+                f"n_logical: expected 1 to n_physical = {most} experts, got {int(n_logical)}"
+            )
     if isinstance(table, np.ndarray):
+        table = _host.with_minus_one(table, n_logical)
+        n_logical = int(table.max()) + 1 if n_logical is None else n_logical
         _check_values(table, int(n_logical))
         table = table.astype(np.int32)
+    assert n_logical is not None
     return table.reshape(*shape[: max(len(shape) - 2, 0)], -1), int(n_logical)
 
 
@@ -86,15 +88,35 @@ def _check_values(table: np.ndarray, n_logical: int) -> None:
             f"phy2log: expected logical experts 0 to {n_logical - 1}, or −1 for an empty slot, got "
             f"{table[tuple(at)]} at {at}"
         )
+    if n_logical == 0:
+        raise ValueError("phy2log: expected logical experts, got empty slots only")
     layers = table.reshape(table.shape[0] if table.ndim == 3 else 1, -1)
     for layer, row in enumerate(layers):
-        missing = np.bincount(row[row >= 0], minlength=n_logical) == 0
+        # An id may be far beyond the slots; then an expert below their number has none.
+        missing = np.ones(min(n_logical, len(row) + 1), bool)
+        missing[row[(row >= 0) & (row < len(missing))]] = False
         if missing.any():
             where = f" in layer {layer}" if table.ndim == 3 else ""
             raise ValueError(
                 f"phy2log: expected a slot for each of the {n_logical} experts, got none for "
                 f"expert {missing.argmax()}{where}"
             )
+
+
+def warn_of_layers(rows: np.ndarray, n_logical: int) -> None:
+    """Warns if the ranks' rows look like layers: each with all experts, some of them twice.
+
+    Ranks could have them, but no use for the second ones. EPLB's tables are `[layers, n_physical]`,
+    which has the shape of one by rank if there are as many layers as ranks.
+    """
+    ep_size, n_slots = rows.shape
+    if ep_size == 1 or n_slots <= n_logical or n_slots % ep_size or (rows < 0).any():
+        return
+    if all(len(np.unique(row)) == n_logical for row in rows):
+        _native.warn_once(
+            f"phy2log: each of {ep_size} rows holds all {n_logical} experts, some of them twice. "
+            f"Rows are ranks; if these are layers, pass phy2log.reshape({ep_size}, {ep_size}, -1)"
+        )
 
 
 def other_tables(phy2log: Any, ep_size: int, n_logical: int) -> tuple[Any, Any]:

@@ -104,8 +104,10 @@ class Placement:
         Args:
           phy2log: integers, the logical expert in each slot, −1 for an empty slot:
             `[ep_size, slots_per_rank]`, or flat, `[n_physical]`, or with one placement per
-            layer `[layers, ep_size, slots_per_rank]`. May be traced; then the values are checked
-            when they are used, and an inconsistent table sets `Status.BAD_PLACEMENT`.
+            layer `[layers, ep_size, slots_per_rank]`; EPLB's tables `[layers, n_physical]` are
+            reshaped to `(layers, ep_size, -1)`. An unsigned type's largest value is an empty slot,
+            too, unless it is an id. May be traced; then the values are checked when they are used,
+            and an inconsistent table sets `Status.BAD_PLACEMENT`.
           ep_size: ranks; n_physical is a multiple of it.
           n_logical: experts, at most n_physical; it need not be a multiple of ep_size. None: the
             largest id + 1 (not if phy2log is traced).
@@ -127,6 +129,8 @@ class Placement:
         """
         check_nodes(ep_size, n_nodes)
         tables, n_logical = _tables.check_phy2log(phy2log, int(ep_size), n_logical)
+        if isinstance(tables, np.ndarray) and np.ndim(phy2log) == 2:
+            _tables.warn_of_layers(tables.reshape(int(ep_size), -1), n_logical)
         log2phy, logcnt = _tables.other_tables(tables, int(ep_size), n_logical)
         return cls(tables, log2phy, logcnt, int(ep_size), None, int(n_nodes))
 
@@ -316,7 +320,8 @@ def _place_as_eplb(
     n_logical, ep_size, slots_per_rank, n_nodes = sizes
     total = np.atleast_2d(loads).sum(axis=0)
     table = eplb(total, ep_size, slots_per_rank, n_groups, n_nodes)
-    return Placement.from_phy2log(table, ep_size=ep_size, n_logical=n_logical, n_nodes=n_nodes)
+    flat = table.ravel()
+    return Placement.from_phy2log(flat, ep_size=ep_size, n_logical=n_logical, n_nodes=n_nodes)
 
 
 def _place_anywhere(loads: np.ndarray, previous: Placement | None, sizes: Sizes) -> Placement:

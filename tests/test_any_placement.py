@@ -1,5 +1,6 @@
 """Placements of any kind: the split is proven optimal, and exact to the token from the outputs."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -399,7 +400,10 @@ def test_shapes_of_tables(rng):
         ([[0, 2], [1, -2]], {"ep_size": 2, "n_logical": 3}, ValueError, r"got -2 at \[1, 1\]"),
         ([[0, 3], [1, -1]], {"ep_size": 2}, ValueError, "none for expert 2$"),
         ([[[0], [1]], [[1], [1]]], {"ep_size": 2}, ValueError, "none for expert 0 in layer 1"),
-        ([[-1], [-1]], {"ep_size": 2}, ValueError, "n_logical: expected 1 to n_physical = 2"),
+        ([[0, 1], [3, 4]], {"ep_size": 2}, ValueError, "phy2log: .*5 experts.* none for expert 2$"),
+        ([[0, 1], [2, 1 << 40]], {"ep_size": 2}, ValueError, "phy2log: .*none for expert 3$"),
+        ([[0, 1], [2]], {"ep_size": 2}, TypeError, "phy2log: expected .*rows of equal length"),
+        ([[-1], [-1]], {"ep_size": 2}, ValueError, "phy2log: expected .* empty slots only"),
         ([[0], [1]], {"ep_size": 2, "n_logical": 3}, ValueError, "n_logical: expected 1 to"),
         ([[0], [1]], {"ep_size": 2, "n_logical": 2.0}, TypeError, "n_logical: expected an integer"),
         ([[0], [1]], {"ep_size": 2, "n_nodes": 3}, ValueError, "n_nodes: expected a divisor"),
@@ -408,6 +412,41 @@ def test_shapes_of_tables(rng):
 def test_wrong_tables(table, options, error, message):
     with pytest.raises(error, match=message):
         Placement.from_phy2log(table, **options)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])
+@pytest.mark.parametrize("n_logical", [None, 5])
+def test_empty_slots_of_unsigned_tables(rng, dtype, n_logical):
+    """The largest value, as in indices."""
+    table = rng.permutation(np.append(np.arange(5), [-1, -1, 2])).reshape(2, 4)
+    found = Placement.from_phy2log(table.astype(dtype), ep_size=2, n_logical=n_logical)
+    assert found == Placement.from_phy2log(table, ep_size=2)
+
+
+@pytest.mark.parametrize("n_logical", [None, 256])
+def test_as_many_experts_as_an_unsigned_type_has_values(rng, n_logical):
+    table = rng.permutation(np.arange(256)).reshape(8, 32)
+    found = Placement.from_phy2log(table.astype(np.uint8), ep_size=8, n_logical=n_logical)
+    assert found == Placement.from_phy2log(table, ep_size=8)
+
+
+def test_tables_by_layer_are_not_taken_for_ranks_silently(rng):
+    """As many layers as ranks: rows with all experts, and copies that ranks would not need."""
+    layers = np.stack([rng.permutation(np.append(np.arange(6), [3, 0])) for _ in range(4)])
+    _native.warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"phy2log: .*reshape\(4, 4, -1\)"):
+        Placement.from_phy2log(layers, ep_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _native.warn_once.cache_clear()
+        stacked = Placement.from_phy2log(layers.reshape(4, 4, -1), ep_size=4)
+        Placement.from_phy2log(layers.ravel(), ep_size=4)  # Explicitly by rank.
+        Placement.from_phy2log(np.tile(np.arange(6), (2, 1)), ep_size=2)  # All experts everywhere.
+        Placement.from_phy2log([[0, 1, 0, -1], [0, 1, 1, 0]], ep_size=2)
+        # EPLB's own: no experts are left for the last slots.
+        sizes: dict[str, Any] = {"n_logical": 2, "ep_size": 2, "n_physical": 8}
+        place_experts(np.ones(2), **sizes, method="eplb")
+    np.testing.assert_array_equal(stacked.phy2log, layers)
 
 
 def test_wrong_placements(rng):
