@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,10 @@ import numpy as np
 from lplb_jax import _host
 from lplb_jax._models import MODELS, Model, synthetic_loads
 from lplb_jax.data import Traces, arrays_of
+from lplb_jax.history import LoadHistory
 
+# The arrays of a workload.
+_ARRAYS = "indices", "history", "loads"
 # More layers and batches add little information and take longer.
 _MOST_HISTORY, _MOST_JUDGED = 16, 64
 # If the number of tokens per rank is not given.
@@ -33,6 +37,7 @@ class Workload(NamedTuple):
       top_k: experts per token, None if unknown.
       model: sizes of the model, None if unknown.
       in_order: whether `batches` follow `history` in time, so that age is meaningful.
+      note: an assumption about the ids, in a sentence; empty for none.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Workload(NamedTuple):
     top_k: int | None
     model: Model | None
     in_order: bool
+    note: str = ""
 
     @property
     def n_logical(self) -> int:
@@ -82,11 +88,18 @@ def find_workload(
         return _of_model(workload, ep_size, tokens_per_rank, most_layers)
     if isinstance(workload, str | Path):
         return _of_file(workload, ep_size, n_logical, tokens_per_rank, top_k, most_layers)
+    sizes = ep_size, n_logical, tokens_per_rank, top_k, most_layers
     if isinstance(workload, Traces):
-        name, arrays = "traces", workload._asdict()
-    else:
-        name, arrays = "loads", {"loads": _host.array_of("workload", workload)}
-    return _of_arrays(name, arrays, ep_size, n_logical, tokens_per_rank, top_k, most_layers)
+        return _of_arrays("traces", workload._asdict(), *sizes)
+    if isinstance(workload, Mapping):
+        given = {name: workload[name] for name in _ARRAYS if name in workload}
+        arrays = {name: _host.array_of("workload", array) for name, array in given.items()}
+        return _of_arrays(" and ".join(arrays) or "the dict", arrays, *sizes)
+    if isinstance(workload, LoadHistory):
+        return _of_arrays("loads", {"loads": workload.batches()}, *sizes)
+    loads = _host.array_of("workload", workload)
+    _check_no_ids(loads)
+    return _of_arrays("loads", {"loads": loads}, *sizes)
 
 
 def _of_model(name: str, ep_size: int, tokens_per_rank: int | None, most_layers: int) -> Workload:
@@ -106,15 +119,9 @@ def _of_file(path: str | Path, *sizes: Any) -> Workload:
             f"got {str(path)!r}"
         )
     try:
-        arrays = arrays_of(path, ("indices", "history", "loads"))
+        arrays = arrays_of(path, _ARRAYS)
     except ValueError as error:
         raise ValueError(str(error).replace("path", "workload", 1)) from None
-    if ("indices" in arrays) == ("loads" in arrays):
-        held = "both" if arrays.keys() >= {"indices", "loads"} else "neither"
-        raise ValueError(
-            f"workload: expected an .npz file with an array `indices` [layers, tokens, top_k] or "
-            f"`loads` [layers, batches, n_experts], got {held} in {path}"
-        )
     return _of_arrays(str(path), arrays, *sizes)
 
 
@@ -128,14 +135,22 @@ def _of_arrays(
     most_layers: int,
 ) -> Workload:
     """From `indices` or `loads`, and an optional `history` of earlier batches."""
-    history = None
+    if ("indices" in arrays) == ("loads" in arrays):
+        held = "both" if "loads" in arrays else "neither"
+        raise ValueError(
+            f"workload: expected either an array `indices` [layers, tokens, top_k] or `loads` "
+            f"[layers, batches, n_experts], got {held} in {name}"
+        )
+    history, note = None, ""
     if "history" in arrays:
         history = _checked_loads(arrays["history"], n_logical, name)
         n_logical = history.shape[-1]
     if "indices" in arrays:
         indices = _checked_ids(arrays["indices"], n_logical, name)
         top_k = indices.shape[2]
-        n_logical = n_logical or int(indices.max()) + 1
+        if n_logical is None:
+            n_logical = int(indices.max()) + 1
+            note = _note_of_none(arrays["indices"], indices)
         layers = _some(len(indices), most_layers)
         parts = _parts(indices.shape[1], ep_size, tokens_per_rank, "history" in arrays)
         loads = np.array([[_count(part, n_logical) for part in parts(indices[i])] for i in layers])
@@ -157,7 +172,7 @@ def _of_arrays(
     else:
         found = _split(name, loads)
     rows = _rows_of(found, ep_size, tokens_per_rank, top_k)
-    return found._replace(n_layers=n_layers, rows=rows, top_k=top_k)
+    return found._replace(n_layers=n_layers, rows=rows, top_k=top_k, note=note)
 
 
 def _split(name: str, loads: np.ndarray) -> Workload:
@@ -221,10 +236,7 @@ def _checked_ids(indices: np.ndarray, n_logical: int | None, name: str) -> np.nd
             f"got {indices.dtype} {list(indices.shape)} in {name}"
         )
     none = np.iinfo(indices.dtype).max if indices.dtype.kind == "u" else -1
-    is_none = indices == none
-    if is_none.any() and none >= 0 and n_logical is not None and none < n_logical:
-        is_none[:] = False  # If experts use all values of the dtype, no id is left for none.
-    ids = np.where(is_none, -1, indices.astype(np.int64))
+    ids = _host.with_minus_one(indices, n_logical)
     most = n_logical if n_logical is not None else 1 << 20
     if ids.min() < -1 or ids.max() >= most:
         wrong = ids.min() if ids.min() < -1 else ids.max()
@@ -234,6 +246,34 @@ def _checked_ids(indices: np.ndarray, n_logical: int | None, name: str) -> np.nd
     if ids.max() < 0:
         raise ValueError(f"workload: expected indices that name experts, got none in {name}")
     return ids
+
+
+def _note_of_none(given: np.ndarray, ids: np.ndarray) -> str:
+    """Which id of an unsigned type was taken for none, as nothing else told it."""
+    if given.dtype.kind != "u" or ids.min() >= 0:
+        return ""
+    none = np.iinfo(given.dtype).max
+    return f"Index {none} was taken for none; if it is an expert, say that there are {none + 1}."
+
+
+def _check_no_ids(loads: np.ndarray) -> None:
+    """Raises if an array that should hold loads holds the router's choices, as far as one can tell.
+
+    The choices of a token are distinct, and there are more tokens than experts. Loads of experts
+    are larger than the number of batches, or often equal.
+    """
+    if loads.dtype.kind not in "iu" or loads.ndim < 2 or loads.size == 0:
+        return
+    ids = _host.with_minus_one(loads, None)
+    rows = np.sort(ids.reshape(-1, ids.shape[-1]), axis=1)
+    distinct = (rows[:, 1:] > rows[:, :-1]) | (rows[:, 1:] < 0)
+    if ids.shape[-2] > rows.max() and distinct.all():
+        raise ValueError(
+            f"workload: expected an array of loads [layers, batches, n_experts], got "
+            f"{loads.dtype} {list(loads.shape)} with distinct numbers up to {rows.max()} in every "
+            f"row, which look like the router's choices; pass {{'indices': workload}} if they are, "
+            f"[layers, tokens, top_k], otherwise {{'loads': workload}}"
+        )
 
 
 def _checked_loads(given: np.ndarray, n_logical: int | None, name: str) -> np.ndarray:
@@ -249,12 +289,12 @@ def _checked_loads(given: np.ndarray, n_logical: int | None, name: str) -> np.nd
     if n_logical is not None and loads.shape[-1] != n_logical:
         raise ValueError(
             f"n_logical: expected {loads.shape[-1]}, the number of experts in {name}, got "
-            f"{n_logical}"
+            f"{n_logical}; the router's choices are passed as {{'indices': …}}"
         )
     if not np.isfinite(loads).all() or loads.min() < 0 or loads.max() >= 1 << 40:
         raise ValueError(
             f"workload: expected finite loads of at least 0 and below 2⁴⁰, got {loads.min()} to "
-            f"{loads.max()} in {name}"
+            f"{loads.max()} in {name}; the router's choices are passed as {{'indices': …}}"
         )
     if not loads.any(axis=2).all():
         layer, batch = np.argwhere(~loads.any(axis=2))[0]

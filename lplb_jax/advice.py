@@ -174,12 +174,15 @@ def advise(
     fastest choice, or one with fewer redundant slots that is at most 0.5 % slower.
 
     Args:
-      workload: a path of an .npz file, or the name of a model, see `lplb_jax._models.MODELS`, whose
-        routing is then synthetic; `lplb_jax.data.Traces`; or an array like the file's `loads`. The
-        file has `loads`, real numbers of any dtype `[layers, batches, n_logical]`,
-        `[layers, n_logical]` or `[n_logical]`, or `indices`, integers `[layers, tokens, top_k]`, −1
-        or an unsigned type's maximum for none; and optionally `history`, like loads, of earlier
-        batches. Shares, and batches of 2³¹ tokens or more, count as about a million tokens.
+      workload: a path of an .npz file; a dict of the same arrays; `lplb_jax.data.Traces`; an array
+        like the file's `loads` or a `LoadHistory`; or the name of a model, see
+        `lplb_jax._models.MODELS`, whose routing is then synthetic. The file has `loads`, real
+        numbers of any dtype `[layers, batches, n_logical]`, `[layers, n_logical]` or
+        `[n_logical]`, or `indices`, integers `[layers, tokens, top_k]`, the router's choices; and
+        optionally `history`, like loads, of earlier batches. Index −1 means none, and so does an
+        unsigned type's maximum, unless it is below n_logical or, for None, the number below it is
+        an index as well. Shares, and batches of 2³¹ tokens or more, count as about a million
+        tokens.
       ep_size: ranks.
       n_nodes: nodes of `ep_size / n_nodes` ranks each.
       redundants: numbers of redundant slots per rank to try; None for 1, 2, 4 and 8, if
@@ -335,6 +338,8 @@ def _notes(workload: Workload, ep_size: int, n_nodes: int, costs: Costs | None) 
         )
     else:
         notes.append("Evaluated on the batch it was placed from, the only one.")
+    if workload.note:
+        notes.append(workload.note)
     if costs is None:
         notes.append("No times: they need hidden and width. The gain is that of the busiest rank.")
     else:

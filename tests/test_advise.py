@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import best_cut
@@ -276,7 +277,9 @@ def test_types_of_ids(rng):
     for dtype in (np.uint8, np.uint16, np.int32, np.int64):
         none = np.iinfo(dtype).max if np.iinfo(dtype).min == 0 else -1
         np.savez("own.npz", indices=np.where(missing, none, ids).astype(dtype))
-        results.append(lplb_jax.advise("own.npz", ep_size=4, redundants=[1], tokens_per_rank=10))
+        given: dict[str, Any] = {"ep_size": 4, "redundants": [1], "tokens_per_rank": 10}
+        results.append(lplb_jax.advise("own.npz", **given, n_logical=N_LOGICAL))
+        assert lplb_jax.advise("own.npz", **given).choices == results[-1].choices
     assert all(result == results[0] for result in results)
     counts = [[np.bincount(b[b >= 0], minlength=N_LOGICAL) for b in np.split(layer, 4)]
               for layer in np.where(missing, -1, ids)]  # fmt: skip
@@ -507,3 +510,81 @@ def test_a_bar_appears_after_two_seconds(capsys, monkeypatch):
     assert "50%" in shown
     bar.close()
     assert capsys.readouterr().err == "\r\x1b[K"
+
+
+def choices(rng, shape, n_logical, dtype=np.int64):
+    """Distinct experts for every token."""
+    return rng.random((*shape, n_logical)).argsort(axis=-1)[..., :2].astype(dtype)
+
+
+def test_python_takes_what_files_hold(rng):
+    """A dict, also of JAX arrays, of lists by layer, or with other entries; an opened file."""
+    ids, history = choices(rng, (2, 64), 12), rng.integers(1, 99, (2, 12))
+    np.savez("own.npz", indices=ids, history=history)
+    expected = lplb_jax.advise("own.npz", ep_size=N_RANKS).choices
+    on_device = {"indices": jnp.asarray(ids, jnp.int32), "history": jnp.asarray(history)}
+    with np.load("own.npz") as opened:
+        for given in (
+            {"indices": ids, "history": history},
+            {"indices": list(ids), "history": history.tolist(), "step": 3},
+            on_device,
+            opened,
+        ):
+            assert lplb_jax.advise(given, ep_size=N_RANKS).choices == expected
+    loads = drawn(rng)
+    expected = lplb_jax.advise(loads, ep_size=N_RANKS).choices
+    assert lplb_jax.advise({"loads": loads}, ep_size=N_RANKS).choices == expected
+    kept = lplb_jax.LoadHistory.empty(n_layers=2, n_logical=N_LOGICAL)
+    for batch in loads.swapaxes(0, 1):
+        kept = kept.update(batch.astype(np.int32))
+    assert lplb_jax.advise(kept, ep_size=N_RANKS).choices == expected
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.uint16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_choices_are_not_taken_for_loads(rng, dtype, padded):
+    """An array holds loads; the message says how to pass choices, and loads that look like them."""
+    ids = choices(rng, (2, 256), 24, dtype)
+    if padded:
+        ids[:, ::5] = -1 if np.dtype(dtype).kind == "i" else np.iinfo(dtype).max
+    for given in (ids, list(ids), ids[0], ids[..., :1], list(ids[0])):
+        with pytest.raises(ValueError, match=r"^workload: expected .*'indices': workload"):
+            lplb_jax.advise(given, ep_size=N_RANKS)
+    if not padded:
+        assert lplb_jax.advise({"loads": ids[:, :4] + 1}, ep_size=2).choices
+    for given, words in (
+        ({"history": ids}, "got neither in history"),
+        ({}, "got neither in the dict"),
+        ({"indices": ids, "loads": ids}, "got both in indices and loads"),
+        ({"indices": [ids[0], ids[1, :9]]}, "rows of equal length"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^workload: expected .*{words}"):
+            lplb_jax.advise(given, ep_size=N_RANKS)
+
+
+def test_loads_with_another_number_of_experts(rng):
+    words = r"^n_logical: expected 12, .* got 24; .*\{'indices': …\}"
+    with pytest.raises(ValueError, match=words):
+        lplb_jax.advise(drawn(rng), ep_size=N_RANKS, n_logical=24)
+
+
+@pytest.mark.parametrize("n_logical", [None, 256])
+def test_experts_that_use_a_whole_unsigned_type(rng, n_logical):
+    """255 is one if 254 occurs as well."""
+    ids = np.stack([rng.permutation(np.arange(512) % 256).reshape(-1, 2) for _ in range(2)])
+    found, expected = (
+        lplb_jax.advise({"indices": each}, ep_size=8, n_logical=n_logical, redundants=[1])
+        for each in (ids.astype(np.uint8), ids)
+    )
+    assert (found.choices, found.notes) == (expected.choices, expected.notes)
+
+
+def test_an_index_taken_for_none_is_noted(rng):
+    ids = choices(rng, (2, 256), 24, np.uint8)
+    ids[:, ::5, 1] = 255
+    advice = lplb_jax.advise({"indices": ids}, ep_size=8, redundants=[1])
+    assert "24 experts" in advice.notes[0]
+    assert any("255 was taken for none" in note and "256" in note for note in advice.notes)
+    sure = lplb_jax.advise({"indices": ids}, ep_size=8, redundants=[1], n_logical=24)
+    assert sure.choices == advice.choices
+    assert not any("255" in note for note in sure.notes)
