@@ -235,7 +235,8 @@ def home_rows(home: jax.Array, n_slots: int, ep_size: int) -> jax.Array:
 def uneven(home: Any, n_slots: int, ep_size: int) -> jax.Array:
     """bool `[]`: whether a rank is home of more experts than it has rows, from the homes' slots."""
     ranks = jnp.arange(ep_size, dtype=home.dtype)
-    n_homes = (jnp.asarray(home)[:, None] // (n_slots // ep_size) == ranks).sum(axis=0)
+    at_home = jnp.asarray(home)[:, None] // (n_slots // ep_size) == ranks[None]
+    n_homes = at_home.sum(axis=0)
     return (n_homes > -(-len(home) // ep_size)).any()
 
 
