@@ -157,9 +157,11 @@ def check_loads(loads: Any, *, floats: bool = False) -> jax.Array:
     """`loads` as an int32 array (or float32, if allowed) of one or two dimensions."""
     dtype = getattr(loads, "dtype", None)
     if dtype != np.int32 and not (floats and dtype == np.float32):
+        real = floats and dtype is not None and jnp.issubdtype(dtype, jnp.floating)
         raise TypeError(
             f"loads: expected an int32 {'or float32 ' if floats else ''}array, got "
-            f"{dtype or type(loads).__name__}; convert with jnp.asarray(loads, jnp.int32)"
+            f"{dtype or type(loads).__name__}; convert with jnp.asarray(loads, "
+            f"jnp.{'float32' if real else 'int32'})"
         )
     if loads.ndim not in (1, 2):
         raise ValueError(

@@ -118,6 +118,15 @@ def test_no_numbers(wrong):
             call()
 
 
+@pytest.mark.parametrize("dtype", sorted({*FLOATS, *INTEGERS} - {np.int32, np.float32}, key=str))
+def test_loads_of_a_batch_have_a_type_that_is_named(dtype):
+    """Those of a program keep theirs; the message converts shares to floats, tokens to int32."""
+    of = "float32" if dtype in FLOATS else "int32"
+    placement = place_experts(None, **SIZES)
+    with pytest.raises(TypeError, match=rf"^loads: .* got {np.dtype(dtype)}; .*jnp\.{of}\)$"):
+        lplb_jax.solve(np.ones(N_LOGICAL, dtype), placement=placement)
+
+
 BAD_LOADS = {
     "negative": ([3, -1, 2, 2], "got -1 for expert 1 of batch 1"),
     "garbage of a float": ([0, 0, 0, np.iinfo(np.int64).min], "for expert 3 of batch 1"),
