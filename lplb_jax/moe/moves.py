@@ -50,7 +50,8 @@ def move_experts(
       ValueError: the placements differ in size, the home of an expert holds another one, a rank is
         home of more than n_local, or an array is not as above. The values of traced placements
         cannot be checked: if a rank is home of more than n_local, all rows are NaN (of integers
-        the smallest, if unsigned the largest number).
+        the smallest, if unsigned the largest number), and so are rows that get no expert if all
+        should have one.
 
     >>> place = functools.partial(
     ...     place_experts, n_logical=4, ep_size=2, redundants_per_rank=1
@@ -261,7 +262,8 @@ def home_slots(placement: Placement) -> jax.Array:
 
 
 def _picked(array: jax.Array, *homes: jax.Array, rows: _Rows) -> jax.Array:
-    """The rows of `array` that `rows` names; rows without an expert are 0."""
+    """The rows of `array` that `rows` names; rows without an expert are 0 if there must be some."""
+    full = homes[0].shape[-1] % rows.ep_size == 0
     if homes[0].ndim == 1:
         source = rows(*homes)
         picked = array.at[source]
@@ -273,7 +275,7 @@ def _picked(array: jax.Array, *homes: jax.Array, rows: _Rows) -> jax.Array:
     )
     picked = picked.get(
         mode="fill",
-        fill_value=0,
+        fill_value=None if full else 0,
         # JAX requires it if the mesh has explicit axes.
         out_sharding=sharding if any(sharding.spec) else None,
     )
