@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import inspect
 import numbers
 from typing import Any, NamedTuple
 
@@ -155,15 +156,18 @@ def refresh(
     return result._replace(placement=stacked, reason=why)
 
 
+_ARGUMENTS = inspect.signature(refresh)
+
+
 def _check_options(
     *,
     steps: int,
     row_s: float,
     bytes_per_expert: float,
-    inference: bool = False,
-    link: float = _cost.LINK,
-    most_layers: int | None = None,
-    most_bytes: float | None = None,
+    inference: bool,
+    link: float,
+    most_layers: int | None,
+    most_bytes: float | None,
 ) -> None:
     """Raises if an option of `refresh` is not as its docstring says."""
     check_count("steps", steps)
@@ -202,7 +206,9 @@ class Refresher:
     """
 
     def __init__(self, **options: Any) -> None:
-        _check_options(**options)
+        given = _ARGUMENTS.bind(None, None, **options)
+        given.apply_defaults()
+        _check_options(**given.kwargs)
         self._options = options
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "lplb_jax-refresh")
         self._running: concurrent.futures.Future[Refresh] | None = None
