@@ -6,6 +6,7 @@
     python benchmarks/moe_layer.py --compile-for 8    # the memory that 8 such GPUs would need
     python benchmarks/moe_layer.py --processes        # one process per GPU
     python benchmarks/moe_layer.py --modes lplb batch # only these, and "none"
+    python benchmarks/moe_layer.py --transport ragged peer    # one after the other
 
 The routing is from a packaged trace. The experts are arranged so that the busiest rank has 1.1, 1.3
 and 1.6 times the mean load. One run then times a step (forward and backward) without copies
@@ -76,7 +77,9 @@ def main() -> None:
     )
     parser.add_argument("--compile-for", type=int, metavar="N", help="GPUs that need not be there")
     parser.add_argument("--processes", action="store_true", help="one per GPU")
-    parser.add_argument("--transport", default="auto", help="of moe_layer")
+    parser.add_argument(
+        "--transport", nargs="+", default=["auto"], help="of moe_layer: one or several"
+    )
     parser.add_argument(
         "--copies", type=int, default=0, help="with peer: copies that engines move through comm"
     )
@@ -100,16 +103,17 @@ def main() -> None:
         options.redundants = options.redundants or -(-2 // columns) * columns
     print(f"{len(devices)} × {devices[0].device_kind}, jax {jax.__version__}, {vars(options)}")
     options.comm = None
-    if options.transport == "peer":
+    if "peer" in options.transport:
         expert_bytes = 2 * 3 * options.hidden * options.width
         room = {"max_tokens": options.tokens, "hidden_bytes": 2 * options.hidden}
         room["copy_bytes"] = options.copies * expert_bytes
         options.comm = init_comm(mesh, max_experts=options.experts, **room)
     sources = traced if options.traces else moving if options.moving else arranged
-    turns = [
-        (label, [Case(mesh, r2o, options, source) for source in of_turns])
-        for label, of_turns in sources(options, r2o, len(devices))
-    ]
+    turns = []
+    for label, of_turns in sources(options, r2o, len(devices)):
+        for transport in options.transport:
+            named = f"{label}, {transport}" if len(options.transport) > 1 else label
+            turns += [(named, [Case(mesh, r2o, options, transport, of) for of in of_turns])]
     cases = [case for _, of_turns in turns for case in of_turns]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         wanted = {case.key(name): (case, name) for case in cases for name in case.names}
@@ -278,7 +282,7 @@ class Case:
     """
 
     def __init__(
-        self, mesh: Mesh, r2o: Topology | np.ndarray, options: Any, source: Source
+        self, mesh: Mesh, r2o: Topology | np.ndarray, options: Any, transport: str, source: Source
     ) -> None:
         self.mesh, self.r2o, self.ids = mesh, r2o, source.batches
         self.names = ["none", *(name for name in MODES if name in options.modes)]
@@ -292,7 +296,8 @@ class Case:
             self.place(loads, source.history, n_copies)
             if max(self.imbalance["lplb"]) < 1.001:
                 break
-        self.transport = {"transport": options.transport, "comm": options.comm}
+        comm = options.comm if transport == "peer" else None
+        self.transport = {"transport": transport, "comm": comm}
         self.steps: dict[str, Any] = {}
 
     def place(self, loads: np.ndarray, history: np.ndarray, n_copies: int) -> None:
@@ -375,16 +380,17 @@ class Case:
             tokens, ids, gates, experts, placement=self.placed(name), axis_name="ep",
             balance=name if name in ("none", "eplb") else "lplb",
             copies="batch" if name == "batch" else "placement",
-            capacity_factor=self.key(name)[1], in_place=True, **self.transport,
+            capacity_factor=self.key(name)[2], in_place=True, **self.transport,
         )  # fmt: skip
         return result.out, (result.experts, result.traffic)
 
-    def key(self, name: str) -> tuple[str, float, int, bytes]:
-        """Identifies a program: the step's kind, room over the mean load, copies, their table."""
+    def key(self, name: str) -> tuple[str, str, float, int, bytes]:
+        """Identifies a program: transport, kind of step, room over the mean load, copies, table."""
         # A little more for eplb, where every source splits its own tokens.
         slack = 1.002 if name == "eplb" else 1 + 1e-6
         table = np.asarray(self.anywhere.phy2log).tobytes() if name == "any" else b""
-        return name, max(1.0, slack * max(self.imbalance[name])), self.n_copies, table
+        room = max(1.0, slack * max(self.imbalance[name]))
+        return self.transport["transport"], name, room, self.n_copies, table
 
     def compile(self, name: str) -> Any:
         """Compiles forward and backward; the experts' buffers come back with fresh copies."""
