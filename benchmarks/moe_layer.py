@@ -118,7 +118,11 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         wanted = {case.key(name): (case, name) for case in cases for name in case.names}
         print(f"compiling {len(wanted)} programs", flush=True)
+        start = time.perf_counter()
         programs = {key: pool.submit(case.compile, name) for key, (case, name) in wanted.items()}
+        for done, program in enumerate(concurrent.futures.as_completed(programs.values()), 1):
+            program.result()
+            print(f"  {done} after {time.perf_counter() - start:.0f} s", flush=True)
     for case in cases:
         case.steps = {name: programs[case.key(name)].result() for name in case.names}
     figures = {
