@@ -116,23 +116,24 @@ def test_virtual_ranks(rng, virtual_ranks, n_gpus, size, n_bursts):
 @pytest.mark.parametrize("n_gpus", [1, 2])
 def test_a_missing_rank_is_reported(rng, virtual_ranks, n_gpus):
     """Named within the timeout; received data is not returned, and no rank keeps waiting."""
-    ranks = virtual_ranks(n_gpus, 3, 480, 2, 256, timeout_s=0.5)
+    ranks = virtual_ranks(n_gpus, 3, 480, 2, 256, timeout_s=2.0)
     ranks_of = rng.integers(0, 3, (3, 50, 2))
     batch = ExchangeBatch(ranks.put, ranks_of, 300, 128, rng)  # pyright: ignore[reportPossiblyUnboundVariable]
     start = time.perf_counter()
     for rank in (0, 2):
         ranks.there(rank, batch)
     ranks.wait()
-    assert 0.4 < time.perf_counter() - start < 2.5
+    # Other processes may have the GPU in turn.
+    assert 1.9 < time.perf_counter() - start < 10
     failures = ranks.failures()
     for rank in (0, 2):
-        assert f"rank {rank} waited 500 ms" in failures[rank]
+        assert f"rank {rank} waited 2000 ms" in failures[rank]
         assert "tokens of rank 1" in failures[rank]
         assert batch.is_poisoned(rank)
     start = time.perf_counter()
     ranks.back(0, batch)
     ranks.wait()
-    assert time.perf_counter() - start < 0.4
+    assert time.perf_counter() - start < 1.9
 
 
 @pytest.fixture

@@ -131,23 +131,24 @@ def test_virtual_ranks_rebalance(rng, virtual_ranks, cpu_devices, n_gpus, size, 
 @pytest.mark.parametrize("n_gpus", [1, 2])
 def test_a_missing_rank_is_reported(virtual_ranks, n_gpus):
     """Named within the timeout; afterwards no rank keeps waiting."""
-    ranks = virtual_ranks(n_gpus, 3, 5, timeout_s=0.5)
+    ranks = virtual_ranks(n_gpus, 3, 5, timeout_s=2.0)
     ones = [ranks.put(rank, np.ones(5, np.int32)) for rank in range(3)]
     matrices = [[ranks.put(rank, np.zeros((3, 5), np.int32)) for rank in range(3)] for _ in "12"]
     start = time.perf_counter()
     for rank in (0, 2):
         ranks.sync(rank, ones[rank], matrices[0][rank])
     ranks.wait()
-    assert 0.4 < time.perf_counter() - start < 2.5
+    # Other processes may have the GPU in turn.
+    assert 1.9 < time.perf_counter() - start < 10
     failures = ranks.failures()
     for rank in (0, 2):
-        assert f"rank {rank} waited 500 ms" in failures[rank]
+        assert f"rank {rank} waited 2000 ms" in failures[rank]
         assert "counts of rank 1" in failures[rank]
         assert (np.asarray(matrices[0][rank]) == -1).all()
     start = time.perf_counter()
     ranks.sync(0, ones[0], matrices[1][0])
     ranks.wait()
-    assert time.perf_counter() - start < 0.4
+    assert time.perf_counter() - start < 1.9
     assert (np.asarray(matrices[1][0]) == -1).all()
 
 
