@@ -69,13 +69,9 @@ class GraphWaves {
         load_[graph_.rank[begin + k]] += each + (k < more);
       }
     }
-    const auto fullest = std::max_element(fixed.begin(), fixed.end());
-    target_ = (sum + graph_.n_ranks - 1) / graph_.n_ranks;
-    proof_.assign(graph_.n_ranks, *fullest <= target_);
-    if (*fullest > target_) {
-      target_ = *fullest;
-      proof_[fullest - fixed.begin()] = true;
-    }
+    const int64_t mean = (sum + graph_.n_ranks - 1) / graph_.n_ranks;
+    target_ = std::max(mean, *std::max_element(fixed.begin(), fixed.end()));
+    for (int32_t r = 0; r < graph_.n_ranks; ++r) proof_[r] = target_ == mean || fixed[r] == target_;
     return target_;
   }
 
