@@ -14,9 +14,10 @@ namespace {
 
 constexpr int32_t kMostThreads = 1024;
 
-// Shared memory before CopiesMemory.
+// Shared memory before CopiesMemory: what the attempts result in, and the words after that.
+constexpr int32_t kResultWords = 4 * kNTargets + 4;
 LPLB_HOST_DEVICE int32_t WordsBefore(const Problem& p) {
-  return CopiesMemory::RoundUp(p.n_logical * (GraphWords(p.ep_size) + 1));
+  return kResultWords + CopiesMemory::RoundUp(p.n_logical * (GraphWords(p.ep_size) + 1));
 }
 
 // The blocks of one batch element. All have the same homes.
@@ -30,7 +31,7 @@ struct Blocks {
 #endif
   }
 
-  // All blocks call both, before they write to one another.
+  // All threads call these two, before blocks write to one another.
   __device__ __forceinline__ void Announce() const {
 #if __CUDA_ARCH__ >= 900
     if (n > 1) AnnounceStart();
@@ -42,34 +43,29 @@ struct Blocks {
 #endif
   }
 
-  // A barrier of all blocks, behind which they see what they have written to one another.
-  __device__ __forceinline__ void Sync() const {
+  // And then these: behind the second, all threads see what others wrote to global memory before
+  // the first, if they said so. By itself, a block needs a barrier in between.
+  __device__ __forceinline__ void Release(bool wrote) const {
 #if __CUDA_ARCH__ >= 900
-    if (n > 1) {
-      cooperative_groups::this_cluster().sync();
-      return;
-    }
+    if (n > 1 && wrote) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    if (n > 1 && !wrote) AnnounceStart();
 #endif
-    __syncthreads();
   }
-
-  // What is in `block` at the place of `mine` here.
-  template <typename T>
-  __device__ __forceinline__ T* Of(int32_t block, T* mine) const {
+  __device__ __forceinline__ void Acquire() const {
 #if __CUDA_ARCH__ >= 900
-    if (n > 1) return cooperative_groups::this_cluster().map_shared_rank(mine, block);
+    if (n > 1) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
-    return mine;
   }
 };
 
-// An expert's tokens from all sources, negative ones as 0; 2³¹ where they are more.
+// An expert's tokens from all sources, of which the first gives `first`; negative ones as 0, and
+// 2³¹ where they are more.
 __device__ __forceinline__ uint32_t TokensOf(const Sources& sources, const int32_t* loads,
-                                             int32_t expert) {
+                                             int32_t expert, int32_t first) {
   constexpr int kInFlight = 16;  // Rows that are waited for together.
-  int64_t total = 0;
+  int64_t total = max(first, 0);
 #pragma unroll 1
-  for (int32_t begin = 0; begin < sources.n_sources; begin += kInFlight) {
+  for (int32_t begin = 1; begin < sources.n_sources; begin += kInFlight) {
     int32_t load[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -108,36 +104,47 @@ __device__ __forceinline__ void WriteHomes(const Problem& p, const CopiesMemory&
   }
 }
 
+struct PlacedCopy {
+  int32_t expert;
+  int32_t slot;
+  int32_t rank;
+
+  PlacedCopy() = default;
+  __device__ __forceinline__ PlacedCopy(const Problem& p, const CopiesMemory& memory, uint2 copy)
+      : expert(memory.ExpertOf(copy)), slot(memory.SlotOf(copy)), rank(p.by_slots.Quotient(slot)) {}
+};
+
 // Adds the n copies in `memory`, by one block. `hosts` [n_logical, kWords] must be 0, and a barrier
 // passed.
 template <int kWords>
 __device__ __forceinline__ void WriteCopies(const Problem& p, const CopiesMemory& memory, int32_t n,
                                             int32_t width, uint32_t* hosts,
                                             const CopiesResults& out) {
+  const int32_t first = threadIdx.x;
+  PlacedCopy mine = {};  // This thread's first, often the only one.
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const int32_t slot = memory.SlotOf(memory.chosen[i]);
-    const int32_t expert = memory.ExpertOf(memory.chosen[i]);
-    const int32_t rank = p.by_slots.Quotient(slot);
-    atomicOr(&hosts[expert * kWords + (rank >> 5)], 1u << (rank & 31));
-    out.phy2log[slot] = expert;
+  for (int32_t i = first; i < n; i += blockDim.x) {
+    const uint2 copy = memory.chosen[i];
+    const PlacedCopy placed(p, memory, copy);
+    if (i == first) mine = placed;
+    atomicOr(&hosts[placed.expert * kWords + (placed.rank >> 5)], 1u << (placed.rank & 31));
+    out.phy2log[placed.slot] = placed.expert;
     if (out.tokens == nullptr) continue;
-    out.tokens[slot] = memory.moved[i];
-    atomicAdd(&out.tokens[memory.HomeOf(memory.chosen[i])], -memory.moved[i]);
+    out.tokens[placed.slot] = memory.TokensOf(copy);
+    atomicAdd(&out.tokens[memory.HomeOf(copy)], -memory.TokensOf(copy));
   }
   __syncthreads();
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const int32_t slot = memory.SlotOf(memory.chosen[i]);
-    const int32_t expert = memory.ExpertOf(memory.chosen[i]);
-    const uint32_t* of_expert = hosts + expert * kWords;
-    const int32_t place = 1 + PlaceOf<kWords>(of_expert, p.by_slots.Quotient(slot));
+  for (int32_t i = first; i < n; i += blockDim.x) {
+    const PlacedCopy placed = i == first ? mine : PlacedCopy(p, memory, memory.chosen[i]);
+    const uint32_t* of_expert = hosts + placed.expert * kWords;
+    const int32_t place = 1 + PlaceOf<kWords>(of_expert, placed.rank);
     // There is room unless other experts have no home, as in a table that contradicts itself.
-    if (place < width) out.log2phy[expert * width + place] = slot;
+    if (place < width) out.log2phy[placed.expert * width + place] = placed.slot;
     int32_t n_hosts = 1;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) n_hosts += __popc(of_expert[w]);
-    if (place == 1) out.logcnt[expert] = n_hosts;
+    if (place == 1) out.logcnt[placed.expert] = n_hosts;
   }
 }
 
@@ -145,49 +152,52 @@ template <int kWords>
 __global__ void __launch_bounds__(kMostThreads, 1)
     PlaceCopiesKernel(Problem p, Sources sources, SolveOperands first_in, int32_t fan_out,
                       int32_t width, AttemptShape shape, CopiesResults first_out) {
-  extern __shared__ __align__(16) uint32_t hosts[];  // [n_logical, kWords], then the rest
+  extern __shared__ uint4 results[];  // [kNTargets], then the rest
+  auto* arrivals = reinterpret_cast<uint64_t*>(results + kNTargets);
+  uint32_t* hosts = reinterpret_cast<uint32_t*>(results) + kResultWords;  // [n_logical, kWords]
   const Blocks blocks(shape.n_blocks);
-  blocks.Announce();
   const int64_t element = blockIdx.x / shape.n_blocks;
   const SolveOperands in = BatchElement(p, sources, first_in, element);
   const CopiesResults out = {
       first_out.phy2log + element * p.n_physical,
       first_out.log2phy + element * (p.n_logical * width), first_out.logcnt + element * p.n_logical,
       first_out.tokens != nullptr ? first_out.tokens + element * p.n_physical : nullptr};
-  const int32_t lane = threadIdx.x & 31;
   uint32_t* total = hosts + p.n_logical * kWords;  // [n_logical]
-  int32_t* words = reinterpret_cast<int32_t*>(hosts) + WordsBefore(p);
+  int32_t* words = reinterpret_cast<int32_t*>(results) + WordsBefore(p);
   const CopiesMemory memory(p, 0, words);
+  const int32_t expert = threadIdx.x;
+  const int32_t load = expert < p.n_logical ? in.loads[expert] : 0;
   const PrefetchedGraph fetched = PrefetchGraph(p, blockDim.x, in.phy2log, in.log2phy);
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x == 0 && shape.n_blocks > 1) {
+    InitArrivals(arrivals);
+    ExpectBytes(arrivals, kNTargets * static_cast<int32_t>(sizeof(uint4)));
+  }
+#endif
+  blocks.Announce();
 #pragma unroll 1
-  for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
-    total[e] = TokensOf(sources, in.loads, e);
+  for (int32_t e = expert; e < p.n_logical; e += blockDim.x) {
+    total[e] = TokensOf(sources, in.loads, e, e == expert ? load : in.loads[e]);
   }
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_logical * kWords; i += blockDim.x) hosts[i] = 0;
   FindHomes<Block>(p, in.phy2log, in.log2phy, fetched, memory);
-  __syncthreads();
+  if (LanesOfRank<Block>(p) < 32) __syncthreads();
   LoadHomes<Block>(p, [&](int32_t e) { return total[e]; }, memory);
   blocks.AwaitOthers();
-  const TargetRange targets = TargetsOf<kWords>(p, memory);
-  // Warps that make no attempt write, if there are any.
+  const Targets targets = TargetsOf<kWords>(p, memory);
+  // Warps that make no attempt write, if there are any. Meanwhile the others do not wait for it.
   const int32_t busy =
       static_cast<int32_t>(blockDim.x) > 32 * shape.n_attempts ? 32 * shape.n_attempts : 0;
   const int32_t thread = static_cast<int32_t>(threadIdx.x) - busy;
   if (thread >= 0) WriteHomes(p, memory, blocks, thread, blockDim.x - busy, width, out);
-  MakeAttempts<kWords>(p, words, shape, blocks.index, targets, fan_out,
-                       [&](int32_t nth, int32_t n_copies) {
-                         if (lane < blocks.n) blocks.Of(lane, memory.n_copies)[nth] = n_copies;
-                       });
-  blocks.Sync();
-  const int32_t best = ChooseAttempt(memory.n_copies[lane], targets);
-  if (blocks.index != shape.BlockOf(best)) return;
-  const CopiesMemory won(p, shape.WarpOf(best), words);
-  if (shape.IsOverwritten(best)) {
-    if (threadIdx.x / 32 == shape.WarpOf(best)) AttemptNth<kWords>(p, won, targets, best, fan_out);
-    __syncthreads();
-  }
-  WriteCopies<kWords>(p, won, memory.n_copies[best], width, hosts, out);
+  blocks.Release(thread >= 0);
+  const BestAttempt best = MakeAttempts<kWords, Block>(p, words, shape, blocks.index, targets,
+                                                       fan_out, results, arrivals);
+  blocks.Acquire();
+  if (blocks.index != shape.BlockOf(best.nth)) return;
+  const CopiesMemory won(p, shape.WarpOf(best.nth), words);
+  WriteCopies<kWords>(p, won, best.n_copies, width, hosts, out);
 }
 
 int64_t Bytes(const Problem& p, int32_t n_attempts) {

@@ -6,7 +6,9 @@
 #define LPLB_CUDA_BATCH_COPIES_CUH_
 
 #include <cstdint>
+#include <type_traits>
 
+#include "cuda/cluster.cuh"
 #include "cuda/graph_waves.cuh"
 #include "cuda/problem.h"
 
@@ -15,18 +17,17 @@ namespace lplb::cuda {
 // Shared memory of a block that makes n attempts side by side, in words of 32 bits, from an address
 // on that is a multiple of 16 bytes.
 struct CopiesMemory {
-  int32_t* home;      // [n_logical], slots, as log2phy has them
-  int32_t* expert;    // [n_physical], at home in the slot; −1 where a copy may go
-  int32_t* tokens;    // [n_physical], of that expert
-  int32_t* load;      // [ep_size], without copies; −1 where it passes int32
-  int32_t* n_free;    // [ep_size], slots for copies
-  int32_t* hottest;   // [ep_size], which of a rank's slots has the most tokens
-  int32_t* n_copies;  // [kNTargets], of every attempt; −1 where it failed
-  uint16_t* free;     // [ep_size, slots_per_rank], the rank's slots for copies, the last one first
+  int32_t* tokens;   // [n_physical], of the slot's expert
+  int32_t* expert;   // [n_physical], at home in the slot; −1 where a copy may go
+  int32_t* home;     // [n_logical], slots, as log2phy has them
+  int32_t* load;     // [ep_size], without copies; −1 where it passes int32
+  int32_t* n_free;   // [ep_size], slots for copies
+  int32_t* most;     // [ep_size], the most tokens that a slot of the rank has
+  int32_t* hottest;  // [ep_size], the first of its slots that has so many
+  uint16_t* free;    // [ep_size, slots_per_rank], the rank's slots for copies, the last one first
   // Of every attempt:
-  uint32_t* chosen;  // [MostCopies], its copies in their order, packed
-  int32_t* moved;    // [MostCopies], their tokens
-  int32_t* left;     // [n_physical], tokens that are still at home
+  uint2* chosen;  // [MostCopies], its copies in their order: packed, and their tokens
+  int32_t* left;  // [n_physical], tokens that are still at home
 
   LPLB_HOST_DEVICE static int32_t RoundUp(int32_t words) { return (words + 3) / 4 * 4; }
 
@@ -35,10 +36,10 @@ struct CopiesMemory {
     return p.n_physical - p.n_logical;
   }
   LPLB_HOST_DEVICE static int32_t AttemptWords(const Problem& p) {
-    return 2 * RoundUp(MostCopies(p)) + RoundUp(p.n_physical);
+    return RoundUp(2 * MostCopies(p)) + RoundUp(p.n_physical);
   }
   LPLB_HOST_DEVICE static int32_t SharedWords(const Problem& p) {
-    return RoundUp(p.n_logical + 2 * p.n_physical + 3 * p.ep_size + kNTargets +
+    return RoundUp(RoundUp(p.n_physical) + p.n_physical + p.n_logical + 4 * p.ep_size +
                    (p.n_physical + 1) / 2);
   }
   LPLB_HOST_DEVICE static int32_t Words(const Problem& p, int32_t n_attempts) {
@@ -47,29 +48,32 @@ struct CopiesMemory {
 
   // With the memory of one of the attempts.
   __device__ CopiesMemory(const Problem& p, int32_t attempt, int32_t* memory) {
-    home = memory;
-    expert = home + p.n_logical;
-    tokens = expert + p.n_physical;
-    load = tokens + p.n_physical;
+    tokens = memory;
+    expert = tokens + RoundUp(p.n_physical);
+    home = expert + p.n_physical;
+    load = home + p.n_logical;
     n_free = load + p.ep_size;
-    hottest = n_free + p.ep_size;
-    n_copies = hottest + p.ep_size;
-    free = reinterpret_cast<uint16_t*>(n_copies + kNTargets);
+    most = n_free + p.ep_size;
+    hottest = most + p.ep_size;
+    free = reinterpret_cast<uint16_t*>(hottest + p.ep_size);
     int32_t* of_attempt = memory + SharedWords(p) + attempt * AttemptWords(p);
-    chosen = reinterpret_cast<uint32_t*>(of_attempt);
-    moved = of_attempt + RoundUp(MostCopies(p));
-    left = moved + RoundUp(MostCopies(p));
+    chosen = reinterpret_cast<uint2*>(of_attempt);
+    left = of_attempt + RoundUp(2 * MostCopies(p));
   }
 
   // A copy is packed as its place in `free` and, in the upper half, the expert's home.
-  static __device__ __forceinline__ uint32_t Pack(int32_t place, int32_t home_slot) {
-    return static_cast<uint32_t>(place) | static_cast<uint32_t>(home_slot) << 16;
+  static __device__ __forceinline__ uint2 Pack(int32_t place, int32_t home_slot, int32_t tokens) {
+    return {static_cast<uint32_t>(place) + (static_cast<uint32_t>(home_slot) << 16),
+            static_cast<uint32_t>(tokens)};
   }
-  __device__ __forceinline__ int32_t SlotOf(uint32_t copy) const { return free[copy & 0xffff]; }
-  __device__ __forceinline__ int32_t HomeOf(uint32_t copy) const {
-    return static_cast<int32_t>(copy >> 16);
+  __device__ __forceinline__ int32_t SlotOf(uint2 copy) const { return free[copy.x & 0xffff]; }
+  static __device__ __forceinline__ int32_t HomeOf(uint2 copy) {
+    return static_cast<int32_t>(copy.x >> 16);
   }
-  __device__ __forceinline__ int32_t ExpertOf(uint32_t copy) const { return expert[HomeOf(copy)]; }
+  static __device__ __forceinline__ int32_t TokensOf(uint2 copy) {
+    return static_cast<int32_t>(copy.y);
+  }
+  __device__ __forceinline__ int32_t ExpertOf(uint2 copy) const { return expert[HomeOf(copy)]; }
 };
 
 // How the attempts are dealt out over the blocks that share them.
@@ -110,34 +114,51 @@ __device__ __forceinline__ void FindHomes(const Problem& p, const int32_t* phy2l
   for (int32_t rank = thread / 32; rank < p.ep_size; rank += n_threads / 32) {
     int32_t n_free = 0;  // of the slots that were looked at: the last ones come first
 #pragma unroll 1
-    for (int32_t begin = (p.slots_per_rank - 1) / 32 * 32; begin >= 0; begin -= 32) {
-      const int32_t k = begin + lane;
-      const int32_t slot = rank * p.slots_per_rank + k;
-      const bool live = k < p.slots_per_rank;
-      const int32_t expert = live ? memory.expert[slot] : -1;
-      const bool known = expert >= 0 && expert < p.n_logical;
-      const bool is_home = known && memory.home[expert] == slot;
-      const uint32_t free = __ballot_sync(kFullWarp, live && !is_home);
-      if (live && !is_home) {
-        const int32_t n_later = n_free + __popc(free & (~1u << lane));
-        memory.free[rank * p.slots_per_rank + n_later] = static_cast<uint16_t>(slot);
-        memory.expert[slot] = -1;
+    for (int32_t begin = (p.slots_per_rank - 1) / 64 * 64; begin >= 0; begin -= 64) {
+      uint32_t free[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int32_t k = begin + 32 * j + lane;
+        const int32_t slot = rank * p.slots_per_rank + k;
+        const int32_t expert = k < p.slots_per_rank ? memory.expert[slot] : -1;
+        const bool known = expert >= 0 && expert < p.n_logical;
+        const bool is_home = known && memory.home[expert] == slot;
+        free[j] = __ballot_sync(kFullWarp, k < p.slots_per_rank && !is_home);
       }
-      n_free += __popc(free);
+#pragma unroll
+      for (int j = 1; j >= 0; --j) {
+        if (free[j] >> lane & 1) {
+          const int32_t slot = rank * p.slots_per_rank + begin + 32 * j + lane;
+          const int32_t n_later = n_free + __popc(free[j] & (~1u << lane));
+          memory.free[rank * p.slots_per_rank + n_later] = static_cast<uint16_t>(slot);
+          memory.expert[slot] = -1;
+        }
+        n_free += __popc(free[j]);
+      }
     }
     if (lane == 0) memory.n_free[rank] = n_free;
   }
 }
 
+// The lanes that add up a rank's tokens, a power of two: a warp, or no more than it has slots.
+template <typename Threads>
+__device__ __forceinline__ int32_t LanesOfRank(const Problem& p) {
+  int32_t n_lanes = 32;
+  if (n_lanes * p.ep_size <= Threads::Size()) return n_lanes;
+  do {
+    n_lanes /= 2;
+  } while (n_lanes > 1 &&
+           (n_lanes * p.ep_size > Threads::Size() || n_lanes / 2 >= p.slots_per_rank));
+  return n_lanes;
+}
+
 // The loads without copies; total_of(e) are an expert's tokens, 2³¹ or more where they pass int32.
-// Behind FindHomes and a barrier; ends with one.
+// Behind FindHomes and, unless a rank has all lanes of a warp, which are the same in both, a
+// barrier; ends with one.
 template <typename Threads, typename TotalOf>
 __device__ __forceinline__ void LoadHomes(const Problem& p, const TotalOf& total_of,
                                           const CopiesMemory& memory) {
-  // So many lanes a rank, a power of two.
-  constexpr int32_t kMostLanes = 16;
-  int32_t n_lanes = kMostLanes;
-  while (n_lanes > 1 && n_lanes * p.ep_size > Threads::Size()) n_lanes /= 2;
+  const int32_t n_lanes = LanesOfRank<Threads>(p);
   const int32_t lane = threadIdx.x & (n_lanes - 1);
   const int32_t first = threadIdx.x / n_lanes;
   const int32_t stride = Threads::Size() / n_lanes;
@@ -148,64 +169,81 @@ __device__ __forceinline__ void LoadHomes(const Problem& p, const TotalOf& total
     uint32_t low = 0;
     int32_t most = -1;
     int32_t hottest = 0;
-#pragma unroll 2
-    for (int32_t k = lane; k < p.slots_per_rank && rank < p.ep_size; k += n_lanes) {
-      const int32_t slot = rank * p.slots_per_rank + k;
-      const int32_t expert = memory.expert[slot];
-      const uint32_t total = expert >= 0 ? total_of(expert) : 0;
-      const int32_t tokens = static_cast<int32_t>(min(total, static_cast<uint32_t>(kInt32Max)));
-      memory.tokens[slot] = tokens;
-      high += total >> 16;
-      low += total & 0xffff;
-      hottest = tokens > most ? k : hottest;
-      most = max(most, tokens);
-    }
+    const int32_t n_slots = rank < p.ep_size ? p.slots_per_rank : 0;
 #pragma unroll 1
-    for (int32_t step = n_lanes / 2; step > 0; step /= 2) {
-      high += __shfl_xor_sync(kFullWarp, high, step);
-      low += __shfl_xor_sync(kFullWarp, low, step);
-      const int32_t other_most = __shfl_xor_sync(kFullWarp, most, step);
-      const int32_t other = __shfl_xor_sync(kFullWarp, hottest, step);
-      if (other_most > most || (other_most == most && other < hottest)) hottest = other;
-      most = max(most, other_most);
+    for (int32_t k = lane; k < n_slots; k += 2 * n_lanes) {
+      uint32_t total[2];  // Both are waited for together.
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const bool live = k + j * n_lanes < n_slots;
+        const int32_t expert = live ? memory.expert[rank * n_slots + k + j * n_lanes] : -1;
+        total[j] = expert >= 0 ? total_of(expert) : 0;
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (k + j * n_lanes >= n_slots) break;
+        const int32_t tokens =
+            static_cast<int32_t>(min(total[j], static_cast<uint32_t>(kInt32Max)));
+        memory.tokens[rank * n_slots + k + j * n_lanes] = tokens;
+        high += total[j] >> 16;
+        low += total[j] & 0xffff;
+        hottest = tokens > most ? k + j * n_lanes : hottest;
+        most = max(most, tokens);
+      }
+    }
+    if (n_lanes == 32) {
+      high = __reduce_add_sync(kFullWarp, high);
+      low = __reduce_add_sync(kFullWarp, low);
+      const int32_t lane_most = most;
+      most = __reduce_max_sync(kFullWarp, most);
+      hottest = __reduce_min_sync(kFullWarp, lane_most == most ? hottest : kInt32Max);
+    } else {
+#pragma unroll 1
+      for (int32_t step = n_lanes / 2; step > 0; step /= 2) {
+        high += __shfl_xor_sync(kFullWarp, high, step);
+        low += __shfl_xor_sync(kFullWarp, low, step);
+        const int32_t other_most = __shfl_xor_sync(kFullWarp, most, step);
+        const int32_t other = __shfl_xor_sync(kFullWarp, hottest, step);
+        if (other_most > most || (other_most == most && other < hottest)) hottest = other;
+        most = max(most, other_most);
+      }
     }
     if (lane == 0 && rank < p.ep_size) {
       const bool fits = high + (low >> 16) < 1u << 15;
       memory.load[rank] = fits ? static_cast<int32_t>((high << 16) + low) : -1;
+      memory.most[rank] = most;
       memory.hottest[rank] = hottest;
     }
   }
   Threads::Sync();
 }
 
-// A key is a load and, below it, a number that tells whose it is, so that one reduction finds both.
-// In 32 bits only small loads have room; others take two reductions.
+// A key is a number of tokens and, below it, a number that tells whose they are, so that one
+// reduction finds both. In 32 bits only few tokens have room; others take two reductions.
 template <typename Key>
-constexpr int kNumberBits = sizeof(Key) == sizeof(uint32_t) ? 9 : 32;
+constexpr int kNumberBits = sizeof(Key) == sizeof(uint32_t) ? 10 : 32;
 template <typename Key>
 constexpr Key kNumbers = (Key{1} << kNumberBits<Key>)-1;
-template <typename Key>
-constexpr Key kNoKey = ~Key{0};
 
-// Of equal loads the largest key has the lowest number.
 template <typename Key>
-__device__ __forceinline__ Key MaxKey(int32_t load, int32_t number) {
-  return static_cast<Key>(load) << kNumberBits<Key> | (kNumbers<Key> - static_cast<Key>(number));
+__device__ __forceinline__ Key MakeKey(int32_t tokens, int32_t number) {
+  return static_cast<Key>(tokens) << kNumberBits<Key> | static_cast<Key>(number);
+}
+// The key of a rank's slot k: of equal tokens, the largest has the lowest k.
+template <typename Key>
+__device__ __forceinline__ Key SlotKey(int32_t tokens, int32_t k) {
+  return MakeKey<Key>(tokens, static_cast<int32_t>(kNumbers<Key> >> 1) - k);
 }
 template <typename Key>
-__device__ __forceinline__ Key MinKey(int32_t load, int32_t number) {
-  return static_cast<Key>(load) << kNumberBits<Key> | static_cast<Key>(number);
+__device__ __forceinline__ int32_t SlotIn(Key key) {
+  return static_cast<int32_t>(kNumbers<Key> >> 1) - static_cast<int32_t>(key & kNumbers<Key>);
 }
 template <typename Key>
-__device__ __forceinline__ int32_t LoadIn(Key key) {
+__device__ __forceinline__ int32_t TokensIn(Key key) {
   return static_cast<int32_t>(key >> kNumberBits<Key>);
 }
 template <typename Key>
-__device__ __forceinline__ int32_t NumberInMax(Key key) {
-  return static_cast<int32_t>(kNumbers<Key> - (key & kNumbers<Key>));
-}
-template <typename Key>
-__device__ __forceinline__ int32_t NumberInMin(Key key) {
+__device__ __forceinline__ int32_t NumberIn(Key key) {
   return static_cast<int32_t>(key & kNumbers<Key>);
 }
 
@@ -218,121 +256,188 @@ __device__ __forceinline__ uint64_t WarpMax(uint64_t key) {
   return static_cast<uint64_t>(most) << 32 |
          WarpMax(high == most ? static_cast<uint32_t>(key) : 0u);
 }
-__device__ __forceinline__ uint32_t WarpMin(uint32_t key) {
-  return __reduce_min_sync(kFullWarp, key);
+__device__ __forceinline__ int32_t WarpSum(int32_t value) {
+  return __reduce_add_sync(kFullWarp, value);
 }
-__device__ __forceinline__ uint64_t WarpMin(uint64_t key) { return ~WarpMax(~key); }
+__device__ __forceinline__ int64_t WarpSum(int64_t value) {
+  return int64_t{WarpSum(static_cast<int32_t>(value >> 16))} * (1 << 16) +
+         __reduce_add_sync(kFullWarp, static_cast<uint32_t>(value & 0xffff));
+}
+
+// Lets the compiler forget what a value is made of, lest it makes it anew in every step.
+__device__ __forceinline__ void Keep(int32_t& value) { asm("" : "+r"(value)); }
+__device__ __forceinline__ void Keep(uint32_t& value) { asm("" : "+r"(value)); }
+__device__ __forceinline__ void Keep(uint64_t& value) { asm("" : "+l"(value)); }
+
+// Whether no rank has sent more than `fan_out` of an attempt's n copies; by one warp.
+template <int kWords>
+__device__ inline bool AllSentFew(const Problem& p, const CopiesMemory& memory, int32_t n,
+                                  int32_t fan_out) {
+  __syncwarp();
+  bool few = true;
+#pragma unroll 1
+  for (int32_t rank = Lane(); rank < p.ep_size; rank += 32) {
+    int32_t n_sent = 0;
+#pragma unroll 4
+    for (int32_t i = 0; i < n; ++i) {
+      n_sent += p.by_slots.Quotient(CopiesMemory::HomeOf(memory.chosen[i])) == rank;
+    }
+    few &= n_sent <= fan_out;
+  }
+  return __all_sync(kFullWarp, few);
+}
 
 // Copies with which no rank has more than `target` tokens, by one warp. Returns their number, −1
-// where the attempt failed. A step is a chain of a reduction and a shuffle. A warp waits for a
-// result where it is first used: so a rank's next hottest expert is found with the next step's
-// reductions, and what the step does not need is only stored.
-template <int kWords, typename Key>
+// where the attempt failed. Lanes hold kHeld slots of the sending rank; the rest, if kHeld is 3,
+// they take one after the other.
+//
+// A step is a chain of a reduction, a shuffle and few instructions in between, but nearly as long
+// are all its instructions: so keys tell lanes whether they are meant, and what a step does not
+// need is only stored. A sender's next hottest expert is found while the next step shuffles. A
+// limit to what a rank sends changes no step but makes attempts fail: it is looked at in the end.
+template <int kWords, int kHeld, typename Key>
 __device__ inline int32_t Attempt(const Problem& p, const CopiesMemory& memory, int32_t target,
                                   int32_t fan_out) {
-  const int32_t lane = threadIdx.x & 31;
+  using Sum = std::make_signed_t<Key>;
+  constexpr Key kNumber = kNumbers<Key>;
+  const int32_t lane = Lane();
   const int32_t n_slots = p.slots_per_rank;
+  const auto* tokens = reinterpret_cast<const int4*>(memory.tokens);
+  auto* left = reinterpret_cast<int4*>(memory.left);
 #pragma unroll 4
-  for (int32_t i = lane; i < p.n_physical; i += 32) memory.left[i] = memory.tokens[i];
-  Key load[kWords];       // of all ranks, the largest first
-  Key open[kWords];       // of those that can take a copy, the smallest first
-  Key hottest[kWords];    // the rank's expert with most tokens left; 0: it may send no more copies
-  int32_t spare[kWords];  // slots for copies that are left
-  int32_t sent[kWords];   // copies of the rank's experts
-  int64_t room = 0;  // of the ranks that can take copies, less what is above the target elsewhere
+  for (int32_t i = lane; i < CopiesMemory::RoundUp(p.n_physical) / 4; i += 32) left[i] = tokens[i];
+  // Ranks are numbered from the last one on, so that of equal keys the largest is the first rank's.
+  Key excess[kWords];     // above the target, and the rank's number; else 0
+  Key room[kWords];       // where a copy may go: below the target, number, whether it is the last
+  Key hottest[kWords];    // the expert of a sending rank with most tokens left
+  int32_t first[kWords];  // the rank's in `free`
+  int32_t place[kWords];  // of its next copy there
+  Sum spare = 0;          // all room, less all that is above the target
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
-    const int32_t rank = 32 * w + lane;
-    load[w] = hottest[w] = 0;
-    open[w] = kNoKey<Key>;
-    spare[w] = sent[w] = 0;
-    if (rank >= p.ep_size) continue;
-    const int32_t tokens = memory.load[rank];
-    const int32_t slot = memory.hottest[rank];
-    load[w] = MaxKey<Key>(tokens, rank);
-    hottest[w] = MaxKey<Key>(memory.tokens[rank * n_slots + slot], slot);
-    spare[w] = memory.n_free[rank];
-    if (spare[w] > 0 && tokens < target) open[w] = MinKey<Key>(tokens, rank);
-    if (tokens > target || spare[w] > 0) room += target - tokens;
+    const int32_t number = 32 * w + lane;
+    const int32_t rank = p.ep_size - 1 - number;
+    excess[w] = room[w] = hottest[w] = 0;
+    first[w] = place[w] = 0;
+    if (rank < 0) continue;
+    const int32_t above = memory.load[rank] - target;
+    const int32_t n_free = memory.n_free[rank];
+    hottest[w] = SlotKey<Key>(memory.most[rank], memory.hottest[rank]);
+    first[w] = rank * n_slots;
+    place[w] = first[w] + n_free - 1;
+    if (above > 0) excess[w] = MakeKey<Key>(above, number);
+    if (above <= 0 && n_free > 0) room[w] = MakeKey<Key>(-above, 2 * number + (n_free == 1));
+    if (above > 0 || n_free > 0) spare -= above;
   }
-  room = int64_t{__reduce_add_sync(kFullWarp, static_cast<int32_t>(room >> 16))} * (1 << 16) +
-         __reduce_add_sync(kFullWarp, static_cast<uint32_t>(room & 0xffff));
+  spare = WarpSum(spare);
   __syncwarp();
 
+  // A lane's slots on the sending rank: where it has fewer, the first one again.
+  const bool has_slot = kHeld == 2 || lane < n_slots;
+  int32_t offset[kHeld];
+  Key slot[kHeld];
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    offset[j] = lane + 32 * j < n_slots ? 32 * j : 0;
+    slot[j] = SlotKey<Key>(0, lane + offset[j]);
+    Keep(offset[j]);
+    Keep(slot[j]);
+  }
+  const int32_t last_first = (p.ep_size - 1) * n_slots;
+  int32_t last_row = last_first + lane;  // in memory.left
+  Keep(last_row);
   int32_t sender = -1;  // of the last copy
   Key next = 0;         // the hottest of this lane's of its experts
+  int32_t n_copies = 0;
+  Key fullest;
 #pragma unroll 1
-  for (int32_t n_copies = 0;; ++n_copies) {
-    Key fullest = load[0];
-    Key emptiest = open[0];
+  while (true) {
+    fullest = excess[0];
+    Key emptiest = room[0];
 #pragma unroll
     for (int w = 1; w < kWords; ++w) {
-      fullest = max(fullest, load[w]);
-      emptiest = min(emptiest, open[w]);
+      fullest = max(fullest, excess[w]);
+      emptiest = max(emptiest, room[w]);
     }
     fullest = WarpMax(fullest);
-    emptiest = WarpMin(emptiest);
-    next = WarpMax(next);
-    const int32_t most = LoadIn(fullest);
-    if (most <= target) return n_copies;
-    const int32_t from = NumberInMax(fullest);
-    const int32_t to = NumberInMin(emptiest);
-    int32_t* of_rank = memory.left + from * n_slots;
-    const int32_t first_left = lane < n_slots ? of_rank[lane] : 0;
+    emptiest = WarpMax(emptiest);
+    // Where there is no room at all, there is less than is above the target.
+    if (fullest <= kNumber || spare < 0 || n_copies == CopiesMemory::MostCopies(p)) break;
+    Key hot = hottest[0];
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      if (sender == 32 * w + lane) hottest[w] = sent[w] < fan_out ? next : 0;
-    }
-    const Key hot = ValueOf(hottest, from);
-    const int32_t n_spare = ValueOf(spare, to);
-    if (room < 0 || emptiest == kNoKey<Key> || hot == 0) return -1;
-    if (n_copies == CopiesMemory::MostCopies(p)) return -1;
-    const int32_t k = NumberInMax(hot);
-    const int32_t fits = target - LoadIn(emptiest);
-    const int32_t moved = min(min(most - target, LoadIn(hot)), fits);
+    for (int w = 1; w < kWords; ++w) hot = excess[w] == fullest ? hottest[w] : hot;
+    hot = __shfl_sync(kFullWarp, hot, static_cast<int32_t>(fullest));
+    next = WarpMax(next);  // Meanwhile: it is needed last.
+    const int32_t from = NumberIn(fullest);
+    const int32_t before_last = from * n_slots;
+    int32_t* const row = memory.left + (last_row - before_last);
+    int32_t held[kHeld];
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) held[j] = has_slot ? row[offset[j]] : 0;
+    hot = from == sender ? next : hot;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) hottest[w] = sender == 32 * w + lane ? next : hottest[w];
+
+    const Key moved = min(min(fullest, emptiest), hot) & ~kNumber;
     // What room the rank has left is lost with its last slot.
-    room -= n_spare == 1 ? fits - moved : 0;
-    const Key change = static_cast<Key>(moved) << kNumberBits<Key>;
-    const bool closes = n_spare == 1 || moved == fits;
+    const Key rest = emptiest - moved;
+    const Key room_left = (emptiest & 1) != 0 ? 0 : rest;
+    spare -= static_cast<Sum>((rest - room_left) >> kNumberBits<Key>);
+    const int32_t home = last_first - before_last + SlotIn(hot);
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
-      const bool sends = from == 32 * w + lane;
-      const bool takes = to == 32 * w + lane;
-      load[w] += takes ? change : sends ? -change : 0;
-      open[w] = !takes ? open[w] : closes ? kNoKey<Key> : open[w] + change;
-      spare[w] -= takes;
-      sent[w] += sends;
+      excess[w] = excess[w] == fullest ? fullest - moved : excess[w];
+      // Little at a time, so that it is no branch.
+      const bool takes = room[w] == emptiest;
+      const uint2 copy = CopiesMemory::Pack(place[w], home, TokensIn(moved));
+      if (takes) memory.chosen[n_copies] = copy;
+      if (takes) --place[w];
+      room[w] = takes ? room_left : room[w];
+      if (takes && place[w] == first[w]) ++room[w];
     }
-    const int32_t left = LoadIn(hot) - moved;
-    if (lane == 0) {
-      memory.chosen[n_copies] = CopiesMemory::Pack(to * n_slots + n_spare - 1, from * n_slots + k);
-      memory.moved[n_copies] = moved;
-      of_rank[k] = left;
+    next = 0;
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      Key key = MakeKey<Key>(held[j], 0) + slot[j];
+      if (key == hot) {
+        key -= moved;
+        row[offset[j]] = TokensIn(key);
+      }
+      next = max(next, key);
+    }
+    if constexpr (kHeld == 3) {
+#pragma unroll 1
+      for (int32_t k = lane + 96; k < n_slots; k += 32) {
+        Key key = SlotKey<Key>(row[k - lane], k);
+        if (key == hot) {
+          key -= moved;
+          row[k - lane] = TokensIn(key);
+        }
+        next = max(next, key);
+      }
     }
     sender = from;
-    next = lane < n_slots ? MaxKey<Key>(lane == k ? left : first_left, lane) : 0;
-#pragma unroll 1
-    for (int32_t i = lane + 32; i < n_slots; i += 32) {
-      next = max(next, MaxKey<Key>(i == k ? left : of_rank[i], i));
-    }
-    __syncwarp();
+    ++n_copies;
   }
+  if (fullest > kNumber) return -1;
+  return n_copies <= fan_out || AllSentFew<kWords>(p, memory, n_copies, fan_out) ? n_copies : -1;
 }
 
 // What the targets are made of; every warp finds it.
-struct TargetRange {
+struct Targets {
   int32_t mean;
   int32_t most;
-  bool too_many;  // All together are too many tokens for the solver: there are no copies.
+  int32_t of_lane;  // the target of the attempt that has the lane's number, from 0 on
+  bool too_many;    // All together are too many tokens for the solver: there are no copies.
 
-  // The target of attempt `nth`, from 0 on.
-  __device__ __forceinline__ int32_t Target(int32_t nth) const {
-    return mean + CopyTargetPart(CopyTargetPart(most - mean, nth + 1), nth + 1);
+  __device__ __forceinline__ int32_t Of(int32_t nth) const {
+    return __shfl_sync(kFullWarp, of_lane, nth);
   }
 };
+static_assert(kNTargets == 32, "a lane has an attempt");
 
 template <int kWords>
-__device__ __forceinline__ TargetRange TargetsOf(const Problem& p, const CopiesMemory& memory) {
+__device__ __forceinline__ Targets TargetsOf(const Problem& p, const CopiesMemory& memory) {
   int32_t load[kWords];
   ValuesOfRanks<kWords>(p, memory.load, 0, load);
   int32_t most = 0;
@@ -348,51 +453,97 @@ __device__ __forceinline__ TargetRange TargetsOf(const Problem& p, const CopiesM
   most = __reduce_max_sync(kFullWarp, most);
   high = __reduce_add_sync(kFullWarp, high);
   low = __reduce_add_sync(kFullWarp, low);
-  if (high + (low >> 16) >= 1u << 15) return {0, 0, true};
-  return {CeilDivide(high, low, SmallDivisor(p.ep_size)), most, false};
+  if (high + (low >> 16) >= 1u << 15) return {0, 0, 0, true};
+  // Below 2³¹, the quotient is one too large at most. Then nothing must be added to round up.
+  const uint32_t sum = (high << 16) + low;
+  const uint32_t quotient = p.by_ranks.Quotient(static_cast<int32_t>(sum));
+  const int32_t mean = static_cast<int32_t>(quotient + (sum > quotient * p.ep_size));
+  const int32_t nth = Lane() + 1;
+  return {mean, most, mean + CopyTargetPart(CopyTargetPart(most - mean, nth), nth), false};
 }
 
 // Attempt number `nth`, with keys that have room for its loads.
 template <int kWords>
 __device__ __forceinline__ int32_t AttemptNth(const Problem& p, const CopiesMemory& memory,
-                                              const TargetRange& targets, int32_t nth,
+                                              const Targets& targets, int32_t nth,
                                               int32_t fan_out) {
   using Small = uint32_t;
   if (targets.too_many) return 0;
-  const int32_t target = targets.Target(nth);
-  if (targets.most < LoadIn(kNoKey<Small>) &&
-      p.slots_per_rank <= static_cast<int32_t>(kNumbers<Small>)) {
-    return Attempt<kWords, Small>(p, memory, target, fan_out);
+  const int32_t target = targets.Of(nth);
+  const bool small = targets.most <= TokensIn(~Small{0}) &&
+                     p.slots_per_rank <= static_cast<int32_t>(kNumbers<Small> >> 1);
+  if (small && p.slots_per_rank <= 32) {
+    return Attempt<kWords, 1, Small>(p, memory, target, fan_out);
   }
-  return Attempt<kWords, uint64_t>(p, memory, target, fan_out);
-}
-
-// This block's attempts; report(nth, copies) is called by their warps. `words` is the memory.
-template <int kWords, typename Report>
-__device__ __forceinline__ void MakeAttempts(const Problem& p, int32_t* words,
-                                             const AttemptShape& shape, int32_t block,
-                                             const TargetRange& targets, int32_t fan_out,
-                                             const Report& report) {
-  const int32_t warp = threadIdx.x / 32;
-  if (warp >= shape.n_attempts) return;
-  const CopiesMemory memory(p, warp, words);
-#pragma unroll 1
-  for (int32_t i = block * shape.n_attempts + warp; i < kNTargets;
-       i += shape.n_blocks * shape.n_attempts) {
-    report(i, AttemptNth<kWords>(p, memory, targets, i, fan_out));
-    __syncwarp();
+  if (small && p.slots_per_rank <= 64) {
+    return Attempt<kWords, 2, Small>(p, memory, target, fan_out);
   }
+  if constexpr (kWords == 1) {  // Else there are hardly so many slots.
+    if (small) return Attempt<kWords, 3, Small>(p, memory, target, fan_out);
+  }
+  return Attempt<kWords, 3, uint64_t>(p, memory, target, fan_out);
 }
 
 // Which attempt is taken; a warp finds it, lane i from the copies of attempt i.
-__device__ __forceinline__ int32_t ChooseAttempt(int32_t n_copies, const TargetRange& targets) {
-  static_assert(kNTargets == 32, "a lane has an attempt");
-  const int32_t target = targets.Target(threadIdx.x & 31);
+__device__ __forceinline__ int32_t ChooseAttempt(int32_t n_copies, const Targets& targets) {
+  const int32_t target = targets.of_lane;
   const bool succeeded = n_copies >= 0;
   const int32_t least = __reduce_min_sync(kFullWarp, succeeded ? target : targets.most);
   const bool good_enough = succeeded && target - least <= targets.mean >> kCopiesWorth;
   const int32_t fewest = __reduce_min_sync(kFullWarp, good_enough ? n_copies : kInt32Max);
   return __ffs(__ballot_sync(kFullWarp, good_enough && n_copies == fewest)) - 1;
+}
+
+struct BestAttempt {
+  int32_t nth;
+  int32_t n_copies;
+};
+
+// Makes all attempts, together with the other blocks of a cluster if there are any, and tells which
+// is taken. Its copies are in the memory of its warp in its block, for all threads. `words` is the
+// memory of the copies; results, [kNTargets], holds how many copies every attempt has, and
+// `arrivals` counts the bytes of what blocks send there. Other blocks must have started.
+template <int kWords, typename Threads>
+__device__ __forceinline__ BestAttempt MakeAttempts(const Problem& p, int32_t* words,
+                                                    const AttemptShape& shape, int32_t block,
+                                                    const Targets& targets, int32_t fan_out,
+                                                    uint4* results, uint64_t* arrivals) {
+  const int32_t lane = Lane();
+  const int32_t warp = threadIdx.x / 32;
+  const bool together = shape.n_blocks > 1;
+  const int32_t stride = shape.n_blocks * shape.n_attempts;
+  int32_t nth = warp < shape.n_attempts ? block * shape.n_attempts + warp : kNTargets;
+  BestAttempt best = {-1, 0};
+#pragma unroll 1
+  while (true) {
+#pragma unroll 1
+    for (; nth < kNTargets; nth += stride) {
+      const int32_t n = AttemptNth<kWords>(p, CopiesMemory(p, warp, words), targets, nth, fan_out);
+      if (best.nth >= 0) break;
+      const uint4 result = {static_cast<uint32_t>(n), 0, 0, 0};
+      if (!together) {
+        if (lane == 0) results[nth] = result;
+      } else if (lane < shape.n_blocks) {
+#if __CUDA_ARCH__ >= 900
+        SendTo(lane, &results[nth], result, arrivals);
+#endif
+      }
+      __syncwarp();
+    }
+    if (best.nth >= 0) break;
+    if (!together) Threads::Sync();
+#if __CUDA_ARCH__ >= 900
+    if (together) AwaitBytes(arrivals);
+#endif
+    const int32_t n_copies = static_cast<int32_t>(results[lane].x);
+    best.nth = ChooseAttempt(n_copies, targets);
+    best.n_copies = __shfl_sync(kFullWarp, n_copies, best.nth);
+    if (block != shape.BlockOf(best.nth) || warp != shape.WarpOf(best.nth)) break;
+    if (!shape.IsOverwritten(best.nth)) break;
+    nth = best.nth;  // Once more.
+  }
+  if (block == shape.BlockOf(best.nth)) Threads::Sync();  // The copies are those of a warp.
+  return best;
 }
 
 }  // namespace lplb::cuda

@@ -73,6 +73,7 @@ struct Problem {
   Divisor by_group;
   Divisor by_redundant;
   Divisor by_slots;
+  Divisor by_ranks;
 
   Problem() = default;
   // Where there is no r2o, group_size and n_columns are 0.
@@ -95,7 +96,8 @@ struct Problem {
         by_fixed(n_local - n_redundant),
         by_group(group_size_),
         by_redundant(n_redundant),
-        by_slots(slots_per_rank) {
+        by_slots(slots_per_rank),
+        by_ranks(ep_size_) {
     while (tile_log2 < 5 && 1 << tile_log2 < n_local) ++tile_log2;
   }
 };

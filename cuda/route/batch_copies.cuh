@@ -58,6 +58,7 @@ struct OverBatchCopies : Anywhere<kWords> {
     const ChoiceMemory choice(a.problem, memory);
     InitArrivals(&choice.arrivals[0]);
     InitArrivals(&choice.arrivals[1]);
+    ExpectBytes(&choice.arrivals[0], kNTargets * static_cast<int32_t>(sizeof(uint4)));
   }
 
   template <Quotas kQuotas, typename Threads>
@@ -108,53 +109,29 @@ struct OverBatchCopies : Anywhere<kWords> {
     const int32_t lane = threadIdx.x & 31;
     const int32_t warp = threadIdx.x / 32;
     const CopiesMemory memory(p, 0, choice.words);
-    const TargetRange targets = TargetsOf<kWords>(p, memory);
-    const bool together = shape.n_blocks > 1;
-    MakeAttempts<kWords>(p, choice.words, shape, block, targets, a.copies.fan_out,
-                         [&](int32_t nth, int32_t n_copies) {
-                           const uint4 result = {static_cast<uint32_t>(n_copies), 0, 0, 0};
-                           if (!together) {
-                             if (lane == 0) choice.results[nth] = result;
-                           } else if (lane < shape.n_blocks) {
-                             SendTo(lane, &choice.results[nth], result, &choice.arrivals[0]);
-                           }
-                         });
-    if (together) {
-      if (threadIdx.x == 0) ExpectBytes(&choice.arrivals[0], kNTargets * sizeof(uint4));
-      AwaitBytes(&choice.arrivals[0]);
-    } else {
-      Threads::Sync();
-    }
-    const int32_t n_copies = static_cast<int32_t>(choice.results[lane].x);
-    const int32_t best = ChooseAttempt(n_copies, targets);
-    const CopiesMemory won(p, shape.WarpOf(best), choice.words);
-    const int32_t n = __shfl_sync(kFullWarp, n_copies, best);
-    const ChosenCopies copies = {won, n, targets.too_many};
-    if (shape.BlockOf(best) == block) {
-      if (shape.IsOverwritten(best) && warp == shape.WarpOf(best)) {
-        AttemptNth<kWords>(p, won, targets, best, a.copies.fan_out);
-      }
-      Threads::Sync();  // The copies are those of a warp.
-    }
-    if (!together) return copies;
+    const Targets targets = TargetsOf<kWords>(p, memory);
+    const BestAttempt best = MakeAttempts<kWords, Threads>(
+        p, choice.words, shape, block, targets, a.copies.fan_out, choice.results, choice.arrivals);
+    const int32_t owner = shape.BlockOf(best.nth);
+    const CopiesMemory won(p, shape.WarpOf(best.nth), choice.words);
+    const ChosenCopies copies = {won, best.n_copies, targets.too_many};
+    if (shape.n_blocks == 1) return copies;
     // Nobody makes an attempt any more: the block that has the copies sends them to all others.
-    const int32_t n_chunks = CopiesMemory::RoundUp(n) / 4;
-    if (shape.BlockOf(best) != block) {
+    const int32_t n_chunks = (best.n_copies + 1) / 2;
+    if (owner != block) {
       if (threadIdx.x == 0) {
-        ExpectBytes(&choice.arrivals[1], 2 * n_chunks * sizeof(uint4));
+        ExpectBytes(&choice.arrivals[1], n_chunks * static_cast<int32_t>(sizeof(uint4)));
       }
       AwaitBytes(&choice.arrivals[1]);
       return copies;
     }
     auto* chosen = reinterpret_cast<uint4*>(won.chosen);
-    auto* moved = reinterpret_cast<uint4*>(won.moved);
 #pragma unroll 1
     for (int32_t to = warp; to < shape.n_blocks; to += Threads::Size() / 32) {
       if (to == block) continue;
 #pragma unroll 1
       for (int32_t i = lane; i < n_chunks; i += 32) {
         SendTo(to, chosen + i, chosen[i], &choice.arrivals[1]);
-        SendTo(to, moved + i, moved[i], &choice.arrivals[1]);
       }
     }
     return copies;
@@ -177,11 +154,11 @@ struct OverBatchCopies : Anywhere<kWords> {
     }
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < copies.n; i += n_threads) {
-      const uint32_t copy = memory.chosen[i];
+      const uint2 copy = memory.chosen[i];
       const int32_t e = memory.ExpertOf(copy);
       const PlacedSlot at(p, memory.SlotOf(copy));
       const PlacedSlot home(p, memory.HomeOf(copy));
-      const int32_t moved = memory.moved[i];
+      const int32_t moved = memory.TokensOf(copy);
       memory.expert[at.slot] = e;
       atomicOr(&graph.mask[e * kWords + (at.rank >> 5)], 1u << (at.rank & 31));
       share(at);
@@ -200,7 +177,7 @@ struct OverBatchCopies : Anywhere<kWords> {
     };
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < copies.n; i += n_threads) {
-      const uint32_t copy = memory.chosen[i];
+      const uint2 copy = memory.chosen[i];
       const int32_t e = memory.ExpertOf(copy);
       const uint32_t* mask = graph.mask + e * kWords;
       const PlacedSlot at(p, memory.SlotOf(copy));
@@ -214,12 +191,12 @@ struct OverBatchCopies : Anywhere<kWords> {
     Threads::Sync();
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < copies.n; i += n_threads) {
-      const uint32_t copy = memory.chosen[i];
+      const uint2 copy = memory.chosen[i];
       const int32_t e = memory.ExpertOf(copy);
       const uint32_t* mask = graph.mask + e * kWords;
       const PlacedSlot at(p, memory.SlotOf(copy));
       const int32_t home_rank = p.by_slots.Quotient(memory.HomeOf(copy));
-      const int32_t moved = memory.moved[i];
+      const int32_t moved = memory.TokensOf(copy);
       put(e, at, graph.first[e] + PlaceOf<kWords>(mask, at.rank), moved);
       atomicAdd(&graph.tokens[graph.first[e] + PlaceOf<kWords>(mask, home_rank)], -moved);
     }
