@@ -256,11 +256,11 @@ __device__ __forceinline__ uint64_t WarpMax(uint64_t key) {
   return static_cast<uint64_t>(most) << 32 |
          WarpMax(high == most ? static_cast<uint32_t>(key) : 0u);
 }
-__device__ __forceinline__ int32_t WarpSum(int32_t value) {
+__device__ __forceinline__ int32_t SumOfWarp(int32_t value) {
   return __reduce_add_sync(kFullWarp, value);
 }
-__device__ __forceinline__ int64_t WarpSum(int64_t value) {
-  return int64_t{WarpSum(static_cast<int32_t>(value >> 16))} * (1 << 16) +
+__device__ __forceinline__ int64_t SumOfWarp(int64_t value) {
+  return int64_t{SumOfWarp(static_cast<int32_t>(value >> 16))} * (1 << 16) +
          __reduce_add_sync(kFullWarp, static_cast<uint32_t>(value & 0xffff));
 }
 
@@ -329,7 +329,7 @@ __device__ inline int32_t Attempt(const Problem& p, const CopiesMemory& memory, 
     if (above <= 0 && n_free > 0) room[w] = MakeKey<Key>(-above, 2 * number + (n_free == 1));
     if (above > 0 || n_free > 0) spare -= above;
   }
-  spare = WarpSum(spare);
+  spare = SumOfWarp(spare);
   __syncwarp();
 
   // A lane's slots on the sending rank: where it has fewer, the first one again.
@@ -542,7 +542,7 @@ __device__ __forceinline__ BestAttempt MakeAttempts(const Problem& p, int32_t* w
     if (!shape.IsOverwritten(best.nth)) break;
     nth = best.nth;  // Once more.
   }
-  if (block == shape.BlockOf(best.nth)) Threads::Sync();  // The copies are those of a warp.
+  Threads::Sync();  // The copies are those of a warp; elsewhere, others will come in their place.
   return best;
 }
 

@@ -111,6 +111,7 @@ __device__ __forceinline__ int32_t BalanceCells(const Problem& p, const GraphMem
   if (threadIdx.x < RankTeam<kWords>::Size(p)) {
     const int32_t target = GraphWaves<kWords>(p, graph, FirstTarget<kWords>(p, graph));
     if (threadIdx.x == 0) *graph.target = target;
+    RankTeam<kWords>::SyncLast(RankTeam<kWords>::Size(p));
   }
   Threads::Sync();
   return *graph.target;

@@ -107,6 +107,7 @@ __device__ inline int32_t FillTiles(const Problem& p, const Totals& totals, cons
     for (int w = 0; w < kWords; ++w) load[w] = -load[w];
     const int32_t target = HandOut<kWords>(p, graph, -FirstTarget(p, graph, load));
     if (threadIdx.x == 0) *graph.target = -target;
+    RankTeam<kWords>::SyncLast(RankTeam<kWords>::Size(p));
   }
   Threads::Sync();
 #pragma unroll 1

@@ -32,6 +32,9 @@ struct RankTeam {
   static __device__ __forceinline__ void Sync(int32_t size) {
     asm volatile("bar.sync 5, %0;" ::"r"(size) : "memory");
   }
+  // Before a barrier of more threads, behind what these have written since their last one. Orders
+  // nothing more, but without it, compute-sanitizer's racecheck reports it. It takes 0.02 µs.
+  static __device__ __forceinline__ void SyncLast(int32_t size) { Sync(size); }
 
   // The bits of all the rank's lanes.
   static __device__ __forceinline__ uint32_t Or(uint32_t bits) {
@@ -78,7 +81,7 @@ __device__ __forceinline__ void ValuesOfRanks(const Problem& p, const int32_t* v
 // A cell, as the lane that takes it sees it.
 template <int kWords>
 struct HeldCell {
-  int32_t number;
+  int32_t number;         // p.n_physical where there is none: what is there, nobody writes
   int32_t first;          // the expert's first cell
   uint32_t mask[kWords];  // the expert's ranks; none where there is no cell
 };
@@ -100,7 +103,7 @@ struct Hand {
                                   int32_t n_cells, int32_t begin) {
 #pragma unroll
     for (int h = 0; h < kHand; ++h) {
-      cell[h] = {};
+      cell[h] = {p.n_physical};
       const int32_t i = begin + RankTeam<kWords>::Lane() * kHand + h;
       if (i >= n_cells) continue;
       const uint32_t packed = graph.shared[rank * p.slots_per_rank + i];
@@ -219,7 +222,8 @@ __device__ __forceinline__ void Push(const Problem& p, const GraphMemory& graph,
     int32_t movable = 0;
 #pragma unroll
     for (int h = 0; h < kHand; ++h) {
-      here[h] = graph.tokens[hand.cell[h].number];
+      // Other ranks may be receiving.
+      here[h] = pushes ? graph.tokens[hand.cell[h].number] : 0;
       n[h] = 0;
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
@@ -232,6 +236,7 @@ __device__ __forceinline__ void Push(const Problem& p, const GraphMemory& graph,
     if (!__any_sync(kFullWarp, excess > 0 && begin < mine.n_cells)) return;
     const int32_t sum = Ranks::Scan(movable);
     int32_t left = excess - (sum - movable);
+    if constexpr (Ranks::kLanes > 1) __syncwarp();  // All have read the load.
 #pragma unroll
     for (int h = 0; h < kHand; ++h) {
       const int32_t amount = min(left, here[h]);

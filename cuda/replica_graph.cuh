@@ -169,6 +169,7 @@ __device__ __noinline__ void KeepFirstSlots(uint32_t* of_slot, const uint32_t* t
       const bool same = k < slots_per_rank && of_rank[k] == expert;
       const uint32_t votes = __ballot_sync(kFullWarp, same);
       const bool is_first = !found && (votes & ((1u << (threadIdx.x & 31)) - 1)) == 0;
+      __syncwarp();  // All have read the slots, among them this one.
       if (same && !is_first) of_rank[k] = kNoExpert;
       found |= votes != 0;
     }

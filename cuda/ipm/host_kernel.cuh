@@ -307,7 +307,10 @@ struct HostBlock {
       }
     }
     __syncthreads();
-    if (options.repair && threadIdx.x < RankTeam<kWords>::Size(p)) Repair();
+    if (options.repair && threadIdx.x < RankTeam<kWords>::Size(p)) {
+      Repair();
+      RankTeam<kWords>::SyncLast(RankTeam<kWords>::Size(p));
+    }
     __syncthreads();
     int32_t load = rank < p.ep_size ? graph.load[rank] : 0;
     if (options.weighted && rank < p.ep_size) {
