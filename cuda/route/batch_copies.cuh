@@ -83,6 +83,7 @@ struct OverBatchCopies : Anywhere<kWords> {
     }
     const CopiesMemory copies(p, 0, ChoiceMemory(p, memory).words);
     FindHomes<Threads>(p, tables.phy2log, tables.log2phy, fetched, copies);
+    Threads::Sync();  // It may empty what others read next, if the tables contradict themselves.
     // The graph of the homes.
     bool bad = false;
 #pragma unroll 1
