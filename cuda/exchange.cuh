@@ -28,6 +28,7 @@ struct ExchangeCall {
   char** windows;        // [n_ranks]
   const int32_t* lists;  // [kLists, n_ranks], see Routing
   int32_t* sizes;        // [n_ranks], tokens that arrive from each rank
+  Patience patience;     // of this block
 
   static int64_t SharedBytes(int64_t n_ranks) {
     return n_ranks * (sizeof(char*) + (kLists + 1) * sizeof(int32_t));
@@ -202,6 +203,7 @@ __device__ __forceinline__ ExchangeCall BeginExchange(const AnyExchange& exchang
     call.windows = windows;
     call.lists = lists;
     call.sizes = sizes;
+    call.patience = {};
     if (wrong) Report(exchange.peers, SyncFailure::kWrongRank, call.epoch, *routing.rank);
   }
   __syncthreads();
@@ -221,39 +223,30 @@ __device__ __forceinline__ void SendHeaders(const AnyExchange& exchange, const E
   }
 }
 
-// Tells a waiting thread whether to keep waiting for `source`. The thread asks again and again.
-class Patience {
- public:
-  template <typename AnyExchange>
-  __device__ __forceinline__ bool Lasts(const AnyExchange& exchange, const ExchangeCall& call,
-                                        int32_t source) {
-    if (++round_ % 64 != 0) return true;  // Reading the clock takes longer than looking again.
-    const volatile int32_t* failed = &exchange.peers.state->failed;
-    if (*failed != 0) return false;
-    const int64_t now = Nanoseconds();
-    if (deadline_ == 0) deadline_ = now + exchange.peers.timeout_ns;
-    if (now < deadline_) return true;
-    Report(exchange.peers, SyncFailure::kNoTokens, call.epoch, source);
-    return false;
-  }
-
- private:
-  uint32_t round_ = 0;
-  int64_t deadline_ = 0;
-};
+// Tells a thread whether to keep waiting for `source`, after its `looks` in vain, which it counts.
+template <typename AnyExchange>
+__device__ __forceinline__ bool KeepsWaiting(const AnyExchange& exchange, const ExchangeCall& call,
+                                             int32_t source, uint32_t& looks) {
+  if (++looks % kLooks != 0) return true;
+  const volatile int32_t* failed = &exchange.peers.state->failed;
+  if (*failed != 0) return false;
+  if (CallOfBlock().patience.Lasts(exchange.peers.timeout_ns)) return true;
+  Report(exchange.peers, SyncFailure::kNoTokens, call.epoch, source);
+  return false;
+}
 
 // Waits, as a warp, for each lane's flag, unless it is null, from its `source`. Returns false if
 // one is not raised in time.
 template <typename AnyExchange>
 __device__ __forceinline__ bool AwaitFlags(const AnyExchange& exchange, const ExchangeCall& call,
                                            typename Slot<AnyExchange>::Flag* flag, int32_t source) {
-  Patience patience;
+  uint32_t looks = 0;
   for (;;) {
     const bool missing = flag != nullptr && !HasCome(exchange, flag, call.epoch);
     const uint32_t lanes = __ballot_sync(kFullWarp, missing);
     if (lanes == 0) break;
     const int32_t first = __shfl_sync(kFullWarp, source, __ffs(lanes) - 1);
-    const bool lasts = Lane() != 0 || patience.Lasts(exchange, call, first);
+    const bool lasts = Lane() != 0 || KeepsWaiting(exchange, call, first, looks);
     if (!__all_sync(kFullWarp, lasts)) return false;
   }
   __syncwarp();  // Every lane reads what the others' flags announce.
@@ -272,10 +265,10 @@ __device__ __forceinline__ bool AwaitHeaders(const AnyExchange& exchange, const 
       use(source, 0);
       continue;
     }
-    Patience patience;
+    uint32_t looks = 0;
     uint64_t header = LoadAcquired(headers + source);
     while (static_cast<uint32_t>(header >> 32) != call.epoch && lasts) {
-      lasts = patience.Lasts(exchange, call, source);
+      lasts = KeepsWaiting(exchange, call, source, looks);
       header = LoadAcquired(headers + source);
     }
     if (lasts) use(source, static_cast<int32_t>(header));

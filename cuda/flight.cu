@@ -36,14 +36,12 @@ __global__ void AwaitKernel(const Hangars hangars, const FlightRanks ranks, Word
   const int32_t rank = ranks.of[threadIdx.x];
   const uint32_t* awaited = WordsOf(hangars.own, word) + rank;
   const volatile int32_t* failed = &hangars.peers.state->failed;
-  int64_t deadline = 0;
+  Patience patience = {};
   for (uint32_t round = 1;; ++round) {
     if (static_cast<int32_t>(LoadAcquired(awaited) - flight) >= 0) return;
-    if (round % 64 != 0) continue;  // Reading the clock takes longer than looking again.
+    if (round % kLooks != 0) continue;
     if (*failed != 0) return GiveUp(hangars, rank, word);
-    const int64_t now = Nanoseconds();
-    if (deadline == 0) deadline = now + hangars.peers.timeout_ns;
-    if (now < deadline) continue;
+    if (patience.Lasts(hangars.peers.timeout_ns)) continue;
     Report(hangars.peers, SyncFailure::kNoCopies, flight, rank);
     return GiveUp(hangars, rank, word);
   }

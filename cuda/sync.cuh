@@ -39,10 +39,28 @@ __device__ __forceinline__ int64_t Nanoseconds() {
   return now;
 }
 
+// Between two looks at the clock, which take longer than looking again for what is awaited.
+constexpr uint32_t kLooks = 64;
+
+// How long a thread, or a block, waits for other ranks: the timeout counts from the first question,
+// whatever is awaited then. Initially zero.
+class Patience {
+ public:
+  __device__ __forceinline__ bool Lasts(int64_t timeout_ns) {
+    const int64_t now = Nanoseconds();
+    if (deadline_ == 0) deadline_ = now + timeout_ns;
+    return now < deadline_;
+  }
+
+ private:
+  int64_t deadline_;
+};
+
 // One call, as the threads of a rank see it.
 struct SyncCall {
   uint32_t epoch;
-  bool failed;  // earlier, or because the program gives this rank another number
+  bool failed;                // earlier, or because the program gives this rank another number
+  mutable Patience patience;  // of this thread
 
   // The offset of `source`'s row in an inbox.
   __device__ __forceinline__ int64_t RowOf(const Peers& peers, int32_t source) const {
@@ -96,7 +114,6 @@ __device__ __forceinline__ bool Receive(const Peers& peers, const SyncCall& call
   const auto has_come = [&](uint64_t word) {
     return static_cast<uint32_t>(word >> 32) == call.epoch;
   };
-  int64_t deadline = 0;
 #pragma unroll 1
   for (int32_t end = first + n; first < end; first += kSourcesAtOnce) {
     const uint64_t* words = peers.inbox + call.RowOf(peers, first) + i;
@@ -114,10 +131,8 @@ __device__ __forceinline__ bool Receive(const Peers& peers, const SyncCall& call
         if (first + j < end && !has_come(word[j])) missing = first + j;
       }
       if (missing < 0 && (beside == nullptr || has_come(other))) break;
-      if (round % 64 != 0) continue;  // Reading the clock takes longer than looking again.
-      const int64_t now = Nanoseconds();
-      if (deadline == 0) deadline = now + peers.timeout_ns + (leader ? 0 : 1000000000);
-      if (now < deadline) continue;
+      if (round % kLooks != 0) continue;
+      if (call.patience.Lasts(peers.timeout_ns + (leader ? 0 : 1000000000))) continue;
       if (missing < 0) missing = (beside - peers.inbox) / peers.stride % peers.size;
       if (leader) Report(peers, SyncFailure::kTimeout, call.epoch, missing);
       return false;

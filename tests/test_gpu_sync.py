@@ -152,6 +152,35 @@ def test_a_missing_rank_is_reported(virtual_ranks, n_gpus):
     assert (np.asarray(matrices[1][0]) == -1).all()
 
 
+@pytest.mark.parametrize("n_tokens", [1000, 200_000])
+@pytest.mark.parametrize("where", ["topology", "anywhere"])
+def test_a_missing_rank_is_awaited_once(rng, virtual_ranks, n_tokens, where):
+    """Not once for each count that a thread awaits: in one launch, in two, and by sync_loads."""
+    size, n_logical = 4, 1024
+    ranks = virtual_ranks(1, size, 10_000, timeout_s=0.5)
+    r2o = topologies.complete(size) if where == "topology" else np.zeros((size, 0), np.int32)
+    placement = sync_checks.placed(rng, topologies.complete(size), size, n_logical)
+    if where == "anywhere":
+        placement = sync_checks.placed_anywhere(rng, size, n_logical)
+    ids = rng.integers(0, n_logical, n_tokens).astype(np.int32)
+    calls = {rank: ranks.call(rank, r2o, placement, ids) for rank in (0, 2)}
+    counts = ranks.put(1, np.ones(10_000, np.int32))
+    matrix = ranks.put(1, np.zeros((size, 10_000), np.int32))
+    start = time.perf_counter()
+    for rank, call in calls.items():
+        ranks.rebalance(rank, call)
+    ranks.wait()
+    assert 0.4 < time.perf_counter() - start < 2.5  # All blocks but the first wait a second longer.
+    for call in calls.values():
+        assert (np.asarray(call.results.physical_indices) == -1).all()
+        assert (np.asarray(call.results.status) & Status.SYNC_FAILED).all()
+    start = time.perf_counter()
+    ranks.sync(1, counts, matrix)
+    ranks.wait()
+    assert 0.4 < time.perf_counter() - start < 1.5
+    assert (np.asarray(matrix) == -1).all()
+
+
 def test_a_wrong_rank_is_reported(virtual_ranks):
     ranks = virtual_ranks(1, 1, 5)
     counts, matrix = np.ones(5, np.int32), np.zeros((1, 5), np.int32)

@@ -12,11 +12,10 @@ namespace {
 // Waits until all words of `source` have arrived. Returns false if they do not arrive in time.
 __device__ bool AwaitSignal(const Peers& peers, const PutPeers& put, const SyncCall& call,
                             int32_t source) {
-  const int64_t deadline = Nanoseconds() + peers.timeout_ns;
   // A source can be at most one call ahead.
   while (static_cast<int32_t>(static_cast<uint32_t>(nvshmem_signal_fetch(put.signals + source)) -
                               call.epoch) < 0) {
-    if (Nanoseconds() < deadline) continue;
+    if (call.patience.Lasts(peers.timeout_ns)) continue;
     Report(peers, SyncFailure::kTimeout, call.epoch, source);
     return false;
   }
