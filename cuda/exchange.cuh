@@ -210,7 +210,8 @@ __device__ __forceinline__ ExchangeCall BeginExchange(const AnyExchange& exchang
   return call;
 }
 
-// Tells every other rank that this one has begun, and how many tokens it sends. All threads of one
+// Tells every other rank that this one has begun, and how many tokens it sends, or that it has
+// failed and sends none. All threads of one
 // block call it. No fence is needed: earlier reads of the windows were made by kernels that have
 // completed.
 template <typename AnyExchange>
@@ -219,19 +220,25 @@ __device__ __forceinline__ void SendHeaders(const AnyExchange& exchange, const E
   for (int32_t peer = threadIdx.x; peer < exchange.shape.n_ranks; peer += blockDim.x) {
     if (peer == exchange.peers.rank) continue;
     SendHeader(exchange, peer, SlotOf(exchange, call, peer).headers + exchange.peers.rank,
-               static_cast<uint64_t>(call.epoch) << 32 | static_cast<uint32_t>(sizes[peer]));
+               WordOf(call.epoch, call.failed, sizes[peer]));
   }
 }
 
 // Tells a thread whether to keep waiting for `source`, after its `looks` in vain, which it counts.
 template <typename AnyExchange>
-__device__ __forceinline__ bool KeepsWaiting(const AnyExchange& exchange, const ExchangeCall& call,
-                                             int32_t source, uint32_t& looks) {
+__device__ __forceinline__ bool KeepsWaiting(const AnyExchange& exchange, int32_t source,
+                                             uint32_t& looks) {
   if (++looks % kLooks != 0) return true;
   const volatile int32_t* failed = &exchange.peers.state->failed;
   if (*failed != 0) return false;
-  if (CallOfBlock().patience.Lasts(exchange.peers.timeout_ns)) return true;
-  Report(exchange.peers, SyncFailure::kNoTokens, call.epoch, source);
+  ExchangeCall& call = CallOfBlock();  // Read anew: the caller's registers are scarce.
+  char* slot =
+      exchange.windows[exchange.peers.rank] + (call.epoch & 1) * exchange.shape.SlotBytes();
+  const uint64_t* headers = SlotAt(exchange, slot).headers;
+  const bool in_vain = IsOfFailed(LoadWord(headers + source), call.epoch);
+  if (!in_vain && call.patience.Lasts(exchange.peers.timeout_ns)) return true;
+  const SyncFailure failure = in_vain ? SyncFailure::kPeerFailed : SyncFailure::kNoTokens;
+  Report(exchange.peers, failure, call.epoch, source);
   return false;
 }
 
@@ -246,7 +253,7 @@ __device__ __forceinline__ bool AwaitFlags(const AnyExchange& exchange, const Ex
     const uint32_t lanes = __ballot_sync(kFullWarp, missing);
     if (lanes == 0) break;
     const int32_t first = __shfl_sync(kFullWarp, source, __ffs(lanes) - 1);
-    const bool lasts = Lane() != 0 || KeepsWaiting(exchange, call, first, looks);
+    const bool lasts = Lane() != 0 || KeepsWaiting(exchange, first, looks);
     if (!__all_sync(kFullWarp, lasts)) return false;
   }
   __syncwarp();  // Every lane reads what the others' flags announce.
@@ -268,7 +275,7 @@ __device__ __forceinline__ bool AwaitHeaders(const AnyExchange& exchange, const 
     uint32_t looks = 0;
     uint64_t header = LoadAcquired(headers + source);
     while (static_cast<uint32_t>(header >> 32) != call.epoch && lasts) {
-      lasts = KeepsWaiting(exchange, call, source, looks);
+      lasts = KeepsWaiting(exchange, source, looks);
       header = LoadAcquired(headers + source);
     }
     if (lasts) use(source, static_cast<int32_t>(header));

@@ -250,10 +250,10 @@ __device__ __forceinline__ void There(const AnyExchange& exchange, const ThereAr
                                       const Pieces& pieces, int32_t n_senders) {
   extern __shared__ char* memory[];
   const ExchangeCall call = BeginExchange(exchange, in.routing, memory);
+  if (call.part == 0) {
+    SendHeaders(exchange, call, call.lists + kSizesSent * exchange.shape.n_ranks);
+  }
   if (!call.failed) {
-    if (call.part == 0) {
-      SendHeaders(exchange, call, call.lists + kSizesSent * exchange.shape.n_ranks);
-    }
     if (call.part < n_senders) SendTokens<W>(exchange, call, in, pieces, n_senders);
     ReceiveTokens<W>(exchange, call, in, pieces);
   }
@@ -498,8 +498,8 @@ __device__ __forceinline__ void Back(const AnyExchange& exchange, const BackArgu
                                      const Pieces& pieces, int32_t n_senders) {
   extern __shared__ char* memory[];
   const ExchangeCall call = BeginExchange(exchange, in.routing, memory, in.sizes);
+  if (call.part == 0) SendHeaders(exchange, call, call.sizes);
   if (!call.failed) {
-    if (call.part == 0) SendHeaders(exchange, call, call.sizes);
     if (call.part < n_senders) SendSums<T, W>(exchange, call, in, pieces, n_senders);
     const int32_t n_items = in.routing.n_tokens * pieces.n_pieces, top_k = in.routing.top_k;
     const int32_t at_once = ItemsAtOnce(n_items, top_k, W::kMostAtOnce);

@@ -92,20 +92,24 @@ __device__ __forceinline__ SyncCall BeginSync(const Peers& peers, uint32_t epoch
   return call;
 }
 
-__device__ __forceinline__ uint64_t WordOf(const SyncCall& call, int32_t count) {
-  return static_cast<uint64_t>(call.epoch) << 32 | static_cast<uint32_t>(count);
+// `count` as a rank sends it, which may have `failed`, see Peers.
+__device__ __forceinline__ uint64_t WordOf(uint32_t epoch, bool failed, int32_t count) {
+  return static_cast<uint64_t>(failed ? ~epoch : epoch) << 32 | static_cast<uint32_t>(count);
+}
+__device__ __forceinline__ bool IsOfFailed(uint64_t word, uint32_t epoch) {
+  return static_cast<uint32_t>(word >> 32) == ~epoch;
 }
 
 // Sends count i to the rank with this inbox.
 __device__ __forceinline__ void Send(const Peers& peers, const SyncCall& call, uint64_t* inbox,
                                      int32_t i, int32_t count) {
-  StoreWord(inbox + call.RowOf(peers, peers.rank) + i, WordOf(call, count));
+  StoreWord(inbox + call.RowOf(peers, peers.rank) + i, WordOf(call.epoch, call.failed, count));
 }
 
 // Calls `use(source, count)` for count i of ranks first … first + n − 1 once they have arrived. If
 // `beside` is not null, it also awaits that word and calls `use_beside(count)`. Returns false if a
-// count does not arrive in time. The leader block gives up a second before the others, so no block
-// can fail unless the leader has.
+// count does not arrive in time, or comes from a rank that has failed. The leader block gives up a
+// second before the others, so no block can fail unless the leader does.
 template <typename Use, typename UseBeside>
 __device__ __forceinline__ bool Receive(const Peers& peers, const SyncCall& call, int32_t i,
                                         int32_t first, int32_t n, bool leader, const Use& use,
@@ -119,7 +123,7 @@ __device__ __forceinline__ bool Receive(const Peers& peers, const SyncCall& call
     const uint64_t* words = peers.inbox + call.RowOf(peers, first) + i;
     uint64_t word[kSourcesAtOnce];
     uint64_t other = 0;
-    for (uint32_t round = 0;; ++round) {
+    for (uint32_t round = 1;; ++round) {
       int32_t missing = -1;
 #pragma unroll
       for (int j = 0; j < kSourcesAtOnce; ++j) {
@@ -132,9 +136,12 @@ __device__ __forceinline__ bool Receive(const Peers& peers, const SyncCall& call
       }
       if (missing < 0 && (beside == nullptr || has_come(other))) break;
       if (round % kLooks != 0) continue;
-      if (call.patience.Lasts(peers.timeout_ns + (leader ? 0 : 1000000000))) continue;
+      const int64_t late = static_cast<int64_t>(missing - first) * peers.stride;
+      const bool in_vain = missing >= 0 && IsOfFailed(LoadWord(words + late), call.epoch);
+      if (!in_vain && call.patience.Lasts(peers.timeout_ns + (leader ? 0 : 1000000000))) continue;
       if (missing < 0) missing = (beside - peers.inbox) / peers.stride % peers.size;
-      if (leader) Report(peers, SyncFailure::kTimeout, call.epoch, missing);
+      const SyncFailure failure = in_vain ? SyncFailure::kPeerFailed : SyncFailure::kTimeout;
+      if (leader) Report(peers, failure, call.epoch, missing);
       return false;
     }
 #pragma unroll

@@ -22,7 +22,8 @@ enum class SyncFailure : int32_t {
   kWrongRank = 2,
   kNoTokens = 3,
   kNoCopies = 4,
-  kWrongFlight = 5
+  kWrongFlight = 5,
+  kPeerFailed = 6
 };
 
 // The first failure, in pinned host memory.
@@ -40,6 +41,9 @@ struct SyncReport {
 // per rank. A word is written at once, so a rank that sees the awaited epoch has the count. Two
 // slots suffice, used in turn: a rank writes epoch e + 2 only after it has received e + 1 from all
 // ranks, and they send e + 1 only once they are done with e.
+//
+// A rank that has failed sends ~e for every epoch e from then on. Nobody takes such a word for a
+// count, and who awaits one fails, too, without waiting any longer.
 struct Peers {
   const uint64_t* inbox;     // this rank's own
   uint64_t* const* inboxes;  // [size], in device memory; this rank's own is one of them

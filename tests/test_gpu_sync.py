@@ -181,6 +181,56 @@ def test_a_missing_rank_is_awaited_once(rng, virtual_ranks, n_tokens, where):
     assert (np.asarray(matrix) == -1).all()
 
 
+def test_a_failed_rank_sends_no_counts(virtual_ranks):
+    """What it sent before is right; who awaits more of it fails at once, too."""
+    ranks = virtual_ranks(1, 3, 5, timeout_s=1.0)
+    ones = [ranks.put(rank, np.ones(5, np.int32)) for rank in range(3)]
+    matrices = [[ranks.put(rank, np.zeros((3, 5), np.int32)) for rank in range(3)] for _ in "12"]
+    for of_call in ((0,), (1, 2)):
+        for rank in of_call:
+            ranks.sync(rank, ones[rank], matrices[0][rank])
+        ranks.wait()
+    assert [np.unique(matrix).tolist() for matrix in matrices[0]] == [[-1], [1], [1]]
+    start = time.perf_counter()
+    for rank in range(3):
+        ranks.sync(rank, ones[rank], matrices[1][rank])
+    ranks.wait()
+    assert time.perf_counter() - start < 0.5
+    assert [np.unique(matrix).tolist() for matrix in matrices[1]] == [[-1]] * 3
+    failures = ranks.failures()
+    assert "rank 0 waited 1000 ms" in failures[0]
+    for rank in (1, 2):
+        assert f"rank {rank} needs" in failures[rank]
+        assert "of rank 0, which has failed" in failures[rank]
+
+
+@pytest.mark.parametrize("n_tokens", [1000])
+def test_a_failed_rank_is_in_no_split(rng, virtual_ranks, n_tokens):
+    """The same for rebalance: its status tells on all ranks, and no token has a slot."""
+    size, n_logical = 3, 48
+    ranks = virtual_ranks(1, size, n_logical, timeout_s=1.0)
+    r2o = topologies.ring(size)
+    placement = sync_checks.placed(rng, r2o, size, n_logical)
+    ids = rng.integers(0, n_logical, n_tokens).astype(np.int32)
+    calls = [[ranks.call(rank, r2o, placement, ids) for rank in range(size)] for _ in "12"]
+    for of_call in ((0,), (1, 2)):
+        for rank in of_call:
+            ranks.rebalance(rank, calls[0][rank])
+        ranks.wait()
+    start = time.perf_counter()
+    for rank in range(size):
+        ranks.rebalance(rank, calls[1][rank])
+    ranks.wait()
+    assert time.perf_counter() - start < 0.5
+    for call, failing in ((0, (0,)), (1, (0, 1, 2))):
+        for rank in range(size):
+            results = calls[call][rank].results
+            failed = np.asarray(results.status) & Status.SYNC_FAILED != 0
+            assert failed.all() if rank in failing else not failed.any()
+            lost = np.asarray(results.physical_indices) == -1
+            assert lost.all() if rank in failing else not lost.any()
+
+
 def test_a_wrong_rank_is_reported(virtual_ranks):
     ranks = virtual_ranks(1, 1, 5)
     counts, matrix = np.ones(5, np.int32), np.zeros((1, 5), np.int32)

@@ -29,7 +29,7 @@ extern "C" __global__ void lplb_sync_put(const Peers peers, const PutPeers put, 
   const SyncCall call = BeginSync(peers, peers.state->epoch + 1, *rank, /*leader=*/true);
   uint64_t* staging = put.staging + static_cast<int64_t>(call.epoch & 1) * peers.stride;
   for (int32_t i = threadIdx.x; i < n; i += blockDim.x) {
-    staging[i] = WordOf(call, counts[i]);
+    staging[i] = WordOf(call.epoch, call.failed, counts[i]);
     for (int32_t peer = 0; peer < peers.size; ++peer) {
       if (peers.inboxes[peer] != nullptr) Send(peers, call, peers.inboxes[peer], i, counts[i]);
     }

@@ -69,6 +69,9 @@ std::string MessageOf(const cuda::SyncReport& report, int64_t timeout_ns) {
     case cuda::SyncFailure::kWrongRank:
       return "lplb_jax: comm: the program takes rank " + number(report.rank) + " for rank " +
              number(report.peer) + ": use the mesh that the communicator was made with" + remedy;
+    case cuda::SyncFailure::kPeerFailed:
+      return "lplb_jax: rank " + number(report.rank) + " needs counts, tokens or copies of rank " +
+             number(report.peer) + ", which has failed" + remedy;
   }
   return "lplb_jax: comm: unknown failure";
 }
