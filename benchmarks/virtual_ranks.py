@@ -47,13 +47,14 @@ class VirtualRanks:
             native.comm_enable_peer(a, b)
         stride = max_experts + 1
         n_bytes = native.comm_inbox_bytes(size, stride)
-        self._inboxes = [native.comm_allocate(ordinal, n_bytes) for ordinal in self._ordinals]
+        self._inboxes = [native.Window(ordinal, n_bytes) for ordinal in self._ordinals]
         self._windows = []
         if windows is not None:
             self._windows = [native.Window(o, windows.n_bytes) for o in self._ordinals]
+        inboxes = [inbox.address for inbox in self._inboxes]
         self._claimed, self._streams = [], []
         for rank, (identifier, ordinal) in enumerate(zip(self.ids, self._ordinals, strict=True)):
-            native.comm_attach(identifier, ordinal, rank, self._inboxes, stride, timeout_s)
+            native.comm_attach(identifier, ordinal, rank, inboxes, stride, timeout_s)
             if windows is not None:
                 addresses = [window.address for window in self._windows]
                 native.comm_attach_windows(identifier, ordinal, addresses, windows.shape)
@@ -70,8 +71,7 @@ class VirtualRanks:
         for identifier in self.ids:
             self._native.comm_detach(identifier)
         self._windows.clear()
-        for ordinal, inbox in zip(self._ordinals, self._inboxes, strict=True):
-            self._native.comm_free(ordinal, inbox)
+        self._inboxes.clear()
         for stream in self._streams:
             check(runtime.cudaStreamDestroy(stream))
 

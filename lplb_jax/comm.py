@@ -479,27 +479,22 @@ Connection = tuple[str, Callable[[bool], None]]
 
 def _connect_p2p(groups: np.ndarray, made: _Inboxes, _: Rendezvous, __: str) -> Connection:
     native = _native.built_cuda()
-    owned: list[tuple[int, int]] = []
-    owned_windows: list[Any] = []
+    owned: list[Any] = []
 
     def release(_: bool) -> None:
-        native.comm_detach(made.identifier)
-        owned_windows.clear()
-        for ordinal, inbox in owned:
-            native.comm_free(ordinal, inbox)
-
-    def allocated(ordinal: int) -> int:
-        owned.append((ordinal, native.comm_allocate(ordinal, made.n_bytes)))
-        return owned[-1][1]
+        try:
+            native.comm_detach(made.identifier)
+        finally:
+            owned.clear()
 
     def window(ordinal: int, n_bytes: int) -> int:
-        owned_windows.append(native.Window(ordinal, n_bytes))
-        return owned_windows[-1].address
+        owned.append(native.Window(ordinal, n_bytes))
+        return owned[-1].address
 
     def connect(ordinals: list[int]) -> None:
         for a, b in itertools.permutations(ordinals, 2):
             native.comm_enable_peer(a, b)
-        inboxes = [allocated(ordinal) for ordinal in ordinals]
+        inboxes = [window(ordinal, made.n_bytes) for ordinal in ordinals]
         for rank, ordinal in enumerate(ordinals):
             made.attach(ordinal, rank, inboxes)
         if made.windows is not None:

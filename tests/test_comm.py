@@ -373,13 +373,6 @@ class Mapped:
     def comm_detach(self, comm):
         self.held[:] = [one for one in self.held if one != f"state {comm}"]
 
-    def comm_allocate(self, ordinal, n_bytes):
-        self.held.append("inbox")
-        return 1
-
-    def comm_free(self, ordinal, address):
-        self.held.remove("inbox")
-
     def comm_add_route(self, comm, device, to, origin):
         self.routes += 1
         return self.routes - 1
@@ -428,13 +421,13 @@ def test_memory_lives_until_it_is_closed(one_gpu):
     connected = lplb_jax.comm._connected[comm.identifier]
     del comm
     gc.collect()
-    assert sorted(native.held) == ["inbox", name, "window", "window"]
+    assert sorted(native.held) == [name, "window", "window", "window"]
     connected.close()
     assert native.held == []
     assert connected.identifier not in lplb_jax.comm._connected
 
 
-@pytest.mark.parametrize("windows", [0, 1])
+@pytest.mark.parametrize("windows", [0, 1, 2])
 def test_nothing_is_left_where_connecting_fails(one_gpu, windows):
     native, connected = Mapped(windows), len(lplb_jax.comm._connected)
     with pytest.raises(MemoryError):
@@ -442,6 +435,17 @@ def test_nothing_is_left_where_connecting_fails(one_gpu, windows):
     gc.collect()
     assert native.held == []
     assert len(lplb_jax.comm._connected) == connected
+
+
+def test_memory_is_freed_where_closing_fails(one_gpu):
+    native = Mapped()
+    comm = one_gpu(native, **ROOM)
+    native.comm_detach = mock.Mock(side_effect=RuntimeError("an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        comm.close()
+    gc.collect()
+    assert native.held == [f"state {comm.identifier}"]
+    assert comm.closed
 
 
 def test_routes_are_numbered_as_the_module_numbers_them(one_gpu):

@@ -11,37 +11,44 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/exchange_plan.h"
 #include "cuda/route.h"
 #include "xla_ffi/cuda/handler.h"
+#include "xla_ffi/cuda/resources.h"
 
 namespace lplb {
 namespace {
 
-void ThrowIf(cudaError_t error, const std::string& what) {
-  if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
-}
-
-// Makes a device current, and restores the previous one at the end.
-class DeviceScope {
- public:
-  explicit DeviceScope(int device) {
-    ThrowIf(cudaGetDevice(&former_), "cudaGetDevice");
-    ThrowIf(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
-  }
-  ~DeviceScope() { cudaSetDevice(former_); }
-  DeviceScope(const DeviceScope&) = delete;
-
- private:
-  int former_ = 0;
+// A device's part in a communicator, and what it owns.
+struct Attached {
+  CommRank rank;
+  DeviceMemory state;
+  DeviceMemory exchange_state;
+  PinnedMemory report;
 };
 
 // Ranks by communicator and device. Guarded, since a program may run while another communicator is
 // made.
 std::mutex mutex;
-std::map<std::pair<int64_t, int32_t>, CommRank> all_ranks;
+// Never destroyed: when the process ends, CUDA is gone.
+auto& all_ranks = *new std::map<std::pair<int64_t, int32_t>, Attached>;
+
+// While `mutex` is held.
+Attached& AttachedOf(int64_t id, int32_t device) {
+  const auto found = all_ranks.find({id, device});
+  if (found != all_ranks.end()) return found->second;
+  throw std::runtime_error("comm: device " + std::to_string(device) + " is not attached");
+}
+
+// CUDA's calls may wait for a kernel that waits for other ranks, whose handlers need `mutex`. So it
+// is not held meanwhile.
+CommRank RankOf(int64_t id, int32_t device) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return AttachedOf(id, device).rank;
+}
 
 std::string MessageOf(const cuda::SyncReport& report, int64_t timeout_ns) {
   const auto number = [](int64_t value) { return std::to_string(value); };
@@ -80,10 +87,11 @@ std::string MessageOf(const cuda::SyncReport& report, int64_t timeout_ns) {
 std::string FailureOf(int64_t id) {
   const std::lock_guard<std::mutex> lock(mutex);
   for (const auto& [key, found] : all_ranks) {
-    const volatile cuda::SyncReport* report = found.peers.report;
+    const cuda::Peers& peers = found.rank.peers;
+    const volatile cuda::SyncReport* report = peers.report;
     if (key.first != id || report->failure == 0) continue;
     return MessageOf({report->failure, report->rank, report->peer, report->epoch},
-                     found.peers.timeout_ns);
+                     peers.timeout_ns);
   }
   return "";
 }
@@ -94,24 +102,9 @@ ffi::Error CheckComm(int64_t id) {
   return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, failure);
 }
 
-void Clear(int device, uintptr_t memory, int64_t bytes) {
+void ClearMemory(int device, uintptr_t memory, int64_t bytes) {
   const DeviceScope scope(device);
-  ThrowIf(cudaMemset(reinterpret_cast<void*>(memory), 0, bytes), "cudaMemset");
-  ThrowIf(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-}
-
-uintptr_t Allocate(int device, int64_t bytes) {
-  const DeviceScope scope(device);
-  void* memory = nullptr;
-  ThrowIf(cudaMalloc(&memory, bytes), "cudaMalloc");
-  const auto address = reinterpret_cast<uintptr_t>(memory);
-  Clear(device, address, bytes);
-  return address;
-}
-
-void Free(int device, uintptr_t memory) {
-  const DeviceScope scope(device);
-  ThrowIf(cudaFree(reinterpret_cast<void*>(memory)), "cudaFree");
+  Clear(reinterpret_cast<void*>(memory), bytes);
 }
 
 bool CanAccess(int device, int peer) {
@@ -135,12 +128,13 @@ constexpr int64_t kStateBytes = 64;
 static_assert(sizeof(cuda::SyncState) <= kStateBytes);
 
 template <typename T>
-T* CopyToDevice(const std::vector<T>& from, uintptr_t to) {
-  ThrowIf(cudaMemcpy(reinterpret_cast<void*>(to), from.data(), from.size() * sizeof(T),
-                     cudaMemcpyHostToDevice),
+T* CopyToDevice(const std::vector<T>& from, void* to) {
+  ThrowIf(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice),
           "cudaMemcpy");
-  return reinterpret_cast<T*>(to);
+  return static_cast<T*>(to);
 }
+
+void* Behind(const DeviceMemory& state) { return static_cast<char*>(state.get()) + kStateBytes; }
 
 // Makes a device rank `rank` of communicator `id`. inboxes[r] is rank r's inbox.
 void Attach(int64_t id, int device, int32_t rank, const std::vector<uintptr_t>& inboxes,
@@ -148,23 +142,23 @@ void Attach(int64_t id, int device, int32_t rank, const std::vector<uintptr_t>& 
   const DeviceScope scope(device);
   ThrowIf(cuda::PreloadSync(), "loading the kernels");
   ThrowIf(cuda::PreloadSyncedRebalance(), "loading the kernels");
-  CommRank made = {};
-  cuda::Peers& peers = made.peers;
   const int64_t table_bytes = inboxes.size() * (sizeof(uintptr_t) + sizeof(int32_t));
-  const uintptr_t memory = Allocate(device, kStateBytes + table_bytes);
-  peers.state = reinterpret_cast<cuda::SyncState*>(memory);
+  Attached made = {{},
+                   MakeDeviceMemory(kStateBytes + table_bytes),
+                   nullptr,
+                   MakePinnedMemory(sizeof(cuda::SyncReport))};
+  cuda::Peers& peers = made.rank.peers;
+  peers.state = static_cast<cuda::SyncState*>(made.state.get());
   peers.inbox = reinterpret_cast<const uint64_t*>(inboxes.at(rank));
-  peers.inboxes = reinterpret_cast<uint64_t* const*>(CopyToDevice(inboxes, memory + kStateBytes));
-  void* report = nullptr;
-  ThrowIf(cudaHostAlloc(&report, sizeof(cuda::SyncReport), cudaHostAllocPortable), "cudaHostAlloc");
-  peers.report = static_cast<cuda::SyncReport*>(report);
+  peers.inboxes = reinterpret_cast<uint64_t* const*>(CopyToDevice(inboxes, Behind(made.state)));
+  peers.report = static_cast<cuda::SyncReport*>(made.report.get());
   *peers.report = {};
   peers.timeout_ns = static_cast<int64_t>(timeout_s * 1e9);
   peers.rank = rank;
   peers.size = static_cast<int32_t>(inboxes.size());
   peers.stride = stride;
   const std::lock_guard<std::mutex> lock(mutex);
-  all_ranks[{id, device}] = made;
+  all_ranks[{id, device}] = std::move(made);
 }
 
 // Loads a file of kernels, which NVSHMEM then initializes with its state.
@@ -200,32 +194,36 @@ void AttachPut(int64_t id, int device, uintptr_t library, const std::vector<int3
                uintptr_t inbox, uintptr_t staging, uintptr_t signals) {
   const DeviceScope scope(device);
   const void* kernel = KernelOf(library, "lplb_sync_put");
+  const cuda::Peers peers = RankOf(id, device).peers;
+  const int32_t* table = CopyToDevice(pes, const_cast<uint64_t**>(peers.inboxes + peers.size));
   const std::lock_guard<std::mutex> lock(mutex);
-  CommRank& made = all_ranks.at({id, device});
-  const uintptr_t table = reinterpret_cast<uintptr_t>(made.peers.inboxes + made.peers.size);
+  CommRank& made = AttachedOf(id, device).rank;
   made.put = {reinterpret_cast<uint64_t*>(inbox), reinterpret_cast<uint64_t*>(staging),
-              reinterpret_cast<uint64_t*>(signals), CopyToDevice(pes, table)};
+              reinterpret_cast<uint64_t*>(signals), table};
   made.put_kernel = kernel;
 }
 
-// Device memory that peers write to. Freed with this object.
+// Device memory that peers write to, cleared. Freed with this object.
 class Window {
  public:
-  Window(int device, int64_t bytes) : device_(device), address_(Allocate(device, bytes)) {}
+  Window(int device, int64_t bytes) : device_(device) {
+    const DeviceScope scope(device);
+    memory_ = MakeDeviceMemory(bytes);
+  }
   ~Window() {
     int former = 0;
     cudaGetDevice(&former);
     cudaSetDevice(device_);
-    cudaFree(reinterpret_cast<void*>(address_));
+    memory_.reset();
     cudaSetDevice(former);
   }
   Window(const Window&) = delete;
 
-  uintptr_t address() const { return address_; }
+  uintptr_t address() const { return reinterpret_cast<uintptr_t>(memory_.get()); }
 
  private:
   int device_;
-  uintptr_t address_;
+  DeviceMemory memory_;
 };
 
 // In the order of WindowSizes.
@@ -240,18 +238,21 @@ int64_t WindowBytes(const WindowArgument& shape) {
   return Shape{SizesOf(shape)}.Bytes();
 }
 
-// An Exchange or PutExchange but for `peers`. windows[r] is what the rank takes for rank r's
-// window.
+// An Exchange or PutExchange of a rank, and the memory of its state. windows[r] is what the rank
+// takes for rank r's window.
 template <typename Made>
-Made MakeExchange(int device, const std::vector<uintptr_t>& windows, const WindowArgument& shape) {
+std::pair<Made, DeviceMemory> MakeExchange(const cuda::Peers& peers,
+                                           const std::vector<uintptr_t>& windows,
+                                           const WindowArgument& shape) {
   ThrowIf(cuda::PreloadPlan(), "loading the kernels");
   static_assert(sizeof(cuda::ExchangeState) <= kStateBytes);
-  const uintptr_t memory = Allocate(device, kStateBytes + windows.size() * sizeof(uintptr_t));
+  DeviceMemory state = MakeDeviceMemory(kStateBytes + windows.size() * sizeof(uintptr_t));
   Made made = {};
+  made.peers = peers;
   made.shape = {SizesOf(shape)};
-  made.state = reinterpret_cast<cuda::ExchangeState*>(memory);
-  made.windows = reinterpret_cast<char* const*>(CopyToDevice(windows, memory + kStateBytes));
-  return made;
+  made.state = static_cast<cuda::ExchangeState*>(state.get());
+  made.windows = reinterpret_cast<char* const*>(CopyToDevice(windows, Behind(state)));
+  return {made, std::move(state)};
 }
 
 // Lets an attached rank exchange tokens. windows[r] is rank r's window, cleared.
@@ -259,11 +260,11 @@ void AttachWindows(int64_t id, int device, const std::vector<uintptr_t>& windows
                    const WindowArgument& shape) {
   const DeviceScope scope(device);
   ThrowIf(cuda::PreloadExchange(), "loading the kernels");
-  const auto exchange = MakeExchange<cuda::Exchange>(device, windows, shape);
+  auto [exchange, state] = MakeExchange<cuda::Exchange>(RankOf(id, device).peers, windows, shape);
   const std::lock_guard<std::mutex> lock(mutex);
-  CommRank& made = all_ranks.at({id, device});
-  made.exchange = exchange;
-  made.exchange.peers = made.peers;
+  Attached& made = AttachedOf(id, device);
+  made.rank.exchange = exchange;
+  made.exchange_state = std::move(state);
 }
 
 // The same after AttachPut, by kernels of `library`. This rank's `window`, cleared, is on the
@@ -278,53 +279,51 @@ void AttachPutWindows(int64_t id, int device, uintptr_t library, uintptr_t windo
     kernels.back[type] = KernelOf(library, std::string("lplb_back_put_") + kTypes[type]);
   }
   const std::vector<uintptr_t> windows(shape[0], window);
-  const auto exchange = MakeExchange<cuda::PutExchange>(device, windows, shape);
+  auto [exchange, state] =
+      MakeExchange<cuda::PutExchange>(RankOf(id, device).peers, windows, shape);
   const std::lock_guard<std::mutex> lock(mutex);
-  CommRank& made = all_ranks.at({id, device});
-  made.put_kernels = kernels;
-  made.put_exchange = exchange;
-  made.put_exchange.peers = made.peers;
-  made.put_exchange.pes = made.put.pes;
+  Attached& made = AttachedOf(id, device);
+  made.rank.put_kernels = kernels;
+  made.rank.put_exchange = exchange;
+  made.rank.put_exchange.pes = made.rank.put.pes;
+  made.exchange_state = std::move(state);
 }
 
 // Lets an attached rank send copies of experts. hangars[r] is rank r's hangar of `bytes`, cleared.
 void AttachHangars(int64_t id, int device, const std::vector<uintptr_t>& hangars, int64_t bytes) {
   const DeviceScope scope(device);
   ThrowIf(cuda::PreloadFlights(), "loading the kernels");
+  auto flights = std::make_shared<Flights>(RankOf(id, device).peers, hangars, bytes);
   const std::lock_guard<std::mutex> lock(mutex);
-  CommRank& made = all_ranks.at({id, device});
-  made.flights = std::make_shared<Flights>(made.peers, hangars, bytes);
+  AttachedOf(id, device).rank.flights = std::move(flights);
 }
 
 // Which ranks a device's rank sends copies to and receives them from, by columns of a topology.
 int64_t AddRoute(int64_t id, int device, const std::vector<int32_t>& to,
                  const std::vector<int32_t>& from) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  return all_ranks.at({id, device}).flights->AddRoute({to, from});
+  const std::shared_ptr<Flights> flights = RankOf(id, device).flights;
+  if (flights == nullptr) throw std::runtime_error("comm: it has no room for copies");
+  return flights->AddRoute({to, from});
 }
 
 // Forgets communicator `id` and, once the devices are done with it, frees what Attach allocated.
 void Detach(int64_t id) {
-  std::vector<std::pair<int32_t, CommRank>> found;
+  std::vector<std::pair<int32_t, Attached>> found;
   {
     const std::lock_guard<std::mutex> lock(mutex);
     for (auto it = all_ranks.begin(); it != all_ranks.end();) {
       if (it->first.first == id) {
-        found.emplace_back(it->first.second, it->second);
+        found.emplace_back(it->first.second, std::move(it->second));
         it = all_ranks.erase(it);
       } else {
         ++it;
       }
     }
   }
-  for (auto& [device, rank] : found) {
+  for (auto& [device, attached] : found) {
     const DeviceScope scope(device);
     ThrowIf(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-    rank.flights.reset();
-    ThrowIf(cudaFree(rank.peers.state), "cudaFree");
-    ThrowIf(cudaFree(rank.exchange.state), "cudaFree");
-    ThrowIf(cudaFree(rank.put_exchange.state), "cudaFree");
-    ThrowIf(cudaFreeHost(rank.peers.report), "cudaFreeHost");
+    attached = {};
   }
 }
 
@@ -333,7 +332,7 @@ void Detach(int64_t id) {
 ffi::ErrorOr<CommRank> FindRank(int64_t id, int32_t device) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = all_ranks.find({id, device});
-  if (found != all_ranks.end()) return found->second;
+  if (found != all_ranks.end()) return found->second.rank;
   return ffi::Unexpected(ffi::Error(
       ffi::ErrorCode::kFailedPrecondition,
       "lplb_jax: comm: it was closed, or device " + std::to_string(device) +
@@ -357,9 +356,7 @@ XLA_FFI_Error* InitializeComm(XLA_FFI_CallFrame* frame) {
 }
 
 void DefineComm(nanobind::module_& m) {
-  m.def("comm_allocate", Allocate);
-  m.def("comm_clear", Clear);
-  m.def("comm_free", Free);
+  m.def("comm_clear", ClearMemory);
   m.def("comm_can_access", CanAccess);
   m.def("comm_enable_peer", EnablePeer);
   m.def("comm_inbox_bytes", cuda::InboxBytes);
