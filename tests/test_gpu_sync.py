@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import threading
 import time
 
 import jax
@@ -319,6 +320,25 @@ def test_closed_between_compilation_and_run(mesh):
     comm.close()
     with pytest.raises(Exception, match="comm: it was closed"):
         jax.block_until_ready(step(counts))
+
+
+def test_other_threads_run_while_cuda_waits(virtual_ranks):
+    """A rank waits, and a thread for its device; this one must be able to launch the other rank."""
+    ranks = virtual_ranks(1, 2, 5, timeout_s=3.0)
+    native, ordinal = _native.built_cuda(), ranks.devices[0].local_hardware_id
+    window = native.Window(ordinal, 1024)
+    ones = [ranks.put(rank, np.ones(5, np.int32)) for rank in range(2)]
+    matrices = [ranks.put(rank, np.zeros((2, 5), np.int32)) for rank in range(2)]
+    ranks.sync(0, ones[0], matrices[0])
+    waits = threading.Thread(target=native.comm_clear, args=(ordinal, window.address, 1024))
+    waits.start()
+    time.sleep(0.2)
+    ranks.sync(1, ones[1], matrices[1])
+    waits.join()
+    ranks.wait()
+    assert not any(ranks.failures())
+    for matrix in matrices:
+        np.testing.assert_array_equal(matrix, 1)
 
 
 def run_processes(request, scenario, n_processes=None):

@@ -210,7 +210,9 @@ class Window {
     const DeviceScope scope(device);
     memory_ = MakeDeviceMemory(bytes);
   }
+  // Python's, so it holds the GIL. Other threads may need it to launch what the device waits for.
   ~Window() {
+    const nanobind::gil_scoped_release others_run;
     int former = 0;
     cudaGetDevice(&former);
     cudaSetDevice(device_);
@@ -356,30 +358,35 @@ XLA_FFI_Error* InitializeComm(XLA_FFI_CallFrame* frame) {
 }
 
 void DefineComm(nanobind::module_& m) {
-  m.def("comm_clear", ClearMemory);
-  m.def("comm_can_access", CanAccess);
-  m.def("comm_enable_peer", EnablePeer);
+  // Other threads may have to launch what these calls wait for.
+  const nanobind::call_guard<nanobind::gil_scoped_release> others_run;
+  m.def("comm_clear", ClearMemory, others_run);
+  m.def("comm_can_access", CanAccess, others_run);
+  m.def("comm_enable_peer", EnablePeer, others_run);
   m.def("comm_inbox_bytes", cuda::InboxBytes);
-  m.def("comm_attach", Attach);
-  m.def("comm_attach_put", AttachPut);
+  m.def("comm_attach", Attach, others_run);
+  m.def("comm_attach_put", AttachPut, others_run);
   m.def("comm_window_bytes", WindowBytes<cuda::WindowShape>);
-  m.def("comm_attach_windows", AttachWindows);
+  m.def("comm_attach_windows", AttachWindows, others_run);
   m.def("comm_put_window_bytes", WindowBytes<cuda::PutWindowShape>);
-  m.def("comm_attach_put_windows", AttachPutWindows);
+  m.def("comm_attach_put_windows", AttachPutWindows, others_run);
   m.def("comm_hangar_bytes", Flights::HangarBytes);
-  m.def("comm_attach_hangars", AttachHangars);
-  m.def("comm_add_route", AddRoute);
+  m.def("comm_attach_hangars", AttachHangars, others_run);
+  m.def("comm_add_route", AddRoute, others_run);
   nanobind::class_<Window>(m, "Window")
-      .def(nanobind::init<int, int64_t>())
+      .def(nanobind::init<int, int64_t>(), others_run)
       .def_prop_ro("address", &Window::address);
-  m.def("comm_load_library", LoadLibrary);
-  m.def("comm_detach", Detach);
-  m.def("comm_failure", FailureOf);
+  m.def("comm_load_library", LoadLibrary, others_run);
+  m.def("comm_detach", Detach, others_run);
+  m.def("comm_failure", FailureOf, others_run);
   // Makes a device's context current in this thread.
-  m.def("comm_use_device", [](int device) {
-    ThrowIf(cudaSetDevice(device), "cudaSetDevice");
-    ThrowIf(cudaFree(nullptr), "cudaFree");
-  });
+  m.def(
+      "comm_use_device",
+      [](int device) {
+        ThrowIf(cudaSetDevice(device), "cudaSetDevice");
+        ThrowIf(cudaFree(nullptr), "cudaFree");
+      },
+      others_run);
 }
 
 }  // namespace lplb
