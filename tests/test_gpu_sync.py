@@ -322,6 +322,24 @@ def test_closed_between_compilation_and_run(mesh):
         jax.block_until_ready(step(counts))
 
 
+def test_a_rank_is_connected_once(virtual_ranks):
+    """With one communicator; the first connection still works."""
+    ranks = virtual_ranks(1, 2, 5)
+    native, ordinal = _native.built_cuda(), ranks.devices[0].local_hardware_id
+    window = native.Window(ordinal, native.comm_inbox_bytes(2, 6))
+    for rank in range(2):
+        words = f"device {ordinal} is already rank 0 of communicator {ranks.ids[0]}"
+        with pytest.raises(RuntimeError, match=words):
+            native.comm_attach(ranks.ids[0], ordinal, rank, [window.address] * 2, 6, 1.0)
+    counts = [ranks.put(rank, np.full(5, rank, np.int32)) for rank in range(2)]
+    matrices = [ranks.put(rank, np.zeros((2, 5), np.int32)) for rank in range(2)]
+    for rank in range(2):
+        ranks.sync(rank, counts[rank], matrices[rank])
+    ranks.wait()
+    for matrix in matrices:
+        np.testing.assert_array_equal(matrix, [[0] * 5, [1] * 5])
+
+
 def test_other_threads_run_while_cuda_waits(virtual_ranks):
     """A rank waits, and a thread for its device; this one must be able to launch the other rank."""
     ranks = virtual_ranks(1, 2, 5, timeout_s=3.0)

@@ -158,7 +158,15 @@ void Attach(int64_t id, int device, int32_t rank, const std::vector<uintptr_t>& 
   peers.size = static_cast<int32_t>(inboxes.size());
   peers.stride = stride;
   const std::lock_guard<std::mutex> lock(mutex);
-  all_ranks[{id, device}] = std::move(made);
+  for (const auto& [key, found] : all_ranks) {
+    if (key.first != id || (key.second != device && found.rank.peers.inbox != peers.inbox))
+      continue;
+    throw std::runtime_error("comm: device " + std::to_string(key.second) + " is already rank " +
+                             std::to_string(found.rank.peers.rank) + " of communicator " +
+                             std::to_string(id) + "; close that before device " +
+                             std::to_string(device) + " becomes its rank " + std::to_string(rank));
+  }
+  all_ranks.emplace(std::pair(id, device), std::move(made));
 }
 
 // Loads a file of kernels, which NVSHMEM then initializes with its state.
