@@ -322,6 +322,29 @@ def test_closed_between_compilation_and_run(mesh):
         jax.block_until_ready(step(counts))
 
 
+@pytest.mark.parametrize("n_gpus", [1, None])
+def test_closed_before_a_recorded_program_runs(n_gpus):
+    """XLA records long programs, and replays them without calling the handlers again."""
+    mesh = Mesh(np.array(jax.devices()[:n_gpus]), "ep")
+    comm = init_comm(mesh, max_experts=16)
+
+    def calls(counts):
+        for _ in range(20):
+            counts = counts + sync_checks.sync_loads(counts, "ep", comm=comm).max(axis=0) % 3
+        return counts
+
+    run = per_rank(calls, mesh)
+    counts = everywhere(mesh, np.ones(mesh.devices.size * 4, np.int32))
+    for _ in range(4):
+        jax.block_until_ready(run(counts))
+    comm.close()
+    for _ in range(2):
+        with pytest.raises(Exception, match="comm: it was closed"):
+            jax.block_until_ready(run(counts))
+    with init_comm(mesh, max_experts=16) as comm:
+        sync_checks.check_sync(mesh, comm, np.random.default_rng())
+
+
 def test_a_rank_is_connected_once(virtual_ranks):
     """With one communicator; the first connection still works."""
     ranks = virtual_ranks(1, 2, 5)

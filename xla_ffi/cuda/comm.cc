@@ -96,7 +96,18 @@ std::string FailureOf(int64_t id) {
   return "";
 }
 
+bool IsOpen(int64_t id) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto first = all_ranks.lower_bound({id, 0});
+  return first != all_ranks.end() && first->first.first == id;
+}
+
+// A recorded program holds addresses that are no longer valid once the communicator is closed.
 ffi::Error CheckComm(int64_t id) {
+  if (!IsOpen(id)) {
+    return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                      "lplb_jax: comm: it was closed; trace the program anew with another one");
+  }
   const std::string failure = FailureOf(id);
   if (failure.empty()) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, failure);
