@@ -12,13 +12,14 @@ constexpr int32_t kTakeThreads = 512;
 constexpr int32_t kTakeWords = 4;  // of 16 bytes, that a thread has in flight
 constexpr int32_t kMostTakeBlocks = 1024;
 
-enum class Word : int32_t { kArrived, kFreed };
+enum class Word : int32_t { kArrived, kFreed, kSpoiled };
 
 __device__ __forceinline__ HangarHeader* HeaderOf(char* hangar) {
   return reinterpret_cast<HangarHeader*>(hangar);
 }
 
 __device__ __forceinline__ uint32_t* WordsOf(char* hangar, Word word) {
+  if (word == Word::kSpoiled) return HeaderOf(hangar)->spoiled;
   return word == Word::kArrived ? HeaderOf(hangar)->arrived : HeaderOf(hangar)->freed;
 }
 
@@ -26,7 +27,7 @@ __device__ __forceinline__ uint32_t* WordsOf(char* hangar, Word word) {
 // was not free hears beforehand that its bytes may get mixed.
 __device__ void GiveUp(const Hangars& hangars, int32_t rank, Word word) {
   if (word != Word::kFreed) return;
-  StoreWord(HeaderOf(hangars.all[rank])->spoiled + hangars.peers.rank, 1);
+  StoreWord(WordsOf(hangars.all[rank], Word::kSpoiled) + hangars.peers.rank, 1);
   __threadfence_system();
 }
 
@@ -35,24 +36,30 @@ __global__ void AwaitKernel(const Hangars hangars, const FlightRanks ranks, Word
                             uint32_t flight) {
   const int32_t rank = ranks.of[threadIdx.x];
   const uint32_t* awaited = WordsOf(hangars.own, word) + rank;
+  const uint32_t* spoiled = WordsOf(hangars.own, Word::kSpoiled) + rank;
   const volatile int32_t* failed = &hangars.peers.state->failed;
   Patience patience = {};
   for (uint32_t round = 1;; ++round) {
     if (static_cast<int32_t>(LoadAcquired(awaited) - flight) >= 0) return;
     if (round % kLooks != 0) continue;
     if (*failed != 0) return GiveUp(hangars, rank, word);
-    if (patience.Lasts(hangars.peers.timeout_ns)) continue;
-    Report(hangars.peers, SyncFailure::kNoCopies, flight, rank);
+    const bool in_vain = LoadAcquired(spoiled) != 0;
+    if (!in_vain && patience.Lasts(hangars.peers.timeout_ns)) continue;
+    const SyncFailure failure = in_vain ? SyncFailure::kPeerFailed : SyncFailure::kNoCopies;
+    Report(hangars.peers, failure, flight, rank);
     return GiveUp(hangars, rank, word);
   }
 }
 
-// The copies before it on the stream have been made. Nothing is raised after a failure: what was
-// sent may have been sent to a place that was not free.
+// The copies before it on the stream have been made. After a failure the ranks hear of that
+// instead: what was sent may have been sent to a place that was not free.
 __global__ void RaiseKernel(const Hangars hangars, const FlightRanks ranks, Word word,
                             uint32_t flight) {
   const volatile int32_t* failed = &hangars.peers.state->failed;
-  if (*failed != 0) return;
+  if (*failed != 0) {
+    word = Word::kSpoiled;
+    flight = 1;
+  }
   __threadfence_system();
   const bool all = ranks.n == 0;
   const int32_t n = all ? hangars.peers.size : ranks.n;
@@ -67,16 +74,18 @@ __device__ __forceinline__ float NumberOf(uint32_t flight) {
 
 __global__ void NumberKernel(uint32_t flight, float* number) { *number = NumberOf(flight); }
 
-// Whether a sender overwrote the place before it was free. To be called by all threads of a block,
-// after what they read there.
-__device__ bool Spoiled(const Hangars& hangars, const FlightRanks& senders, uint32_t flight) {
+// Whether a rank may have overwritten the place before it was free: any rank, since a later flight
+// may come from others than this one. To be called by all threads of a block, after what they read
+// there.
+__device__ bool Spoiled(const Hangars& hangars, uint32_t flight) {
+  static_assert(HangarHeader::kMostRanks <= kTakeThreads);
+  const auto rank = static_cast<int32_t>(threadIdx.x);
   bool spoiled = false;
   __syncthreads();
-  if (threadIdx.x < senders.n) {
+  if (rank < hangars.peers.size) {
     __threadfence_system();
-    const int32_t rank = senders.of[threadIdx.x];
-    spoiled = LoadAcquired(HeaderOf(hangars.own)->spoiled + rank) != 0;
-    if (spoiled && blockIdx.x == 0) Report(hangars.peers, SyncFailure::kNoCopies, flight, rank);
+    spoiled = LoadAcquired(WordsOf(hangars.own, Word::kSpoiled) + rank) != 0;
+    if (spoiled) Report(hangars.peers, SyncFailure::kPeerFailed, flight, rank);
   }
   return __syncthreads_or(spoiled) != 0;
 }
@@ -100,8 +109,8 @@ __device__ void TakeShare(const uint4* from, uint4* to, int64_t n) {
 }
 
 __global__ void __launch_bounds__(kTakeThreads)
-    TakeKernel(const Hangars hangars, const FlightRanks senders, uint32_t flight,
-               const float* number, const uint4* from, uint4* to, int64_t n) {
+    TakeKernel(const Hangars hangars, uint32_t flight, const float* number, const uint4* from,
+               uint4* to, int64_t n) {
   const volatile int32_t* failed = &hangars.peers.state->failed;
   const bool wrong = *number != NumberOf(flight);
   if (wrong && blockIdx.x == 0 && threadIdx.x == 0) {
@@ -109,7 +118,7 @@ __global__ void __launch_bounds__(kTakeThreads)
   }
   if (!wrong && *failed == 0) {
     TakeShare(from, to, n);
-    if (!Spoiled(hangars, senders, flight)) return;
+    if (!Spoiled(hangars, flight)) return;
   }
   TakeShare(nullptr, to, n);
 }
@@ -151,15 +160,14 @@ cudaError_t LaunchNumber(uint32_t flight, float* number, cudaStream_t stream) {
   return Launch(NumberKernel, {dim3(1), 1}, stream, flight, number);
 }
 
-cudaError_t LaunchTake(const Hangars& hangars, const FlightRanks& senders, uint32_t flight,
-                       const float* number, const void* from, void* to, int64_t bytes,
-                       cudaStream_t stream) {
+cudaError_t LaunchTake(const Hangars& hangars, uint32_t flight, const float* number,
+                       const void* from, void* to, int64_t bytes, cudaStream_t stream) {
   const int64_t n = bytes / 16;
   const int64_t blocks = (n + kTakeThreads * kTakeWords - 1) / (kTakeThreads * kTakeWords);
   const LaunchShape shape = {
       dim3(static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, kMostTakeBlocks))), kTakeThreads};
-  return Launch(TakeKernel, shape, stream, hangars, senders, flight, number,
-                static_cast<const uint4*>(from), static_cast<uint4*>(to), n);
+  return Launch(TakeKernel, shape, stream, hangars, flight, number, static_cast<const uint4*>(from),
+                static_cast<uint4*>(to), n);
 }
 
 cudaError_t PreloadFlights() {

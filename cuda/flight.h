@@ -22,7 +22,7 @@
 namespace lplb::cuda {
 
 // At the beginning of a hangar: the words of all ranks, then those of their receivers; and which
-// ranks gave up waiting for this one to free a place, and may have written there all the same.
+// ranks have failed. They may have written to this hangar without waiting for a free place.
 struct HangarHeader {
   static constexpr int32_t kMostRanks = 512;
 
@@ -52,7 +52,8 @@ cudaError_t LaunchAwaitArrived(const Hangars& hangars, const FlightRanks& ranks,
 cudaError_t LaunchAwaitFreed(const Hangars& hangars, const FlightRanks& ranks, uint32_t flight,
                              cudaStream_t stream);
 
-// Raises this rank's word of `arrived` in the hangars of `ranks`, or of `freed` in all.
+// Raises this rank's word of `arrived` in the hangars of `ranks`, or of `freed` in all; after a
+// failure that of `spoiled` instead.
 cudaError_t LaunchRaiseArrived(const Hangars& hangars, const FlightRanks& ranks, uint32_t flight,
                                cudaStream_t stream);
 cudaError_t LaunchRaiseFreed(const Hangars& hangars, uint32_t flight, cudaStream_t stream);
@@ -60,11 +61,10 @@ cudaError_t LaunchRaiseFreed(const Hangars& hangars, uint32_t flight, cudaStream
 // Writes a flight's number where XLA carries it from its start to its end.
 cudaError_t LaunchNumber(uint32_t flight, float* number, cudaStream_t stream);
 
-// Copies what came from `senders`; after a failure of this rank or of one of them, or if `number`
-// is another flight's, sets all bits, which is NaN in any type of floats.
-cudaError_t LaunchTake(const Hangars& hangars, const FlightRanks& senders, uint32_t flight,
-                       const float* number, const void* from, void* to, int64_t bytes,
-                       cudaStream_t stream);
+// Copies what came; after a failure of this rank or of one that may have overwritten it, or if
+// `number` is another flight's, sets all bits, which is NaN in any type of floats.
+cudaError_t LaunchTake(const Hangars& hangars, uint32_t flight, const float* number,
+                       const void* from, void* to, int64_t bytes, cudaStream_t stream);
 
 // Like PreloadSync.
 cudaError_t PreloadFlights();

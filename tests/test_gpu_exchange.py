@@ -180,25 +180,28 @@ def test_copies_in_flight(rng, mesh, check):
 
 
 @several
-def test_a_late_rank_takes_no_mixed_copies(mesh):
+@pytest.mark.parametrize("homewards", [False, True])
+def test_a_late_rank_takes_no_mixed_copies(mesh, homewards):
     """Who gives up waiting for a place cannot stop its engines: they overwrite what a late rank has
-    not taken yet, and that rank must not mistake it for what it waits for."""
+    not taken yet, and that rank must not mistake it for what it waits for. That may come from
+    another rank than what overwrites it: the third flight goes the other way."""
     r2o, shape = topologies.ring(mesh.size), (2, 1 << 20)
 
     def rank(ones):
         copies = Flight(r2o, "ep", 1, comm)
-        flights = []
-        for value in (1, 2, 3):  # The memory has room for two.
+        flights, homes = [], [False, False, homewards]
+        for value, home in enumerate(homes, start=1):  # The memory has room for two.
             weights = [ones * value]
-            number = copies.start(weights, home=False)
+            number = copies.start(weights, home=home)
             ones, number = lax.optimization_barrier((ones, number))
             flights.append((number, weights))
         rounds = jnp.where(lax.axis_index("ep") == 1, 20_000, 0)
         busy = lax.fori_loop(0, rounds, lambda _, x: jnp.sin(x) + 1, jnp.tile(ones, 8))
         flights, busy = lax.optimization_barrier((flights, busy))
         came = []
-        for number, weights in flights:
-            came += copies.take(number, weights, home=False)
+        for i, home in enumerate(homes):
+            number, weights = flights[i]
+            came += copies.take(number, weights, home=home)
             came, flights = lax.optimization_barrier((came, flights))
         return jnp.stack(came), busy[0, 0]  # or else XLA drops the loop
 
@@ -213,6 +216,25 @@ def test_a_late_rank_takes_no_mixed_copies(mesh):
     expected = np.arange(1, 4, dtype=np.float32)[None, :, None]
     assert ((of_ranks == expected) | np.isnan(of_ranks)).all()
     assert np.isnan(of_ranks[1, 0]).all()
+
+
+@several
+def test_copies_of_another_size_are_not_taken(mesh):
+    """Nothing is written beyond a result."""
+    r2o, shape = topologies.ring(mesh.size), (2, 1 << 10)
+
+    def rank(ones):
+        copies = Flight(r2o, "ep", 1, comm)
+        number = copies.start([ones], home=False)
+        half, number = lax.optimization_barrier((ones[:, ::2], number))
+        (came,) = copies.take(number, [half], home=False)
+        return came, ones * 2  # What left stays as it is until then.
+
+    with init_comm(mesh, max_experts=64, copy_bytes=4 * shape[1], **peer_checks.WINDOWS) as comm:
+        run = per_rank(rank, mesh, n_inputs=1)
+        ones = everywhere(mesh, np.ones((shape[0] * mesh.size, shape[1]), np.float32))
+        with pytest.raises(Exception, match="other copies are on their way"):
+            jax.block_until_ready(run(ones))
 
 
 def test_one_gpu_is_a_mesh_too(rng):

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "xla_ffi/cuda/comm.h"
 #include "xla_ffi/cuda/handler.h"
@@ -17,10 +18,6 @@ namespace {
 constexpr int64_t RoundedUp(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 constexpr int64_t kHeaderBytes = RoundedUp(sizeof(cuda::HangarHeader));
 
-void ThrowIf(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + cudaGetErrorString(error));
-}
-
 // Each rank once.
 cuda::FlightRanks Distinct(std::vector<int32_t> ranks) {
   std::sort(ranks.begin(), ranks.end());
@@ -30,19 +27,6 @@ cuda::FlightRanks Distinct(std::vector<int32_t> ranks) {
   return distinct;
 }
 
-// The first error of several steps.
-class Steps {
- public:
-  Steps& Then(cudaError_t error) {
-    if (error_ == cudaSuccess) error_ = error;
-    return *this;
-  }
-  std::string Error() const { return error_ == cudaSuccess ? "" : cudaGetErrorString(error_); }
-
- private:
-  cudaError_t error_ = cudaSuccess;
-};
-
 }  // namespace
 
 int64_t Flights::HangarBytes(int64_t copy_bytes) {
@@ -50,24 +34,15 @@ int64_t Flights::HangarBytes(int64_t copy_bytes) {
 }
 
 Flights::Flights(const cuda::Peers& peers, const std::vector<uintptr_t>& hangars, int64_t bytes)
-    : bytes_(bytes) {
+    : bytes_(bytes), table_(MakeDeviceMemory(hangars.size() * sizeof(char*))) {
   if (peers.size > cuda::HangarHeader::kMostRanks) {
     throw std::runtime_error("copies: more than 512 ranks");
   }
   for (const uintptr_t hangar : hangars) all_.push_back(reinterpret_cast<char*>(hangar));
-  const size_t table_bytes = all_.size() * sizeof(char*);
-  ThrowIf(cudaMalloc(&table_, table_bytes), "cudaMalloc: ");
-  ThrowIf(cudaMemcpy(table_, all_.data(), table_bytes, cudaMemcpyHostToDevice), "cudaMemcpy: ");
-  ThrowIf(cudaStreamCreateWithFlags(&beside_, cudaStreamNonBlocking), "cudaStreamCreate: ");
-  ThrowIf(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming), "cudaEventCreate: ");
-  hangars_ = {peers, static_cast<char* const*>(table_), all_.at(peers.rank)};
-}
-
-Flights::~Flights() {
-  for (const cudaEvent_t event : idle_) cudaEventDestroy(event);
-  cudaEventDestroy(fork_);
-  cudaStreamDestroy(beside_);
-  cudaFree(table_);
+  ThrowIf(
+      cudaMemcpy(table_.get(), all_.data(), all_.size() * sizeof(char*), cudaMemcpyHostToDevice),
+      "cudaMemcpy");
+  hangars_ = {peers, static_cast<char* const*>(table_.get()), all_.at(peers.rank)};
 }
 
 int64_t Flights::AddRoute(FlightRoute route) {
@@ -83,28 +58,28 @@ int64_t Flights::AddRoute(FlightRoute route) {
   return static_cast<int64_t>(routes_.size()) - 1;
 }
 
-cudaError_t Flights::TakeEvent(cudaEvent_t* event) {
-  if (idle_.empty()) return cudaEventCreateWithFlags(event, cudaEventDisableTiming);
-  *event = idle_.back();
+Event Flights::TakeEvent() {
+  if (idle_.empty()) return MakeEvent();
+  Event event = std::move(idle_.back());
   idle_.pop_back();
-  return cudaSuccess;
+  return event;
 }
 
-uint32_t Flights::Place(Flight* flight, int64_t n_bytes) {
+std::pair<Flights::Place, uint32_t> Flights::NextPlace(int64_t n_bytes) {
   if (cursor_ + n_bytes > bytes_) cursor_ = 0;
   if (cursor_ == 0) cursor_ = kHeaderBytes;
-  flight->begin = cursor_;
-  flight->end = cursor_ = cursor_ + RoundedUp(n_bytes);
+  const Place place = {++last_, cursor_, cursor_ + RoundedUp(n_bytes)};
+  cursor_ = place.end;
   uint32_t before = forgotten_;
-  for (const Flight& earlier : placed_) {
-    if (earlier.begin < flight->end && flight->begin < earlier.end) before = earlier.number;
+  for (const Place& earlier : placed_) {
+    if (earlier.begin < place.end && place.begin < earlier.end) before = earlier.number;
   }
-  placed_.push_back(*flight);
+  placed_.push_back(place);
   if (placed_.size() > kMostPlaced) {
     forgotten_ = placed_.front().number;
     placed_.pop_front();
   }
-  return before;
+  return {place, before};
 }
 
 std::string Flights::Start(int64_t route, bool against, int32_t n_copies,
@@ -114,58 +89,65 @@ std::string Flights::Start(int64_t route, bool against, int32_t n_copies,
   if (route >= static_cast<int64_t>(routes_.size())) return "unknown topology";
   const FlightRoute& along = routes_[route];
   const std::vector<int32_t>& to = against ? along.from : along.to;
-  Flight flight = {++last_, 0, 0, {}, Distinct(against ? along.to : along.from), nullptr};
+  const cuda::FlightRanks receivers = Distinct(to);
+  std::vector<int64_t> bytes;
   int64_t total = 0;
   for (const FlightArray& array : arrays) {
-    flight.bytes.push_back(n_copies * array.bytes);
-    total += n_copies * array.bytes;
+    bytes.push_back(n_copies * array.bytes);
+    total += bytes.back();
   }
   if (kHeaderBytes + total > bytes_) {
     return "comm: it has room for " + std::to_string(bytes_ - kHeaderBytes) +
            " bytes of copies, and this call needs " + std::to_string(total) +
            "; raise copy_bytes in init_comm";
   }
-  const uint32_t before = Place(&flight, total);
-  const cuda::FlightRanks receivers = Distinct(to);
-  Steps steps;
-  steps.Then(TakeEvent(&flight.left))
-      .Then(cuda::LaunchNumber(flight.number, number, stream))
-      .Then(cudaEventRecord(fork_, stream))
-      .Then(cudaStreamWaitEvent(beside_, fork_, 0))
-      .Then(cuda::LaunchAwaitFreed(hangars_, receivers, before, beside_));
-  int64_t at = flight.begin;
+  const auto [place, before] = NextPlace(total);
+  Flight flight = {place, bytes, Distinct(against ? along.to : along.from), TakeEvent()};
+  const cudaStream_t beside = beside_.get();
+  // Nothing must leave where a step before it fails: it might get over what was not taken yet.
+  ThrowIf(cuda::LaunchNumber(place.number, number, stream), "copies: number");
+  ThrowIf(cudaEventRecord(fork_.get(), stream), "cudaEventRecord");
+  ThrowIf(cudaStreamWaitEvent(beside, fork_.get(), 0), "cudaStreamWaitEvent");
+  ThrowIf(cuda::LaunchAwaitFreed(hangars_, receivers, before, beside), "copies: await");
+  int64_t at = place.begin;
   for (const FlightArray& array : arrays) {
     for (int32_t copy = 0; copy < n_copies; ++copy, at += array.bytes) {
-      char* place = all_[to[copy % to.size()]] + at;
-      steps.Then(cudaMemcpyAsync(place, array.data + copy * array.bytes, array.bytes,
-                                 cudaMemcpyDefault, beside_));
+      char* there = all_[to[copy % to.size()]] + at;
+      ThrowIf(cudaMemcpyAsync(there, array.data + copy * array.bytes, array.bytes,
+                              cudaMemcpyDefault, beside),
+              "cudaMemcpyAsync");
     }
   }
-  steps.Then(cuda::LaunchRaiseArrived(hangars_, receivers, flight.number, beside_))
-      .Then(cudaEventRecord(flight.left, beside_));
-  flying_.push_back(flight);
-  return steps.Error();
+  ThrowIf(cuda::LaunchRaiseArrived(hangars_, receivers, place.number, beside), "copies: raise");
+  ThrowIf(cudaEventRecord(flight.left.get(), beside), "cudaEventRecord");
+  flying_.push_back(std::move(flight));
+  return "";
 }
 
-std::string Flights::Take(const float* number, const std::vector<char*>& into,
+std::string Flights::Take(const float* number, const std::vector<FlightResult>& into,
                           cudaStream_t stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (flying_.empty()) return "no copies are on their way";
-  const Flight flight = flying_.front();
+  Flight flight = std::move(flying_.front());
   flying_.pop_front();
-  if (flight.bytes.size() != into.size()) return "other copies are on their way";
-  Steps steps;
-  // Not for later flights: one may wait until this one is taken.
-  steps.Then(cudaStreamWaitEvent(stream, flight.left, 0))
-      .Then(cuda::LaunchAwaitArrived(hangars_, flight.from, flight.number, stream));
-  int64_t at = flight.begin;
-  for (size_t i = 0; i < into.size(); ++i) {
-    steps.Then(cuda::LaunchTake(hangars_, flight.from, flight.number, number, hangars_.own + at,
-                                into[i], flight.bytes[i], stream));
-    at += flight.bytes[i];
+  const auto same = [](int64_t bytes, const FlightResult& result) { return bytes == result.bytes; };
+  if (!std::equal(flight.bytes.begin(), flight.bytes.end(), into.begin(), into.end(), same)) {
+    return "other copies are on their way";
   }
-  idle_.push_back(flight.left);
-  return steps.Then(cuda::LaunchRaiseFreed(hangars_, flight.number, stream)).Error();
+  // Not for later flights: one may wait until this one is taken.
+  ThrowIf(cudaStreamWaitEvent(stream, flight.left.get(), 0), "cudaStreamWaitEvent");
+  idle_.push_back(std::move(flight.left));
+  const uint32_t which = flight.place.number;
+  ThrowIf(cuda::LaunchAwaitArrived(hangars_, flight.from, which, stream), "copies: await");
+  int64_t at = flight.place.begin;
+  for (const FlightResult& result : into) {
+    ThrowIf(cuda::LaunchTake(hangars_, which, number, hangars_.own + at, result.data, result.bytes,
+                             stream),
+            "copies: take");
+    at += result.bytes;
+  }
+  ThrowIf(cuda::LaunchRaiseFreed(hangars_, which, stream), "copies: raise");
+  return "";
 }
 
 namespace {
@@ -233,11 +215,12 @@ ffi::Error Take(ffi::BufferR0<ffi::F32> number, ffi::RemainingArgs arrays,
                 ffi::RemainingRets received, ffi::Dictionary attributes, int32_t ordinal,
                 cudaStream_t stream) {
   return WithFlights(attributes, ordinal, [&](Flights& flights) {
-    std::vector<char*> into;
+    std::vector<FlightResult> into;
     for (size_t i = 0; i < received.size(); ++i) {
       auto buffer = received.get<ffi::AnyBuffer>(i);
       if (buffer.has_error()) return buffer.error();
-      into.push_back(static_cast<char*>((*buffer)->untyped_data()));
+      into.push_back({static_cast<char*>((*buffer)->untyped_data()),
+                      static_cast<int64_t>((*buffer)->size_bytes())});
     }
     if (into.size() != arrays.size()) return Invalid("take_flight: expected a result per array");
     return FromMessage(flights.Take(number.typed_data(), into, stream));

@@ -6,9 +6,11 @@
 #include <deque>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/flight.h"
+#include "xla_ffi/cuda/resources.h"
 
 namespace lplb {
 
@@ -25,17 +27,22 @@ struct FlightArray {
   int64_t bytes;  // of one expert
 };
 
+// Where an array of copies comes to.
+struct FlightResult {
+  char* data;
+  int64_t bytes;
+};
+
 // Flights of one device, in the order in which it starts and takes them. CUDA calls are made with
-// that device current.
+// that device current; where one fails, std::runtime_error is thrown. Start and Take return what is
+// wrong with their arguments, "" if nothing is.
 class Flights {
  public:
   // The size of hangars with room for two flights of so many bytes.
   static int64_t HangarBytes(int64_t copy_bytes);
 
-  // `bytes` is the size of every hangar. Throws std::runtime_error.
+  // `bytes` is the size of every hangar.
   Flights(const cuda::Peers& peers, const std::vector<uintptr_t>& hangars, int64_t bytes);
-  ~Flights();
-  Flights(const Flights&) = delete;
 
   // Adds a route, and returns its number.
   int64_t AddRoute(FlightRoute route);
@@ -44,34 +51,38 @@ class Flights {
   std::string Start(int64_t route, bool against, int32_t n_copies,
                     const std::vector<FlightArray>& arrays, float* number, cudaStream_t stream);
   // Takes the oldest flight that was not taken: n_copies experts into each array.
-  std::string Take(const float* number, const std::vector<char*>& into, cudaStream_t stream);
+  std::string Take(const float* number, const std::vector<FlightResult>& into, cudaStream_t stream);
 
  private:
-  struct Flight {
+  // Of a flight, in every hangar.
+  struct Place {
     uint32_t number;
-    int64_t begin;  // in every hangar
+    int64_t begin;
     int64_t end;
+  };
+  struct Flight {
+    Place place;
     std::vector<int64_t> bytes;  // of each array, all copies
     cuda::FlightRanks from;
-    cudaEvent_t left;  // what this rank sends has left
+    Event left;  // what this rank sends has left
   };
 
-  cudaError_t TakeEvent(cudaEvent_t* event);
-  // Sets the place of a flight; returns the number of the last flight that overlapped it.
-  uint32_t Place(Flight* flight, int64_t n_bytes);
+  Event TakeEvent();
+  // The place of the next flight, and the number of the last one that overlapped it.
+  std::pair<Place, uint32_t> NextPlace(int64_t n_bytes);
 
   static constexpr size_t kMostPlaced = 64;
 
   cuda::Hangars hangars_ = {};
   std::vector<char*> all_;
-  void* table_ = nullptr;
   int64_t bytes_;
-  cudaStream_t beside_ = nullptr;
-  cudaEvent_t fork_ = nullptr;
-  std::vector<cudaEvent_t> idle_;  // events
+  DeviceMemory table_;
+  Stream beside_ = MakeStream();
+  Event fork_ = MakeEvent();
+  std::vector<Event> idle_;
   std::mutex mutex_;
   std::vector<FlightRoute> routes_;
-  std::deque<Flight> placed_;  // the last ones
+  std::deque<Place> placed_;  // the last ones
   std::deque<Flight> flying_;
   uint32_t last_ = 0;
   uint32_t forgotten_ = 0;  // the last flight that is no longer in placed_
