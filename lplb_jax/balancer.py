@@ -261,6 +261,8 @@ def rebalance(
     plain = not (problem.along_topology and (problem.node_size or costs.asked))
     plain = plain and not (chooses and costs.asked)
     at_once = at_once and plain and loads is None and method == "exact"
+    # Who awaits the counts of an expert awaits the invalid ids of the rank of that number, too.
+    at_once = at_once and (comm is None or problem.ep_size <= problem.n_logical)
     if at_once and _fits(problem, indices.size, chooses=chooses, synced=comm is not None):
         assigned, split, chosen = _rebalance_at_once(
             indices, problem, axis_name, comm, positions, limit, costs
@@ -281,6 +283,8 @@ def rebalance(
         split = solve_checked(sources, problem, method, weights, costs=costs)
     if loads is None:
         loads = None if axis_name is None else sources
+        if comm is not None and comm.transport != "xla":
+            split = split._replace(status=_with_missing(split.status, sources))
     else:
         split = split._replace(status=_with_invalid(split.status, own))
     assigned = assign_tokens(indices, loads, split.quota, problem, axis_name, own, positions)
@@ -291,6 +295,11 @@ def rebalance(
 @jax.jit
 def _with_invalid(status: jax.Array, own: jax.Array) -> jax.Array:
     return status | jnp.where(own[-1] > 0, jnp.int32(Status.INVALID_INDEX), 0)
+
+
+@jax.jit
+def _with_missing(status: jax.Array, sources: jax.Array) -> jax.Array:
+    return jnp.where(sources[0, 0] < 0, jnp.int32(Status.SYNC_FAILED), status)
 
 
 def _fits(problem: Problem, n_tokens: Any, *, chooses: bool, synced: bool) -> bool:

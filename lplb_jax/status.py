@@ -34,5 +34,6 @@ class Status(enum.IntFlag):
     count as equal, or one was below 2⁻⁴⁰ (9e-13) of the largest and was raised to that. The split
     is valid, and `lower_bound` holds for the adjusted weights."""
     SYNC_FAILED = 32
-    """Another rank's counts did not arrive in time (see `init_comm`): every token got −1 and every
-    quota 0. Set in all groups; the communicator's next use raises."""
+    """Another rank's counts did not arrive in time (see `init_comm`), or it has failed: every quota
+    is 0, and every token got −1 or, where counts are exchanged by a kernel of their own, its
+    expert's home. Set in all groups; the communicator's next use raises."""

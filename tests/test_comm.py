@@ -26,12 +26,15 @@ from steps import assert_same
 import lplb_jax.comm
 from lplb_jax import (
     Comm,
+    Placement,
+    Status,
     _native,
     _nvshmem,
     count_loads,
     export_checks,
     init_comm,
     rebalance,
+    reference,
     sync_loads,
     topologies,
 )
@@ -315,6 +318,37 @@ def test_rebalance_lowers_to_one_call(mesh):
     assert "stablehlo.all_gather" not in text
     with pytest.raises(ValueError, match="out_specs"):
         exported(step, mesh, (P(), P()))
+
+
+def test_invalid_ids_of_more_ranks_than_experts(mesh):
+    """In the fused kernels, those who await experts' counts await the invalid ids; here are too few
+    of them."""
+    table = np.array([0, 1, 2, 3, 0, 1, 2, 3])[:, None]
+    placement = Placement.from_phy2log(table, ep_size=8, n_logical=4)
+
+    def step(ids):
+        return rebalance(ids, None, placement=placement, axis_name="ep", comm=fake())
+
+    text = exported(step, mesh, (P("ep"), P()))
+    assert "custom_call @lplb_synced_rebalance" not in text
+    assert text.count("custom_call @lplb_sync(") == 1
+
+
+@pytest.mark.parametrize("solver", ["exact", "ipm"])
+def test_the_status_tells_missing_counts(rng, mesh, monkeypatch, solver):
+    """Also where counts are exchanged by a kernel of their own, which leaves −1."""
+    comm = Comm("nvshmem_put", "ep", 8, max_experts=64, timeout_s=1.0, identifier=77)
+    failed = mock.Mock(side_effect=lambda counts, *_, **__: -jnp.ones((8, counts.size), jnp.int32))
+    monkeypatch.setattr(reference, "sync", failed)
+
+    def step(ids):
+        options: dict[str, Any] = {"placement": CASE.placement(rng), "axis_name": "ep"}
+        return rebalance(ids, None, CASE.r2o, comm=comm, solver=solver, **options)[1]
+
+    split = sharded(step, mesh, P())(tokens(rng, CASE, 60))
+    assert failed.called
+    np.testing.assert_array_equal(split.status, Status.SYNC_FAILED)
+    np.testing.assert_array_equal(split.quota, 0)
 
 
 def test_ipm_and_the_pieces_lower_to_sync(mesh):

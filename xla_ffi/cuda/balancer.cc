@@ -60,6 +60,10 @@ ffi::Error RunSyncedRebalance(const SyncedRebalanceCall& call, const OnDevice& o
                    std::to_string(peers.stride - 1) + " experts, got ep_size = " +
                    std::to_string(p.ep_size) + " and n_logical = " + std::to_string(p.n_logical));
   }
+  if (p.n_logical < p.ep_size) {  // Nobody would await the invalid ids of the last ranks.
+    return Invalid("n_logical: expected at least one expert per rank, got " +
+                   std::to_string(p.n_logical) + " on " + std::to_string(p.ep_size) + " ranks");
+  }
   arguments.given.rank = call.rank;
   arguments.peers = peers;
   return FromCuda(cuda::LaunchSyncedRebalance(arguments, on.stream), "rebalance");
