@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from lplb_jax import _native, export_checks, init_comm, moe
 from lplb_jax._native import warn_once
+from lplb_jax.assignment import Assignment
 from lplb_jax.comm import Comm, _windows
 from lplb_jax.moe.collectives import ListPlan
 from lplb_jax.moe.peer import PeerPlan
@@ -100,6 +101,7 @@ def test_no_empty_array_crosses_shard_map(rng, mesh, transport):
 @pytest.mark.parametrize(
     ("width", "dtype", "words"),
     [
+        (0, "float32", r"rows: .* hidden of at least 1, got \[384, 0\]"),
         (3, "float32", r"rows: .* multiple of 16 bytes .* got float32 \[384, 3\]"),
         (32, "float32", r"rows: expected at most 64 bytes .* got float32 .*; raise hidden_bytes"),
         (16, "float64", r"rows: expected at most 64 bytes .* got float64"),
@@ -125,6 +127,28 @@ def test_results_without_room_are_refused(mesh, width, dtype, words):
         else:
             with pytest.raises(ValueError, match=words):
                 jax.eval_shape(run, *arguments)
+
+
+@pytest.mark.parametrize("transport", ["peer", "padded", "auto"])
+@pytest.mark.parametrize(
+    ("n_tokens", "hidden", "top_k", "words"),
+    [
+        (0, 16, 3, "tokens: .* at least one token"),
+        (16, 0, 3, "tokens: .* hidden of at least 1"),
+        (16, 16, 0, "assignment: expected top_k of at least 1"),
+    ],
+)
+def test_empty_batches_are_refused(mesh, transport, n_tokens, hidden, top_k, words):
+    def step(tokens, gates, ids):
+        options = {"axis_name": "ep", "capacity": 384, "transport": transport, "comm": comm_of(4)}
+        slots = Assignment(ids, ids, jnp.zeros(4, jnp.int32))
+        return moe.dispatch(tokens, gates, slots, **options)[0]
+
+    run = jax.shard_map(step, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    shapes = [((4 * n_tokens, hidden), "float32"), ((4 * n_tokens, top_k), "float32")]
+    shapes += [((4 * n_tokens, top_k), "int32")]
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(run, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
 
 
 @pytest.mark.parametrize(

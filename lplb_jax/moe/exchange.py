@@ -188,10 +188,10 @@ def combine(rows: jax.Array, plan: Plan) -> jax.Array:
             f"plan: expected a lplb_jax.moe.Plan, got {type(plan).__name__}; pass the one that "
             f"dispatch returned"
         )
-    if rows.ndim != 2 or len(rows) != plan.capacity:
+    if rows.ndim != 2 or len(rows) != plan.capacity or rows.shape[1] < 1:
         raise ValueError(
-            f"rows: expected [capacity, hidden] with capacity = {plan.capacity}, got "
-            f"{list(rows.shape)}"
+            f"rows: expected [capacity, hidden] with capacity = {plan.capacity} and hidden of at "
+            f"least 1, got {list(rows.shape)}"
         )
     check_reverse("rows", rows)
     return plan.home(plan.summed(head(rows, plan.group_sizes.sum(dtype=jnp.int32))))
@@ -210,16 +210,20 @@ def _check_assignment(
     for field, value in zip(assignment._fields, assignment, strict=True):
         check_array(f"assignment.{field}", value, "int32")
     floating = jnp.issubdtype(tokens.dtype, jnp.floating)
-    if tokens.ndim != 2 or len(tokens) < 1 or not floating:
+    if tokens.ndim != 2 or 0 in tokens.shape or not floating:
         raise ValueError(
-            f"tokens: expected floats [tokens, hidden] with at least one token, got {tokens.dtype} "
-            f"{list(tokens.shape)}"
+            f"tokens: expected floats [tokens, hidden] with at least one token, and hidden of at "
+            f"least 1, got {tokens.dtype} {list(tokens.shape)}"
         )
     physical, position, counts = assignment
     if physical.ndim != 2 or len(physical) != len(tokens) or position.shape != physical.shape:
         raise ValueError(
             f"assignment: expected slots and positions [tokens, top_k] with {len(tokens)} tokens, "
             f"got {list(physical.shape)} and {list(position.shape)}"
+        )
+    if physical.shape[1] < 1:
+        raise ValueError(
+            f"assignment: expected top_k of at least 1, got slots {list(physical.shape)}"
         )
     if counts.ndim != 1 or len(counts) % n_ranks:
         raise ValueError(

@@ -64,9 +64,10 @@ struct ExchangeCall {
     routing.capacity = capacity.narrow();
     routing.n_received = n_received.narrow();
     const int64_t bytes = hidden.value * BytesOf(row_type);
-    if (bytes % 16 != 0 || bytes > Size::kMost) {
-      frame.Fail("hidden: expected a multiple of 16 bytes, got " + std::to_string(bytes));
+    if (bytes < 1 || bytes % 16 != 0 || bytes > Size::kMost) {
+      frame.Fail("hidden: expected a positive multiple of 16 bytes, got " + std::to_string(bytes));
     }
+    if (top_k.value < 1) frame.Fail("top_k: expected at least 1, got none");
     row_bytes = static_cast<int32_t>(bytes);
     gate_bytes = BytesOf(gate_type);
     if (gates_each.value == 0 && n_row_gates.value == 0) {
