@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import jax
@@ -37,9 +38,11 @@ class Rendezvous:
             return [value]
         client = _client()
         values = []
+        end = time.monotonic() + self._timeout_ms / 1000  # for all of them together
         for process in self.processes:
+            left_ms = max(int(1000 * (end - time.monotonic())), 1)
             try:
-                values.append(client.blocking_key_value_get(f"{key}/{process}", self._timeout_ms))
+                values.append(client.blocking_key_value_get(f"{key}/{process}", left_ms))
             except Exception as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise

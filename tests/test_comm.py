@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 import warnings
 from typing import Any
 from unittest import mock
@@ -30,6 +31,7 @@ from lplb_jax import (
     Status,
     _native,
     _nvshmem,
+    _rendezvous,
     count_loads,
     export_checks,
     init_comm,
@@ -492,6 +494,28 @@ def test_routes_are_numbered_as_the_module_numbers_them(one_gpu):
                 comm.route(wide, wide)
         assert [comm.route(two, two), comm.route(one, one)] == [1, 0]
         assert native.routes == 2
+
+
+def test_processes_are_awaited_once(monkeypatch):
+    """Not each of them for the whole timeout."""
+    given = []
+
+    class Client:
+        def key_value_set(self, key, value):
+            pass
+
+        def blocking_key_value_get(self, key, timeout_ms):
+            given.append(timeout_ms)
+            time.sleep(0.1)
+            return key
+
+    monkeypatch.setattr(_rendezvous, "_client", Client)
+    values = _rendezvous.Rendezvous("name", [0, 1, 2, 3], 0.25).exchange("hello", "")
+    assert [value[-1] for value in values] == list("0123")
+    assert given[0] <= 250
+    assert given[1] <= 150
+    assert given[2] <= 50
+    assert given[3] == 1
 
 
 @pytest.mark.parametrize(
