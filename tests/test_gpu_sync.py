@@ -205,7 +205,7 @@ def test_a_failed_rank_sends_no_counts(virtual_ranks):
         assert "of rank 0, which has failed" in failures[rank]
 
 
-@pytest.mark.parametrize("n_tokens", [1000])
+@pytest.mark.parametrize("n_tokens", [1000, 200_000])
 def test_a_failed_rank_is_in_no_split(rng, virtual_ranks, n_tokens):
     """The same for rebalance: its status tells on all ranks, and no token has a slot."""
     size, n_logical = 3, 48

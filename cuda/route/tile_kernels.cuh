@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kRouteThreads) TileCountKernel(const RouteArgu
     const bool last = threadIdx.x == 0 && atomicAdd(&state.ticket, 1) + 1 == gridDim.y;
     if (!__syncthreads_or(last)) return;
     __threadfence();
-    const SyncCall call = {state.epoch + 1, false};
+    const SyncCall call = {state.epoch + 1, state.failed != 0};  // See Peers.
     for (int32_t e = threadIdx.x; e < row; e += blockDim.x) {
       int32_t total = 0;
 #pragma unroll 8
