@@ -158,7 +158,7 @@ def test_a_missing_rank_is_reported(virtual_ranks, n_gpus):
 def test_a_missing_rank_is_awaited_once(rng, virtual_ranks, n_tokens, where):
     """Not once for each count that a thread awaits: in one launch, in two, and by sync_loads."""
     size, n_logical = 4, 1024
-    ranks = virtual_ranks(1, size, 10_000, timeout_s=0.5)
+    ranks = virtual_ranks(1, size, 10_000, timeout_s=1.0)
     r2o = topologies.complete(size) if where == "topology" else np.zeros((size, 0), np.int32)
     placement = sync_checks.placed(rng, topologies.complete(size), size, n_logical)
     if where == "anywhere":
@@ -171,20 +171,20 @@ def test_a_missing_rank_is_awaited_once(rng, virtual_ranks, n_tokens, where):
     for rank, call in calls.items():
         ranks.rebalance(rank, call)
     ranks.wait()
-    assert 0.4 < time.perf_counter() - start < 2.5  # All blocks but the first wait a second longer.
+    assert 0.9 < time.perf_counter() - start < 3.5  # All blocks but the first wait a second longer.
     for call in calls.values():
         assert (np.asarray(call.results.physical_indices) == -1).all()
         assert (np.asarray(call.results.status) & Status.SYNC_FAILED).all()
     start = time.perf_counter()
     ranks.sync(1, counts, matrix)
     ranks.wait()
-    assert 0.4 < time.perf_counter() - start < 1.5
+    assert 0.9 < time.perf_counter() - start < 3.5
     assert (np.asarray(matrix) == -1).all()
 
 
 def test_a_failed_rank_sends_no_counts(virtual_ranks):
     """What it sent before is right; who awaits more of it fails at once, too."""
-    ranks = virtual_ranks(1, 3, 5, timeout_s=1.0)
+    ranks = virtual_ranks(1, 3, 5, timeout_s=2.0)
     ones = [ranks.put(rank, np.ones(5, np.int32)) for rank in range(3)]
     matrices = [[ranks.put(rank, np.zeros((3, 5), np.int32)) for rank in range(3)] for _ in "12"]
     for of_call in ((0,), (1, 2)):
@@ -196,10 +196,10 @@ def test_a_failed_rank_sends_no_counts(virtual_ranks):
     for rank in range(3):
         ranks.sync(rank, ones[rank], matrices[1][rank])
     ranks.wait()
-    assert time.perf_counter() - start < 0.5
+    assert time.perf_counter() - start < 1.9
     assert [np.unique(matrix).tolist() for matrix in matrices[1]] == [[-1]] * 3
     failures = ranks.failures()
-    assert "rank 0 waited 1000 ms" in failures[0]
+    assert "rank 0 waited 2000 ms" in failures[0]
     for rank in (1, 2):
         assert f"rank {rank} needs" in failures[rank]
         assert "of rank 0, which has failed" in failures[rank]
@@ -209,7 +209,7 @@ def test_a_failed_rank_sends_no_counts(virtual_ranks):
 def test_a_failed_rank_is_in_no_split(rng, virtual_ranks, n_tokens):
     """The same for rebalance: its status tells on all ranks, and no token has a slot."""
     size, n_logical = 3, 48
-    ranks = virtual_ranks(1, size, n_logical, timeout_s=1.0)
+    ranks = virtual_ranks(1, size, n_logical, timeout_s=2.0)
     r2o = topologies.ring(size)
     placement = sync_checks.placed(rng, r2o, size, n_logical)
     ids = rng.integers(0, n_logical, n_tokens).astype(np.int32)
@@ -222,7 +222,7 @@ def test_a_failed_rank_is_in_no_split(rng, virtual_ranks, n_tokens):
     for rank in range(size):
         ranks.rebalance(rank, calls[1][rank])
     ranks.wait()
-    assert time.perf_counter() - start < 0.5
+    assert time.perf_counter() - start < 1.9
     for call, failing in ((0, (0,)), (1, (0, 1, 2))):
         for rank in range(size):
             results = calls[call][rank].results
