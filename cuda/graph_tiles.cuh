@@ -85,6 +85,7 @@ __device__ __forceinline__ void KeepFilled(const Problem& p, const Tiles& tiles,
   }
   MarkShared<kWords, Threads>(p, graph, slot_words);
   Threads::Sync();
+  Threads::Sync();  // As in ClusterKernel.
   NumberCells<kWords, Threads>(p, graph, slot_words);
   Threads::Sync();
 }

@@ -222,8 +222,8 @@ __device__ __forceinline__ void Push(const Problem& p, const GraphMemory& graph,
     int32_t movable = 0;
 #pragma unroll
     for (int h = 0; h < kHand; ++h) {
-      // Other ranks may be receiving.
-      here[h] = pushes ? graph.tokens[hand.cell[h].number] : 0;
+      // Not of a rank that may be receiving. As an address, since a branch would take longer.
+      here[h] = graph.tokens[pushes ? hand.cell[h].number : p.n_physical];
       n[h] = 0;
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {

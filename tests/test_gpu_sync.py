@@ -326,7 +326,7 @@ def test_closed_between_compilation_and_run(mesh):
 def test_closed_before_a_recorded_program_runs(n_gpus):
     """XLA records long programs, and replays them without calling the handlers again."""
     mesh = Mesh(np.array(jax.devices()[:n_gpus]), "ep")
-    comm = init_comm(mesh, max_experts=16)
+    comm = init_comm(mesh, max_experts=512)
 
     def calls(counts):
         for _ in range(20):
@@ -341,7 +341,7 @@ def test_closed_before_a_recorded_program_runs(n_gpus):
     for _ in range(2):
         with pytest.raises(Exception, match="comm: it was closed"):
             jax.block_until_ready(run(counts))
-    with init_comm(mesh, max_experts=16) as comm:
+    with init_comm(mesh, max_experts=512) as comm:
         sync_checks.check_sync(mesh, comm, np.random.default_rng())
 
 

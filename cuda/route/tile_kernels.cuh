@@ -159,6 +159,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
   }
   Routing::template Make<kQuotas, Block>(a, in, element, fetched, call, tile == 0, memory);
   __syncthreads();
+  __syncthreads();  // As in ClusterKernel.
 
   Cell* cells = memory.CellsOf(p, threadIdx.x / 32);
   const Span span = SpanOf(a, tile);
