@@ -211,9 +211,8 @@ __device__ __forceinline__ ExchangeCall BeginExchange(const AnyExchange& exchang
 }
 
 // Tells every other rank that this one has begun, and how many tokens it sends, or that it has
-// failed and sends none. All threads of one
-// block call it. No fence is needed: earlier reads of the windows were made by kernels that have
-// completed.
+// failed and sends none. All threads of one block call it. No fence is needed: earlier reads of the
+// windows were made by kernels that have completed.
 template <typename AnyExchange>
 __device__ __forceinline__ void SendHeaders(const AnyExchange& exchange, const ExchangeCall& call,
                                             const int32_t* sizes) {
