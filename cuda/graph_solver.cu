@@ -31,12 +31,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
   }
   if (threadIdx.x == 0) *graph.status = 0;
-  BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, graph);
+  BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, NoBase(), graph);
   if (status != 0) atomicOr(graph.status, status);
   const SummedTotals totals = {total};
   const int32_t* given = from == StartFrom::kQuotas ? out.quota : nullptr;
   const Proof proof = SolveGraph<kWords, Block>(
-      p, totals, graph, [&] { return StartSplit<Block>(p, totals, given, graph); });
+      p, totals, graph, [&] { return StartSplit<Block>(p, totals, given, graph, p.safe_load); });
 #pragma unroll 2
   for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
     out.quota[i] = QuotaOf(totals, graph, i);

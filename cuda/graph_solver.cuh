@@ -46,16 +46,14 @@ __device__ __noinline__ void StayHome(int32_t n_logical, Totals totals, GraphMem
 }
 
 // Divides every expert's tokens over its cells, evenly, of which the first get one more, or as the
-// quotas of all slots that are given do, if not null; and adds them to the ranks' loads. With
-// kHandOut, see GraphWaves, they are empty places, and tokens leave where those come. A barrier
-// must follow. Returns whether all loads are so small that those of a rank stay below `limit`.
-template <typename Threads, bool kHandOut = false, typename Totals>
+// quotas of all slots that are given do, if not null; and adds them to the ranks' loads. A barrier
+// must follow. Returns whether all loads are up to `safe_load`.
+template <typename Threads, typename Totals>
 __device__ __forceinline__ bool StartSplit(const Problem& p, const Totals& totals,
                                            const int32_t* given, const GraphMemory& graph,
-                                           int32_t limit = kInt32Max) {
-  const int32_t safe_load = limit / p.slots_per_rank;
+                                           int32_t safe_load) {
   bool safe = true;
-#pragma unroll 2
+#pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
     const uint32_t packed = graph.of_slot[i];
     const uint32_t expert = ExpertIn(packed);
@@ -70,8 +68,7 @@ __device__ __forceinline__ bool StartSplit(const Problem& p, const Totals& total
       share = each + ((place & 0xffff) < share - each * n_hosts);
       if (given != nullptr) share = given[i];
       graph.tokens[CellIn(packed)] = share;
-      const uint32_t leaves = kHandOut ? total.x - share : share;
-      atomicAdd(&graph.loose[rank], static_cast<int32_t>(leaves));
+      atomicAdd(&graph.loose[rank], static_cast<int32_t>(share));
     }
     atomicAdd(&graph.load[rank], static_cast<int32_t>(share));
     safe &= total.x <= safe_load && total.y == 0;
@@ -82,7 +79,7 @@ __device__ __forceinline__ bool StartSplit(const Problem& p, const Totals& total
 template <typename Threads, typename Totals>
 __device__ __forceinline__ bool StartEven(const Problem& p, const Totals& totals,
                                           const GraphMemory& graph) {
-  return StartSplit<Threads>(p, totals, nullptr, graph);
+  return StartSplit<Threads>(p, totals, nullptr, graph, p.safe_load);
 }
 
 // The bounds of the set of all ranks and of the sets of one; whole warps call it, each finds it.
@@ -94,7 +91,7 @@ __device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GraphMemo
   int32_t fixed = 0;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) fixed = max(fixed, load[w] - loose[w]);
-  return max(WarpCeilMean(load, SmallDivisor(p.ep_size)), __reduce_max_sync(kFullWarp, fixed));
+  return max(WarpCeilMean(load, p.by_ranks), __reduce_max_sync(kFullWarp, fixed));
 }
 
 template <int kWords>

@@ -27,67 +27,99 @@ struct BaseTokens {
   Costs costs;
 
   __device__ __forceinline__ int64_t operator[](int32_t rank) const {
-    return int64_t{max(costs.base_load[rank], 0)} * costs.tile;
+    return int64_t{max(costs.base_load[rank], 0)} * costs.TileRows();
   }
 };
 
 // Tokens up to which a rank's base load is small, and up to which all others of a rank are.
 constexpr int32_t kSmallShare = kInt32Max / 2;
 
-// Adds the ranks' base loads in tiles to their loads, which were 0. A barrier must follow. Returns
-// whether those that the thread added are small; a status bit is set if one is negative.
-template <typename Threads>
-__device__ __forceinline__ bool AddBase(const Problem& p, const Costs& costs,
-                                        const GraphMemory& graph) {
-  bool small = true;
-#pragma unroll 1
-  for (int32_t r = threadIdx.x; r < p.ep_size; r += Threads::Size()) {
-    const int32_t given = costs.base_load[r];
-    if (given < 0) atomicOr(graph.status, kNegativeLoad);
-    atomicAdd(&graph.load[r], max(given, 0));
-    small &= given <= kSmallShare / costs.tile;
-  }
-  return small;
-}
+// The ranks' base loads in tiles, for BuildGraph. The thread's first one is fetched at once.
+class BaseTiles {
+ public:
+  __device__ __forceinline__ BaseTiles(const Problem& p, const Costs& costs)
+      : base_load_(costs.base_load),
+        most_(costs.by_tile.Quotient(kSmallShare)),
+        first_(static_cast<int32_t>(threadIdx.x) < p.ep_size ? costs.base_load[threadIdx.x] : 0) {}
 
-// Leaves to every expert the cells that have tiles, and writes those of all slots to `quota`.
+  __device__ __forceinline__ int32_t operator()(int32_t rank) {
+    const int32_t given = rank == static_cast<int32_t>(threadIdx.x) ? first_ : base_load_[rank];
+    small_ &= given <= most_;
+    negative_ |= given < 0;
+    return max(given, 0);
+  }
+
+  // Of those that were asked for: whether all are small, and a status bit if one is negative.
+  __device__ __forceinline__ bool small() const { return small_; }
+  __device__ __forceinline__ int32_t status() const { return negative_ ? kNegativeLoad : 0; }
+
+ private:
+  const int32_t* base_load_;
+  int32_t most_;
+  int32_t first_;
+  bool small_ = true;
+  bool negative_ = false;
+};
+
+// Writes the tiles of all slots to `quota` and takes the cells without any from their experts.
 // Ranks' loads become what is left to hand out: no empty places yet, so many tokens less than none.
-// Behind a barrier; ends with one.
+// Behind a barrier; another must follow.
 template <int kWords, typename Threads, typename Tiles>
-__device__ __forceinline__ void KeepFilled(const Problem& p, const Tiles& tiles, int32_t tile,
+__device__ __forceinline__ void KeepFilled(const Problem& p, const Tiles& tiles, int32_t rows,
                                            const GraphMemory& graph, int32_t* quota) {
-  const int32_t slot_words = GraphMemory::SlotWords(p);
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
     const uint32_t packed = graph.of_slot[i];
     quota[i] = QuotaOf(tiles, graph, i);
-    if (quota[i] > 0 || ExpertIn(packed) == kNoExpert) continue;
+    if (quota[i] > 0 || CellIn(packed) == kNoNumber) continue;
     const int32_t rank = p.by_slots.Quotient(i);
     atomicAnd(&graph.mask[ExpertIn(packed) * kWords + (rank >> 5)], ~(1u << (rank & 31)));
-    graph.of_slot[i] = kNoExpert;
-  }
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.ep_size * slot_words; i += Threads::Size()) {
-    graph.is_shared[i] = 0;
   }
 #pragma unroll 1
   for (int32_t r = threadIdx.x; r < p.ep_size; r += Threads::Size()) {
     // Modulo 2³²: with the empty places it is in range.
-    graph.load[r] = static_cast<int32_t>(0u - static_cast<uint32_t>(graph.load[r]) * tile);
+    graph.load[r] = static_cast<int32_t>(0u - static_cast<uint32_t>(graph.load[r]) * rows);
     graph.loose[r] = 0;
   }
-  if (threadIdx.x == 0) *graph.n_cells = 0;
-  Threads::Sync();
+}
+
+// After KeepFilled, divides the empty places of every expert evenly over its cells, of which the
+// first get one more; all of them could be there. The cells that are left come before those that
+// were taken from the expert, which stay empty: so each rank keeps its list. A barrier must follow.
+template <int kWords, typename Threads, typename Room>
+__device__ __forceinline__ void StartRoom(const Problem& p, const Room& room,
+                                          const GraphMemory& graph, const int32_t* quota) {
+  const int32_t slot_words = GraphMemory::SlotWords(p);
 #pragma unroll 1
-  for (int32_t e = threadIdx.x; e < p.n_logical; e += Threads::Size()) {
-    const int32_t n_hosts = HostsOf<kWords>(graph, e);
-    if (n_hosts > 1) graph.first[e] = FetchAdd(graph.n_cells, n_hosts);
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
+    const uint32_t packed = graph.of_slot[i];
+    const uint32_t expert = ExpertIn(packed);
+    if (expert == kNoExpert) continue;
+    const int32_t rank = p.by_slots.Quotient(i);
+    const int32_t all = room[expert].x;
+    int32_t share = all;
+    if (CellIn(packed) != kNoNumber) {
+      const int32_t before = PlaceOf<kWords>(graph.mask + expert * kWords, rank);
+      const SmallDivisor by_hosts(max(HostsOf<kWords>(graph, expert), 1));
+      const int32_t first = graph.first[expert];
+      int32_t cell = first + before;
+      if (quota[i] > 0) {
+        share = by_hosts.Quotient(all);
+        share += before < all - share * by_hosts.divisor;
+        atomicAdd(&graph.loose[rank], all - share);
+      } else {
+        share = 0;
+        cell = static_cast<int32_t>(CellIn(packed)) - before + HostsOf<kWords>(graph, expert);
+      }
+      const uint32_t renumbered = expert | static_cast<uint32_t>(cell) << 16;
+      const int32_t nth =
+          NthShared(graph.is_shared + rank * slot_words, i - rank * p.slots_per_rank);
+      graph.of_slot[i] = graph.shared[rank * p.slots_per_rank + nth] = renumbered;
+      graph.slot[cell] = i;
+      graph.tokens[cell] = share;
+    }
+    atomicAdd(&graph.load[rank], share);
   }
-  MarkShared<kWords, Threads>(p, graph, slot_words);
-  Threads::Sync();
-  Threads::Sync();  // As in ClusterKernel.
-  NumberCells<kWords, Threads>(p, graph, slot_words);
-  Threads::Sync();
 }
 
 // Hands out the empty places of the tiles that the cells have, and writes the tokens of all slots
@@ -98,8 +130,10 @@ __device__ inline int32_t FillTiles(const Problem& p, const Totals& totals, cons
                                     const GraphMemory& graph, int32_t* quota) {
   const TotalsIn<Unit::kTiles, Totals> tiles = {totals, costs};
   const TotalsIn<Unit::kEmptyPlaces, Totals> room = {totals, costs};
-  KeepFilled<kWords, Threads>(p, tiles, costs.tile, graph, quota);
-  StartSplit<Threads, /*kHandOut=*/true>(p, room, nullptr, graph);
+  const int32_t rows = costs.TileRows();
+  KeepFilled<kWords, Threads>(p, tiles, rows, graph, quota);
+  Threads::Sync();
+  StartRoom<kWords, Threads>(p, room, graph, quota);
   Threads::Sync();
   if (threadIdx.x < RankTeam<kWords>::Size(p)) {
     int32_t load[kWords];
@@ -113,10 +147,12 @@ __device__ inline int32_t FillTiles(const Problem& p, const Totals& totals, cons
   Threads::Sync();
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
-    if (quota[i] == 0) continue;
+    const int32_t n = quota[i];
+    if (n == 0) continue;
     const uint32_t packed = graph.of_slot[i];
-    if (CellIn(packed) == kNoNumber) graph.home[ExpertIn(packed)] = i;
-    quota[i] = (quota[i] - 1) * costs.tile + (costs.tile - QuotaOf(room, graph, i));
+    const uint32_t expert = ExpertIn(packed);
+    if (CellIn(packed) != kNoNumber && HostsOf<kWords>(graph, expert) == 1) graph.home[expert] = i;
+    quota[i] = (n - 1) * rows + (rows - QuotaOf(room, graph, i));
   }
   return *graph.target;
 }
@@ -128,13 +164,14 @@ struct TileProof {
 };
 
 // Like SolveGraph, in tiles, and then in tokens, which FillTiles writes to `quota` [n_physical].
-// Experts are then left with the cells that serve any. AddBase must have been called, which
-// returned `small_base`. A barrier must follow.
+// Experts are then left with the cells that serve any. `small_base`: whether those of BaseTiles
+// that the thread asked for are. A barrier must follow.
 template <int kWords, typename Threads, typename Totals>
 __device__ inline TileProof SolveTiles(const Problem& p, const Totals& totals, const Costs& costs,
                                        bool small_base, const GraphMemory& graph, int32_t* quota) {
   const TotalsIn<Unit::kTiles, Totals> tiles = {totals, costs};
-  const bool small = StartSplit<Threads>(p, tiles, nullptr, graph, kSmallShare / costs.tile);
+  const bool small =
+      StartSplit<Threads>(p, tiles, nullptr, graph, costs.by_tile.Quotient(p.safe_load / 2));
   int32_t status = 0;
   if (Threads::Any(!small || !small_base)) {
     status =
@@ -148,7 +185,7 @@ __device__ inline TileProof SolveTiles(const Problem& p, const Totals& totals, c
   } else {
     const int32_t most = BalanceCells<kWords, Threads>(p, graph);
     proof = {{most, most}, most};
-    if (costs.tile > 1) {
+    if (costs.TileRows() > 1) {
       proof.max_tokens = FillTiles<kWords, Threads>(p, totals, costs, graph, quota);
       return proof;
     }

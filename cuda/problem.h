@@ -46,6 +46,29 @@ struct Divisor {
   }
 };
 
+// Division of any number of tokens ≥ 0 by a number known on the host. The inverse exceeds
+// 2^(31 + shift) / divisor by 1 at most, and 2^shift is at least the divisor, so the quotient is
+// exact. It is an instruction more than Divisor's.
+struct TokenDivisor {
+  int32_t divisor;
+  uint32_t inverse;  // ⌊2^(31 + shift) / divisor⌋ + 1
+  int32_t shift;     // ⌈log₂ divisor⌉
+
+  TokenDivisor() = default;
+  explicit TokenDivisor(int32_t d) : divisor(d > 1 ? d : 1), shift(0) {
+    while (int64_t{1} << shift < divisor) ++shift;
+    inverse = static_cast<uint32_t>((uint64_t{1} << (31 + shift)) / divisor + 1);
+  }
+
+  LPLB_HOST_DEVICE int32_t Quotient(int32_t dividend) const {
+    const uint64_t product = uint64_t{2 * static_cast<uint32_t>(dividend)} * inverse;
+    return static_cast<int32_t>(static_cast<uint32_t>(product >> 32) >> shift);
+  }
+  LPLB_HOST_DEVICE int32_t Remainder(int32_t dividend) const {
+    return dividend - Quotient(dividend) * divisor;
+  }
+};
+
 // Slots are numbered rank by rank. Along a topology, on each rank the n_local own experts come
 // first, and redundant slot k of rank v copies local expert k of rank r2o[v, k % n_columns] of v's
 // group. Any other placement has no columns and one group of all ranks; it is in phy2log, and of
@@ -67,13 +90,13 @@ struct Problem {
   int32_t slots_per_rank;  // n_local + n_redundant
   int32_t n_redundant;     // copies on a rank, and replicated experts of a rank
   int32_t tile_log2;       // log₂ of the threads that share a rank's experts: a power of two ≤ 32
-  int32_t safe_load;       // n_local loads up to this sum below 2³¹
+  int32_t safe_load;       // slots_per_rank loads up to this sum below 2³¹
   Divisor by_columns;
   Divisor by_fixed;  // n_local − n_redundant
   Divisor by_group;
   Divisor by_redundant;
   Divisor by_slots;
-  Divisor by_ranks;
+  TokenDivisor by_ranks;
 
   Problem() = default;
   // Where there is no r2o, group_size and n_columns are 0.
@@ -91,7 +114,7 @@ struct Problem {
         slots_per_rank(n_physical_ / ep_size_),
         n_redundant(slots_per_rank - n_local),
         tile_log2(0),
-        safe_load(kInt32Max / (n_local > 0 ? n_local : 1)),
+        safe_load(kInt32Max / (slots_per_rank > 0 ? slots_per_rank : 1)),
         by_columns(n_columns_),
         by_fixed(n_local - n_redundant),
         by_group(group_size_),
@@ -112,17 +135,19 @@ struct SolveOperands {
 
 // What a solve counts besides tokens one by one.
 struct Costs {
-  int32_t tile = 1;                    // rows: a slot costs ⌈quota / tile⌉ tiles
-  const int32_t* base_load = nullptr;  // [ep_size], tiles that ranks have anyway; null: none
-  int32_t* max_tokens = nullptr;       // [n_groups], what the largest loads are in tokens; or null
+  TokenDivisor by_tile = TokenDivisor(1);  // rows: a slot costs ⌈quota / rows⌉ tiles
+  const int32_t* base_load = nullptr;      // [ep_size], tiles that ranks have anyway; null: none
+  int32_t* max_tokens = nullptr;  // [n_groups], what the largest loads are in tokens; or null
 
+  LPLB_HOST_DEVICE int32_t TileRows() const { return by_tile.divisor; }
   LPLB_HOST_DEVICE int32_t TilesOf(int32_t tokens) const {
-    return tokens / tile + (tokens % tile > 0);
+    const int32_t full = by_tile.Quotient(tokens);
+    return full + (tokens > full * by_tile.divisor);
   }
   // Of the tiles that so many tokens fill.
   LPLB_HOST_DEVICE int32_t EmptyPlaces(int32_t tokens) const {
-    const int32_t last = tokens % tile;
-    return last > 0 ? tile - last : 0;
+    const int32_t last = by_tile.Remainder(tokens);
+    return last > 0 ? by_tile.divisor - last : 0;
   }
 };
 
@@ -171,7 +196,7 @@ LPLB_HOST_DEVICE SolveResults BatchElement(const Problem& p, const SolveResults&
 }
 
 LPLB_HOST_DEVICE Costs BatchElement(const Problem& p, const Costs& first, int64_t b) {
-  return {first.tile, first.base_load + b * p.ep_size, first.max_tokens + b * p.n_groups};
+  return {first.by_tile, first.base_load + b * p.ep_size, first.max_tokens + b * p.n_groups};
 }
 
 LPLB_HOST_DEVICE AssignOperands BatchElement(const Problem& p, const Sources& sources,

@@ -134,6 +134,11 @@ __device__ __forceinline__ PrefetchedGraph PrefetchGraph(const Problem& p, int32
           i < p.n_logical ? log2phy[i * p.max_replicas] : -1};
 }
 
+// Ranks have no load besides their experts.
+struct NoBase {
+  __device__ __forceinline__ int32_t operator()(int32_t) const { return 0; }
+};
+
 // Adds, and returns what was there. As an instruction of its own: the compiler would let the warp
 // add up first, which takes longer for the few threads that come here.
 __device__ __forceinline__ int32_t FetchAdd(int32_t* shared, int32_t value) {
@@ -234,11 +239,13 @@ __device__ __forceinline__ void NumberCells(const Problem& p, const GraphMemory&
   }
 }
 
-// Builds the graph, which needs no loads. All threads of the team call it; ends with a barrier.
-// *status must have been set before; bits are added.
-template <int kWords, typename Threads>
+// Builds the graph, which needs no loads but base(rank), the load of a rank besides its experts.
+// All threads of the team call it; ends with a barrier. *status must have been set before; bits are
+// added.
+template <int kWords, typename Threads, typename Base>
 __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, const int32_t* log2phy,
-                                  const PrefetchedGraph& fetched, const GraphMemory& graph) {
+                                  const PrefetchedGraph& fetched, Base&& base,
+                                  const GraphMemory& graph) {
   const int32_t thread = threadIdx.x;
   const int32_t n_threads = Threads::Size();
   const int32_t slot_words = GraphMemory::SlotWords(p);
@@ -248,7 +255,8 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
   for (int32_t i = thread; i < p.ep_size * slot_words; i += n_threads) graph.is_shared[i] = 0;
 #pragma unroll 1
   for (int32_t r = thread; r < p.ep_size; r += n_threads) {
-    graph.load[r] = graph.loose[r] = 0;
+    graph.load[r] = base(r);
+    graph.loose[r] = 0;
   }
   if (thread == 0) *graph.n_cells = *graph.n_twice = 0;
   Threads::Sync();

@@ -14,7 +14,7 @@ namespace {
 constexpr int32_t kMaxThreads = 512;
 
 // A rank's base load in tiles. Sets a status bit if it is negative.
-__device__ __forceinline__ int32_t BaseTiles(const Costs& costs, int32_t rank, int32_t* status) {
+__device__ __forceinline__ int32_t BaseTilesOf(const Costs& costs, int32_t rank, int32_t* status) {
   const int32_t given = costs.base_load[rank];
   if (given < 0) atomicOr(status, kNegativeLoad);
   return max(given, 0);
@@ -48,17 +48,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const GraphMemory graph(p, kWords, memory);
   int32_t* const quota = memory + GraphMemory::Words(p);
   const PrefetchedGraph fetched = PrefetchGraph(p, blockDim.x, in.phy2log, in.log2phy);
+  BaseTiles base(p, costs);
 #pragma unroll 1
   for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
     total[e] = SumSources(in.loads, sources, e);
   }
   if (threadIdx.x == 0) *graph.status = 0;
-  BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, graph);
-  const bool small_base = AddBase<Block>(p, costs, graph);
-  const int32_t invalid = InvalidIn(p, sources, in.loads);
-  if (invalid != 0) atomicOr(graph.status, invalid);
+  BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, base, graph);
+  const int32_t wrong = base.status() | InvalidIn(p, sources, in.loads);
+  if (wrong != 0) atomicOr(graph.status, wrong);
   const SummedTotals totals = {total};
-  const TileProof proof = SolveTiles<kWords, Block>(p, totals, costs, small_base, graph, quota);
+  const TileProof proof = SolveTiles<kWords, Block>(p, totals, costs, base.small(), graph, quota);
 #pragma unroll 2
   for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) out.quota[i] = quota[i];
   if (threadIdx.x == 0) {
@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll 1
   for (int32_t r = thread; r < p.group_size; r += n_threads) {
     int64_t most = static_cast<uint32_t>(memory.base[r]);  // −1 overflowed earlier.
-    most += static_cast<int64_t>(BaseTiles(costs, first_rank + r, memory.status)) * costs.tile;
+    most +=
+        static_cast<int64_t>(BaseTilesOf(costs, first_rank + r, memory.status)) * costs.TileRows();
 #pragma unroll 1
     for (int32_t d = 0; d < p.n_columns; ++d) {
       most += CapacityOf<int32_t>(p, memory, 0, memory.src[r * p.n_columns + d], d);
@@ -176,13 +177,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (!too_large) away = min(max(memory.moved[copy.edge] - copy.before, 0), copy.load);
     const int32_t home = copy.load - away;
     // Negative, −1 − the tokens that leave, if there is no room at the other end.
-    const int32_t leaves = away > 0 ? tokens[own] - home * costs.tile : 0;
+    const int32_t leaves = away > 0 ? tokens[own] - home * costs.TileRows() : 0;
     least[i] = away > 0 && home > 0 ? leaves : -1 - leaves;
   }
   __syncthreads();
 #pragma unroll 1
   for (int32_t r = thread; r < p.group_size; r += n_threads) {
-    int32_t sum = too_large ? 0 : max(costs.base_load[first_rank + r], 0) * costs.tile;
+    int32_t sum = too_large ? 0 : max(costs.base_load[first_rank + r], 0) * costs.TileRows();
 #pragma unroll 1
     for (int32_t k = 0; k < p.n_local && !too_large; ++k) sum += tokens[r * p.n_local + k];
     memory.base[r] = sum;
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     atomicAdd(&memory.base[min(max(holder, 0), p.group_size - 1)], leaves);
   }
   __syncthreads();
-  const bool fill = costs.tile > 1 && !too_large;
+  const bool fill = costs.TileRows() > 1 && !too_large;
   if (fill) max_tokens = SolveOneGroup<kWords, kColumns>(p, memory, &shared_proof).max_load;
 
   int32_t* const quota = out.quota + first_rank * p.slots_per_rank;

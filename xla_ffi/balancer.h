@@ -23,7 +23,7 @@ struct RebalanceCall {
     sizes.ReadNodes(frame);
     const bool positions = frame.Flag("positions");
     if (has_costs) {
-      costs.tile = ReadTile(frame);
+      costs.by_tile = ReadTile(frame);
     } else {
       copies.ReadFanOut(frame, 0);
     }

@@ -28,8 +28,8 @@ struct SolveCall {
 // solve where slots cost tiles and ranks have a base load.
 constexpr int64_t kMostRows = 1 << 20;  // of a tile
 
-inline int32_t ReadTile(Frame& frame) {
-  return static_cast<int32_t>(frame.Attribute("tile", 1, kMostRows));
+inline TokenDivisor ReadTile(Frame& frame) {
+  return TokenDivisor(static_cast<int32_t>(frame.Attribute("tile", 1, kMostRows)));
 }
 
 struct SolveCostsCall {
@@ -42,7 +42,7 @@ struct SolveCostsCall {
 
   explicit SolveCostsCall(Frame& frame) {
     ProblemSizes sizes(frame);
-    costs.tile = ReadTile(frame);
+    costs.by_tile = ReadTile(frame);
     SourceSizes source_sizes;
     frame.Operand("loads", {&source_sizes.n_sources, &source_sizes.row}, &in.loads);
     batch = frame.batch();

@@ -30,11 +30,14 @@ __device__ __forceinline__ void Await() {
 }
 
 // Sends the block's counts to every block of the cluster, including itself.
+template <typename Threads>
 __device__ __forceinline__ void SendCounts(int32_t row, int32_t n_blocks, int32_t block,
                                            const RouteMemory& memory) {
   // A thread packs some counts and sends them to every n-th block.
   const int32_t width_log2 = row <= 64 * RouteMemory::kPacked ? 6 : 8;
   const int32_t first = threadIdx.x & ((1 << width_log2) - 1);
+  const int32_t part = static_cast<int32_t>(threadIdx.x) >> width_log2;
+  const int32_t n_parts = Threads::Size() >> width_log2;
 #pragma unroll 1
   for (int32_t e = first * RouteMemory::kPacked; e < row; e += RouteMemory::kPacked << width_log2) {
     const int4 low = *reinterpret_cast<const int4*>(memory.counts + e);
@@ -44,7 +47,7 @@ __device__ __forceinline__ void SendCounts(int32_t row, int32_t n_blocks, int32_
         static_cast<uint32_t>(low.x | low.y << 16), static_cast<uint32_t>(low.z | low.w << 16),
         static_cast<uint32_t>(high.x | high.y << 16), static_cast<uint32_t>(high.z | high.w << 16)};
 #pragma unroll 4
-    for (int32_t to = threadIdx.x >> width_log2; to < n_blocks; to += kPlanThreads >> width_log2) {
+    for (int32_t to = part < n_parts ? part : n_blocks; to < n_blocks; to += n_parts) {
       SendTo(to, memory.incoming + block * row + e, packed, memory.arrivals);
     }
   }
@@ -53,8 +56,14 @@ __device__ __forceinline__ void SendCounts(int32_t row, int32_t n_blocks, int32_
   }
 }
 
+// Adds both halves of a word.
+__device__ __forceinline__ int2 AddHalves(uint32_t halves, int2 sum) {
+  return {static_cast<int32_t>(__dp2a_lo(halves, 0x0001u, static_cast<uint32_t>(sum.x))),
+          static_cast<int32_t>(__dp2a_lo(halves, 0x0100u, static_cast<uint32_t>(sum.y)))};
+}
+
 // Sums what the blocks have sent, two experts per thread. Calls `emit(e, totals of e and e + 1)`.
-template <typename Emit>
+template <typename Threads, typename Emit>
 __device__ __forceinline__ void SumCounts(int32_t row, int32_t n_blocks, int32_t block,
                                           const RouteMemory& memory, const Emit& emit) {
   const auto* incoming = reinterpret_cast<const uint32_t*>(memory.incoming);
@@ -62,7 +71,7 @@ __device__ __forceinline__ void SumCounts(int32_t row, int32_t n_blocks, int32_t
   const auto sum = [&](auto most) {
     constexpr int kMost = decltype(most)::value;
 #pragma unroll 1
-    for (int32_t e = 2 * threadIdx.x; e < row; e += 2 * kPlanThreads) {
+    for (int32_t e = 2 * threadIdx.x; e < row; e += 2 * Threads::Size()) {
       uint32_t pair[kMost];
 #pragma unroll
       for (int b = 0; b < kMost; ++b) pair[b] = b < n_blocks ? incoming[(b * row + e) / 2] : 0;
@@ -70,10 +79,8 @@ __device__ __forceinline__ void SumCounts(int32_t row, int32_t n_blocks, int32_t
       int2 earlier = {0, 0};
 #pragma unroll
       for (int b = 0; b < kMost; ++b) {
-        const int32_t low = static_cast<int32_t>(pair[b] & 0xffff);
-        const int32_t high = static_cast<int32_t>(pair[b] >> 16);
-        total = {total.x + low, total.y + high};
-        if (b < block) earlier = {earlier.x + low, earlier.y + high};
+        total = AddHalves(pair[b], total);
+        earlier = AddHalves(b < block ? pair[b] : 0, earlier);
       }
       *reinterpret_cast<int2*>(memory.own + e) = total;
       *reinterpret_cast<int2*>(memory.earlier + e) = earlier;
@@ -94,7 +101,7 @@ __device__ __forceinline__ void SumCounts(int32_t row, int32_t n_blocks, int32_t
 template <typename Routing, Quotas kQuotas>
 __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t element,
                                            const RouteMemory& memory) {
-  using Threads = Team<kPlanThreads>;
+  using Threads = Team<Routing::kPlanThreads>;
   const auto cluster = cooperative_groups::this_cluster();
   const Problem& p = a.problem;
   const int32_t n_blocks = cluster.num_blocks();
@@ -108,7 +115,7 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
   AnnounceStart();
   const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
   const Tables tables = TablesOf<kQuotas>(a, in, element);
-  auto fetched = Routing::template Prefetch<kQuotas, Threads>(a, in, tables);
+  auto fetched = Routing::template Prefetch<kQuotas, Threads>(a, in, element, tables);
   SyncCall call = {};
   uint64_t* inbox;  // of the first rank to which this block sends
   if constexpr (kQuotas == Quotas::kSynced) {
@@ -117,15 +124,15 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
   }
   int4* counts = reinterpret_cast<int4*>(memory.counts);
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i < row / 4; i += kPlanThreads) counts[i] = {0, 0, 0, 0};
+  for (int32_t i = threadIdx.x; i < row / 4; i += Threads::Size()) counts[i] = {0, 0, 0, 0};
   Announce<Event::kCleared>();
   Routing::template Store<kQuotas, Threads>(a, in, element, tables, fetched, memory);
   AwaitStarts();
 
   Await<Event::kCounted>();
-  SendCounts(row, n_blocks, block, memory);
+  SendCounts<Threads>(row, n_blocks, block, memory);
   AwaitBytes(memory.arrivals);
-  SumCounts(row, n_blocks, block, memory, [&](int32_t e, int2 total) {
+  SumCounts<Threads>(row, n_blocks, block, memory, [&](int32_t e, int2 total) {
     if constexpr (kQuotas == Quotas::kSynced) {
       for (int32_t peer = block; peer < a.peers.size; peer += n_blocks) {
         uint64_t* to = peer == block ? inbox : a.peers.inboxes[peer];
@@ -155,6 +162,7 @@ struct HeldTokens {
 
 // The work of the threads that hold tokens. They count their tokens, a.rounds each. Then, while the
 // routes are made, they find every token's ordinal in the block.
+template <int32_t kPlanThreads>
 __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const TokenBuffers& tokens,
                                              const RouteMemory& memory, HeldTokens& held) {
   const Problem& p = a.problem;
@@ -214,11 +222,12 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
 }
 
 // One cluster per batch element. The routes depend on the tokens' counts but not on their ordinals.
-// So the first kPlanThreads threads of a block make the routes while the others find the ordinals.
+// So the first threads of a block make the routes while the others find the ordinals.
 template <typename Routing, Quotas kQuotas>
-__global__ void __launch_bounds__(kPlanThreads + kRouteThreads, 1)
+__global__ void __launch_bounds__(Routing::kPlanThreads + kRouteThreads, 1)
     ClusterKernel(const RouteArguments a) {
   extern __shared__ int4 shared[];
+  constexpr int32_t kPlanThreads = Routing::kPlanThreads;
   const auto cluster = cooperative_groups::this_cluster();
   const int32_t n_blocks = cluster.num_blocks();
   const int32_t n_warps = (static_cast<int32_t>(blockDim.x) - kPlanThreads) / 32;
@@ -231,7 +240,7 @@ __global__ void __launch_bounds__(kPlanThreads + kRouteThreads, 1)
   if (plans) {
     PlanRoutes<Routing, kQuotas>(a, element, memory);
   } else {
-    FindOrdinals(a, tokens, memory, held);
+    FindOrdinals<kPlanThreads>(a, tokens, memory, held);
   }
   __syncthreads();
   if (plans) {

@@ -16,7 +16,7 @@ cudaError_t LaunchCluster(RouteArguments a, const RouteShape& shape, cudaStream_
   a.rounds = shape.rounds;
   LaunchShape launch = {};
   launch.grid = dim3(static_cast<unsigned>(a.batch * shape.cluster));
-  launch.threads = kPlanThreads + shape.threads;
+  launch.threads = Routing::kPlanThreads + shape.threads;
   launch.shared_bytes = shape.shared_bytes;
   launch.cluster = shape.cluster;
   return Launch(ClusterKernel<Routing, kQuotas>, launch, stream, a);

@@ -14,11 +14,12 @@ template <int kWords, int kColumns>
 struct AlongTopology {
   using Fetched = Prefetched;
 
+  static constexpr int32_t kPlanThreads = cuda::kPlanThreads;
   static constexpr bool kChooses = false;
 
   template <Quotas kQuotas, typename Threads>
   static __device__ __forceinline__ Fetched Prefetch(const RouteArguments& a,
-                                                     const SolveOperands& in,
+                                                     const SolveOperands& in, int64_t,
                                                      const Tables& tables) {
     return cuda::Prefetch<kQuotas, Threads>(a, in, tables);
   }
@@ -68,8 +69,9 @@ template <int kWords>
 struct Anywhere {
   using Fetched = PrefetchedGraph;
 
-  static constexpr bool kChooses =
-      false;  // copies for the batch at hand, between counts and routes
+  // Few slots more than experts should not take another turn of all threads.
+  static constexpr int32_t kPlanThreads = 384;
+  static constexpr bool kChooses = false;  // copies of the batch, between counts and routes
 
   static __device__ __forceinline__ GraphMemory GraphOf(const RouteArguments& a,
                                                         const RouteMemory& memory) {
@@ -83,7 +85,7 @@ struct Anywhere {
 
   template <Quotas kQuotas, typename Threads>
   static __device__ __forceinline__ Fetched Prefetch(const RouteArguments& a, const SolveOperands&,
-                                                     const Tables& tables) {
+                                                     int64_t, const Tables& tables) {
     return PrefetchGraph(a.problem, Threads::Size(), tables.phy2log, tables.log2phy);
   }
 
@@ -91,6 +93,15 @@ struct Anywhere {
   static __device__ __forceinline__ void Store(const RouteArguments& a, const SolveOperands&,
                                                int64_t element, const Tables& tables,
                                                Fetched& fetched, const RouteMemory& memory) {
+    StoreGraph<kQuotas, Threads>(a, element, tables, fetched, NoBase(), memory);
+  }
+
+  // The graph, with ranks' loads besides their experts, and the quotas where they are given.
+  template <Quotas kQuotas, typename Threads, typename BaseLoad>
+  static __device__ __forceinline__ void StoreGraph(const RouteArguments& a, int64_t element,
+                                                    const Tables& tables,
+                                                    const PrefetchedGraph& fetched, BaseLoad&& base,
+                                                    const RouteMemory& memory) {
     const GraphMemory graph = GraphOf(a, memory);
     const PieceTable pieces = PiecesOf(a, memory);
     const int32_t* given = BatchElement(a.problem, a.sources, a.given, element).quota;
@@ -100,7 +111,7 @@ struct Anywhere {
       pieces.sent[i] = 0;
       memory.quota[i] = kQuotas == Quotas::kGiven ? given[i] : 0;
     }
-    BuildGraph<kWords, Threads>(a.problem, tables.phy2log, tables.log2phy, fetched, graph);
+    BuildGraph<kWords, Threads>(a.problem, tables.phy2log, tables.log2phy, fetched, base, graph);
   }
 
   template <typename Threads>

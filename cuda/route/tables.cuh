@@ -10,7 +10,7 @@
 
 namespace lplb::cuda {
 
-constexpr int32_t kPlanThreads = 256;  // of a cluster's block, besides kRouteThreads
+constexpr int32_t kPlanThreads = 256;  // of a cluster's block, besides kRouteThreads, as a rule
 constexpr int32_t kMaxRounds = 16;     // Tokens that a lane holds in registers.
 constexpr int32_t kAtOnce = 8;         // Tokens of a tile that a lane has in flight.
 

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
   const SolveOperands in = BatchElement(p, a.sources, a.solve_in, element);
   const Tables tables = TablesOf<kQuotas>(a, in, element);
 
-  auto fetched = Routing::template Prefetch<kQuotas, Block>(a, in, tables);
+  auto fetched = Routing::template Prefetch<kQuotas, Block>(a, in, element, tables);
   for (int32_t e = threadIdx.x; e <= p.n_logical; e += blockDim.x) {
     memory.own[e] = 0;
     if (e < p.n_logical) memory.earlier[e] = 0;

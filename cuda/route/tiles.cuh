@@ -13,23 +13,25 @@ struct OverTiles : Anywhere<kWords> {
 
   struct Fetched {
     PrefetchedGraph graph;
-    bool small_base;  // see AddBase
+    BaseTiles base;
   };
 
   template <Quotas kQuotas, typename Threads>
   static __device__ __forceinline__ Fetched Prefetch(const RouteArguments& a,
-                                                     const SolveOperands& in,
+                                                     const SolveOperands& in, int64_t element,
                                                      const Tables& tables) {
-    return {Base::template Prefetch<kQuotas, Threads>(a, in, tables), false};
+    return {Base::template Prefetch<kQuotas, Threads>(a, in, element, tables),
+            BaseTiles(a.problem, BatchElement(a.problem, a.costs, element))};
   }
 
   template <Quotas kQuotas, typename Threads>
-  static __device__ __forceinline__ void Store(const RouteArguments& a, const SolveOperands& in,
+  static __device__ __forceinline__ void Store(const RouteArguments& a, const SolveOperands&,
                                                int64_t element, const Tables& tables,
                                                Fetched& fetched, const RouteMemory& memory) {
-    Base::template Store<kQuotas, Threads>(a, in, element, tables, fetched.graph, memory);
-    const Costs costs = BatchElement(a.problem, a.costs, element);
-    fetched.small_base = AddBase<Threads>(a.problem, costs, Base::GraphOf(a, memory));
+    Base::template StoreGraph<kQuotas, Threads>(a, element, tables, fetched.graph, fetched.base,
+                                                memory);
+    const int32_t status = fetched.base.status();
+    if (status != 0) atomicOr(Base::GraphOf(a, memory).status, status);
   }
 
   template <Quotas kQuotas, typename Threads>
@@ -42,7 +44,7 @@ struct OverTiles : Anywhere<kWords> {
     const CountedTotals totals = {memory.total};
     const GraphMemory graph = Base::GraphOf(a, memory);
     const TileProof proof =
-        SolveTiles<kWords, Threads>(p, totals, costs, fetched.small_base, graph, memory.quota);
+        SolveTiles<kWords, Threads>(p, totals, costs, fetched.base.small(), graph, memory.quota);
     if (leader && threadIdx.x == 0) {
       const SolveResults out = BatchElement(p, a.solve_out, element);
       *out.max_load = proof.tiles.max_load;

@@ -69,7 +69,7 @@ cuda::RouteArguments ArgumentsOf(std::array<int32_t, 6> problem, int64_t batch, 
   arguments.solve_in = {nullptr, As(in[1]), As(in[2]), As(in[3])};
   arguments.solve_out = {As(out[3]), As(out[4]), As(out[5]), As(out[6])};
   arguments.copies = {fan_out, width, {As(copies[0]), As(copies[1]), As(copies[2])}};
-  arguments.costs = {tile, As<const int32_t>(costs[0]), As(costs[1])};
+  arguments.costs = {TokenDivisor(tile), As<const int32_t>(costs[0]), As(costs[1])};
   arguments.workspace = As(out[7]);
   arguments.batch = batch;
   arguments.n_tiles = static_cast<int32_t>(tiles[0]);

@@ -31,7 +31,7 @@ void SolveGroup(const Problem& p, const SolveOperands& in, const std::vector<int
   Waves waves(n_ranks, n_columns, in.r2o);
   bool overflow = false;
   for (int32_t r = 0; r < n_ranks; ++r) {
-    base[r] = base_load[g * n_ranks + r] * costs.tile;
+    base[r] = base_load[g * n_ranks + r] * costs.TileRows();
     for (int32_t k = 0; k < n_local; ++k) {
       const int32_t expert = std::clamp(in.phy2log[first_slot + r * slots + k], 0, p.n_logical - 1);
       overflow |= total[expert] > kInt32Max;
@@ -65,7 +65,7 @@ void SolveGroup(const Problem& p, const SolveOperands& in, const std::vector<int
   if (overflow) {
     most = most_tokens = kInt32Max;
     out.lower_bound[g] = 0;
-  } else if (costs.tile == 1) {
+  } else if (costs.TileRows() == 1) {
     std::copy(base.begin(), base.end(), load.begin());
     std::copy(column.begin(), column.end(), cap.begin());
     out.lower_bound[g] = waves.Run(load, cap, moved, waves.FirstTarget(load, cap));
@@ -102,7 +102,7 @@ void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64
   const ReplicaGraph graph(p.ep_size, p.n_logical, p.slots_per_rank, in.phy2log);
   std::vector<int32_t> loads(p.n_logical);
   std::vector<int64_t> base_tokens(p.ep_size);
-  for (int32_t r = 0; r < p.ep_size; ++r) base_tokens[r] = base_load[r] * costs.tile;
+  for (int32_t r = 0; r < p.ep_size; ++r) base_tokens[r] = base_load[r] * costs.TileRows();
   std::vector<int64_t> most = base_tokens;
   bool overflow = false;
   for (int32_t e = 0; e < p.n_logical; ++e) {
@@ -131,7 +131,7 @@ void SolveAny(const Problem& p, const SolveOperands& in, const std::vector<int64
     int64_t largest = waves.Finish(target);
     out.max_load[0] = out.lower_bound[0] = static_cast<int32_t>(largest);
     waves.WriteQuotas(out.quota, p.n_physical);
-    if (costs.tile > 1) {
+    if (costs.TileRows() > 1) {
       largest = FillAnywhere(p, costs, loads, in.phy2log, std::move(base_tokens), out.quota);
     }
     if (costs.max_tokens != nullptr) costs.max_tokens[0] = static_cast<int32_t>(largest);

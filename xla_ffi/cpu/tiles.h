@@ -34,7 +34,7 @@ inline void FillAlongTopology(const Problem& p, const Costs& costs, Waves& waves
       const int32_t tokens = own[u * p.n_local + k];
       const int32_t home = tiles[u * p.n_local + k] - mine;
       const int32_t edge = waves.Edge(u, k % p.n_columns);
-      mine = tokens - home * costs.tile;
+      mine = tokens - home * costs.TileRows();
       load[u] -= mine;
       load[waves.dst()[edge]] += mine;
       if (home > 0) cap[edge] = room[u * p.n_local + k] = costs.EmptyPlaces(tokens);
@@ -59,13 +59,13 @@ inline int64_t FillAnywhere(const Problem& p, const Costs& costs, const std::vec
   GraphWaves waves(graph);
   waves.Start(room.data());
   const auto tokens_of = [&](size_t cell) {
-    return int64_t{costs.tile} * quota[graph.slot[cell]] - waves.tokens()[cell];
+    return int64_t{costs.TileRows()} * quota[graph.slot[cell]] - waves.tokens()[cell];
   };
   std::vector<int64_t> least = load;  // with all empty places that a rank can have
   for (int32_t e = 0; e < p.n_logical; ++e) {
     for (int32_t c = graph.first[e]; c < graph.first[e + 1]; ++c) {
       load[graph.rank[c]] += tokens_of(c);
-      least[graph.rank[c]] += int64_t{costs.tile} * quota[graph.slot[c]] - room[e];
+      least[graph.rank[c]] += int64_t{costs.TileRows()} * quota[graph.slot[c]] - room[e];
     }
   }
   const int64_t sum = std::accumulate(load.begin(), load.end(), int64_t{0});
