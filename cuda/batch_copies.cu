@@ -185,7 +185,6 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     ExpectBytes(arrivals, kNTargets * static_cast<int32_t>(sizeof(uint4)));
   }
 #endif
-  if (LanesOfRank<Block>(p) < 32) __syncthreads();
   LoadHomes<Block>(p, [&](int32_t e) { return total[e]; }, memory);
   blocks.AwaitOthers();
   const Targets targets = TargetsOf<kWords>(p, memory);
@@ -232,9 +231,9 @@ cudaError_t LaunchPlaceCopies(const Problem& problem, const Sources& sources, in
   const AttemptShape shape = ChooseShape(problem, device);
   LaunchShape launch = {};
   launch.grid = dim3(static_cast<unsigned>(batch * shape.n_blocks));
-  // A warp for every rank, as FindHomes has it.
-  launch.threads =
-      std::max(std::clamp(32 * problem.ep_size, 256, kMostThreads), 32 * shape.n_attempts);
+  // A thread for every expert: more only slow the attempts down.
+  const int32_t threads = std::clamp((problem.n_logical + 31) / 32 * 32, 256, kMostThreads);
+  launch.threads = std::max(threads, 32 * shape.n_attempts);
   launch.shared_bytes = Bytes(problem, shape.n_attempts);
   launch.cluster = shape.n_blocks > 1 ? shape.n_blocks : 0;
   return WithGraphWords(problem, [&](auto words) {

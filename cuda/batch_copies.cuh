@@ -90,15 +90,44 @@ struct AttemptShape {
   }
 };
 
-// Which slots are homes, and which are free: what needs no loads. A barrier must follow
-// before other warps read it.
+// The lanes that share a rank's slots, a power of two: a warp where there are warps enough, else no
+// more than it has slots. Warps take several ranks at once.
+class RankLanes {
+ public:
+  __device__ __forceinline__ RankLanes(const Problem& p, int32_t n_threads) {
+    log2_ = 5;
+    if (p.ep_size > n_threads >> log2_) {
+      do {
+        --log2_;
+      } while (log2_ > 0 && (p.ep_size > n_threads >> log2_ || p.slots_per_rank <= Size() / 2));
+    }
+  }
+
+  __device__ __forceinline__ int32_t Size() const { return 1 << log2_; }
+  __device__ __forceinline__ int32_t Lane() const { return threadIdx.x & (Size() - 1); }
+  // Of so many threads, which take the ranks in turn.
+  __device__ __forceinline__ int32_t Rank() const {
+    return static_cast<int32_t>(threadIdx.x) >> log2_;
+  }
+  __device__ __forceinline__ int32_t Ranks(int32_t n_threads) const { return n_threads >> log2_; }
+  // Which of them vote so; all lanes of the warp call it.
+  __device__ __forceinline__ uint32_t Ballot(bool vote) const {
+    const uint32_t votes = __ballot_sync(kFullWarp, vote) >> (threadIdx.x & 31 & ~(Size() - 1));
+    return log2_ == 5 ? votes : votes & ((1u << Size()) - 1);
+  }
+
+ private:
+  int32_t log2_;
+};
+
+// Which slots are homes, and which are free: what needs no loads. A rank's lanes then know it; for
+// others a barrier must follow.
 template <typename Threads>
 __device__ __forceinline__ void FindHomes(const Problem& p, const int32_t* phy2log,
                                           const int32_t* log2phy, const PrefetchedGraph& fetched,
                                           const CopiesMemory& memory) {
   const int32_t thread = threadIdx.x;
   const int32_t n_threads = Threads::Size();
-  const int32_t lane = thread & 31;
 #pragma unroll 1
   for (int32_t i = thread; i < p.n_physical; i += n_threads) {
     memory.expert[i] = i == thread               ? fetched.expert[0]
@@ -109,62 +138,56 @@ __device__ __forceinline__ void FindHomes(const Problem& p, const int32_t* phy2l
   for (int32_t e = thread; e < p.n_logical; e += n_threads) {
     memory.home[e] = e == thread ? fetched.home : log2phy[e * p.max_replicas];
   }
+  const RankLanes lanes(p, n_threads);
+  const int32_t n_lanes = lanes.Size();
+  const int32_t n_slots = p.slots_per_rank;
+  // The first of the last slots that the lanes take at once, two each.
+  const int32_t last = (n_slots - 1) & ~(2 * n_lanes - 1);
   Threads::Sync();
 #pragma unroll 1
-  for (int32_t rank = thread / 32; rank < p.ep_size; rank += n_threads / 32) {
+  for (int32_t first = 0; first < p.ep_size; first += lanes.Ranks(n_threads)) {
+    const int32_t rank = first + lanes.Rank();
+    const int32_t end = rank < p.ep_size ? n_slots : 0;
     int32_t n_free = 0;  // of the slots that were looked at: the last ones come first
 #pragma unroll 1
-    for (int32_t begin = (p.slots_per_rank - 1) / 64 * 64; begin >= 0; begin -= 64) {
+    for (int32_t begin = last; begin >= 0; begin -= 2 * n_lanes) {
       uint32_t free[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int32_t k = begin + 32 * j + lane;
-        const int32_t slot = rank * p.slots_per_rank + k;
-        const int32_t expert = k < p.slots_per_rank ? memory.expert[slot] : -1;
+        const int32_t k = begin + j * n_lanes + lanes.Lane();
+        const int32_t slot = rank * n_slots + k;
+        const int32_t expert = k < end ? memory.expert[slot] : -1;
         const bool known = expert >= 0 && expert < p.n_logical;
         const bool is_home = known && memory.home[expert] == slot;
-        free[j] = __ballot_sync(kFullWarp, k < p.slots_per_rank && !is_home);
+        free[j] = lanes.Ballot(k < end && !is_home);
       }
 #pragma unroll
       for (int j = 1; j >= 0; --j) {
-        if (free[j] >> lane & 1) {
-          const int32_t slot = rank * p.slots_per_rank + begin + 32 * j + lane;
-          const int32_t n_later = n_free + __popc(free[j] & (~1u << lane));
-          memory.free[rank * p.slots_per_rank + n_later] = static_cast<uint16_t>(slot);
+        if (free[j] >> lanes.Lane() & 1) {
+          const int32_t slot = rank * n_slots + begin + j * n_lanes + lanes.Lane();
+          const int32_t n_later = n_free + __popc(free[j] & (~1u << lanes.Lane()));
+          memory.free[rank * n_slots + n_later] = static_cast<uint16_t>(slot);
           memory.expert[slot] = -1;
         }
         n_free += __popc(free[j]);
       }
     }
-    if (lane == 0) memory.n_free[rank] = n_free;
+    if (lanes.Lane() == 0 && rank < p.ep_size) memory.n_free[rank] = n_free;
   }
-}
-
-// The lanes that add up a rank's tokens, a power of two: a warp, or no more than it has slots.
-template <typename Threads>
-__device__ __forceinline__ int32_t LanesOfRank(const Problem& p) {
-  int32_t n_lanes = 32;
-  if (n_lanes * p.ep_size <= Threads::Size()) return n_lanes;
-  do {
-    n_lanes /= 2;
-  } while (n_lanes > 1 &&
-           (n_lanes * p.ep_size > Threads::Size() || n_lanes / 2 >= p.slots_per_rank));
-  return n_lanes;
+  __syncwarp();
 }
 
 // The loads without copies; total_of(e) are an expert's tokens, 2³¹ or more where they pass int32.
-// Behind FindHomes and, unless a rank has all lanes of a warp, which are the same in both, a
-// barrier; ends with one.
+// Behind FindHomes; ends with a barrier.
 template <typename Threads, typename TotalOf>
 __device__ __forceinline__ void LoadHomes(const Problem& p, const TotalOf& total_of,
                                           const CopiesMemory& memory) {
-  const int32_t n_lanes = LanesOfRank<Threads>(p);
-  const int32_t lane = threadIdx.x & (n_lanes - 1);
-  const int32_t first = threadIdx.x / n_lanes;
-  const int32_t stride = Threads::Size() / n_lanes;
+  const RankLanes lanes(p, Threads::Size());
+  const int32_t n_lanes = lanes.Size();
+  const int32_t lane = lanes.Lane();
 #pragma unroll 1
-  for (int32_t begin = 0; begin < p.ep_size; begin += stride) {
-    const int32_t rank = begin + first;
+  for (int32_t begin = 0; begin < p.ep_size; begin += lanes.Ranks(Threads::Size())) {
+    const int32_t rank = begin + lanes.Rank();
     uint32_t high = 0;  // These sums of halves stay below 2³².
     uint32_t low = 0;
     int32_t most = -1;
@@ -454,10 +477,8 @@ __device__ __forceinline__ Targets TargetsOf(const Problem& p, const CopiesMemor
   high = __reduce_add_sync(kFullWarp, high);
   low = __reduce_add_sync(kFullWarp, low);
   if (high + (low >> 16) >= 1u << 15) return {0, 0, 0, true};
-  // Below 2³¹, the quotient is one too large at most. Then nothing must be added to round up.
-  const uint32_t sum = (high << 16) + low;
-  const uint32_t quotient = p.by_ranks.Quotient(static_cast<int32_t>(sum));
-  const int32_t mean = static_cast<int32_t>(quotient + (sum > quotient * p.ep_size));
+  const int32_t sum = static_cast<int32_t>((high << 16) + low);
+  const int32_t mean = p.by_ranks.Quotient(sum) + (p.by_ranks.Remainder(sum) > 0);
   const int32_t nth = Lane() + 1;
   return {mean, most, mean + CopyTargetPart(CopyTargetPart(most - mean, nth), nth), false};
 }

@@ -35,8 +35,24 @@ struct PlacedSlot {
   int32_t rank;
   int32_t k;
 
+  PlacedSlot() = default;
   __device__ __forceinline__ PlacedSlot(const Problem& p, int32_t slot_)
       : slot(slot_), rank(p.by_slots.Quotient(slot_)), k(slot_ - rank * p.slots_per_rank) {}
+};
+
+// A copy that was chosen, and the tokens that moved there.
+struct MovedCopy {
+  int32_t expert;
+  int32_t tokens;
+  PlacedSlot at;
+  PlacedSlot home;
+
+  MovedCopy() = default;
+  __device__ __forceinline__ MovedCopy(const Problem& p, const CopiesMemory& memory, uint2 copy)
+      : expert(memory.ExpertOf(copy)),
+        tokens(memory.TokensOf(copy)),
+        at(p, memory.SlotOf(copy)),
+        home(p, memory.HomeOf(copy)) {}
 };
 
 // The copies that were chosen.
@@ -51,6 +67,8 @@ struct OverBatchCopies : Anywhere<kWords> {
   using Base = Anywhere<kWords>;
   using Fetched = PrefetchedGraph;
 
+  // Attempts take few warps, and more would slow those down.
+  static constexpr int32_t kPlanThreads = cuda::kPlanThreads;
   static constexpr bool kChooses = true;
 
   // By one thread, before its block announces that it has started.
@@ -146,29 +164,34 @@ struct OverBatchCopies : Anywhere<kWords> {
     const CopiesMemory& memory = copies.memory;
     const int32_t slot_words = GraphMemory::SlotWords(p);
     const int32_t n_threads = Threads::Size();
+    const int32_t first = threadIdx.x;
+    // Each thread keeps its first copy, often the only one.
+    MovedCopy mine = {};
+    if (first < copies.n) mine = MovedCopy(p, memory, memory.chosen[first]);
+    const auto for_copies = [&](const auto& use) {
+#pragma unroll 1
+      for (int32_t i = first; i < copies.n; i += n_threads) {
+        use(i == first ? mine : MovedCopy(p, memory, memory.chosen[i]));
+      }
+    };
     const auto share = [&](const PlacedSlot& at) {
       atomicOr(&graph.is_shared[at.rank * slot_words + (at.k >> 5)], 1u << (at.k & 31));
     };
+    // By other warps than the copies, if there are few.
 #pragma unroll 1
-    for (int32_t r = threadIdx.x; r < p.ep_size; r += n_threads) {
+    for (int32_t r = n_threads - 1 - first; r < p.ep_size; r += n_threads) {
       atomicAdd(&graph.load[r], memory.load[r]);
     }
-#pragma unroll 1
-    for (int32_t i = threadIdx.x; i < copies.n; i += n_threads) {
-      const uint2 copy = memory.chosen[i];
-      const int32_t e = memory.ExpertOf(copy);
-      const PlacedSlot at(p, memory.SlotOf(copy));
-      const PlacedSlot home(p, memory.HomeOf(copy));
-      const int32_t moved = memory.TokensOf(copy);
-      memory.expert[at.slot] = e;
-      atomicOr(&graph.mask[e * kWords + (at.rank >> 5)], 1u << (at.rank & 31));
-      share(at);
-      share(home);
-      atomicAdd(&graph.load[at.rank], moved);
-      atomicAdd(&graph.load[home.rank], -moved);
-      atomicAdd(&graph.loose[at.rank], moved);
-      atomicAdd(&graph.loose[home.rank], -moved);
-    }
+    for_copies([&](const MovedCopy& copy) {
+      memory.expert[copy.at.slot] = copy.expert;
+      atomicOr(&graph.mask[copy.expert * kWords + (copy.at.rank >> 5)], 1u << (copy.at.rank & 31));
+      share(copy.at);
+      share(copy.home);
+      atomicAdd(&graph.load[copy.at.rank], copy.tokens);
+      atomicAdd(&graph.load[copy.home.rank], -copy.tokens);
+      atomicAdd(&graph.loose[copy.at.rank], copy.tokens);
+      atomicAdd(&graph.loose[copy.home.rank], -copy.tokens);
+    });
     Threads::Sync();
     const auto put = [&](int32_t e, const PlacedSlot& at, int32_t cell, int32_t tokens) {
       graph.slot[cell] = at.slot;
@@ -176,31 +199,23 @@ struct OverBatchCopies : Anywhere<kWords> {
       const int32_t nth = NthShared(graph.is_shared + at.rank * slot_words, at.k);
       graph.shared[at.rank * p.slots_per_rank + nth] = e | static_cast<uint32_t>(cell) << 16;
     };
-#pragma unroll 1
-    for (int32_t i = threadIdx.x; i < copies.n; i += n_threads) {
-      const uint2 copy = memory.chosen[i];
-      const int32_t e = memory.ExpertOf(copy);
+    for_copies([&](const MovedCopy& copy) {
+      const int32_t e = copy.expert;
       const uint32_t* mask = graph.mask + e * kWords;
-      const PlacedSlot at(p, memory.SlotOf(copy));
-      const PlacedSlot home(p, memory.HomeOf(copy));
       // The first of the expert's copies takes care of the home.
-      if (PlaceOf<kWords>(mask, at.rank) - (home.rank < at.rank) > 0) continue;
+      if (PlaceOf<kWords>(mask, copy.at.rank) - (copy.home.rank < copy.at.rank) > 0) return;
       graph.first[e] = FetchAdd(graph.n_cells, HostsOf<kWords>(graph, e));
-      put(e, home, graph.first[e] + PlaceOf<kWords>(mask, home.rank), total[e]);
-      atomicAdd(&graph.loose[home.rank], total[e]);
-    }
+      put(e, copy.home, graph.first[e] + PlaceOf<kWords>(mask, copy.home.rank), total[e]);
+      atomicAdd(&graph.loose[copy.home.rank], total[e]);
+    });
     Threads::Sync();
-#pragma unroll 1
-    for (int32_t i = threadIdx.x; i < copies.n; i += n_threads) {
-      const uint2 copy = memory.chosen[i];
-      const int32_t e = memory.ExpertOf(copy);
+    for_copies([&](const MovedCopy& copy) {
+      const int32_t e = copy.expert;
       const uint32_t* mask = graph.mask + e * kWords;
-      const PlacedSlot at(p, memory.SlotOf(copy));
-      const int32_t home_rank = p.by_slots.Quotient(memory.HomeOf(copy));
-      const int32_t moved = memory.TokensOf(copy);
-      put(e, at, graph.first[e] + PlaceOf<kWords>(mask, at.rank), moved);
-      atomicAdd(&graph.tokens[graph.first[e] + PlaceOf<kWords>(mask, home_rank)], -moved);
-    }
+      const int32_t cell = graph.first[e];
+      put(e, copy.at, cell + PlaceOf<kWords>(mask, copy.at.rank), copy.tokens);
+      atomicAdd(&graph.tokens[cell + PlaceOf<kWords>(mask, copy.home.rank)], -copy.tokens);
+    });
   }
 
   // Where there are too many tokens to choose copies, the graph has homes only.
