@@ -198,7 +198,7 @@ def main() -> None:
     for ep_size, redundants in SHAPES:
         for name, fan_out in {"step": 0, "step, copies of the batch": N_LOGICAL}.items():
             shape = ep_size, redundants, fan_out
-            steps = [step_time(rng, *shape) for _ in range(arguments.instances // 5)]
+            steps = [step_time(rng, *shape) for _ in range(arguments.instances)]
             show(f"{ep_size} + {redundants}", name, steps)
     if arguments.json:
         record.write(arguments.json, figures)
