@@ -64,7 +64,8 @@ __device__ __forceinline__ bool StartSplit(const Problem& p, const Totals& total
     if (CellIn(packed) != kNoNumber) {
       const uint32_t place = graph.place[CellIn(packed)];
       const uint32_t n_hosts = place >> 16;
-      const uint32_t each = share / n_hosts;
+      // Mostly two, and a division would take longer.
+      const uint32_t each = n_hosts == 2 ? share / 2 : share / n_hosts;
       share = each + ((place & 0xffff) < share - each * n_hosts);
       if (given != nullptr) share = given[i];
       graph.tokens[CellIn(packed)] = share;
@@ -116,8 +117,8 @@ __device__ __forceinline__ int32_t BalanceCells(const Problem& p, const GraphMem
 
 // Solves the graph for these totals: splits those of shared experts over their cells. `start` makes
 // a feasible plan, as StartSplit does. Where loads are too large to be divided, nothing is proven,
-// and all tokens stay at home. All threads of the team call it behind a barrier, and get the proof;
-// it ends with a barrier.
+// and all tokens stay at home. All threads of the team call it behind what `start` needs, and get
+// the proof; it ends with a barrier.
 template <int kWords, typename Threads, typename Totals, typename Start>
 __device__ inline Proof SolveGraph(const Problem& p, const Totals& totals, const GraphMemory& graph,
                                    const Start& start) {

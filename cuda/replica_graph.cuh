@@ -57,7 +57,7 @@ struct GraphMemory {
   int32_t* loose;       // [ep_size], tokens that could leave the rank, before the waves
   uint32_t* search;     // [SearchWords, ep_size], for GraphWaves
   int32_t* n_cells;
-  int32_t* n_twice;  // slots of cells that have one before
+  int32_t* any_twice;  // whether some cell has several slots
   int32_t* target;
   int32_t* status;  // set by whoever builds the graph
 
@@ -89,8 +89,8 @@ struct GraphMemory {
     load = reinterpret_cast<int32_t*>(is_shared + p.ep_size * SlotWords(p));
     loose = load + p.ep_size;
     n_cells = loose + p.ep_size;
-    n_twice = n_cells + 1;
-    target = n_twice + 1;
+    any_twice = n_cells + 1;
+    target = any_twice + 1;
     status = target + 1;
   }
 };
@@ -150,35 +150,22 @@ __device__ __forceinline__ int32_t FetchAdd(int32_t* shared, int32_t value) {
   return before;
 }
 
-// Leaves every cell that has several slots to the first of them. `twice` are n slots, all but one
-// of each such cell; a warp takes those on its ranks, one after the other. Out of line, since it
-// would be in the way where there are none.
+// Leaves every cell that has several slots to the first of them. graph.slot has the experts of all
+// slots, and graph.first tells those with such a cell. Out of line, since it would be in the way
+// where there are none.
 template <typename Threads>
-__device__ __noinline__ void KeepFirstSlots(uint32_t* of_slot, const uint32_t* twice, int32_t n,
+__device__ __noinline__ void KeepFirstSlots(GraphMemory graph, int32_t n_physical,
                                             Divisor by_slots) {
-  const int32_t slots_per_rank = by_slots.divisor;
-  const int32_t n_warps = Threads::Size() / 32;
-  const int32_t warp = threadIdx.x / 32;
 #pragma unroll 1
-  for (int32_t i = 0; i < n; ++i) {
-    const int32_t slot = static_cast<int32_t>(twice[i]);
-    const int32_t rank = by_slots.Quotient(slot);
-    if (rank % n_warps != warp) continue;
-    const uint32_t expert = of_slot[slot];
-    if (expert == kNoExpert) continue;  // Another of the cell's slots was taken before.
-    uint32_t* of_rank = of_slot + rank * slots_per_rank;
-    bool found = false;
-#pragma unroll 1
-    for (int32_t begin = 0; begin < slots_per_rank; begin += 32) {
-      const int32_t k = begin + static_cast<int32_t>(threadIdx.x & 31);
-      const bool same = k < slots_per_rank && of_rank[k] == expert;
-      const uint32_t votes = __ballot_sync(kFullWarp, same);
-      const bool is_first = !found && (votes & ((1u << (threadIdx.x & 31)) - 1)) == 0;
-      __syncwarp();  // All have read the slots, among them this one.
-      if (same && !is_first) of_rank[k] = kNoExpert;
-      found |= votes != 0;
+  for (int32_t i = threadIdx.x; i < n_physical; i += Threads::Size()) {
+    const int32_t expert = graph.slot[i];
+    if (expert == kNoExpert || graph.first[expert] == 0) continue;
+    bool before = false;
+#pragma unroll 4
+    for (int32_t k = by_slots.Quotient(i) * by_slots.divisor; k < i; ++k) {
+      before |= graph.slot[k] == expert;
     }
-    __syncwarp();
+    if (before) graph.of_slot[i] = kNoExpert;
   }
 }
 
@@ -240,7 +227,8 @@ __device__ __forceinline__ void NumberCells(const Problem& p, const GraphMemory&
 }
 
 // Builds the graph, which needs no loads but base(rank), the load of a rank besides its experts.
-// All threads of the team call it; ends with a barrier. *status must have been set before; bits are
+// All threads of the team call it. A barrier must follow, but not for what concerns a thread's own
+// slots, threadIdx.x, threadIdx.x + Threads::Size(), … *status must have been set before; bits are
 // added.
 template <int kWords, typename Threads, typename Base>
 __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, const int32_t* log2phy,
@@ -252,13 +240,15 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
 #pragma unroll 1
   for (int32_t i = thread; i < p.n_logical * kWords; i += n_threads) graph.mask[i] = 0;
 #pragma unroll 1
+  for (int32_t e = thread; e < p.n_logical; e += n_threads) graph.first[e] = 0;
+#pragma unroll 1
   for (int32_t i = thread; i < p.ep_size * slot_words; i += n_threads) graph.is_shared[i] = 0;
 #pragma unroll 1
   for (int32_t r = thread; r < p.ep_size; r += n_threads) {
     graph.load[r] = base(r);
     graph.loose[r] = 0;
   }
-  if (thread == 0) *graph.n_cells = *graph.n_twice = 0;
+  if (thread == 0) *graph.n_cells = *graph.any_twice = 0;
   Threads::Sync();
 
   bool bad = false;
@@ -269,17 +259,18 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
                                                      : phy2log[i];
     const bool known = expert >= 0 && expert < p.n_logical;
     bad |= !known && expert != -1;
-    graph.of_slot[i] = known ? static_cast<uint32_t>(expert) : kNoExpert;
+    graph.of_slot[i] = graph.slot[i] = known ? expert : kNoExpert;
     if (!known) continue;
     const int32_t rank = p.by_slots.Quotient(i);
     const uint32_t bit = 1u << (rank & 31);
     if (atomicOr(&graph.mask[expert * kWords + (rank >> 5)], bit) & bit) {
-      graph.shared[FetchAdd(graph.n_twice, 1)] = i;
+      atomicOr(&graph.first[expert], 1);
+      atomicOr(graph.any_twice, 1);
     }
   }
   Threads::Sync();
-  if (*graph.n_twice > 0) {
-    KeepFirstSlots<Threads>(graph.of_slot, graph.shared, *graph.n_twice, p.by_slots);
+  if (*graph.any_twice != 0) {
+    KeepFirstSlots<Threads>(graph, p.n_physical, p.by_slots);
     Threads::Sync();
   }
 
@@ -297,7 +288,6 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
   Threads::Sync();
   NumberCells<kWords, Threads>(p, graph, slot_words);
   if (bad) atomicOr(graph.status, kBadPlacement);
-  Threads::Sync();
 }
 
 }  // namespace lplb::cuda

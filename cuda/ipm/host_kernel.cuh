@@ -102,6 +102,7 @@ struct HostBlock {
       solver.ranks.ex[r] = 1;
     }
     BuildGraph<kWords, Block>(p, in.solve.phy2log, in.solve.log2phy, fetched, NoBase(), graph);
+    Block::Sync();
     if (threadIdx.x < 32) {
       LoadWeights(p.ep_size, options, in.weights, memory.weight, solver.ranks.w, graph.status);
       CheckInvalid<Load>(p, sources, in.solve.loads, graph.status);

@@ -112,6 +112,7 @@ struct Anywhere {
       memory.quota[i] = kQuotas == Quotas::kGiven ? given[i] : 0;
     }
     BuildGraph<kWords, Threads>(a.problem, tables.phy2log, tables.log2phy, fetched, base, graph);
+    Threads::Sync();
   }
 
   template <typename Threads>
