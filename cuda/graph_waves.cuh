@@ -43,18 +43,10 @@ struct RankTeam {
     return bits;
   }
 
-  // Inclusive sum over the rank's lanes.
-  static __device__ __forceinline__ int32_t Scan(int32_t value) {
-#pragma unroll
-    for (int step = 1; step < kLanes; step *= 2) {
-      const int32_t lower = __shfl_up_sync(kFullWarp, value, step, kLanes);
-      if (Lane() >= step) value += lower;
-    }
-    return value;
-  }
-
-  static __device__ __forceinline__ int32_t OfLastLane(int32_t value) {
-    return kLanes == 1 ? value : __shfl_sync(kFullWarp, value, kLanes - 1, kLanes);
+  // Of what all lanes of the warp vote, what the rank's do.
+  static __device__ __forceinline__ uint32_t OfRank(uint32_t votes) {
+    const uint32_t all = (1u << kLanes) - 1;
+    return votes >> (threadIdx.x & 31 & ~(kLanes - 1)) & all;
   }
 };
 
@@ -87,7 +79,6 @@ struct HeldCell {
 };
 
 __device__ __forceinline__ int32_t LowestBit(uint32_t bits) { return __ffs(bits) - 1; }
-__device__ __forceinline__ int32_t LowestBit(uint64_t bits) { return __ffsll(bits) - 1; }
 
 // Some of a rank's cells, as one of its lanes sees them: kHand in a row.
 template <int kWords>
@@ -121,7 +112,9 @@ struct Hand {
 template <int kWords>
 struct HeldRank {
   int32_t rank;
-  int32_t n_cells;  // 0 beyond the last rank
+  int32_t n_cells;      // 0 beyond the last rank
+  bool more;            // than the first, here or in the warp's other ranks
+  RankSet<kWords> bit;  // the rank; none beyond the last
   Hand<kWords> first;
 
   HeldRank() = default;
@@ -133,146 +126,252 @@ struct HeldRank {
     for (int32_t w = 0; w < n_words; ++w) {
       n_cells += __popc(graph.is_shared[rank * n_words + w]);
     }
+    more = __any_sync(kFullWarp, n_cells > Hand<kWords>::kTurn);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      bit.word[w] = rank < p.ep_size && rank >> 5 == w ? 1u << (rank & 31) : 0;
+    }
     first = Hand<kWords>(p, graph, rank, n_cells, 0);
   }
 };
 
-// Moves `amount` tokens of a cell of `rank` to hosts of its expert, in equal parts: to the next n
-// of `to` in the cyclic order of the ranks, which has so many, 0 < n ≤ 4.
+// A push is divided among so many ranks at most: more take longer than the phases they save.
+constexpr int32_t kMaxSpread = 4;
+
+// Leaves of `to`, which has more, the first kMaxSpread in the cyclic order of the ranks after
+// `rank`, which is not among them.
 template <int kWords>
-__device__ __forceinline__ void Spread(const GraphMemory& graph, const HeldCell<kWords>& cell,
-                                       const uint32_t (&to)[kWords], int32_t n, int32_t rank,
-                                       int32_t amount) {
-  // A third is the upper half of a product, exact below 2³¹.
-  const int32_t each = n == 3 ? __umulhi(amount, 0x55555556u) : amount >> (n >> 1);
-  const int32_t more = amount - each * n;
-  const auto send = [&](int32_t target, int32_t place, int32_t part) {
-    atomicAdd(&graph.tokens[cell.first + place], part);
-    atomicAdd(&graph.load[target], part);
-  };
-  if (n == 1) {  // Mostly.
-    int32_t target = 0;
+__device__ __forceinline__ void LimitSpread(uint32_t (&to)[kWords], int32_t rank) {
+  uint32_t kept[kWords] = {};
+  const uint32_t later = ~0u << (rank & 31);
+  int32_t left = kMaxSpread;
+  // Words in turn from the rank's own, whose lower ranks come last.
+#pragma unroll 1
+  for (int32_t turn = 0; turn <= kWords && left > 0; ++turn) {
+    const int32_t word = ((rank >> 5) + turn) & (kWords - 1);
+    uint32_t bits = turn == 0 ? later : turn == kWords ? ~later : ~0u;
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) target = to[w] != 0 ? 32 * w + __ffs(to[w]) - 1 : target;
-    send(target, PlaceOf<kWords>(cell.mask, target), amount);
-    return;
-  }
-  if constexpr (kWords <= 2) {
-    using Bits = std::conditional_t<kWords == 1, uint32_t, uint64_t>;
-    const auto joined = [](const uint32_t (&word)[kWords]) {
-      Bits bits = word[0];
-      if constexpr (kWords == 2) bits |= static_cast<Bits>(word[1]) << 32;
-      return bits;
-    };
-    constexpr int32_t kLast = 32 * kWords - 1;
-    const Bits ranks = joined(to);
-    // Turned so that the rank after this one is the lowest bit.
-    const int32_t turn = (rank + 1) & kLast;
-    Bits bits = ranks >> turn | ranks << ((kLast + 1 - turn) & kLast);
+    for (int w = 0; w < kWords; ++w) bits &= w == word ? to[w] : ~0u;
 #pragma unroll 1
-    for (int32_t i = 0; i < n; ++i, bits &= bits - 1) {
-      const int32_t target = (LowestBit(bits) + turn) & kLast;
-      send(target, PlaceOf<kWords>(cell.mask, target), each + (i < more));
-    }
-  } else {
-    // Words with a target, in turn from the rank's own, whose lower ranks come last.
-    const uint32_t later = ~0u << (rank & 31);  // `rank` itself is not in `to`.
-    int32_t word = rank >> 5;
-    int32_t i = 0;
-    bool start = true;
-#pragma unroll 1
-    while (i < n) {
-      uint32_t bits = 0;
-      uint32_t mask = 0;
-      int32_t place = 0;
+    for (; bits != 0 && left > 0; bits &= bits - 1, --left) {
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        bits = w == word ? to[w] : bits;
-        mask = w == word ? cell.mask[w] : mask;
-        place += w < word ? __popc(cell.mask[w]) : 0;
-      }
-      if (word == rank >> 5) bits &= start ? later : ~later;
-      start = false;
-#pragma unroll 1
-      for (; bits != 0 && i < n; ++i, bits &= bits - 1) {
-        const uint32_t lowest = bits & -bits;
-        send(32 * word + __popc(lowest - 1), place + __popc(mask & (lowest - 1)),
-             each + (i < more));
-      }
-      word = (word + 1) & (kWords - 1);
+      for (int w = 0; w < kWords; ++w) kept[w] |= w == word ? bits & -bits : 0;
     }
   }
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) to[w] = kept[w];
 }
 
-// A rank, if it `pushes`, sends what it has above the target to the ranks `below`: its cells in
-// their order, which its lanes take side by side.
+// The hosts that a cell sends to.
 template <int kWords>
-__device__ __forceinline__ void Push(const Problem& p, const GraphMemory& graph,
-                                     const HeldRank<kWords>& mine, bool pushes,
-                                     const RankSet<kWords>& below, int32_t target) {
+struct Hosts {
+  uint32_t set[kWords];
+  int32_t n;
+  int32_t rank;  // the lowest
+  int32_t cell;  // the expert's there
+
+  Hosts() = default;
+  // Those `below`, of a cell that is on rank `from`.
+  __device__ __forceinline__ Hosts(const HeldCell<kWords>& held, const RankSet<kWords>& below,
+                                   int32_t from) {
+    n = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      set[w] = held.mask[w] & below.word[w];
+      n += __popc(set[w]);
+    }
+    if (n > kMaxSpread) {
+      LimitSpread<kWords>(set, from);
+      n = kMaxSpread;
+    }
+    rank = 0;
+#pragma unroll
+    for (int w = kWords - 1; w >= 0; --w) rank = set[w] != 0 ? 32 * w + LowestBit(set[w]) : rank;
+    cell = held.first + PlaceOf<kWords>(held.mask, rank);
+  }
+
+  // Sends so many tokens there, in equal parts, of which the first get one more.
+  __device__ __forceinline__ void Send(const GraphMemory& graph, const HeldCell<kWords>& held,
+                                       int32_t amount) const {
+    if (n == 1) {  // Mostly.
+      atomicAdd(&graph.tokens[cell], amount);
+      atomicAdd(&graph.load[rank], amount);
+      return;
+    }
+    // A third is the upper half of a product, exact below 2³¹.
+    const int32_t each = n == 3 ? __umulhi(amount, 0x55555556u) : amount >> (n >> 1);
+    int32_t more = amount - each * n;
+    int32_t first = held.first;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+#pragma unroll 1
+      for (uint32_t bits = set[w]; bits != 0; bits &= bits - 1, --more) {
+        const int32_t bit = LowestBit(bits);
+        const int32_t part = each + (more > 0);
+        atomicAdd(&graph.tokens[first + __popc(held.mask[w] & ((1u << bit) - 1))], part);
+        atomicAdd(&graph.load[32 * w + bit], part);
+      }
+      first += __popc(held.mask[w]);
+    }
+  }
+};
+
+// The cells in a hand that send, since they have tokens and hosts `below`.
+template <int kWords>
+struct Senders {
   using Ranks = RankTeam<kWords>;
-  constexpr int kHand = Ranks::kHand;
-  int32_t excess = pushes ? max(graph.load[mine.rank] - target, 0) : 0;
-  Hand<kWords> hand = mine.first;
-#pragma unroll 1
-  for (int32_t begin = 0;;) {
-    uint32_t to[kHand][kWords];
-    int32_t n[kHand];
-    int32_t here[kHand];
-    int32_t movable = 0;
-#pragma unroll
-    for (int h = 0; h < kHand; ++h) {
-      // Not of a rank that may be receiving. As an address, since a branch would take longer.
-      here[h] = graph.tokens[pushes ? hand.cell[h].number : p.n_physical];
-      n[h] = 0;
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        to[h][w] = hand.cell[h].mask[w] & below.word[w];
-        n[h] += __popc(to[h][w]);
-      }
-      if (n[h] == 0) here[h] = 0;
-      movable += here[h];
-    }
-    if (!__any_sync(kFullWarp, excess > 0 && begin < mine.n_cells)) return;
-    const int32_t sum = Ranks::Scan(movable);
-    int32_t left = excess - (sum - movable);
-    if constexpr (Ranks::kLanes > 1) __syncwarp();  // All have read the load.
-#pragma unroll
-    for (int h = 0; h < kHand; ++h) {
-      const int32_t amount = min(left, here[h]);
-      left -= amount;
-      if (amount <= 0) continue;
-      // Only the level below receives meanwhile: this cell and this load are the rank's own.
-      graph.tokens[hand.cell[h].number] = here[h] - amount;
-      Spread<kWords>(graph, hand.cell[h], to[h], min(n[h], 4), mine.rank, amount);
-    }
-    if (excess > 0 && Ranks::Lane() == Ranks::kLanes - 1) {
-      graph.load[mine.rank] = target + max(excess - sum, 0);
-    }
-    begin += Hand<kWords>::kTurn;
-    if (!__any_sync(kFullWarp, excess > 0 && begin < mine.n_cells)) return;
-    excess = max(excess - Ranks::OfLastLane(sum), 0);
-    hand = Hand<kWords>(p, graph, mine.rank, mine.n_cells, begin);
-  }
-}
+  static constexpr int kHand = Ranks::kHand;
 
-// The ranks that a token could go to from this lane's cells.
-template <int kWords>
-__device__ __forceinline__ RankSet<kWords> ReachOf(const Problem& p, const GraphMemory& graph,
-                                                   const HeldRank<kWords>& mine) {
-  RankSet<kWords> reach = {};
-  Hand<kWords> hand = mine.first;
-#pragma unroll 1
-  for (int32_t begin = Hand<kWords>::kTurn;; begin += Hand<kWords>::kTurn) {
+  Hosts<kWords> to[kHand];
+  int32_t tokens[kHand];  // in the cell; 0 if it does not send
+  int32_t nth[kHand];     // which sender it is of those in the hands of all the rank's lanes
+  int32_t n;              // in the hands of all the rank's lanes
+
+  Senders() = default;
+  // Cells that send receive nothing meanwhile, so their tokens are the rank's own.
+  template <typename TokensOf>
+  __device__ __forceinline__ Senders(const Hand<kWords>& hand, int32_t rank,
+                                     const RankSet<kWords>& below, const TokensOf& tokens_of) {
+    uint32_t sends[kHand];
 #pragma unroll
-    for (int h = 0; h < Hand<kWords>::kHand; ++h) {
-      const bool some = graph.tokens[hand.cell[h].number] > 0;
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) reach.word[w] |= some ? hand.cell[h].mask[w] : 0;
+    for (int h = 0; h < kHand; ++h) {
+      to[h] = Hosts<kWords>(hand.cell[h], below, rank);
+      tokens[h] = tokens_of(h, to[h].n > 0);
+      if (to[h].n == 0) tokens[h] = 0;
+      sends[h] = Ranks::OfRank(__ballot_sync(kFullWarp, tokens[h] > 0));
     }
-    if (begin >= mine.n_cells) return reach;
-    hand = Hand<kWords>(p, graph, mine.rank, mine.n_cells, begin);
+    const uint32_t earlier = (1u << Ranks::Lane()) - 1;
+    n = 0;
+    int32_t before = 0;
+#pragma unroll
+    for (int h = 0; h < kHand; ++h) {
+      n += __popc(sends[h]);
+      before += __popc(sends[h] & earlier);
+    }
+#pragma unroll
+    for (int h = 0; h < kHand; ++h) {
+      nth[h] = before;
+      before += tokens[h] > 0;
+    }
   }
+};
+
+// The excess of a rank in equal parts: as many as the least power of two that gives every sender
+// one, and the first ones two.
+struct Parts {
+  int32_t n_senders;
+  int32_t n;
+  int32_t each;
+  int32_t more;  // so many are larger by one
+
+  __device__ __forceinline__ Parts(int32_t excess, int32_t n_senders_) : n_senders(n_senders_) {
+    const int32_t log = 32 - __clz(max(n_senders - 1, 0));
+    n = 1 << log;
+    each = excess >> log;
+    more = excess & (n - 1);
+  }
+
+  __device__ __forceinline__ int32_t Of(int32_t sender) const {
+    const int32_t second = sender + n_senders;
+    const int32_t part = each + (sender < more);
+    return second < n ? part + each + (second < more) : part;
+  }
+};
+
+// How a rank pushes to the ranks `below`, if there are any, in a phase.
+template <int kWords>
+struct Pusher {
+  using Ranks = RankTeam<kWords>;
+  static constexpr int kTurn = Hand<kWords>::kTurn;
+
+  RankSet<kWords> below;
+  Senders<kWords> first;
+  int32_t n_senders;
+
+  Pusher() = default;
+  // `tokens` are those of the rank's first cells.
+  __device__ __forceinline__ Pusher(const Problem& p, const GraphMemory& graph,
+                                    const HeldRank<kWords>& mine, const RankSet<kWords>& below_,
+                                    const int32_t (&tokens)[Ranks::kHand])
+      : below(below_),
+        first(mine.first, mine.rank, below_, [&](int h, bool) { return tokens[h]; }),
+        n_senders(first.n) {
+    if (!mine.more) return;
+    ForMore(p, graph, mine,
+            [&](const Hand<kWords>&, const Senders<kWords>& senders) { n_senders += senders.n; });
+  }
+
+  // If the rank `pushes`, it sends what it has above the target, as far as its cells have their
+  // parts of it. Whole warps call it.
+  __device__ __forceinline__ void Push(const Problem& p, const GraphMemory& graph,
+                                       const HeldRank<kWords>& mine, bool pushes,
+                                       int32_t target) const {
+    const Parts parts(pushes ? max(graph.load[mine.rank] - target, 0) : 0, n_senders);
+    if constexpr (Ranks::kLanes > 1) __syncwarp();  // All have read the load.
+    Send(graph, mine.rank, mine.first, first, parts, 0);
+    if (!mine.more || !__any_sync(kFullWarp, pushes)) return;
+    int32_t before = first.n;
+    ForMore(p, graph, mine, [&](const Hand<kWords>& hand, const Senders<kWords>& senders) {
+      Send(graph, mine.rank, hand, senders, parts, before);
+      before += senders.n;
+    });
+  }
+
+ private:
+  // For the hands after the first and their senders.
+  template <typename Function>
+  __device__ __forceinline__ void ForMore(const Problem& p, const GraphMemory& graph,
+                                          const HeldRank<kWords>& mine,
+                                          const Function& function) const {
+#pragma unroll 1
+    for (int32_t begin = kTurn; __any_sync(kFullWarp, begin < mine.n_cells); begin += kTurn) {
+      const Hand<kWords> hand(p, graph, mine.rank, mine.n_cells, begin);
+      // The address leads away from cells that may be receiving: a branch would take longer.
+      function(hand, Senders<kWords>(hand, mine.rank, below, [&](int h, bool some) {
+                 return graph.tokens[some ? hand.cell[h].number : p.n_physical];
+               }));
+    }
+  }
+
+  __device__ __forceinline__ void Send(const GraphMemory& graph, int32_t rank,
+                                       const Hand<kWords>& hand, const Senders<kWords>& senders,
+                                       const Parts& parts, int32_t before) const {
+#pragma unroll
+    for (int h = 0; h < Ranks::kHand; ++h) {
+      const int32_t amount = min(parts.Of(before + senders.nth[h]), senders.tokens[h]);
+      if (amount <= 0) continue;
+      graph.tokens[hand.cell[h].number] = senders.tokens[h] - amount;
+      atomicAdd(&graph.load[rank], -amount);
+      senders.to[h].Send(graph, hand.cell[h], amount);
+    }
+  }
+};
+
+// The ranks that a token could go to from this lane's cells. Tells the tokens of its first ones.
+template <int kWords>
+__device__ __forceinline__ RankSet<kWords> ReachOf(
+    const Problem& p, const GraphMemory& graph, const HeldRank<kWords>& mine,
+    int32_t (&first_tokens)[RankTeam<kWords>::kHand]) {
+  constexpr int32_t kTurn = Hand<kWords>::kTurn;
+  RankSet<kWords> reach = {};
+  const auto add = [&](const HeldCell<kWords>& cell, int32_t tokens) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) reach.word[w] |= tokens > 0 ? cell.mask[w] : 0;
+  };
+#pragma unroll
+  for (int h = 0; h < RankTeam<kWords>::kHand; ++h) {
+    first_tokens[h] = graph.tokens[mine.first.cell[h].number];
+    add(mine.first.cell[h], first_tokens[h]);
+  }
+#pragma unroll 1
+  for (int32_t begin = kTurn; begin < mine.n_cells; begin += kTurn) {
+    const Hand<kWords> hand(p, graph, mine.rank, mine.n_cells, begin);
+#pragma unroll
+    for (int h = 0; h < RankTeam<kWords>::kHand; ++h) {
+      add(hand.cell[h], graph.tokens[hand.cell[h].number]);
+    }
+  }
+  return reach;
 }
 
 // Breadth first search: the ranks that a set can be reached from. Every rank gives the ranks that
@@ -398,6 +497,10 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
   while (true) {
     int32_t load[kWords];
     ValuesOfRanks<kWords>(p, graph.load, target, load);
+    int32_t tokens[kRanks][Ranks::kHand];
+    RankSet<kWords> reach[kRanks];
+#pragma unroll
+    for (int j = 0; j < kRanks; ++j) reach[j] = ReachOf(p, graph, mine[j], tokens[j]);
     RankSet<kWords> waiting;
     RankSet<kWords> seen;
 #pragma unroll
@@ -408,9 +511,6 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
     if (!AnyOf(kHandOut ? seen : waiting)) return target;
     const RankSet<kWords> above = waiting;
 
-    RankSet<kWords> reach[kRanks];
-#pragma unroll
-    for (int j = 0; j < kRanks; ++j) reach[j] = ReachOf(p, graph, mine[j]);
     Search<kWords> search(p, graph, rank, reach);
 
     // Breadth first from the ranks below the target, until all above have a level or nothing new
@@ -435,7 +535,10 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
       }
 #pragma unroll
       for (int j = 0; j < kRanks; ++j) {
-        if (mine[j].n_cells > 0 && frontier.Has(mine[j].rank)) {
+        uint32_t found = 0;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) found |= frontier.word[w] & mine[j].bit.word[w];
+        if (found != 0) {
           level[j] = depth;
           below[j] = last;
         }
@@ -455,13 +558,16 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
       continue;
     }
 
+    Pusher<kWords> pusher[kRanks];
+#pragma unroll
+    for (int j = 0; j < kRanks; ++j) {
+      pusher[j] = Pusher<kWords>(p, graph, mine[j], below[j], tokens[j]);
+    }
     // The deepest level first, every rank pushes what it has above the target one level down.
 #pragma unroll 1
     for (int32_t l = depth; l > 0; --l) {
 #pragma unroll
-      for (int j = 0; j < kRanks; ++j) {
-        Push<kWords>(p, graph, mine[j], level[j] == l, below[j], target);
-      }
+      for (int j = 0; j < kRanks; ++j) pusher[j].Push(p, graph, mine[j], level[j] == l, target);
       Ranks::Sync(n_threads);
     }
   }

@@ -236,31 +236,45 @@ def push(
     level: Int32[Array, " ep_size"],
     depth: Int32[Array, ""],
 ) -> tuple[Int32[Array, " ep_size"], Int32[Array, "n_logical ep_size"]]:
-    """Every rank pushes its excess one level down, deepest level first; returns what remains."""
+    """Every rank pushes its excess one level down, deepest level first; returns what remains.
+
+    A rank divides its excess into parts, as many as the least power of two that gives each of its
+    cells with tokens and hosts below one, and the first ones two. No cell sends more than it has.
+    """
     n_ranks, n_slots = cells.expert.shape
     rank = jnp.arange(n_ranks, dtype=jnp.int32)
     # Row r: the ranks in cyclic order, starting after r.
     after = (rank[:, None] + rank + 1) % n_ranks
-    hosts = cells.hosts
-
-    def push_slot(k, state):
-        tokens, excess, mine, depth = state
-        e = cells.expert[:, k]
-        amount = jnp.minimum(mine, tokens.at[e, rank].get(mode="fill", fill_value=0))
-        to = hosts.at[e[:, None], after].get(mode="fill", fill_value=False)
-        to &= level[after] == depth - 1
-        nth = jnp.cumsum(to, axis=1, dtype=jnp.int32) - 1
-        n = jnp.minimum(nth[:, -1:] + 1, MAX_SPREAD)
-        each, more = jnp.divmod(amount[:, None], jnp.maximum(n, 1))
-        part = jnp.where(to & (nth < n), each + (nth < more).astype(jnp.int32), 0)
-        amount = part.sum(axis=1, dtype=jnp.int32)
-        tokens = tokens.at[e[:, None], after].add(part, mode="drop")
-        tokens = tokens.at[e, rank].add(-amount, mode="drop")
-        return tokens, excess.at[after].add(part) - amount, mine - amount, depth
 
     def push_level(mine, excess, tokens, depth):
-        state = (tokens, excess, mine, depth)
-        tokens, excess, _, _ = lax.fori_loop(0, n_slots, push_slot, state)
+        held = tokens.at[cells.expert, rank[:, None]].get(mode="fill", fill_value=0)
+        below = (cells.hosts & (level == depth - 1)).any(axis=1)
+        sends = (held > 0) & below.at[cells.expert].get(mode="fill", fill_value=False)
+        nth_sender = jnp.cumsum(sends, axis=1, dtype=jnp.int32) - 1
+        n_senders = sends.sum(axis=1, dtype=jnp.int32)
+        n_parts = 1 << (32 - lax.clz(jnp.maximum(n_senders - 1, 0)))
+        each, more = mine // n_parts, mine % n_parts
+
+        def part(i):
+            return jnp.where(i < n_parts, each + (i < more).astype(jnp.int32), 0)
+
+        def push_slot(k, state):
+            tokens, excess = state
+            e, i = cells.expert[:, k], nth_sender[:, k]
+            amount = jnp.minimum(part(i) + part(i + n_senders), held[:, k])
+            amount = jnp.where(sends[:, k], amount, 0)
+            to = cells.hosts.at[e[:, None], after].get(mode="fill", fill_value=False)
+            to &= level[after] == depth - 1
+            to &= jnp.cumsum(to, axis=1, dtype=jnp.int32) <= MAX_SPREAD
+            to = jnp.zeros_like(to).at[rank[:, None], after].set(to)  # in the order of the ranks
+            nth = jnp.cumsum(to, axis=1, dtype=jnp.int32) - 1
+            share, rest = jnp.divmod(amount[:, None], jnp.maximum(nth[:, -1:] + 1, 1))
+            parts = jnp.where(to, share + (nth < rest).astype(jnp.int32), 0)
+            tokens = tokens.at[e].add(parts, mode="drop")
+            tokens = tokens.at[e, rank].add(-amount, mode="drop")
+            return tokens, excess + parts.sum(axis=0, dtype=jnp.int32) - amount
+
+        tokens, excess = lax.fori_loop(0, n_slots, push_slot, (tokens, excess))
         return excess, tokens
 
     return push_levels(excess, tokens, level, depth, push_level)

@@ -197,37 +197,55 @@ class GraphWaves {
 
   // The deepest level first; within a level the order does not matter.
   void PushAll() {
-    for (auto r = reached_.rbegin(); r != reached_.rend() && level_[*r] > 0; ++r) Push(*r);
+    for (auto r = reached_.rbegin(); r != reached_.rend() && level_[*r] > 0; ++r) {
+      if (load_[*r] > target_) Push(*r, load_[*r] - target_);
+    }
   }
 
-  // Rank r sends what it has above the target to the level below its own.
-  void Push(int32_t r) {
-    int64_t excess = load_[r] - target_;
+  // Rank r sends its excess to the level below its own, as far as its cells have their parts of it.
+  void Push(int32_t r, int64_t excess) {
     const int32_t below = level_[r] - 1;
-    for (int32_t i = graph_.first_shared[r]; i < graph_.first_shared[r + 1] && excess > 0; ++i) {
-      const auto [e, cell] = graph_.shared[i];
-      const int64_t amount = std::min(excess, tokens_[cell]);
-      // A host that is nearer than `below` would have put r nearer, too.
-      if (amount == 0 || expert_level_[e] != below) continue;
-      // The first hosts at that level in cyclic order after r.
-      int32_t to[kMaxSpread];
-      int32_t n = 0;
-      const int32_t begin = graph_.first[e];
-      const int32_t end = graph_.first[e + 1];
-      for (int32_t c = cell + 1; c != cell && n < kMaxSpread; ++c) {
-        if (c == end) c = begin;
-        if (c == cell) break;
-        if (level_[graph_.rank[c]] == below) to[n++] = c;
-      }
-      for (int32_t k = 0; k < n; ++k) {
-        const int64_t part = amount / n + (k < amount % n);
-        tokens_[to[k]] += part;
-        load_[graph_.rank[to[k]]] += part;
-      }
-      tokens_[cell] -= amount;
-      load_[r] -= amount;
-      excess -= amount;
+    // A host that is nearer than `below` would have put r nearer, too.
+    const auto sends = [&](const ReplicaGraph::Shared& cell) {
+      return tokens_[cell.cell] > 0 && expert_level_[cell.expert] == below;
+    };
+    const auto first = graph_.shared.begin() + graph_.first_shared[r];
+    const auto last = graph_.shared.begin() + graph_.first_shared[r + 1];
+    const int64_t n_senders = std::count_if(first, last, sends);
+    // The least power of two that gives every sender one part, and the first ones two.
+    int64_t n_parts = 1;
+    while (n_parts < n_senders) n_parts *= 2;
+    const auto part = [&](int64_t i) {
+      return i < n_parts ? excess / n_parts + (i < excess % n_parts) : 0;
+    };
+    int64_t sender = 0;
+    for (auto cell = first; cell != last; ++cell) {
+      if (!sends(*cell)) continue;
+      Send(r, *cell, std::min(part(sender) + part(sender + n_senders), tokens_[cell->cell]));
+      ++sender;
     }
+  }
+
+  // To the first of the expert's hosts at the level below in cyclic order after r, in equal parts;
+  // the lowest ranks get one more.
+  void Send(int32_t r, const ReplicaGraph::Shared& from, int64_t amount) {
+    int32_t to[kMaxSpread];
+    int32_t n = 0;
+    const int32_t begin = graph_.first[from.expert];
+    const int32_t end = graph_.first[from.expert + 1];
+    for (int32_t c = from.cell + 1; n < kMaxSpread; ++c) {
+      if (c == end) c = begin;
+      if (c == from.cell) break;
+      if (level_[graph_.rank[c]] == level_[r] - 1) to[n++] = c;
+    }
+    std::sort(to, to + n);
+    for (int32_t k = 0; k < n; ++k) {
+      const int64_t part = amount / n + (k < amount % n);
+      tokens_[to[k]] += part;
+      load_[graph_.rank[to[k]]] += part;
+    }
+    tokens_[from.cell] -= amount;
+    load_[r] -= amount;
   }
 
   const ReplicaGraph& graph_;
