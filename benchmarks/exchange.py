@@ -6,7 +6,7 @@ Each rank sends 16,384 tokens of 4,096 bfloat16 to another rank (top-1) or to to
 from their place in memory to their rows, and sums of rows back. Kernels run without XLA, ranks in
 step; times are medians. Next come small batches of 7,168, and several ranks per GPU. The last
 figure is a layer's forward pass on such batches minus its GEMMs, with copies already fetched;
---layers measures only this.
+--layers measures only this, --kernels only our kernels.
 """
 
 from __future__ import annotations
@@ -217,18 +217,22 @@ def by_layers(mesh: Mesh) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--layers", action="store_true", help="only the layers of small batches")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--layers", action="store_true", help="only the layers of small batches")
+    only.add_argument("--kernels", action="store_true", help="only our kernels, which is quick")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     arguments = parser.parse_args()
     devices = jax.devices()
     n = len(devices)
     figures: dict[str, Any] = {"device": f"{n} × {devices[0].device_kind}", "jax": jax.__version__}
     mesh = Mesh(np.array(devices), "ep")
-    figures["layers, µs"] = by_layers(mesh)
+    if not arguments.kernels:
+        figures["layers, µs"] = by_layers(mesh)
     if not arguments.layers:
         for top_k in (1, 8):
             figures[f"top-{top_k}"] = by_kernels(n, n, N_TOKENS, HIDDEN, top_k, SMS)
-        figures["xla, ms"] = by_xla(mesh)
+        if not arguments.kernels:
+            figures["xla, ms"] = by_xla(mesh)
         small = {str(t): by_kernels(n, n, t, SMALL_HIDDEN, 8, (32, 132)) for t in SMALL}
         figures["small"] = small
         figures["ranks that share"] = {

@@ -17,7 +17,7 @@ __device__ __forceinline__ bool HasCome(const Exchange&, const uint32_t* flag, u
 
 // Rows are written where they arrive; what leaves are their flags. A fence waits until everything
 // written before it has arrived, which takes as long as a row. So several rows share one fence,
-// while the next row loads.
+// while the next row loads; but not where a warp sends so few that receivers would wait for them.
 template <>
 class Outbox<Exchange> {
  public:
@@ -28,7 +28,8 @@ class Outbox<Exchange> {
                                                           const ExchangeCall& call, int32_t rank) {
     return SlotOf(exchange, call, rank);
   }
-  __device__ __forceinline__ Outbox() {
+  __device__ __forceinline__ Outbox(const Pieces& pieces, int32_t rows_per_fence)
+      : rows_per_fence_(RowsPerFence(pieces, rows_per_fence)) {
     __shared__ uint32_t* flags[kMostWarps][kMostFlags];
     flags_ = flags[threadIdx.x / 32];
   }
@@ -43,7 +44,7 @@ class Outbox<Exchange> {
     ++n_rows_;
   }
   __device__ __forceinline__ void LeaveIfMany(const ExchangeCall& call) {
-    if (n_rows_ >= kRowsPerFence || n_flags_ > kMostFlags - 32) Leave(call);
+    if (n_rows_ >= rows_per_fence_ || n_flags_ > kMostFlags - 32) Leave(call);
   }
   __device__ __forceinline__ void Leave(const ExchangeCall& call) {
     __syncwarp();
@@ -55,9 +56,17 @@ class Outbox<Exchange> {
 
  private:
   static constexpr int32_t kMostFlags = 64;
-  static constexpr int32_t kRowsPerFence = 4;
+  // Rows that share a fence.
+  static constexpr int32_t kMostRows = 4;
+  static constexpr int32_t kPerFence = 4096;  // bytes that take as long as a fence
+
+  __device__ __forceinline__ static int32_t RowsPerFence(const Pieces& pieces, int32_t wanted) {
+    const int32_t least = (kPerFence + pieces.piece_bytes - 1) / pieces.piece_bytes;
+    return min(max(wanted, least), kMostRows);
+  }
 
   uint32_t** flags_;
+  int32_t rows_per_fence_;
   int32_t n_flags_ = 0;
   int32_t n_rows_ = 0;
 };
@@ -65,9 +74,11 @@ class Outbox<Exchange> {
 namespace {
 
 constexpr int32_t kItemsPerBlock = 8;  // Below this, starting more blocks costs more than it saves.
-// The fastest of those tried. Tokens with one row each are only copied; sums need registers.
-using Copying = Way<768, 8, 2, 4>;
-using Summing = Way<640, 8, 4, 4>;
+// The fastest of those tried. Tokens with one row each are only copied. There, receivers have their
+// own tokens to begin with; who sums needs what others send from the first token on.
+using Copying = Way<768, 8, 4096, 4, 2>;
+using Expanding = Way<640, 8, 0, 2, 2>;
+using Summing = Way<640, 8, 8192, 4, 12>;
 
 bool OnlyCopies(const Routing& routing) { return routing.top_k == 1; }
 
@@ -89,17 +100,20 @@ template <typename Arguments>
 struct Kernel {
   void (*function)(const Exchange, const Arguments, const Pieces, int32_t);
   int32_t threads;
+  int64_t room;  // shared memory per warp
 };
 
 Kernel<ThereArguments> ThereKernelFor(const Routing& routing) {
-  if (OnlyCopies(routing)) return {ThereKernel<Copying>, Copying::kThreads};
-  return {ThereKernel<Summing>, Summing::kThreads};
+  if (OnlyCopies(routing)) return {ThereKernel<Copying>, Copying::kThreads, 0};
+  return {ThereKernel<Expanding>, Expanding::kThreads, 0};
 }
 
 template <typename T>
 Kernel<BackArguments> BackKernelOf(const Routing& routing) {
-  if (OnlyCopies(routing)) return {BackKernel<T, Copying>, Copying::kThreads};
-  return {BackKernel<T, Summing>, Summing::kThreads};
+  if (OnlyCopies(routing)) {
+    return {BackKernel<T, Copying>, Copying::kThreads, sizeof(SumRoom<Copying>)};
+  }
+  return {BackKernel<T, Summing>, Summing::kThreads, sizeof(SumRoom<Summing>)};
 }
 
 Kernel<BackArguments> BackKernelFor(const Routing& routing, RowType type) {
@@ -121,9 +135,9 @@ Kernel<BackArguments> BackKernelFor(const Routing& routing, RowType type) {
 Pieces PiecesOf(const Routing& routing, int32_t n_ranks, int32_t row_bytes) {
   const int32_t most_tokens =
       std::max(routing.n_received, routing.n_tokens * std::min(routing.top_k, n_ranks));
-  const int32_t steps = (row_bytes + kStepBytes - 1) / kStepBytes;
+  const int32_t steps = (row_bytes + kPieceUnit - 1) / kPieceUnit;
   const int32_t n_pieces = std::clamp(kMinItems / std::max(most_tokens, 1), 1, steps);
-  const int32_t piece_bytes = (steps + n_pieces - 1) / n_pieces * kStepBytes;
+  const int32_t piece_bytes = (steps + n_pieces - 1) / n_pieces * kPieceUnit;
   return {row_bytes, (row_bytes + piece_bytes - 1) / piece_bytes, piece_bytes};
 }
 
@@ -133,15 +147,43 @@ int32_t Senders(const Routing& routing, const ExchangeOptions& options) {
   return OnlyCopies(routing) ? (9 * options.n_blocks + 8) / 16 : (options.n_blocks + 1) / 2;
 }
 
+// The most threads, in whole warps, whose rooms fit in the shared memory of the current device.
+cudaError_t ShapeBlock(int32_t n_ranks, int64_t room, LaunchShape* shape) {
+  constexpr int64_t kStaticBytes = 17 << 10;  // what kernels use at most beside rooms and calls
+  int device = 0, most_bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  shape->shared_bytes = ExchangeCall::SharedBytes(n_ranks);
+  if (room == 0) return cudaSuccess;
+  const int64_t rooms = (most_bytes - kStaticBytes - shape->shared_bytes) / room;
+  const int64_t warps = std::clamp<int64_t>(rooms, 1, shape->threads / 32);
+  shape->threads = static_cast<int32_t>(32 * warps);
+  shape->shared_bytes += warps * room;
+  return cudaSuccess;
+}
+
+// Senders write a token's row to at most `ranks` windows, receivers top_k rows per token of a rank,
+// and an SM writes only 32 bytes per clock. Measured on two ranks with top-8: a quarter of the
+// blocks is as fast as fewer, and with more of them receivers end later, by up to 20 %. Batches
+// that are cut are so small that this does not matter, but how soon the last token leaves.
+int32_t SendersThere(const Routing& routing, const ExchangeOptions& options, int32_t n_ranks,
+                     const Pieces& pieces) {
+  const int32_t senders = Senders(routing, options);
+  if (options.n_senders > 0 || OnlyCopies(routing) || pieces.n_pieces > 1) return senders;
+  const int32_t ranks = std::min(n_ranks - 1, routing.top_k), of = ranks + routing.top_k;
+  return std::min(senders, (options.n_blocks * (ranks + 1) + of - 1) / of);
+}
+
 template <typename Arguments>
 cudaError_t LaunchExchange(const Kernel<Arguments>& kernel, const Exchange& exchange,
                            const Arguments& arguments, const ExchangeOptions& options,
-                           cudaStream_t stream) {
+                           const Pieces& pieces, int32_t n_senders, cudaStream_t stream) {
   LaunchShape shape = {dim3(options.n_blocks), kernel.threads};
-  shape.shared_bytes = ExchangeCall::SharedBytes(exchange.shape.n_ranks);
-  return Launch(kernel.function, shape, stream, exchange, arguments,
-                PiecesOf(arguments.routing, exchange.shape.n_ranks, arguments.row_bytes),
-                Senders(arguments.routing, options));
+  const cudaError_t error = ShapeBlock(exchange.shape.n_ranks, kernel.room, &shape);
+  if (error != cudaSuccess) return error;
+  return Launch(kernel.function, shape, stream, exchange, arguments, pieces, n_senders);
 }
 
 }  // namespace
@@ -157,38 +199,51 @@ ExchangeOptions ChooseOptions(const Routing& routing, int32_t n_ranks, int32_t r
 
 cudaError_t LaunchThere(const Exchange& exchange, const ThereArguments& arguments,
                         const ExchangeOptions& options, cudaStream_t stream) {
-  return LaunchExchange(ThereKernelFor(arguments.routing), exchange, arguments, options, stream);
+  const Routing& routing = arguments.routing;
+  const int32_t n_ranks = exchange.shape.n_ranks;
+  const Pieces pieces = PiecesOf(routing, n_ranks, arguments.row_bytes);
+  return LaunchExchange(ThereKernelFor(routing), exchange, arguments, options, pieces,
+                        SendersThere(routing, options, n_ranks, pieces), stream);
 }
 
 cudaError_t LaunchBack(const Exchange& exchange, const BackArguments& arguments,
                        const ExchangeOptions& options, cudaStream_t stream) {
-  return LaunchExchange(BackKernelFor(arguments.routing, arguments.type), exchange, arguments,
-                        options, stream);
+  const Routing& routing = arguments.routing;
+  return LaunchExchange(BackKernelFor(routing, arguments.type), exchange, arguments, options,
+                        PiecesOf(routing, exchange.shape.n_ranks, arguments.row_bytes),
+                        Senders(routing, options), stream);
 }
 
 // Rows are not cut, see PutWindowShape.
 template <typename Arguments>
-static cudaError_t LaunchPut(const void* kernel, const PutExchange& exchange,
+static cudaError_t LaunchPut(const void* kernel, int64_t room, const PutExchange& exchange,
                              const Arguments& arguments, const ExchangeOptions& options,
                              cudaStream_t stream) {
+  LaunchShape shape = {dim3(options.n_blocks), kPutThreads};
+  cudaError_t error = ShapeBlock(exchange.shape.n_ranks, room, &shape);
+  if (error != cudaSuccess) return error;
+  if (shape.shared_bytes > kUnaskedSharedBytes) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shape.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
   const Pieces whole = {arguments.row_bytes, 1, arguments.row_bytes};
   const int32_t n_senders = Senders(arguments.routing, options);
   const void* parameters[] = {&exchange, &arguments, &whole, &n_senders};
-  return cudaLaunchKernel(kernel, dim3(options.n_blocks), dim3(kPutThreads),
-                          const_cast<void**>(parameters),
-                          ExchangeCall::SharedBytes(exchange.shape.n_ranks), stream);
+  return cudaLaunchKernel(kernel, shape.grid, dim3(shape.threads), const_cast<void**>(parameters),
+                          shape.shared_bytes, stream);
 }
 
 cudaError_t LaunchTherePut(const void* kernel, const PutExchange& exchange,
                            const ThereArguments& arguments, const ExchangeOptions& options,
                            cudaStream_t stream) {
-  return LaunchPut(kernel, exchange, arguments, options, stream);
+  return LaunchPut(kernel, 0, exchange, arguments, options, stream);
 }
 
 cudaError_t LaunchBackPut(const void* kernel, const PutExchange& exchange,
                           const BackArguments& arguments, const ExchangeOptions& options,
                           cudaStream_t stream) {
-  return LaunchPut(kernel, exchange, arguments, options, stream);
+  return LaunchPut(kernel, sizeof(SumRoom<Putting>), exchange, arguments, options, stream);
 }
 
 cudaError_t PreloadExchange() {

@@ -30,7 +30,7 @@ struct ExchangeCall {
   int32_t* sizes;        // [n_ranks], tokens that arrive from each rank
   Patience patience;     // of this block
 
-  static int64_t SharedBytes(int64_t n_ranks) {
+  __host__ __device__ static int64_t SharedBytes(int64_t n_ranks) {
     return n_ranks * (sizeof(char*) + (kLists + 1) * sizeof(int32_t));
   }
   template <typename AnyExchange>
@@ -86,6 +86,25 @@ __device__ __forceinline__ void StoreWide(char* address, const uint4& value, boo
       " @there st.global.v4.u32 [%4], {%0, %1, %2, %3};}" ::"r"(value.x),
       "r"(value.y), "r"(value.z), "r"(value.w), "l"(address), "r"(static_cast<int32_t>(there))
       : "memory");
+}
+
+// Starts a copy of a word to shared memory; nothing if it is not `there`. It bypasses the L1 cache,
+// too.
+__device__ __forceinline__ void FetchWide(uint4* to, const char* from, bool there) {
+  asm volatile(
+      "{.reg .pred there; setp.ne.s32 there, %2, 0;"
+      " @there cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(
+          static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(static_cast<int32_t>(there))
+      : "memory");
+}
+__device__ __forceinline__ void CommitFetches() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits for this thread's fetches, except the last `groups` that it has committed.
+template <int groups>
+__device__ __forceinline__ void AwaitFetches() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
 }
 
 __device__ __forceinline__ uint64_t LoadGate(const void* gates, int64_t i, int32_t bytes) {

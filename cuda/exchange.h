@@ -14,7 +14,7 @@ namespace lplb::cuda {
 
 constexpr int32_t kMostChoices = 32;  // Per token: one per lane.
 constexpr int32_t kMinItems = 4096;   // Fewer tokens are cut into pieces, up to this many items.
-constexpr int32_t kPutThreads = 512;  // per block of the kernels that send by put
+constexpr int32_t kPutThreads = 512;  // per block of the kernels that send by put, at most
 
 // What a rank keeps between exchanges, in device memory. Initially zero.
 struct ExchangeState {

@@ -10,18 +10,21 @@
 namespace lplb::cuda {
 
 // How the warps of a block share its SM.
-template <int32_t threads, int flight, int rows_at_once, int32_t most_at_once>
+template <int32_t threads, int flight, int32_t flight_sums, int32_t most_at_once, int32_t fences>
 struct Way {
-  static constexpr int32_t kThreads = threads;
+  static constexpr int32_t kThreads = threads;          // at most
   static constexpr int kFlight = flight;                // words of a copy that a lane has in flight
-  static constexpr int kRowsAtOnce = rows_at_once;      // rows that a warp sums at once
+  static constexpr int32_t kFlightSums = flight_sums;   // bytes of a sum that a warp has in flight
   static constexpr int32_t kMostAtOnce = most_at_once;  // items that a warp receives at once
+  static constexpr int32_t kFences = fences;            // of a warp that sends few items
 };
 
-constexpr int kFlightSums = 2;  // words of each row that a lane has in flight
-constexpr int32_t kStepBytes = kFlightSums * 32 * kWord;
+using Putting = Way<kPutThreads, 8, 8192, 4, 1>;  // where ranks send by put
+
+constexpr int32_t kPieceUnit = 1024;  // bytes; pieces are multiples of it
 
 // The rows of one warp that go to other ranks. A specialization has
+//   a constructor, from the number of rows that should leave together, if they are not too many;
 //   kThere, kBack: the lists that tell at which place a token, or a sum, is to be written;
 //   SlotTo: the slot with that place;
 //   Add: each lane that `sends` has written the row at `entry` of `slot`, which goes to place
@@ -136,10 +139,10 @@ __device__ __forceinline__ void SendTokens(const AnyExchange& exchange, const Ex
                                            const ThereArguments& in, const Pieces& pieces,
                                            int32_t n_senders) {
   const int32_t n_items = in.routing.n_tokens * pieces.n_pieces;
-  const int32_t n_warps = n_senders * (W::kThreads / 32);
+  const int32_t n_warps = n_senders * static_cast<int32_t>(blockDim.x / 32);
   int32_t item = Warp(call);
   PackedChoice next = LoadChoice(in.routing, item / pieces.n_pieces, Lane());
-  Outbox<AnyExchange> outbox;
+  Outbox<AnyExchange> outbox(pieces, n_items / n_warps / W::kFences);
   for (; item < n_items; item += n_warps) {
     const Choice choice = next.Unpacked(in.routing);
     next = LoadChoice(in.routing, (item + n_warps) / pieces.n_pieces, Lane());
@@ -274,16 +277,24 @@ struct Wide<double> {
 };
 
 template <typename T>
+__device__ __forceinline__ typename Wide<T>::Type ElementOf(const uint4& word, int i) {
+  return static_cast<typename Wide<T>::Type>(reinterpret_cast<const T*>(&word)[i]);
+}
+// The upper half of a float. With few SMs, sums take as long as their instructions.
+template <>
+__device__ __forceinline__ float ElementOf<__nv_bfloat16>(const uint4& word, int i) {
+  const uint32_t two = reinterpret_cast<const uint32_t*>(&word)[i / 2];
+  return __uint_as_float(i % 2 == 0 ? two << 16 : two & 0xffff0000u);
+}
+
+template <typename T>
 struct Sum {
   static constexpr int kElements = kWord / sizeof(T);
   typename Wide<T>::Type of[kElements] = {};
 
-  __device__ __forceinline__ void Add(const uint4& word) {
-    const T* elements = reinterpret_cast<const T*>(&word);
+  __device__ __forceinline__ void Add(uint4 word) {
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      of[i] += static_cast<typename Wide<T>::Type>(elements[i]);
-    }
+    for (int i = 0; i < kElements; ++i) of[i] += ElementOf<T>(word, i);
   }
   __device__ __forceinline__ uint4 Rounded() const {
     uint4 word;
@@ -294,50 +305,153 @@ struct Sum {
   }
 };
 
-// The sums of a warp's step: each lane's words from byte `begin` on, before `end`.
-template <typename T, typename W>
+// What a warp sums of a row at once, `words` per lane: each lane's from byte `begin` on, before
+// `end`.
+template <typename T, int words>
 struct StepSums {
-  Sum<T> of[kFlightSums];
+  Sum<T> of[words];
 
-  // Adds terms in the order of lanes. Each lane holds the address of a term, and `terms` is the
-  // mask of lanes to add. The words of several terms are in flight at once.
-  __device__ __forceinline__ void Add(const char* term, uint32_t terms, int32_t begin,
-                                      int32_t end) {
-    while (terms != 0) {
-      uint4 words[W::kRowsAtOnce][kFlightSums];
-      bool there[W::kRowsAtOnce];
+  __device__ __forceinline__ void Add(const uint4* terms, int stride) {
 #pragma unroll
-      for (int r = 0; r < W::kRowsAtOnce; ++r) {
-        there[r] = terms != 0;
-        const auto address = __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(term),
-                                         there[r] ? __ffs(terms) - 1 : 0);
-        terms &= terms - 1;
-        const char* from = reinterpret_cast<const char*>(address) + begin;
-#pragma unroll
-        for (int j = 0; j < kFlightSums; ++j) {
-          const bool inside = begin + j * 32 * kWord < end;
-          words[r][j] = LoadWide(from + j * 32 * kWord, there[r] && inside);
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < W::kRowsAtOnce; ++r) {
-        if (!there[r]) break;
-#pragma unroll
-        for (int j = 0; j < kFlightSums; ++j) of[j].Add(words[r][j]);
-      }
-    }
+    for (int j = 0; j < words; ++j) of[j].Add(terms[j * stride]);
   }
-  __device__ __forceinline__ void AddRounded(const StepSums& sums) {
+  __device__ __forceinline__ void Round(uint4* rounded) const {
 #pragma unroll
-    for (int j = 0; j < kFlightSums; ++j) of[j].Add(sums.of[j].Rounded());
+    for (int j = 0; j < words; ++j) rounded[j] = of[j].Rounded();
   }
   __device__ __forceinline__ void Store(char* to, int32_t begin, int32_t end) const {
 #pragma unroll
-    for (int j = 0; j < kFlightSums; ++j) {
+    for (int j = 0; j < words; ++j) {
       StoreWide(to + begin + j * 32 * kWord, of[j].Rounded(), begin + j * 32 * kWord < end);
     }
   }
 };
+
+// A warp's part of the shared memory of a block that sums. The parts follow what an ExchangeCall
+// keeps there.
+template <typename W>
+struct SumRoom {
+  uint4 words[W::kFlightSums / kWord];
+  const char* terms[kMostChoices];
+};
+
+template <typename W>
+__device__ __forceinline__ SumRoom<W>* RoomOfWarp(int32_t n_ranks) {
+  extern __shared__ char* memory[];  // and not from `call`, or the compiler would not know the kind
+  char* rooms = reinterpret_cast<char*>(memory) + ExchangeCall::SharedBytes(n_ranks);
+  return reinterpret_cast<SumRoom<W>*>(rooms) + threadIdx.x / 32;
+}
+
+// The terms of a sum on their way to shared memory, step by step, in the order in which they are
+// added. There is room for more of them than in registers, so that a few SMs get as much as the
+// link and the memory give. A lane fetches the words that it will add, and waits for no other's.
+template <typename W, int words>
+class Fetches {
+ public:
+  static constexpr int kMost = W::kFlightSums / (words * 32 * kWord);  // at once
+
+  __device__ __forceinline__ Fetches(SumRoom<W>* room, int32_t n_terms, const Piece& piece)
+      : room_(room), n_terms_(n_terms), end_(piece.begin + piece.bytes) {
+    at_ = n_terms > 0 ? piece.begin + Lane() * kWord : end_;
+  }
+  // Starts the next fetch, if one is left.
+  __device__ __forceinline__ void Start() {
+    uint4* to = At(next_++);
+    const char* from = room_->terms[term_] + at_;
+#pragma unroll
+    for (int j = 0; j < words; ++j) {
+      FetchWide(to + j * 32, from + j * 32 * kWord, at_ + j * 32 * kWord < end_);
+    }
+    CommitFetches();
+    if (++term_ < n_terms_) return;
+    term_ = 0;
+    at_ += words * 32 * kWord;
+  }
+  // This lane's words of the term whose fetch was started kMost − 1 calls ago, 32 words apart.
+  __device__ __forceinline__ const uint4* Take() {
+    Start();
+    AwaitFetches<kMost - 1>();
+    return At(next_);
+  }
+
+ private:
+  __device__ __forceinline__ uint4* At(uint32_t fetch) const {
+    return room_->words + fetch % kMost * (words * 32) + Lane();
+  }
+
+  SumRoom<W>* room_;
+  int32_t n_terms_;
+  int32_t end_;
+  int32_t at_;        // where this lane's next words are in a term
+  int32_t term_ = 0;  // the next one
+  uint32_t next_ = 0;
+};
+
+// The terms of a sum: those of this rank's rows, which are summed and rounded first, and those that
+// come before and after their sum.
+struct Terms {
+  int32_t n_own;
+  int32_t n_first;  // with own ones
+  int32_t n;
+};
+
+template <typename T, int words, typename W, typename Ready>
+__device__ __forceinline__ bool SumSteps(SumRoom<W>* room, const Piece& piece, const Terms& terms,
+                                         char* to, int32_t n_early, const Ready& ready) {
+  using Steps = Fetches<W, words>;
+  Steps fetches(room, terms.n, piece);
+  int32_t n_started = 0;
+  for (; n_started < min(n_early, Steps::kMost - 1); ++n_started) fetches.Start();
+  if (!ready()) return false;
+  for (; n_started < Steps::kMost - 1; ++n_started) fetches.Start();
+  const int32_t end = piece.begin + piece.bytes;
+  for (int32_t step = piece.begin; step < end; step += words * 32 * kWord) {
+    StepSums<T, words> sums;
+    const auto add = [&](int32_t n) {
+#pragma unroll 1
+      for (int32_t i = 0; i < n; ++i) sums.Add(fetches.Take(), 32);
+    };
+    if (terms.n_own > 0) {
+      add(terms.n_own);
+      uint4 own_sum[words];
+      sums.Round(own_sum);
+      sums = {};
+      add(terms.n_first - terms.n_own);
+      sums.Add(own_sum, 1);
+    } else {
+      add(terms.n_first);
+    }
+    add(terms.n - terms.n_first);
+    sums.Store(to, step + Lane() * kWord, end);
+  }
+  return true;
+}
+
+// Sums a piece. Each lane holds the address of a term. `lanes` is the mask of those to add, in
+// their order; the terms of `own` are summed and rounded first, and added where the first of them
+// is. `ready` is called once, while `n_early` terms are being fetched, and returns false if the
+// others will not come.
+template <typename T, typename W, typename Ready>
+__device__ __forceinline__ bool SumPiece(SumRoom<W>* room, const Piece& piece, const char* term,
+                                         uint32_t lanes, uint32_t own, char* to, int32_t n_early,
+                                         const Ready& ready) {
+  const uint32_t first = lanes & ((own & -own) - 1);  // all if there are no own ones
+  const uint32_t last = lanes & ~first & ~own;
+  const int32_t n_own = __popc(own), n_first = n_own + __popc(first);
+  const auto place = [&](uint32_t of, int32_t begin) {
+    const int32_t before = __popc(of & ((1u << Lane()) - 1));
+    if ((of >> Lane() & 1) != 0) room->terms[begin + before] = term;
+  };
+  __syncwarp();
+  place(own, 0);
+  place(first, n_own);
+  place(last, n_first);
+  __syncwarp();
+  const Terms terms = {n_own, n_first, n_first + __popc(last)};
+  // Long steps take fewer instructions, which few SMs feel; of short ones, more are in flight.
+  if (piece.bytes > kPieceUnit) return SumSteps<T, 4>(room, piece, terms, to, n_early, ready);
+  return SumSteps<T, 2>(room, piece, terms, to, n_early, ready);
+}
 
 __device__ __forceinline__ const char* RowAt(const void* rows, int64_t row, int32_t row_bytes) {
   return static_cast<const char*>(rows) + row * row_bytes;
@@ -355,7 +469,8 @@ template <typename T, typename W, typename AnyExchange>
 __device__ __forceinline__ void SendSum(const AnyExchange& exchange, const ExchangeCall& call,
                                         const BackArguments& in, const Pieces& pieces,
                                         const Piece& piece, int32_t rank, int64_t place,
-                                        int64_t arrives, int32_t row, Outbox<AnyExchange>* outbox) {
+                                        int64_t arrives, int32_t row, SumRoom<W>* room,
+                                        Outbox<AnyExchange>* outbox) {
   const auto& shape = exchange.shape;
   const Slot<AnyExchange> slot = outbox->SlotTo(exchange, call, rank);
   char* to = slot.rows + place * shape.RowStride();
@@ -367,15 +482,10 @@ __device__ __forceinline__ void SendSum(const AnyExchange& exchange, const Excha
     CopyPiece<W>(RowAt(in.rows, only, in.row_bytes), piece, Lane() == 0 ? to : nullptr,
                  [&] { outbox->LeaveIfMany(call); });
   } else {
-    const char* term = RowAt(in.rows, row, in.row_bytes);
-    const int32_t end = piece.begin + piece.bytes;
-    for (int32_t step = piece.begin; step < end; step += kStepBytes) {
-      const int32_t begin = step + Lane() * kWord;
-      StepSums<T, W> sums;
-      sums.Add(term, rows, begin, end);
+    SumPiece<T>(room, piece, RowAt(in.rows, row, in.row_bytes), rows, 0, to, kMostChoices, [&] {
       outbox->LeaveIfMany(call);
-      sums.Store(to, begin, end);
-    }
+      return true;
+    });
   }
   const int64_t entry = place * pieces.n_pieces + piece.number;
   if (row >= 0 && piece.number == 0) slot.gates[entry * shape.GateStride() + Lane()] = gate;
@@ -385,12 +495,12 @@ __device__ __forceinline__ void SendSum(const AnyExchange& exchange, const Excha
 template <typename T, typename W, typename AnyExchange>
 __device__ __forceinline__ void SendSums(const AnyExchange& exchange, const ExchangeCall& call,
                                          const BackArguments& in, const Pieces& pieces,
-                                         int32_t n_senders) {
+                                         int32_t n_senders, SumRoom<W>* room) {
   const int32_t n_ranks = exchange.shape.n_ranks;
   int32_t longest = 0;
   for (int32_t rank = 0; rank < n_ranks; ++rank) longest = max(longest, call.sizes[rank]);
   const int32_t n_items = longest * (n_ranks - 1) * pieces.n_pieces;
-  const int32_t n_warps = n_senders * (W::kThreads / 32);
+  const int32_t n_warps = n_senders * static_cast<int32_t>(blockDim.x / 32);
   const auto place_of = [&](const Received& received, List list) {
     return int64_t{call.ListAt(exchange, list, received.source)} + received.order;
   };
@@ -404,13 +514,13 @@ __device__ __forceinline__ void SendSums(const AnyExchange& exchange, const Exch
   int32_t item = Warp(call);
   Received received = received_of(item);
   int32_t row = row_of(received);
-  Outbox<AnyExchange> outbox;
+  Outbox<AnyExchange> outbox(pieces, n_items / n_warps / W::kFences);
   for (; item < n_items; item += n_warps) {
     const Received next = received_of(item + n_warps);
     const int32_t next_row = row_of(next);
     if (received.exists) {
       SendSum<T, W>(exchange, call, in, pieces, PieceOf(pieces, item), received.source,
-                    place_of(received, outbox.kBack), place_of(received, kStartsHome), row,
+                    place_of(received, outbox.kBack), place_of(received, kStartsHome), row, room,
                     &outbox);
     }
     received = next;
@@ -419,36 +529,12 @@ __device__ __forceinline__ void SendSums(const AnyExchange& exchange, const Exch
   outbox.Leave(call);
 }
 
-// Sums the ranks' results for a piece of one of this rank's tokens. Each lane holds the address of
-// its choice's row, or of what the choice's rank has sent. `terms` is the mask of lanes to add, one
-// per rank, `own` the mask of this rank's rows.
-template <typename T, typename W>
-__device__ __forceinline__ void SumPiece(const Piece& piece, const char* term, uint32_t terms,
-                                         uint32_t own, char* to) {
-  const int32_t end = piece.begin + piece.bytes;
-  if (own == 0 && __popc(terms) == 1) {
-    const auto only = __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(term), __ffs(terms) - 1);
-    CopyPiece<W>(reinterpret_cast<const char*>(only), piece, Lane() == 0 ? to : nullptr, [] {});
-    return;
-  }
-  for (int32_t step = piece.begin; step < end; step += kStepBytes) {
-    const int32_t begin = step + Lane() * kWord;
-    StepSums<T, W> sums, own_sums;
-    own_sums.Add(term, own, begin, end);
-    const uint32_t before = (own & -own) - 1;  // lanes before this rank's first; all if it has none
-    sums.Add(term, terms & before, begin, end);
-    if (own != 0) {
-      sums.AddRounded(own_sums);
-      sums.Add(term, terms & ~before & ~own, begin, end);
-    }
-    sums.Store(to, begin, end);
-  }
-}
-
+// Sums the ranks' results for this rank's tokens. Each lane holds the address of its choice's row,
+// or of what the choice's rank has sent. This rank's rows are fetched before the first flags come.
 template <typename T, typename W, typename AnyExchange>
 __device__ __forceinline__ bool ReceiveSums(const AnyExchange& exchange, const ExchangeCall& call,
                                             const BackArguments& in, const Pieces& pieces,
-                                            const Batch& batch) {
+                                            const Batch& batch, SumRoom<W>* room) {
   const Routing& routing = in.routing;
   const auto& shape = exchange.shape;
   const Piece lane_piece = PieceOf(pieces, batch.Item());
@@ -472,12 +558,24 @@ __device__ __forceinline__ bool ReceiveSums(const AnyExchange& exchange, const E
   const uint32_t own_rows = __ballot_sync(kFullWarp, own);
   const uint32_t terms = __ballot_sync(kFullWarp, is_term);
   auto* flag = slot.flags + int64_t{place} * pieces.n_pieces + lane_piece.number;
-  if (!AwaitFlags(exchange, call, is_term && remote ? flag : nullptr, choice.rank)) return false;
   for (int32_t item = batch.begin; item < batch.end; ++item) {
+    const Piece piece = PieceOf(pieces, item);
     const uint32_t lanes = batch.LanesOf(item, routing.top_k);
-    const int64_t at = static_cast<int64_t>(item / pieces.n_pieces) * in.row_bytes;
-    SumPiece<T, W>(PieceOf(pieces, item), term, terms & lanes, own_rows & lanes,
-                   static_cast<char*>(in.tokens) + at);
+    char* to = static_cast<char*>(in.tokens) + int64_t{item / pieces.n_pieces} * in.row_bytes;
+    const auto ready = [&] {
+      if (item != batch.begin) return true;
+      return AwaitFlags(exchange, call, is_term && remote ? flag : nullptr, choice.rank);
+    };
+    const uint32_t own_lanes = own_rows & lanes;
+    if (own_lanes == 0 && __popc(terms & lanes) == 1) {
+      if (!ready()) return false;
+      const int from = __ffs(terms & lanes) - 1;
+      const auto only = __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(term), from);
+      CopyPiece<W>(reinterpret_cast<const char*>(only), piece, Lane() == 0 ? to : nullptr, [] {});
+    } else if (!SumPiece<T>(room, piece, term, terms & lanes, own_lanes, to, __popc(own_lanes),
+                            ready)) {
+      return false;
+    }
   }
   if (batch.HasLane() && lane_piece.number == 0) {
     uint64_t gate = 0;
@@ -500,14 +598,15 @@ __device__ __forceinline__ void Back(const AnyExchange& exchange, const BackArgu
   const ExchangeCall call = BeginExchange(exchange, in.routing, memory, in.sizes);
   if (call.part == 0) SendHeaders(exchange, call, call.sizes);
   if (!call.failed) {
-    if (call.part < n_senders) SendSums<T, W>(exchange, call, in, pieces, n_senders);
+    SumRoom<W>* room = RoomOfWarp<W>(exchange.shape.n_ranks);
+    if (call.part < n_senders) SendSums<T, W>(exchange, call, in, pieces, n_senders, room);
     const int32_t n_items = in.routing.n_tokens * pieces.n_pieces, top_k = in.routing.top_k;
     const int32_t at_once = ItemsAtOnce(n_items, top_k, W::kMostAtOnce);
     Turns turns(&exchange.state->next_received);
     for (;;) {
       const Batch batch(turns.Take(), at_once, n_items, top_k);
       if (batch.begin == batch.end) break;
-      if (!ReceiveSums<T, W>(exchange, call, in, pieces, batch)) break;
+      if (!ReceiveSums<T, W>(exchange, call, in, pieces, batch, room)) break;
     }
     // Also waits for ranks that send nothing, see WindowShape.
     if (call.part == 0) AwaitHeaders(exchange, call, [](int32_t, int32_t) {});

@@ -113,6 +113,24 @@ def test_virtual_ranks(rng, virtual_ranks, n_gpus, size, n_bursts):
             batches[i].clear()
 
 
+@pytest.mark.parametrize(("n_gpus", "size"), [(1, 1), (1, 2), (2, 2), (2, 4)])
+def test_long_rows(rng, virtual_ranks, n_gpus, size):
+    """Rows that a warp moves and sums in many steps, the last one not full."""
+    n_tokens, top_k = 2100 // size, int(rng.integers(2, 9))
+    hidden = 8 * int(rng.integers(200, 600))
+    ranks = virtual_ranks(n_gpus, size, (size - 1) * n_tokens, top_k, 2 * hidden)
+    ranks_of = rng.integers(-1, size, (size, n_tokens, top_k))
+    capacity = int(np.bincount(ranks_of[ranks_of >= 0]).max())
+    batch = ExchangeBatch(ranks.put, ranks_of, capacity, hidden, rng)  # pyright: ignore[reportPossiblyUnboundVariable]
+    for _ in range(4):
+        for rank in range(size):
+            ranks.there(rank, batch)
+            ranks.back(rank, batch)
+    ranks.wait()
+    assert not any(ranks.failures())
+    batch.check()
+
+
 @pytest.mark.parametrize("n_gpus", [1, 2])
 def test_a_missing_rank_is_reported(rng, virtual_ranks, n_gpus):
     """Named within the timeout; received data is not returned, and no rank keeps waiting."""

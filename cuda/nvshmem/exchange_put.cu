@@ -21,6 +21,8 @@ __device__ __forceinline__ bool HasCome(const PutExchange&, uint64_t* flag, uint
 template <>
 class Outbox<PutExchange> {
  public:
+  __device__ __forceinline__ Outbox(const Pieces&, int32_t) {}
+
   static constexpr List kThere = kStartsReturn;
   static constexpr List kBack = kStartsHere;
 
@@ -50,8 +52,6 @@ class Outbox<PutExchange> {
   __device__ __forceinline__ void LeaveIfMany(const ExchangeCall&) {}
   __device__ __forceinline__ void Leave(const ExchangeCall&) {}
 };
-
-using Putting = Way<kPutThreads, 8, 4, 4>;
 
 extern "C" __global__ void __launch_bounds__(kPutThreads, 1)
     lplb_there_put(const PutExchange exchange, const ThereArguments in, const Pieces pieces,
