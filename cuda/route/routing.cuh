@@ -69,8 +69,9 @@ template <int kWords>
 struct Anywhere {
   using Fetched = PrefetchedGraph;
 
-  // Few slots more than experts should not take another turn of all threads.
-  static constexpr int32_t kPlanThreads = 384;
+  // Few slots more than experts should not take another turn of all threads. With more than 64
+  // ranks, a thread needs more registers, and there are more slots.
+  static constexpr int32_t kPlanThreads = kWords <= 2 ? 384 : cuda::kPlanThreads;
   static constexpr bool kChooses = false;  // copies of the batch, between counts and routes
 
   static __device__ __forceinline__ GraphMemory GraphOf(const RouteArguments& a,
