@@ -155,6 +155,23 @@ def test_the_specifications_bits(rng, name):
     assert_same(found, on_cpu(both(specified))(*operands))
 
 
+def test_any_load_in_any_tiles(rng):
+    """Up to the largest of both, and next to whole tiles."""
+    placement = Placement.from_phy2log([[0]], ep_size=1)
+    for tile in [1, 3, 127, 1 << 20, *(2 ** rng.uniform(0, 20, 4)).astype(int).tolist()]:
+        some = 2 ** rng.uniform(0, 31, 100)
+        whole = tile * rng.integers(0, INT32_MAX // tile + 1, 100)[:, None] + [-1, 0, 1]
+        loads = np.concatenate([some, whole.ravel(), INT32_MAX - np.arange(5)])
+        loads = loads.clip(0, INT32_MAX).astype(np.int32)
+        found = jax.vmap(lambda load, tile=tile: solve(load, placement=placement, tile=tile))(
+            jnp.asarray(loads)[:, None]
+        )
+        assert not found.status.any()
+        np.testing.assert_array_equal(found.max_load[:, 0], -(-loads.astype(np.int64) // tile))
+        np.testing.assert_array_equal(found.max_tokens[:, 0], loads)
+        np.testing.assert_array_equal(found.quota[:, 0], loads)
+
+
 @pytest.mark.parametrize("along", [True, False])
 def test_tiles_of_one_row_are_tokens(rng, along):
     """The plan without tiles, bit for bit; no base load equals one of zeros."""
