@@ -105,7 +105,7 @@ class RankLanes {
 
   __device__ __forceinline__ int32_t Size() const { return 1 << log2_; }
   __device__ __forceinline__ int32_t Lane() const { return threadIdx.x & (Size() - 1); }
-  // Of so many threads, which take the ranks in turn.
+  // This thread's first rank. Its next one is as many further on as the threads take at once.
   __device__ __forceinline__ int32_t Rank() const {
     return static_cast<int32_t>(threadIdx.x) >> log2_;
   }
