@@ -291,6 +291,7 @@ class Case:
         self.mesh, self.r2o, self.ids = mesh, r2o, source.batches
         self.names = ["none", *(name for name in MODES if name in options.modes)]
         self.sharding = NamedSharding(mesh, P("ep"))
+        self.replicated = NamedSharding(mesh, P())
         n_local, columns = options.experts // mesh.size, r2o.shape[1]
         self.sizes = n_local, options.hidden, options.width
         loads = [np.bincount(ids.ravel(), minlength=options.experts) for ids in source.batches]
@@ -300,6 +301,8 @@ class Case:
             self.place(loads, source.history, n_copies)
             if max(self.imbalance["lplb"]) < 1.001:
                 break
+        if not options.compile_for:
+            self.anywhere = jax.device_put(self.anywhere, self.replicated)
         comm = options.comm if transport == "peer" else None
         self.transport = {"transport": transport, "comm": comm}
         self.steps: dict[str, Any] = {}
@@ -340,15 +343,8 @@ class Case:
         gates = rng.random((n_rows, TOP_K)).astype(np.float32)
         gates, *ids = (jax.device_put(array, self.sharding) for array in (gates, *self.ids))
         shape = n_rows, hidden
-        tokens, upstream = self._normal(0, shape, 1), self._normal(1, shape, 1)
+        tokens, upstream = (normal(self.sharding, seed, shape, 1) for seed in (0, 1))
         return [Batch(tokens, gates, of_batch, upstream) for of_batch in ids]
-
-    def _normal(self, seed: int, shape: tuple[int, ...], scale: float) -> jax.Array:
-        make = jax.jit(
-            lambda key: (scale * jax.random.normal(key, shape)).astype(jnp.bfloat16),
-            out_shardings=self.sharding,
-        )
-        return make(jax.random.key(seed))
 
     def experts(self, name: str) -> moe.Experts:
         """Every rank's own experts, with room for copies except for "none".
@@ -358,19 +354,13 @@ class Case:
         n_local, hidden, width = self.sizes
         n_slots = self.mesh.size * (n_local + self.n_copies)
         own = moe.Experts(
-            self._normal(2, (self.mesh.size * n_local, hidden, 2 * width), hidden**-0.5),
-            self._normal(3, (self.mesh.size * n_local, width, hidden), width**-0.5),
+            normal(self.sharding, 2, (self.mesh.size * n_local, hidden, 2 * width), hidden**-0.5),
+            normal(self.sharding, 3, (self.mesh.size * n_local, width, hidden), width**-0.5),
         )
         own = jax.device_put(moe.to_home_order(own, self.placed(name)), self.sharding)
         if name == "none":
             return own
-        room = jax.jit(
-            jax.shard_map(
-                lambda a: jnp.pad(a, [(0, self.n_copies), (0, 0), (0, 0)]),
-                mesh=self.mesh, in_specs=P("ep"), out_specs=P("ep"),
-            )
-        )  # fmt: skip
-        experts = jax.tree.map(room, own)
+        experts = jax.tree.map(with_room(self.mesh, self.n_copies), own)
         assert len(experts.down) == n_slots
         return experts
 
@@ -378,32 +368,39 @@ class Case:
         """The placement of the experts."""
         return self.anywhere if name == "any" else self.placement
 
-    def layer(self, name: Any, tokens: jax.Array, gates: jax.Array, experts: Any, ids: Any) -> Any:
+    def layer(
+        self, name: str, placement: Placement, tokens: Any, gates: Any, experts: Any, ids: Any
+    ) -> Any:
         """One rank's forward pass."""
         result = moe.moe_layer(
-            tokens, ids, gates, experts, placement=self.placed(name), axis_name="ep",
+            tokens, ids, gates, experts, placement=placement, axis_name="ep",
             balance=name if name in ("none", "eplb") else "lplb",
             copies="batch" if name == "batch" else "placement",
             capacity_factor=self.key(name)[2], in_place=True, **self.transport,
         )  # fmt: skip
         return result.out, (result.experts, result.traffic)
 
-    def key(self, name: str) -> tuple[str, str, float, int, bytes]:
-        """Identifies a program: transport, kind of step, room over the mean load, copies, table."""
+    def key(self, name: str) -> tuple[str, str, float, int, tuple[int, ...]]:
+        """Identifies a program: transport, kind of step, room over the mean load, copies, shape.
+
+        The placement of "any" is an argument of its program, so only its shape matters.
+        """
         # A little more for eplb, where every source splits its own tokens.
         slack = 1.002 if name == "eplb" else 1 + 1e-6
-        table = np.asarray(self.anywhere.phy2log).tobytes() if name == "any" else b""
+        shape = self.anywhere.log2phy.shape if name == "any" else ()
         room = max(1.0, slack * max(self.imbalance[name]))
-        return self.transport["transport"], name, room, self.n_copies, table
+        return self.transport["transport"], name, room, self.n_copies, shape
 
     def compile(self, name: str) -> Any:
         """Compiles forward and backward; the experts' buffers come back with fresh copies."""
 
-        def step(experts: moe.Experts, batch: Batch) -> Any:
+        def step(experts: moe.Experts, batch: Batch, anywhere: Placement) -> Any:
+            layer = functools.partial(
+                self.layer, name, anywhere if name == "any" else self.placement, ids=batch.ids
+            )
             out, pull, (experts, traffic) = jax.vjp(
-                lambda tokens, gates, experts: self.layer(name, tokens, gates, experts, batch.ids),
-                batch.tokens, batch.gates, experts, has_aux=True,
-            )  # fmt: skip
+                layer, batch.tokens, batch.gates, experts, has_aux=True
+            )
             # In a model, the cotangents depend on the output.
             out, upstream = jax.lax.optimization_barrier((out, batch.upstream))
             slopes = pull(upstream)
@@ -411,20 +408,23 @@ class Case:
             return experts, slopes, out, traffic
 
         run = jax.shard_map(
-            step, mesh=self.mesh, in_specs=P("ep"), out_specs=(P("ep"), P("ep"), P("ep"), P())
-        )
-        shapes = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.sharding),
-            jax.eval_shape(lambda: (self.experts(name), self.batches()[0])),
-        )
+            step, mesh=self.mesh, in_specs=(P("ep"), P("ep"), P()),
+            out_specs=(P("ep"), P("ep"), P("ep"), P()),
+        )  # fmt: skip
+        experts, batch = jax.eval_shape(lambda: (self.experts(name), self.batches()[0]))
+        shapes = *shaped((experts, batch), self.sharding), shaped(self.anywhere, self.replicated)
         run = jax.jit(run, donate_argnums=0, compiler_options=moe.COMPILER_OPTIONS)
         return run.lower(*shapes).compile()
+
+    def step(self, name: str, experts: moe.Experts, batch: Batch) -> Any:
+        """The experts' buffers, gradients, outputs and traffic; the experts are donated."""
+        return self.steps[name](experts, batch, self.anywhere)
 
     def check(self, batch: Batch) -> None:
         """All kinds of steps must give the same results, without overflow."""
         want = None
         for name in self.names:
-            _, slopes, out, traffic = self.steps[name](self.experts(name), batch)
+            _, slopes, out, traffic = self.step(name, self.experts(name), batch)
             assert int(traffic.overflow) == 0, name
             assert not np.any(traffic.status), name
             *others, of_experts = slopes
@@ -447,6 +447,36 @@ class Case:
             + memory.temp_size_in_bytes
             - memory.alias_size_in_bytes
         ) / 2**30
+
+
+def shaped(tree: Any, sharding: Any) -> Any:
+    """The arrays' shapes and types only, with that sharding."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+
+def normal(sharding: Any, seed: int, shape: tuple[int, ...], scale: float) -> jax.Array:
+    """bfloat16 normal numbers, of standard deviation `scale`."""
+    return _normal(sharding, shape, scale)(jax.random.key(seed))
+
+
+# Cached, so that every case compiles them once.
+@functools.cache
+def _normal(sharding: Any, shape: tuple[int, ...], scale: float) -> Any:
+    return jax.jit(
+        lambda key: (scale * jax.random.normal(key, shape)).astype(jnp.bfloat16),
+        out_shardings=sharding,
+    )
+
+
+@functools.cache
+def with_room(mesh: Mesh, n_copies: int) -> Any:
+    """A program that leaves every rank room for copies behind its experts."""
+    return jax.jit(
+        jax.shard_map(
+            lambda own: jnp.pad(own, [(0, n_copies), (0, 0), (0, 0)]),
+            mesh=mesh, in_specs=P("ep"), out_specs=P("ep"),
+        )
+    )  # fmt: skip
 
 
 def n_copies_of(placements: list[Placement]) -> float:
@@ -496,7 +526,7 @@ def step_times(turns: list[Case], repeats: int, calls: int = 8) -> dict[Any, flo
             rounds = -(-calls // len(batches[case]))
             start = time.perf_counter()
             for batch in rounds * batches[case]:
-                experts[case, name], *_ = case.steps[name](experts[case, name], batch)
+                experts[case, name], *_ = case.step(name, experts[case, name], batch)
             jax.block_until_ready(experts[case, name])
             ms = (time.perf_counter() - start) * 1e3
             times[case, name].append(ms / (rounds * len(batches[case])))
@@ -531,7 +561,7 @@ def forward_time(case: Case, repeats: int) -> float:
     """ms of the layer's forward pass with "lplb", copies in place."""
     run = jax.jit(
         jax.shard_map(
-            lambda *arguments: case.layer("lplb", *arguments)[0],
+            lambda *arguments: case.layer("lplb", case.placement, *arguments)[0],
             mesh=case.mesh, in_specs=P("ep"), out_specs=P("ep"),
         ),
         compiler_options=moe.COMPILER_OPTIONS,
