@@ -30,6 +30,10 @@ COMPILING = 2  # steps that are not timed
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--every", type=int, default=2, help="steps whose mean is written")
+    parser.add_argument(
+        "--capacity-factors", type=float, nargs=len(BALANCES), metavar="F",
+        help=f"of {', '.join(BALANCES)}: a GEMM's time is that of the whole buffer",
+    )  # fmt: skip
     parser.add_argument("--json")
     parser.add_argument("options", nargs="*", help="of examples/train_moe.py, after --")
     args = parser.parse_args()
@@ -39,7 +43,8 @@ def main() -> None:
     text = train_moe.read(options.text, options.context)
 
     trainings = {}
-    for balance in BALANCES:
+    factors = args.capacity_factors or len(BALANCES) * [options.capacity_factor]
+    for balance, options.capacity_factor in zip(BALANCES, factors, strict=True):
         options.balance = balance
         trainings[balance] = train_moe.Training(options, mesh)
     batches = train_moe.sample(text, options.batch, options.context, options.seed)
@@ -68,6 +73,7 @@ def main() -> None:
                 "device": kind,
                 "ranks": mesh.size,
                 "options": args.options,
+                "capacity_factors": dict(zip(BALANCES, factors, strict=True)),
                 "every": args.every,
                 "results": curves,
             },
