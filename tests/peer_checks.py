@@ -52,10 +52,11 @@ def check_layer(
             moe_checks.assert_equals_plain_mathematics(run, mesh, *given, rng, 1e-4)
 
 
-def check_anywhere(mesh, comm, rng):
-    """The same for a placement without topology; copies travel as with other transports."""
+def check_anywhere(mesh, comm, rng, copies="placement"):
+    """The same for a placement without topology; between processes, copies take the windows."""
     case = moe_checks.AnyCase(mesh.size, 5, 3 * mesh.size)
-    layer = moe_checks.layer_over(mesh, case, comm=comm, transport="peer", **moe_checks.ROOM)
+    how: dict[str, Any] = {"comm": comm, "transport": "peer", "copies": copies}
+    layer = moe_checks.layer_over(mesh, case, **how, **moe_checks.ROOM)
     with jax.default_matmul_precision("highest"):
         given = moe_checks.problem(rng, case, moe_checks.skewed, 16 * mesh.size)
         run = moe_checks.with_slopes(layer)
@@ -324,8 +325,15 @@ def check_dtypes(mesh, comm, rng):
     check_parts(mesh, comm, rng, n_rounds=3, dtypes=("bfloat16", "float16", "float32"))
 
 
+def check_copies_of_the_batch(mesh, comm, rng):
+    check_anywhere(mesh, comm, rng, copies="batch")
+
+
 COPY_CHECKS = [check_flights, check_options, check_scan]
-CHECKS = [check_options, check_anywhere, check_dtypes, check_scan, check_ten_thousand]
+CHECKS = [
+    check_options, check_anywhere, check_copies_of_the_batch, check_dtypes, check_scan,
+    check_ten_thousand,
+]  # fmt: skip
 
 
 def main() -> None:

@@ -61,6 +61,8 @@ class Fetch:
     # Redundant slot j·D + d is a copy of local expert j·D + d, of column d. Data in flight stays in
     # parts, one per column, since concatenating early would wait for all of them.
 
+    in_order = False  # XLA orders collectives alike on all ranks.
+
     def delivered(self, wanted: Any) -> Any:
         """Sends what is `wanted` of every rank; returns what this rank receives, part by part."""
         return [

@@ -239,7 +239,9 @@ def moe_layer(
 
     # Tokens travel, and copies of experts beside them.
     held = varying_as(weights.experts, tokens) if uses_copies else weights.experts
-    fetch = fetch_for(held, problem, order, counted, carrier, fan_out) if fetches else None
+    again, fetch = not keep_copies, None
+    if fetches:
+        fetch = fetch_for(held, problem, order, counted, carrier, fan_out, again=again)
     beside, refetch = Beside(held, fetch, waits=uses_copies), None
     if fetch is not None and isinstance(weights, Own):
         beside, refetch = with_room_for(fetch, held, keep_copies)

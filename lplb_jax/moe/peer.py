@@ -30,13 +30,13 @@ from lplb_jax.moe.flight import Flight, arrive, depart
 from lplb_jax.moe.plan import Counted, Plan, Transport, planned
 from lplb_jax.moe.transfers import ALONE, Beside, beside_rows
 
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["row", "order", "lists"],
-    meta_fields=["capacity", "n_received", "axis_name", "comm", "sms", "row_bytes"],
+    meta_fields=["capacity", "n_received", "n_sent", "axis_name", "comm", "sms", "row_bytes"],
 )
 @dataclasses.dataclass(frozen=True)
 class Routing:
@@ -47,6 +47,7 @@ class Routing:
       lists: int32 `[5, ep_size]`.
       capacity: rows of a rank (static).
       n_received: tokens that a rank can receive from others (static).
+      n_sent: tokens that a rank can send to others, once for each of them (static).
       axis_name: the expert-parallel mesh axis (static).
       comm: identifier of the communicator (static).
       sms: SMs that move tokens, 0 for all (static).
@@ -58,6 +59,7 @@ class Routing:
     lists: jax.Array
     capacity: int
     n_received: int
+    n_sent: int
     axis_name: Any
     comm: int
     sms: int
@@ -77,6 +79,7 @@ class Routing:
             axis_name=self.axis_name,
             capacity=self.capacity,
             n_received=self.n_received,
+            n_sent=self.n_sent,
             comm=self.comm,
             sms=self.sms,
         )
@@ -150,6 +153,10 @@ class Peer(Transport):
     def comm_for_copies(self) -> Comm | None:
         return self.comm if self.comm is not None and self.comm.copy_bytes else None
 
+    @property
+    def windows(self) -> Comm | None:
+        return self.comm
+
     def why_not(
         self, tokens: jax.Array, gates: jax.Array, axis_name: Any, capacity: int
     ) -> str | None:
@@ -184,11 +191,14 @@ class Peer(Transport):
         """The kernel that makes the plan exchanges the counts."""
         assert self.comm is not None
         row, place, lists, *known = planned(assignment, axis_name, capacity, order, self.comm)
-        n_received = min((self.comm.size - 1) * len(row), capacity)
+        others = self.comm.size - 1
+        n_received = min(others * len(row), capacity)
+        n_sent = len(row) * min(others, row.shape[1])
         assert self.comm.window is not None
         room = self.comm.window.row_bytes
-        options = (capacity, n_received, axis_name, self.comm.identifier, self.comm.sms, room)
-        routing = Routing(row, place, lists, *options)
+        sizes = (capacity, n_received, n_sent)
+        options = (axis_name, self.comm.identifier, self.comm.sms, room)
+        routing = Routing(row, place, lists, *sizes, *options)
         return Routed(*known, capacity=capacity, axis_name=axis_name, routing=routing)
 
     def dispatch(
@@ -219,11 +229,10 @@ def _bytes_of_a_row(rows: jax.Array) -> int:
 
 
 def _of_another_dtype(name: str, array: jax.Array) -> str | None:
-    if array.dtype.name in _DTYPES:
+    if array.dtype.name in DTYPES:
         return None
     return (
-        f"{name}: expected one of {', '.join(_DTYPES)} with transport 'peer', got "
-        f"{array.dtype.name}"
+        f"{name}: expected one of {', '.join(DTYPES)} with transport 'peer', got {array.dtype.name}"
     )
 
 

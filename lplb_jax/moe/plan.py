@@ -96,6 +96,11 @@ class Transport(abc.ABC):
         """The communicator whose memory takes copies along a topology meanwhile, or None."""
         return None
 
+    @property
+    def windows(self) -> Comm | None:
+        """The communicator whose windows can take copies of experts before or after, or None."""
+        return None
+
     @abc.abstractmethod
     def why_not(
         self, tokens: jax.Array, gates: jax.Array, axis_name: Any, capacity: int

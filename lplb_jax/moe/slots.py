@@ -105,6 +105,11 @@ class FetchAnywhere:
         return False
 
     @property
+    def in_order(self) -> bool:
+        """False: XLA orders collectives alike on all ranks."""
+        return False
+
+    @property
     def n_copies(self) -> int:
         """Room for copies on each rank."""
         return self.round.shape[1]
@@ -148,7 +153,10 @@ class FetchAnywhere:
     def accumulate(self, ct: jax.Array, home: jax.Array) -> jax.Array:
         """Adds the gradients that came home to the owners'; room gets none."""
         children = self._children(self.n_local, self.limits.sent, len(home), 0)
-        ct = add_received(ct, home, children)
+        return self.without_room(add_received(ct, home, children))
+
+    def without_room(self, ct: jax.Array) -> jax.Array:
+        """The gradients of all rows, but none of the room."""
         none = jnp.zeros_like(ct[self.n_local :])
         return lax.dynamic_update_slice_in_dim(ct, none, self.n_local, axis=0)
 
@@ -196,11 +204,13 @@ def fetch_anywhere(
     slot_loads: jax.Array | None = None,
     fan_out: int | None = None,
     n_nodes: int | None = None,
+    relays: bool = True,
 ) -> FetchAnywhere:
     """Fetches the copies in `slots_by_row(placement)`; with `slot_loads`, only those with tokens.
 
     `fan_out` bounds how many copies of its experts a rank sends. `n_nodes`: None for the
-    placement's.
+    placement's. Without `relays`, homes send all copies in one round, which is to move only those
+    that exist whatever `transport` is.
     """
     n_ranks, n_local, room = placement.ep_size, rows_per_rank(placement), room_for(placement)
     slots, rank = slots[:, n_local:], numbers(n_ranks)[:, None]
@@ -218,7 +228,8 @@ def fetch_anywhere(
     bounds = [n_senders * room, fan_out if fan_out is not None else n_senders * room]
     most = max(1, min(*bounds, placement.log2phy.shape[-1] - 1))
     most = min(most, n_ranks - 1) if slot_loads is not None else most
-    if not transport.exact:
+    knows_sizes = transport.exact or not relays
+    if not (transport.exact and relays):
         limits = _relays.direct(n_ranks, most)
     else:
         room_of_rank = room if slot_loads is None else None
@@ -229,7 +240,7 @@ def fetch_anywhere(
     from_home, number = parent < 0, numbers(len(turn))
     peer = jnp.where(from_home, owner, parent // room)
     row = jnp.where(from_home, row, parent % room)
-    if not transport.exact:
+    if not knows_sizes:
         place, n_received = number, len(number)
     else:
         n_received = min(*bounds, n_local * limits.sent)

@@ -32,6 +32,11 @@ class AnyFetch(Protocol):
         """Whether copy engines move them, which occupy no SMs."""
         ...
 
+    @property
+    def in_order(self) -> bool:
+        """Whether each transfer must wait for the one before, of tokens or of copies."""
+        ...
+
     def wanted(self, weights: jax.Array) -> Any:
         """The part of this rank's weights that others fetch."""
 
@@ -196,10 +201,26 @@ def beside_rows(fetch: AnyFetch | None, rows: jax.Array, experts: Any) -> tuple[
     if fetch is None:
         return rows, experts
     leaves, tree = jax.tree.flatten(experts)
-    delivered = [fetch.delivered(fetch.wanted(weights)) for weights in leaves]
+    if fetch.in_order:
+        rows, delivered = one_by_one(lambda w: fetch.delivered(fetch.wanted(w)), rows, leaves)
+    else:
+        delivered = [fetch.delivered(fetch.wanted(weights)) for weights in leaves]
     if fetch.by_engines:
         rows, delivered = lax.optimization_barrier((rows, delivered))
     return rows, tree.unflatten(map(fetch.write_into, leaves, delivered))
+
+
+def one_by_one(
+    transfer: Callable[[jax.Array], Any], rows: jax.Array, arrays: list[jax.Array]
+) -> tuple[jax.Array, list[Any]]:
+    """`transfer` of each array, each after the one before: the first after those of `rows`, and
+    what follows with `rows` after the last."""
+    results = []
+    for array in arrays:
+        rows, array = lax.optimization_barrier((rows, array))
+        rows, result = lax.optimization_barrier((rows, transfer(array)))
+        results.append(result)
+    return rows, results
 
 
 def _beside_forward(
@@ -218,7 +239,10 @@ def _beside_backward(
         of_rows, of_slots = lax.optimization_barrier((of_rows, of_slots))
     if fetch is None:
         return None, of_rows, put_back(of_slots)
-    home = [fetch.sent_home(ct) for ct in of_slots]
+    if fetch.in_order:
+        of_rows, home = one_by_one(fetch.sent_home, of_rows, of_slots)
+    else:
+        home = [fetch.sent_home(ct) for ct in of_slots]
     if engines:
         of_rows, home = lax.optimization_barrier((of_rows, home))
     return None, of_rows, put_back(list(map(fetch.accumulate, of_slots, home)))

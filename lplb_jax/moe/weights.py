@@ -19,6 +19,7 @@ from lplb_jax.moe.plan import Counted, Transport
 from lplb_jax.moe.replicas import with_room
 from lplb_jax.moe.slots import fetch_anywhere, room_for, slots_by_row
 from lplb_jax.moe.transfers import AnyFetch, Beside
+from lplb_jax.moe.window_fetch import window_fetch
 from lplb_jax.placement import Placement
 
 
@@ -147,10 +148,12 @@ def fetch_for(
     counted: Counted,
     carrier: Transport,
     fan_out: int | None,
+    *,
+    again: bool,
 ) -> AnyFetch | None:
     """Who sends which copies of `held` to whom; None if there is no room for any.
 
-    `order` is `slot_order`'s result.
+    `order` is `slot_order`'s result. `again`: they are fetched again in the backward pass.
     """
     placement, axis_name = problem.placement, counted.axis_name
     if problem.along_topology:
@@ -163,8 +166,14 @@ def fetch_for(
     if order is None or not room_for(placement):
         return None
     by = transports.for_weights(carrier, problem.ep_size)
-    limits = {"fan_out": fan_out, "n_nodes": problem.n_nodes}
-    return fetch_anywhere(placement, order, axis_name, by, slot_loads=counted.slot_loads, **limits)
+    limits = {"slot_loads": counted.slot_loads, "fan_out": fan_out, "n_nodes": problem.n_nodes}
+    # Nothing would order what is fetched again among the exchanges of the backward pass.
+    if carrier.windows is not None and not by.exact and not again:
+        direct = fetch_anywhere(placement, order, axis_name, by, relays=False, **limits)
+        fetch = window_fetch(direct, held, carrier.windows)
+        if fetch is not None:
+            return fetch
+    return fetch_anywhere(placement, order, axis_name, by, **limits)
 
 
 def with_room_for(

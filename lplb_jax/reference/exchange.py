@@ -29,6 +29,7 @@ def there(
     axis_name: Any,
     capacity: int,
     n_received: int,
+    n_sent: int,
     comm: int,
     sms: int,
 ) -> tuple[
@@ -38,7 +39,7 @@ def there(
     Int32[Array, " ep_size"],
 ]:
     """Rows, their gates, the rows of every token from another rank, and the number of tokens."""
-    del comm, sms  # The result does not depend on how tokens are moved.
+    del n_sent, comm, sms  # The result does not depend on how tokens are moved.
 
     def of_all(array: Array) -> Array:
         return lax.all_gather(array, axis_name)
@@ -75,11 +76,12 @@ def back(
     axis_name: Any,
     capacity: int,
     n_received: int,
+    n_sent: int,
     comm: int,
     sms: int,
 ) -> tuple[Float[Array, "tokens hidden"], Float[Array, "tokens top_k_or_0"]]:
     """Sums of a token's rows, first per rank, rounded, then over ranks; and its gates."""
-    del order, lists, rank, numbers, sizes, n_received, comm, sms
+    del order, lists, rank, numbers, sizes, n_received, n_sent, comm, sms
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     everyones = lax.all_gather(rows, axis_name)
     n_tokens, top_k = row.shape

@@ -39,6 +39,7 @@ struct ExchangeCall {
   Size n_lists = {"lists", cuda::kLists};
   Size capacity = {"capacity"};
   Size n_received = {"n_received"};
+  int64_t n_sent = 0;                    // by all ranks back to this one
   Size gates_each = {"top_k or 0"};      // per token
   Size n_row_gates = {"capacity or 0"};  // 0 if tokens have no gates
   cuda::Routing routing = {};
@@ -50,6 +51,7 @@ struct ExchangeCall {
     n_sms = frame.Attribute("sms", 0, Size::kMost);
     capacity.value = frame.Attribute("capacity", 1, Size::kMost);
     n_received.value = frame.Attribute("n_received", 0, Size::kMost);
+    n_sent = frame.Attribute("n_sent", 0, Size::kMost);
   }
   void ReadRouting(Frame& frame) {
     frame.Operand("row", {&n_tokens, &top_k}, &routing.row);
@@ -118,18 +120,16 @@ struct BackCall : ExchangeCall {
 // The window must have room for everything the routing can ask for: nothing checks it later.
 ffi::Error CheckWindow(const ExchangeCall& call, const cuda::WindowSizes& window) {
   const auto number = [](int64_t value) { return std::to_string(value); };
-  const int64_t others = std::max<int64_t>(window.n_ranks - 1, 0);
-  const int64_t back = call.n_tokens.value * std::min(others, call.top_k.value);
+  const int64_t needed = std::max(call.n_sent, call.n_received.value);
   if (call.n_ranks.value == window.n_ranks && call.top_k.value <= window.top_k &&
-      std::max(back, call.n_received.value) <= window.n_tokens &&
-      call.row_bytes <= window.row_bytes) {
+      needed <= window.n_tokens && call.row_bytes <= window.row_bytes) {
     return ffi::Error::Success();
   }
   return Invalid("comm: its windows are of " + number(window.n_ranks) + " ranks, " +
                  number(window.n_tokens) + " tokens of " + number(window.row_bytes) +
                  " bytes and top_k " + number(window.top_k) + ", and this call needs " +
-                 number(call.n_ranks.value) + ", " + number(std::max(back, call.n_received.value)) +
-                 " of " + number(call.row_bytes) + " and " + number(call.top_k.value));
+                 number(call.n_ranks.value) + ", " + number(needed) + " of " +
+                 number(call.row_bytes) + " and " + number(call.top_k.value));
 }
 
 template <typename Call, typename Launch>

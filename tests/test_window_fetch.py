@@ -1,0 +1,142 @@
+"""Copies of experts through the windows of transport "peer", by its specification."""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peer_checks
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from moe_checks import AnyCase
+from test_moe_slots import hot, slots_used
+from test_peer import comm_of
+
+from lplb_jax.moe import slots, weights
+from lplb_jax.moe.transports import COLLECTIVES
+from lplb_jax.moe.window_fetch import WindowFetch, piece_length, window_fetch
+
+
+@pytest.mark.parametrize("sizes", [(8, 5, 19), (4, 5, 6), (2, 4, 4), (8, 6, 16)])
+def test_copies_and_sums_of_their_gradients(rng, cpu_devices, sizes):
+    """Integers, so that sums are exact in any order: against NumPy."""
+    n_ranks, n_slots, n_logical = sizes
+    case, shape = AnyCase(*sizes), (3, 8)
+    mesh = Mesh(cpu_devices[:n_ranks], "ep")
+    comm = comm_of(n_ranks, max_tokens=512, hidden_bytes=32, top_k=8)
+
+    @functools.partial(jax.jit, static_argnames="fan_out")
+    def both_ways(placement, loads, own, cts, *, fan_out):
+        def rank(own, cts):
+            order = slots.slots_by_row(placement)
+            fetch = slots.fetch_anywhere(
+                placement, order, "ep", COLLECTIVES["padded"], slot_loads=loads, fan_out=fan_out,
+                relays=False,
+            )  # fmt: skip
+            fetch = window_fetch(fetch, own, comm)
+            assert isinstance(fetch, WindowFetch)
+            held = fetch.write_into(own, fetch.delivered(fetch.wanted(own)))
+            there = fetch.round[jax.lax.axis_index("ep")] >= 0
+            return held, fetch.accumulate(cts, fetch.sent_home(cts)), there
+
+        run = jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+        return *run(own, cts), slots.slots_by_row(placement)
+
+    for turn in range(4):
+        placement = hot(rng, case) if turn % 2 else case.placement(rng)
+        loads = slots_used(rng, placement).astype(np.int32)
+        n_rows = -(-n_logical // n_ranks) + slots.room_for(placement)
+        n_local = -(-n_logical // n_ranks)
+        own, cts = (
+            rng.integers(-50, 50, (n_ranks * n_rows, *shape)).astype(np.float32) for _ in range(2)
+        )
+        held, slopes, there, order = map(
+            np.asarray, both_ways(placement, loads, own, cts, fan_out=None)
+        )
+        table = placement.phy2log.reshape(n_ranks, n_slots)
+        by_rank = own.reshape(n_ranks, n_rows, *shape)
+        want_held, want = by_rank.copy(), cts.reshape(by_rank.shape).copy()
+        there = there.reshape(n_ranks, -1)
+        expert = np.full(order.shape, -1)
+        filled = order < n_slots
+        expert[filled] = table[np.nonzero(filled)[0], order[filled]]
+        n_moved = 0
+        for r, c in np.argwhere(there):
+            moved = expert[r, n_local + c]
+            owner = placement.log2phy[moved, 0] // n_slots
+            row = int(np.flatnonzero(expert[owner, :n_local] == moved)[0])
+            assert owner != r
+            want_held[r, n_local + c] = by_rank[owner, row]
+            want[owner, row] += cts.reshape(by_rank.shape)[r, n_local + c]
+            n_moved += 1
+        want[:, n_local:] = 0
+        used = loads.reshape(table.shape)
+        busy = sum(
+            used[r, order[r, n_local + c]] > 0 and placement.log2phy[e, 0] // n_slots != r
+            for r, c in np.argwhere(expert[:, n_local:] >= 0)
+            for e in [expert[r, n_local + c]]
+        )
+        assert n_moved == busy
+        kept = np.concatenate([np.ones((n_ranks, n_local), bool), there], axis=1)
+        np.testing.assert_array_equal(held.reshape(by_rank.shape)[kept], want_held[kept])
+        np.testing.assert_array_equal(slopes.reshape(by_rank.shape), want)
+
+
+def test_no_rank_sends_more_than_its_limit(rng, cpu_devices):
+    """Gradients of copies beyond `fan_out` have no room, so those copies do not travel."""
+    placement, n_ranks = hot(rng, AnyCase(8, 5, 19)), 8
+    loads = slots_used(rng, placement).astype(np.int32)
+    order = slots.slots_by_row(placement)
+    fetch = slots.fetch_anywhere(
+        placement, order, "ep", COLLECTIVES["padded"], slot_loads=jnp.asarray(loads), fan_out=2,
+        relays=False,
+    )  # fmt: skip
+    peers = np.asarray(fetch.peer)[np.asarray(fetch.round) == 0]
+    assert np.bincount(peers, minlength=n_ranks).max() <= 2 == fetch.n_received
+
+
+@pytest.mark.parametrize("copies", ["batch", "placement"])
+def test_the_layer_takes_it(rng, cpu_devices, copies):
+    """Value and gradients equal those on one device, of copies kept or fetched again."""
+    mesh, comm = Mesh(cpu_devices[:4], "ep"), comm_of(4, **peer_checks.WINDOWS)
+    taken = []
+
+    def seen(*given):
+        taken.append(window_fetch(*given))
+        return taken[-1]
+
+    with mock.patch.object(weights, "window_fetch", seen):
+        peer_checks.check_anywhere(mesh, comm, rng, copies)
+    assert taken
+    assert all(isinstance(fetch, WindowFetch) for fetch in taken)
+
+
+def test_without_room_another_transport_carries_them(rng):
+    """Too small windows, too many copies of an expert, or types that the kernels cannot add."""
+    placement = AnyCase(4, 5, 6).placement(rng)
+    order, loads = slots.slots_by_row(placement), jnp.ones(placement.n_physical, jnp.int32)
+    fetch = slots.fetch_anywhere(
+        placement, order, "ep", COLLECTIVES["padded"], slot_loads=loads, relays=False
+    )
+    room = {"max_tokens": 512, "hidden_bytes": 64, "top_k": 8}
+    experts = np.zeros((2, 8, 16), np.float32)
+    assert window_fetch(fetch, experts, comm_of(4, **room)) is not None
+    for wrong, change in [
+        (experts, {"max_tokens": 1}),
+        (experts, {"top_k": 1}),
+        (experts.astype(np.int8), {}),
+        (experts[:, :1, :3], {}),
+    ]:
+        assert window_fetch(fetch, wrong, comm_of(4, **{**room, **change})) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "length"),
+    [((8, 16), "float32", 16), ((4096, 3072), "bfloat16", 32), ((3, 5), "float32", None),
+     ((7, 4), "float32", 14 * 2 // 7), ((6,), "float64", 6), ((1, 2), "bfloat16", None)],
+)  # fmt: skip
+def test_rows_are_as_long_as_fits(shape, dtype, length):
+    """Divisors of an expert, of at most 64 bytes and multiples of 16."""
+    assert piece_length(jax.ShapeDtypeStruct((2, *shape), dtype), 64) == length
