@@ -215,8 +215,8 @@ class Peer(Transport):
         if isinstance(beside.fetch, Flight):
             flight = beside.fetch
             tokens, experts, number = depart(flight, tokens, experts)
-        rows, row_gates, *came = _there(tokens, gates, counted.routing)
-        plan = PeerPlan(**counted.known, routing=counted.routing, came=tuple(came))
+        rows, row_gates, numbers, sizes = _there(tokens, gates, counted.routing)
+        plan = PeerPlan(**counted.known, routing=counted.routing, came=(numbers, sizes))
         if flight is not None:
             rows, experts = arrive(flight, rows, experts, number)
         elif beside.waits:

@@ -34,7 +34,7 @@ class _Journeys(NamedTuple):
       rank, copy, order: `[n_rows, most]`, where a row is sent, as which of the copies there, and
         its place among those sent there.
       sent: `[n_sent]`, the rows that are sent anywhere; n_rows past the last.
-      index: `[n_rows]`, the inverse; n_sent for rows that are not sent.
+      nth: `[n_rows]`, the inverse; n_sent for rows that are not sent.
       received: `[room, most]`, the copies received, by place in the window; at the index among the
         copies of their expert.
       lists: `[5, ep_size]`, see `lplb_jax.reference.exchange`.
@@ -45,7 +45,7 @@ class _Journeys(NamedTuple):
     copy: jax.Array
     order: jax.Array
     sent: jax.Array
-    index: jax.Array
+    nth: jax.Array
     received: jax.Array
     lists: jax.Array
     sizes: jax.Array
@@ -104,7 +104,7 @@ class WindowFetch(FetchAnywhere):
 
     def accumulate(self, ct: jax.Array, home: jax.Array) -> jax.Array:
         """Adds the gradients that came home to the owners'; room gets none."""
-        index = self._journeys(len(ct)).index[: self.n_local]
+        index = self._journeys(len(ct)).nth[: self.n_local]
         return self.without_room(add_received(ct, home, index[:, None]))
 
     def _cut(self, array: jax.Array) -> tuple[jax.Array, int]:
