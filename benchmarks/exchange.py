@@ -76,12 +76,13 @@ def milliseconds(ranks: VirtualRanks, batch: ExchangeBatch) -> dict[str, float]:
 def by_kernels(n_gpus: int, size: int, n_tokens: int, hidden: int, top_k: int, sms: Any) -> Any:
     """Times of `size` ranks that share n_gpus; with top-1 every token goes to another rank."""
     rng = np.random.default_rng(0)
-    windows = Windows(size, n_tokens * min(size - 1, top_k), top_k, 2 * hidden)
+    ranks_of = rng.integers(0, size, (size, n_tokens, top_k))
+    if top_k == 1:
+        ranks_of = (ranks_of % (size - 1) + 1 + np.arange(size)[:, None, None]) % size
+    # A rank may receive more tokens than it sends.
+    windows = Windows(size, n_tokens * (size - 1), top_k, 2 * hidden)
     figures = {}
     with VirtualRanks(jax.devices()[:n_gpus], size, 8, windows=windows) as ranks:
-        ranks_of = rng.integers(0, size, (size, n_tokens, top_k))
-        if top_k == 1:
-            ranks_of = (ranks_of % (size - 1) + 1 + np.arange(size)[:, None, None]) % size
         capacity = int(np.bincount(ranks_of.ravel()).max())
         batch = ExchangeBatch(ranks.put, ranks_of, capacity, hidden, rng)
         megabytes = batch.sent.sum() / size * hidden * 2 / 1e6

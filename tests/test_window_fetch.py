@@ -1,6 +1,7 @@
 """Copies of experts through the windows of transport "peer", by its specification."""
 
 import functools
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -14,7 +15,9 @@ from moe_checks import AnyCase
 from test_moe_slots import hot, slots_used
 from test_peer import comm_of
 
-from lplb_jax.moe import slots, weights
+from lplb_jax._problem import check_problem
+from lplb_jax.moe import slots, transports, weights
+from lplb_jax.moe.peer import Peer
 from lplb_jax.moe.transports import COLLECTIVES
 from lplb_jax.moe.window_fetch import WindowFetch, piece_length, window_fetch
 
@@ -111,6 +114,38 @@ def test_the_layer_takes_it(rng, cpu_devices, copies):
         peer_checks.check_anywhere(mesh, comm, rng, copies)
     assert taken
     assert all(isinstance(fetch, WindowFetch) for fetch in taken)
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "collective", "again", "windows"),
+    [
+        (4, "ragged", False, True), (4, "ragged", True, False), (4, "padded", False, True),
+        (8, "ragged", False, False), (8, "padded", False, True), (8, "padded", True, False),
+    ],
+)  # fmt: skip
+def test_when_windows_take_them(rng, cpu_devices, n_ranks, collective, again, windows):
+    """Not where a collective relays hot experts, nor where copies are fetched again."""
+    placement = hot(rng, AnyCase(n_ranks, 5, 2 * n_ranks))
+    problem = check_problem(None, None, placement, None)
+    comm = comm_of(n_ranks, max_tokens=512, hidden_bytes=64, top_k=8)
+    found = []
+
+    def rank(own, loads):
+        counted = SimpleNamespace(slot_loads=loads, axis_name="ep")
+        order = slots.slots_by_row(placement)
+        found.append(weights.fetch_for(own, problem, order, counted, Peer(comm), None, again=again))
+        return own
+
+    def of_weights(carrier, n_ranks):
+        return COLLECTIVES[collective]
+
+    with mock.patch.object(transports, "for_weights", of_weights):
+        run = jax.shard_map(
+            rank, mesh=Mesh(cpu_devices[:n_ranks], "ep"), in_specs=(P("ep"), P()), out_specs=P("ep")
+        )
+        own = jax.ShapeDtypeStruct((n_ranks * 7, 8, 16), jnp.float32)
+        jax.eval_shape(run, own, jax.ShapeDtypeStruct((placement.n_physical,), jnp.int32))
+    assert type(found[0]) is (WindowFetch if windows else slots.FetchAnywhere)
 
 
 def test_without_room_another_transport_carries_them(rng):

@@ -167,13 +167,15 @@ def fetch_for(
         return None
     by = transports.for_weights(carrier, problem.ep_size)
     limits = {"slot_loads": counted.slot_loads, "fan_out": fan_out, "n_nodes": problem.n_nodes}
+    fetch = fetch_anywhere(placement, order, axis_name, by, **limits)
     # Nothing would order what is fetched again among the exchanges of the backward pass.
-    if carrier.windows is not None and not by.exact and not again:
+    relayed = by.exact and fetch.limits.rounds > 1
+    if carrier.windows is None or again or relayed:
+        return fetch
+    direct = fetch
+    if not by.exact:
         direct = fetch_anywhere(placement, order, axis_name, by, relays=False, **limits)
-        fetch = window_fetch(direct, held, carrier.windows)
-        if fetch is not None:
-            return fetch
-    return fetch_anywhere(placement, order, axis_name, by, **limits)
+    return window_fetch(direct, held, carrier.windows) or fetch
 
 
 def with_room_for(
