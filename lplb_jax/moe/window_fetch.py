@@ -128,7 +128,7 @@ class WindowFetch(FetchAnywhere):
         me, n_ranks = lax.axis_index(self.axis_name), len(self.peer)
         moves, ranks, copies = self.round == 0, numbers(n_ranks), numbers(self.n_copies)
         most = self.limits.sent
-        sent = moves[..., None] & (self.peer[..., None] == ranks)
+        sent = moves[..., None] & (self.peer[..., None] == ranks[None, None])
         sizes = sent.sum(axis=1, dtype=jnp.int32)  # [to, from]
         # In the order of the sender's rows.
         ahead = moves[:, None] & (self.peer[:, None] == self.peer[..., None])
@@ -155,7 +155,7 @@ class WindowFetch(FetchAnywhere):
         received = received.at[place, self.child[me]].set(copies, mode="drop")
         lists = [
             sizes[:, me],
-            jnp.where(ranks < me, sizes, 0).sum(axis=1, dtype=jnp.int32),
+            jnp.where(ranks[None] < me, sizes, 0).sum(axis=1, dtype=jnp.int32),
             before,
             jnp.where(ranks[:, None] < me, sizes, 0).sum(axis=0, dtype=jnp.int32),
             _before(sizes[:, me]),
