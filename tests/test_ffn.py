@@ -1,6 +1,7 @@
 """moe_layer with user networks, against one device: biases, integers, fp8, no gate."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ class Biased:
 class Quantised:
     """8-bit weights, with one scale per column and one number per expert."""
 
-    dtype: type
+    dtype: Any
 
     @classmethod
     def make(cls, rng, n):

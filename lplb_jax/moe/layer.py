@@ -142,7 +142,7 @@ def moe_layer(
         If not, they are fetched again there, and a deep model needs memory for one layer's copies
         only. The results have the same bits. Not with `in_place`.
       capacity_factor: room for rows on a rank as a multiple of the mean, at least 1; see
-        `capacity_for`.
+        `capacity_for`. The "mosaic" GEMMs take as long as all of it does.
       ffn: your own network, called as `ffn(rows, experts, group_sizes)`: `rows` are
         `[n_rows, hidden]`, slot by slot, `group_sizes`, int32 `[slots]`, counts them per slot, and
         zeros follow the last group; `experts` has the weights of the slots, `[slots, …]`, arbitrary
