@@ -115,6 +115,10 @@ def main() -> None:
             named = f"{label}, {transport}" if len(options.transport) > 1 else label
             turns += [(named, [Case(mesh, r2o, options, transport, of) for of in of_turns])]
     cases = [case for _, of_turns in turns for case in of_turns]
+    if 0 < options.copies < (most := max(case.n_copies for case in cases)):
+        parser.error(
+            f"--copies: expected room for the {most} copies of a rank, got {options.copies}"
+        )
     with concurrent.futures.ThreadPoolExecutor() as pool:
         wanted = {case.key(name): (case, name) for case in cases for name in case.names}
         print(f"compiling {len(wanted)} programs", flush=True)
