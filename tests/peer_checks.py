@@ -63,6 +63,33 @@ def check_anywhere(mesh, comm, rng, copies="placement"):
         moe_checks.assert_equals_plain_mathematics(run, mesh, *given, rng, 1e-4)
 
 
+def check_sub_axis(mesh, comm, rng, copies):
+    """data × ep: every slice of "data" has a batch and windows of its own, and the same experts."""
+    both, size = P(("data", "ep")), mesh.shape["ep"]
+    case = moe_checks.AnyCase(size, 5, 3 * size)
+    floats, ids, placement = moe_checks.problem(rng, case, moe_checks.skewed, 16 * mesh.size)
+    tokens, gates, experts = floats
+
+    def rank(tokens, gates, experts, ids):
+        result = moe.moe_layer(
+            tokens, ids, gates, experts, placement=placement, axis_name="ep", copies=copies,
+            transport="peer", comm=comm, **moe_checks.ROOM,
+        )  # fmt: skip
+        return result.out, None
+
+    run = jax.shard_map(
+        rank, mesh=mesh, in_specs=(both, both, P("ep"), both), out_specs=(both, P())
+    )
+    with jax.default_matmul_precision("highest"):
+        given = tokens, gates, moe_checks.in_slots(experts, placement)
+        out, (*slopes, of_experts), _ = moe_checks.with_slopes(run)(given, tokens, ids)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        plain, (*want, of_all), _ = moe_checks.PLAIN(floats, tokens, ids)
+    want = [plain, *want, *moe_checks.in_slots(of_all, placement)]
+    for name, ours, theirs in zip(moe_checks.NAMES, [out, *slopes, *of_experts], want, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3, err_msg=name)
+
+
 def check_flights(mesh, comm, rng, n_layers=3):
     """Copies that fly with the tokens of several layers in a scan and their gradients, bit for bit
     those of `lax.ppermute`; float32, bfloat16 and integers together."""

@@ -189,6 +189,18 @@ def test_p2p(rng, mesh, check):
         assert comm.failure() is None
 
 
+@pytest.mark.parametrize("copies", ["placement", "batch"])
+def test_a_sub_axis_of_a_mesh(rng, copies):
+    """Two groups of GPUs, each with its own windows."""
+    gpus = jax.devices()
+    if len(gpus) < 4:
+        pytest.skip("needs four GPUs")
+    mesh = Mesh(np.array(gpus)[: len(gpus) // 2 * 2].reshape(2, -1), ("data", "ep"))
+    with init_comm(mesh, "ep", max_experts=64, **peer_checks.WINDOWS) as comm:
+        peer_checks.check_sub_axis(mesh, comm, rng, copies)
+        assert comm.failure() is None
+
+
 @several
 @pytest.mark.parametrize("check", peer_checks.COPY_CHECKS, ids=lambda check: check.__name__)
 def test_copies_in_flight(rng, mesh, check):

@@ -58,6 +58,12 @@ def test_any_placement(rng, cpu_devices):
     peer_checks.check_anywhere(Mesh(cpu_devices[:2], "ep"), comm_of(2), rng)
 
 
+@pytest.mark.parametrize("copies", ["placement", "batch"])
+def test_a_sub_axis_of_a_mesh(rng, cpu_devices, copies):
+    mesh = Mesh(cpu_devices.reshape(2, 4), ("data", "ep"))
+    peer_checks.check_sub_axis(mesh, comm_of(4, **peer_checks.WINDOWS), rng, copies)
+
+
 def test_the_parts_equal_those_of_padded(rng, mesh):
     """Rows, gates, sums and derivatives in both directions, also with rows that do not fit."""
     peer_checks.check_parts(mesh, comm_of(4), rng, n_rounds=2)
