@@ -294,9 +294,9 @@ def copy_traffic(
     """Counts the copies that `moe.moe_layer` moves for a batch, before any of them moves.
 
     Without a topology, as with copies chosen for the batch, these are the copies that serve tokens.
-    Ranks relay them, and each other node gets a copy once (transports "ragged" and "peer"; with
-    "padded" each rank sends the room of all others, filled or not). Along a topology, all copies
-    move, directly from their homes.
+    Ranks relay them, and each other node gets a copy once (transports "ragged" and "peer"; between
+    processes "peer" sends all from their homes, and "padded" sends the room of all ranks to each,
+    filled or not). Along a topology, all copies move, directly from their homes.
 
     Args:
       quota: int32 `[..., n_physical]`, tokens per physical slot: a `Split.quota`, or counted.

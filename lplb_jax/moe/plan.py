@@ -98,7 +98,7 @@ class Transport(abc.ABC):
 
     @property
     def windows(self) -> Comm | None:
-        """The communicator whose windows can take copies of experts before or after, or None."""
+        """The communicator whose windows can also take copies of experts, or None."""
         return None
 
     @abc.abstractmethod

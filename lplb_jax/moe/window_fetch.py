@@ -4,8 +4,9 @@ Experts travel like tokens: cut into rows that fit in the windows, from their ho
 serve them, and the sums of their gradients back, by the kernels that move tokens. Only copies that
 serve tokens move, between processes as within one, by NVSHMEM's put where windows cannot be mapped.
 
-All ranks must make the same exchanges in the same order, so each waits for the one before:
-`Beside.in_order`, see transfers.py.
+All ranks must make the same exchanges in the same order, so each waits for the one before, see
+`transfers.one_by_one`. No rank receives an expert twice: of an expert's slots on a rank, only the
+first serves tokens.
 """
 
 from __future__ import annotations
