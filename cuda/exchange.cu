@@ -176,10 +176,18 @@ int32_t SendersThere(const Routing& routing, const ExchangeOptions& options, int
   return std::min(senders, (options.n_blocks * (ranks + 1) + of - 1) / of);
 }
 
+// Whether a window has room for what others may send here: a kernel would write past it.
+template <typename Arguments>
+bool Fits(const Arguments& arguments, const WindowSizes& window) {
+  return arguments.routing.n_received <= window.n_tokens &&
+         arguments.routing.top_k <= window.top_k && arguments.row_bytes <= window.row_bytes;
+}
+
 template <typename Arguments>
 cudaError_t LaunchExchange(const Kernel<Arguments>& kernel, const Exchange& exchange,
                            const Arguments& arguments, const ExchangeOptions& options,
                            const Pieces& pieces, int32_t n_senders, cudaStream_t stream) {
+  if (!Fits(arguments, exchange.shape)) return cudaErrorInvalidValue;
   LaunchShape shape = {dim3(options.n_blocks), kernel.threads};
   const cudaError_t error = ShapeBlock(exchange.shape.n_ranks, kernel.room, &shape);
   if (error != cudaSuccess) return error;
@@ -219,6 +227,7 @@ template <typename Arguments>
 static cudaError_t LaunchPut(const void* kernel, int64_t room, const PutExchange& exchange,
                              const Arguments& arguments, const ExchangeOptions& options,
                              cudaStream_t stream) {
+  if (!Fits(arguments, exchange.shape)) return cudaErrorInvalidValue;
   LaunchShape shape = {dim3(options.n_blocks), kPutThreads};
   cudaError_t error = ShapeBlock(exchange.shape.n_ranks, room, &shape);
   if (error != cudaSuccess) return error;
