@@ -299,3 +299,7 @@ def at_least(least: int, kind: type = int) -> Callable[[str], Any]:
         return value
 
     return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -283,11 +283,12 @@ def test_the_table_is_narrow(rng, topology):
     assert max(map(len, lines)) <= 100
 
 
-def test_the_package_runs_as_the_command():
+@pytest.mark.parametrize("module", ["lplb_jax", "lplb_jax.cli"])
+def test_the_package_runs_as_the_command(module):
     """`python -m lplb_jax`: the same output, and its exit status."""
 
     def run(*arguments):
-        command = [sys.executable, "-m", "lplb_jax", *arguments]
+        command = [sys.executable, "-m", module, *arguments]
         return subprocess.run(command, capture_output=True, text=True)
 
     done = run("--version")
