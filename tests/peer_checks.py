@@ -275,9 +275,9 @@ def check_ten_thousand(mesh, comm, rng):
         check_many(mesh, comm, rng, n_batches=5000)
 
 
-def scanned(mesh, rng, **options) -> tuple[Any, tuple[Any, ...]]:
+def scanned(mesh, rng, case=None, **options) -> tuple[Any, tuple[Any, ...]]:
     """Layers replayed in a scan's backward pass, another collective in between; and arguments."""
-    case = moe_checks.case_of(mesh.size)
+    case = case or moe_checks.case_of(mesh.size)
     layer = moe_checks.layer_over(mesh, case, **options, **moe_checks.ROOM)
 
     def run(tokens, gates, experts, ids, placement):

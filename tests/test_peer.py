@@ -95,13 +95,28 @@ def test_by_put(rng, mesh, max_experts):
 
 @pytest.mark.parametrize("transport", ["peer", "padded"])
 def test_no_empty_array_crosses_shard_map(rng, mesh, transport):
-    """XLA's partitioner crashes over them, see `_no_gates`."""
+    """XLA's partitioner crashes over them, see `no_gates`."""
     run, given = peer_checks.scanned(mesh, rng, comm=comm_of(4), transport=transport)
+    crossing = crossing_shard_map(run, given)
+    assert not [line for line in crossing if re.search(r"tensor<([0-9]+x)*0x", line)]
+
+
+def test_no_empty_gates_of_copies_cross_shard_map(rng, mesh):
+    """Copies take the windows without gates."""
+    comm = comm_of(4, **peer_checks.WINDOWS)
+    how = {"comm": comm, "transport": "peer", "copies": "batch"}
+    run, given = peer_checks.scanned(mesh, rng, moe_checks.AnyCase(4, 5, 12), **how)
+    crossing = crossing_shard_map(run, given)
+    assert not [line for line in crossing if re.search(r"tensor<([0-9]+x)*0xf", line)]
+
+
+def crossing_shard_map(run, given):
+    """The types that enter and leave every `shard_map` of a scan of rematerialized layers."""
     text = run.lower(*given).as_text()
     starts = re.findall(r"sdy.manual_computation.*", text)
     ends = re.findall(r"^ *} : \(tensor.*", text, re.MULTILINE)
     assert len(ends) >= len(starts) > 3  # forward, what is known beforehand, replayed, backward
-    assert not [line for line in starts + ends if re.search(r"tensor<([0-9]+x)*0x", line)]
+    return starts + ends
 
 
 @pytest.mark.parametrize(

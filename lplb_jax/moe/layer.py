@@ -140,7 +140,8 @@ def moe_layer(
         limit.
       keep_copies: whether copies fetched here, without a topology, are kept for the backward pass.
         If not, they are fetched again there, and a deep model needs memory for one layer's copies
-        only. The results have the same bits. Not with `in_place`.
+        only. The results have the same bits, but with transport "peer" not always the gradients of
+        experts with several copies, which are then added up in another order. Not with `in_place`.
       capacity_factor: room for rows on a rank as a multiple of the mean, at least 1; see
         `capacity_for`. The "mosaic" GEMMs take as long as all of it does.
       ffn: your own network, called as `ffn(rows, experts, group_sizes)`: `rows` are
@@ -239,8 +240,9 @@ def moe_layer(
 
     # Tokens travel, and copies of experts beside them.
     held = varying_as(weights.experts, tokens) if uses_copies else weights.experts
-    again, fetch = not keep_copies, None
+    fetch = None
     if fetches:
+        again = not keep_copies
         fetch = fetch_for(held, problem, order, counted, carrier, fan_out, again=again)
     beside, refetch = Beside(held, fetch, waits=uses_copies), None
     if fetch is not None and isinstance(weights, Own):

@@ -256,11 +256,11 @@ def _there(
 
 @jax.custom_vjp
 def _back(rows: jax.Array, routing: Routing, came: tuple[jax.Array, jax.Array]) -> jax.Array:
-    gates = _no_gates(rows).reshape(0)
+    gates = no_gates(rows).reshape(0)
     return routing.call("lplb_back", reference.back, rows, gates, *came)[0]
 
 
-def _no_gates(rows: jax.Array) -> jax.Array:
+def no_gates(rows: jax.Array) -> jax.Array:
     """Float32 `[n_rows, 0]`. A constant would be known before the rows: under `jax.checkpoint` it
     becomes a residual that leaves `shard_map`, and XLA's partitioner crashes over empty ones."""
     return rows[:, :0].astype(jnp.float32)
@@ -282,7 +282,7 @@ def _back_forward(rows: jax.Array, routing: Routing, came: Any) -> Any:
 
 
 def _back_backward(routing: Routing, ct: jax.Array) -> tuple[jax.Array, None, None]:
-    return routing.call("lplb_there", reference.there, ct, _no_gates(ct))[0], None, None
+    return routing.call("lplb_there", reference.there, ct, no_gates(ct))[0], None, None
 
 
 _there.defvjp(_there_forward, _there_backward)

@@ -197,7 +197,8 @@ def beside_rows(fetch: AnyFetch | None, rows: jax.Array, experts: Any) -> tuple[
     """Fetches copies of experts, waiting for nothing, beside rows that no XLA exchange brings. Copy
     engines fetch them while the rows arrive; in the backward pass they move the copies' gradients
     while those of the rows are computed, see `gated_units`. Kernels would take SMs from both, so
-    without copy engines the gradients leave after those of the rows."""
+    without copy engines the gradients leave after those of the rows. Fetches that must be in order
+    follow the rows, and precede them on the way back."""
     if fetch is None:
         return rows, experts
     leaves, tree = jax.tree.flatten(experts)

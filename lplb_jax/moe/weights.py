@@ -167,15 +167,13 @@ def fetch_for(
         return None
     by = transports.for_weights(carrier, problem.ep_size)
     limits = {"slot_loads": counted.slot_loads, "fan_out": fan_out, "n_nodes": problem.n_nodes}
-    fetch = fetch_anywhere(placement, order, axis_name, by, **limits)
     # Nothing would order what is fetched again among the exchanges of the backward pass.
-    relayed = by.exact and fetch.limits.rounds > 1
-    if carrier.windows is None or again or relayed:
-        return fetch
-    direct = fetch
-    if not by.exact:
-        direct = fetch_anywhere(placement, order, axis_name, by, relays=False, **limits)
-    return window_fetch(direct, held, carrier.windows) or fetch
+    if carrier.windows is not None and not again:
+        fetch = fetch_anywhere(placement, order, axis_name, by, relays=by.exact, **limits)
+        by_windows = window_fetch(fetch, held, carrier.windows)
+        if by_windows is not None:
+            return by_windows
+    return fetch_anywhere(placement, order, axis_name, by, **limits)
 
 
 def with_room_for(

@@ -24,7 +24,7 @@ from lplb_jax import reference
 from lplb_jax._axes import varying_as
 from lplb_jax.comm import Comm
 from lplb_jax.moe.copies import add_received, numbers
-from lplb_jax.moe.peer import DTYPES, Routing
+from lplb_jax.moe.peer import DTYPES, Routing, no_gates
 from lplb_jax.moe.slots import FetchAnywhere
 
 
@@ -85,7 +85,7 @@ class WindowFetch(FetchAnywhere):
         there = of_me.rank * self.n_copies + of_me.copy
         row = _pieces(jnp.where(of_me.rank < 0, -1, there), n)
         routing = self._routing(row, _pieces(of_me.order, n), of_me, n, self.n_copies * n)
-        copies, *_ = routing.call("lplb_there", reference.there, rows, _no_gates(rows))
+        copies, *_ = routing.call("lplb_there", reference.there, rows, no_gates(rows))
         return copies.reshape(self.n_copies, *wanted.shape[1:])
 
     def sent_home(self, ct: jax.Array) -> jax.Array:
@@ -100,7 +100,7 @@ class WindowFetch(FetchAnywhere):
         routing = self._routing(_pieces(row, n), _pieces(order, n), of_me, n, len(rows))
         received = jnp.where(of_me.received < 0, -1, self.n_local + of_me.received)
         came = _pieces(received, n), of_me.sizes * n
-        sums, _ = routing.call("lplb_back", reference.back, rows, _no_gates(rows).reshape(0), *came)
+        sums, _ = routing.call("lplb_back", reference.back, rows, no_gates(rows).reshape(0), *came)
         return sums.reshape(len(of_me.sent), *ct.shape[1:])
 
     def accumulate(self, ct: jax.Array, home: jax.Array) -> jax.Array:
@@ -166,12 +166,9 @@ class WindowFetch(FetchAnywhere):
 
 
 def window_fetch(fetch: FetchAnywhere, experts: Any, comm: Comm) -> WindowFetch | None:
-    """The same fetch through the windows of `comm`; None if they have no room for it.
-
-    `fetch` must have one round.
-    """
-    window, n_ranks, most = comm.window, len(fetch.peer), fetch.limits.sent
-    if window is None or most > window.top_k:
+    """The same fetch through the windows of `comm`; None if they have no room or ranks relay."""
+    window, n_ranks, limits = comm.window, len(fetch.peer), fetch.limits
+    if window is None or limits.rounds > 1 or limits.sent > window.top_k:
         return None
     for leaf in jax.tree.leaves(experts):
         length = piece_length(leaf, window.row_bytes)
@@ -200,7 +197,3 @@ def _pieces(experts: jax.Array, n: int) -> jax.Array:
 
 def _before(sizes: jax.Array) -> jax.Array:
     return jnp.cumsum(sizes, dtype=jnp.int32) - sizes
-
-
-def _no_gates(rows: jax.Array) -> jax.Array:
-    return varying_as(jnp.zeros((len(rows), 0), jnp.float32), rows)
