@@ -15,7 +15,8 @@ with experts and as many copies on any ranks, placed by the loads that arranged 
 and with at most as many copies chosen in the step ("batch"). There are as many copies as balance
 needs, and buffers are as small as possible without overflow. Each result is checked. GPUs of one
 kind differ in speed by a few per cent, so the busiest rank is the first and the last GPU in turn,
-and times are means of both.
+and times are means of both. Within some 0.1 s of GEMMs, a GPU's clock falls to what its power limit
+allows, so every kind of step runs for a while before it is timed, and is timed for a while.
 
 With --traces, the experts of every layer of every trace are placed by the loads of an earlier
 training step, as in the demo. --moving places them in the same way, but then the loads of the
@@ -29,6 +30,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import functools
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -38,6 +40,7 @@ import jax.experimental.topologies
 import jax.numpy as jnp
 import numpy as np
 import record
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from per_gpu import one_per_gpu
@@ -84,7 +87,8 @@ def main() -> None:
         "--copies", type=int, default=0, help="with peer: copies that engines move through comm"
     )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help='beside "none"')
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=5, help="of each kind of step, in turn")
+    parser.add_argument("--seconds", type=float, default=0.3, help="that a repeat takes at least")
     parser.add_argument("--json")
     options = parser.parse_args()
     if options.processes:
@@ -136,7 +140,9 @@ def main() -> None:
         "options": {k: v for k, v in vars(options).items() if k not in ("json", "comm")},
     }
     repeats = 0 if options.compile_for else options.repeats
-    figures["results"] = [measure(label, of_turns, repeats) for label, of_turns in turns]
+    figures["results"] = [
+        measure(label, of_turns, repeats, options.seconds) for label, of_turns in turns
+    ]
     if repeats:
         figures["forward_ms"] = forward = forward_time(cases[0], repeats)
         for key, copies in (("rebalance_ms", "placement"), ("rebalance_batch_ms", "batch")):
@@ -489,9 +495,9 @@ def n_copies_of(placements: list[Placement]) -> float:
     return float(np.mean(each))
 
 
-def measure(label: str, turns: list[Case], repeats: int) -> dict[str, Any]:
+def measure(label: str, turns: list[Case], repeats: int, seconds: float) -> dict[str, Any]:
     """Memory of a step, and its time, averaged over the turns; no time without repeats."""
-    times = step_times(turns, repeats) if repeats else {}
+    times = step_times(turns, repeats, seconds) if repeats else {}
     case, result = turns[0], dict[str, Any](case=label)
     print(label)
     for name in case.names:
@@ -517,24 +523,41 @@ def measure(label: str, turns: list[Case], repeats: int) -> dict[str, Any]:
     return result
 
 
-def step_times(turns: list[Case], repeats: int, calls: int = 8) -> dict[Any, float]:
-    """ms of every case and kind of step: medians of interleaved repeats of `calls` calls each."""
+def step_times(turns: list[Case], repeats: int, seconds: float) -> dict[Any, float]:
+    """ms of every case and kind of step: medians of interleaved repeats.
+
+    A repeat lasts at least `seconds`, after half that time in which the GPUs' clocks settle.
+    """
     batches = {case: case.batches() for case in turns}
     for case, each in batches.items():
         for batch in each:
             case.check(batch)
     experts = {(case, name): case.experts(name) for case in turns for name in case.names}
+
+    def run(case: Case, name: str, rounds: int) -> float:
+        """ms of a step, in as many rounds over all batches."""
+        start = time.perf_counter()
+        for batch in rounds * batches[case]:
+            experts[case, name], *_ = case.step(name, experts[case, name], batch)
+        jax.block_until_ready(experts[case, name])
+        return (time.perf_counter() - start) * 1e3 / (rounds * len(batches[case]))
+
+    rounds = {}
+    for case, name in experts:
+        run(case, name, 1)
+        ms = run(case, name, 1) * len(batches[case])
+        rounds[case, name] = agreed(math.ceil(seconds * 1e3 / ms))
     times: dict[Any, list[float]] = {key: [] for key in experts}
     for _ in range(repeats):
         for case, name in experts:
-            rounds = -(-calls // len(batches[case]))
-            start = time.perf_counter()
-            for batch in rounds * batches[case]:
-                experts[case, name], *_ = case.step(name, experts[case, name], batch)
-            jax.block_until_ready(experts[case, name])
-            ms = (time.perf_counter() - start) * 1e3
-            times[case, name].append(ms / (rounds * len(batches[case])))
+            run(case, name, -(-rounds[case, name] // 2))
+            times[case, name].append(run(case, name, rounds[case, name]))
     return {key: float(np.median(of_key)) for key, of_key in times.items()}
+
+
+def agreed(number: int) -> int:
+    """The first process's number: all must make the same calls."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 @jax.jit
