@@ -1,6 +1,7 @@
 """Tokens by transport "peer" on NVIDIA GPUs: virtual ranks on one and two, and the layer itself."""
 
 import contextlib
+import functools
 import importlib.util
 import time
 
@@ -14,10 +15,13 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh
 from meshes import everywhere, per_rank
+from moe_checks import AnyCase
+from test_moe_slots import hot, slots_used
 
-from lplb_jax import init_comm, topologies
+from lplb_jax import _native, init_comm, reference, topologies
 from lplb_jax.comm import Windows
 from lplb_jax.moe.flight import Flight
+from lplb_jax.moe.slots import room_for
 
 with contextlib.suppress(ModuleNotFoundError):  # cuda.bindings: only where GPUs are
     from exchange_batch import ExchangeBatch
@@ -48,6 +52,37 @@ def test_the_plan(rng, n_ranks, n_slots, n_tokens, top_k):
     for _ in range(3):
         case = plan_cases.random_case(rng, n_ranks, n_slots, n_tokens, top_k)
         plan_cases.check(case.run(), case)
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "n_slots", "n_logical"),
+    [(1, 3, 3), (2, 34, 64), (4, 5, 6), (8, 6, 16), (64, 6, 256), (144, 3, 300), (12, 90, 500)],
+)
+def test_the_journeys(rng, n_ranks, n_slots, n_logical):
+    """Rows of slots and every rank's journeys are those of the specification."""
+    case = AnyCase(n_ranks, n_slots, n_logical)
+    for turn in range(4):
+        placement = hot(rng, case) if turn % 2 else case.placement(rng)
+        loads = slots_used(rng, placement).astype(np.int32)
+        tables = placement.phy2log, placement.log2phy
+        sizes = {"ep_size": n_ranks, "room": room_for(placement)}
+        rows = of_both("lplb_slots_by_row", reference.slots_by_row, *tables, **sizes)
+        limits = {"most": int(rng.integers(1, 9)), "n_received": int(rng.integers(0, 3 * n_slots))}
+        for me in rng.permutation(n_ranks)[:4]:
+            operands = tables[0], rows, loads, np.int32(me)
+            limits |= {"n_logical": n_logical}
+            of_both("lplb_journeys", reference.journeys, *operands, **limits)
+
+
+def of_both(target, specification, *operands, **attributes):
+    """The kernel's result, which must be the specification's."""
+    operands = jax.tree.map(jnp.asarray, operands)
+    run = functools.partial(_native.call, target, specification, **attributes)
+    got, want = (
+        jax.jit(f)(*operands) for f in (run, functools.partial(specification, **attributes))
+    )
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(got), jax.tree.leaves(want))
+    return got
 
 
 @pytest.fixture

@@ -34,14 +34,14 @@ def test_copies_and_sums_of_their_gradients(rng, cpu_devices, sizes):
     def both_ways(placement, loads, own, cts, *, fan_out):
         def rank(own, cts):
             order = slots.slots_by_row(placement)
-            fetch = slots.fetch_anywhere(
-                placement, order, "ep", COLLECTIVES["padded"], slot_loads=loads, fan_out=fan_out,
+            fetch = window_fetch(
+                placement, order, "ep", own, comm, slot_loads=loads, fan_out=fan_out, n_nodes=None,
                 relays=False,
             )  # fmt: skip
-            fetch = window_fetch(fetch, own, comm)
             assert isinstance(fetch, WindowFetch)
             held = fetch.write_into(own, fetch.delivered(fetch.wanted(own)))
-            there = fetch.round[jax.lax.axis_index("ep")] >= 0
+            received = fetch.journeys.received
+            there = (received[..., None] == jnp.arange(fetch.n_copies)).any(axis=(0, 1))
             return held, fetch.accumulate(cts, fetch.sent_home(cts)), there
 
         run = jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
@@ -91,13 +91,21 @@ def test_no_rank_sends_more_than_its_limit(rng, cpu_devices):
     """Gradients of copies beyond `fan_out` have no room, so those copies do not travel."""
     placement, n_ranks = hot(rng, AnyCase(8, 5, 19)), 8
     loads = slots_used(rng, placement).astype(np.int32)
-    order = slots.slots_by_row(placement)
-    fetch = slots.fetch_anywhere(
-        placement, order, "ep", COLLECTIVES["padded"], slot_loads=jnp.asarray(loads), fan_out=2,
-        relays=False,
-    )  # fmt: skip
-    peers = np.asarray(fetch.peer)[np.asarray(fetch.round) == 0]
-    assert np.bincount(peers, minlength=n_ranks).max() <= 2 == fetch.n_received
+    comm = comm_of(n_ranks, max_tokens=512, hidden_bytes=32, top_k=8)
+
+    def rank(own):
+        fetch = window_fetch(
+            placement, slots.slots_by_row(placement), "ep", own, comm,
+            slot_loads=jnp.asarray(loads), fan_out=2, n_nodes=None, relays=False,
+        )  # fmt: skip
+        assert isinstance(fetch, WindowFetch)
+        assert fetch.n_received == 2
+        return fetch.journeys.lists[0]
+
+    mesh = Mesh(cpu_devices[:n_ranks], "ep")
+    run = jax.jit(jax.shard_map(rank, mesh=mesh, in_specs=P(), out_specs=P("ep")))
+    sent = np.asarray(run(jnp.zeros((8, 3, 8)))).reshape(n_ranks, n_ranks)
+    assert sent.sum(axis=1).max() == 2
 
 
 @pytest.mark.parametrize("copies", ["batch", "placement"])
@@ -106,8 +114,8 @@ def test_the_layer_takes_it(rng, cpu_devices, copies):
     mesh, comm = Mesh(cpu_devices[:4], "ep"), comm_of(4, **peer_checks.WINDOWS)
     taken = []
 
-    def seen(*given):
-        taken.append(window_fetch(*given))
+    def seen(*given, **options):
+        taken.append(window_fetch(*given, **options))
         return taken[-1]
 
     with mock.patch.object(weights, "window_fetch", seen):
@@ -148,23 +156,32 @@ def test_when_windows_take_them(rng, cpu_devices, n_ranks, collective, again, wi
     assert type(found[0]) is (WindowFetch if windows else slots.FetchAnywhere)
 
 
-def test_without_room_another_transport_carries_them(rng):
+def test_without_room_another_transport_carries_them(rng, cpu_devices):
     """Too small windows, too many copies of an expert, or types that the kernels cannot add."""
     placement = AnyCase(4, 5, 6).placement(rng)
-    order, loads = slots.slots_by_row(placement), jnp.ones(placement.n_physical, jnp.int32)
-    fetch = slots.fetch_anywhere(
-        placement, order, "ep", COLLECTIVES["padded"], slot_loads=loads, relays=False
-    )
-    room = {"max_tokens": 512, "hidden_bytes": 64, "top_k": 8}
     experts = np.zeros((2, 8, 16), np.float32)
-    assert window_fetch(fetch, experts, comm_of(4, **room)) is not None
-    for wrong, change in [
-        (experts, {"max_tokens": 1}),
-        (experts, {"top_k": 1}),
-        (experts.astype(np.int8), {}),
-        (experts[:, :1, :3], {}),
-    ]:
-        assert window_fetch(fetch, wrong, comm_of(4, **{**room, **change})) is None
+
+    def taken(experts, **change):
+        """Whether windows of these sizes take them."""
+        comm = comm_of(4, **{"max_tokens": 512, "hidden_bytes": 64, "top_k": 8, **change})
+        loads = jnp.ones(placement.n_physical, jnp.int32)
+        found = []
+
+        def rank(own):
+            options = {"slot_loads": loads, "fan_out": None, "n_nodes": None, "relays": False}
+            order = slots.slots_by_row(placement)
+            found.append(window_fetch(placement, order, "ep", experts, comm, **options))
+            return own
+
+        mesh = Mesh(cpu_devices[:4], "ep")
+        jax.eval_shape(jax.shard_map(rank, mesh=mesh, in_specs=P(), out_specs=P()), loads)
+        return found[0] is not None
+
+    assert taken(experts)
+    assert not taken(experts, max_tokens=1)
+    assert not taken(experts, top_k=1)
+    assert not taken(experts.astype(np.int8))
+    assert not taken(experts[:, :1, :3])
 
 
 @pytest.mark.parametrize(

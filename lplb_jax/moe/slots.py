@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lplb_jax import _relays
+from lplb_jax import _native, _relays, reference
 from lplb_jax._axes import varying_as
 from lplb_jax.moe import ragged
 from lplb_jax.moe.collectives import Collective
 from lplb_jax.moe.copies import add_received, numbers
-from lplb_jax.moe.moves import home_rows, home_slots, rows_per_rank
+from lplb_jax.moe.moves import home_rows, rows_per_rank
 from lplb_jax.placement import Placement
 
 
@@ -42,18 +42,22 @@ def slots_by_row(placement: Placement) -> jax.Array:
 
     slots_per_rank for rows without a slot.
     """
-    n_ranks, room = placement.ep_size, room_for(placement)
-    own = home_slots(placement)
-    phy2log = jnp.asarray(placement.phy2log).reshape(n_ranks, -1)
-    n_slots = phy2log.shape[1]
-    rank, slot = numbers(n_ranks)[:, None], numbers(n_slots)[None]
-    is_copy = (phy2log >= 0).at[rank, own].set(False, mode="drop")
-    row = jnp.cumsum(is_copy, axis=1, dtype=jnp.int32) - 1
-    copies = varying_as(jnp.full((n_ranks, room), n_slots, jnp.int32), row)
-    copies = copies.at[rank, jnp.where(is_copy, row, room)].set(
-        jnp.broadcast_to(slot, is_copy.shape), mode="drop"
-    )
-    return jnp.concatenate([own, copies], axis=1)
+    tables = map(jnp.asarray, (placement.phy2log, placement.log2phy))
+    sizes: dict[str, Any] = {"ep_size": placement.ep_size, "room": room_for(placement)}
+    return _native.call("lplb_slots_by_row", reference.slots_by_row, *tables, **sizes)
+
+
+def most_moved(placement: Placement, fan_out: int | None, *, of_used: bool) -> tuple[int, int]:
+    """The most copies that travel, of an expert and of all experts of a rank.
+
+    `of_used`: only copies with tokens. A rank with two slots of an expert uses the first, so no
+    rank fetches from itself.
+    """
+    n_senders = placement.ep_size - of_used
+    of_rank = n_senders * room_for(placement)
+    of_rank = of_rank if fan_out is None else min(of_rank, fan_out)
+    of_expert = max(1, min(of_rank, placement.log2phy.shape[-1] - 1))
+    return min(of_expert, n_senders) if of_used else of_expert, of_rank
 
 
 def inverted(slots: jax.Array, n_slots: int) -> jax.Array:
@@ -153,12 +157,7 @@ class FetchAnywhere:
     def accumulate(self, ct: jax.Array, home: jax.Array) -> jax.Array:
         """Adds the gradients that came home to the owners'; room gets none."""
         children = self._children(self.n_local, self.limits.sent, len(home), 0)
-        return self.without_room(add_received(ct, home, children))
-
-    def without_room(self, ct: jax.Array) -> jax.Array:
-        """The gradients of all rows, but none of the room."""
-        none = jnp.zeros_like(ct[self.n_local :])
-        return lax.dynamic_update_slice_in_dim(ct, none, self.n_local, axis=0)
+        return without_room(add_received(ct, home, children), self.n_local)
 
     def _travels(self, rank: jax.Array, n: int) -> jax.Array:
         """bool `[1, room]`: which copies of a rank travel in round n."""
@@ -204,13 +203,11 @@ def fetch_anywhere(
     slot_loads: jax.Array | None = None,
     fan_out: int | None = None,
     n_nodes: int | None = None,
-    relays: bool = True,
 ) -> FetchAnywhere:
     """Fetches the copies in `slots_by_row(placement)`; with `slot_loads`, only those with tokens.
 
     `fan_out` bounds how many copies of its experts a rank sends. `n_nodes`: None for the
-    placement's. Without `relays`, homes send all copies in one round, which is to move only those
-    that exist whatever `transport` is.
+    placement's.
     """
     n_ranks, n_local, room = placement.ep_size, rows_per_rank(placement), room_for(placement)
     slots, rank = slots[:, n_local:], numbers(n_ranks)[:, None]
@@ -219,20 +216,15 @@ def fetch_anywhere(
     home = jnp.asarray(placement.log2phy)[:, 0]
     at_home = home_rows(home, placement.n_physical, n_ranks)[jnp.maximum(expert, 0)]
     owner, row = at_home // n_local, at_home % n_local
-    moves, n_senders = expert >= 0, n_ranks
+    moves, of_used = expert >= 0, slot_loads is not None
     if slot_loads is not None:
-        # A rank with two slots of an expert uses the first, so no rank fetches from itself.
         loads = slot_loads.reshape(phy2log.shape).at[rank, slots].get(mode="fill", fill_value=0)
-        moves, n_senders = moves & (loads > 0) & (owner != rank), n_ranks - 1
+        moves = moves & (loads > 0) & (owner != rank)
 
-    bounds = [n_senders * room, fan_out if fan_out is not None else n_senders * room]
-    most = max(1, min(*bounds, placement.log2phy.shape[-1] - 1))
-    most = min(most, n_ranks - 1) if slot_loads is not None else most
-    knows_sizes = transport.exact or not relays
-    if not (transport.exact and relays):
-        limits = _relays.direct(n_ranks, most)
-    else:
-        room_of_rank = room if slot_loads is None else None
+    most, of_rank = most_moved(placement, fan_out, of_used=of_used)
+    limits = _relays.direct(n_ranks, most)
+    if transport.exact:
+        room_of_rank = None if of_used else room
         limits = _relays.limits(n_ranks, n_nodes or placement.n_nodes, most, room_of_rank)
     rank = jnp.broadcast_to(rank, expert.shape)
     moves, at_home, owner, row, rank = (x.reshape(-1) for x in (moves, at_home, owner, row, rank))
@@ -240,10 +232,10 @@ def fetch_anywhere(
     from_home, number = parent < 0, numbers(len(turn))
     peer = jnp.where(from_home, owner, parent // room)
     row = jnp.where(from_home, row, parent % room)
-    if not knows_sizes:
+    if not transport.exact:
         place, n_received = number, len(number)
     else:
-        n_received = min(*bounds, n_local * limits.sent)
+        n_received = min(of_rank, n_local * limits.sent)
         ahead = (turn == 0)[None] & (owner[None] == owner[:, None])
         ahead &= number[None] < number[:, None]
         place = ahead.sum(axis=1, dtype=jnp.int32)
@@ -255,6 +247,11 @@ def fetch_anywhere(
     return FetchAnywhere(
         turn, peer, row, child, place, n_local, limits, n_received, axis_name, transport
     )
+
+
+def without_room(ct: jax.Array, n_local: int) -> jax.Array:
+    """The gradients of all rows, but none of the room."""
+    return lax.dynamic_update_slice_in_dim(ct, jnp.zeros_like(ct[n_local:]), n_local, axis=0)
 
 
 def _ragged(

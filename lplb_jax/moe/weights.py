@@ -169,10 +169,10 @@ def fetch_for(
     limits = {"slot_loads": counted.slot_loads, "fan_out": fan_out, "n_nodes": problem.n_nodes}
     # Nothing would order what is fetched again among the exchanges of the backward pass.
     if carrier.windows is not None and not again:
-        fetch = fetch_anywhere(placement, order, axis_name, by, relays=by.exact, **limits)
-        by_windows = window_fetch(fetch, held, carrier.windows)
-        if by_windows is not None:
-            return by_windows
+        relayed = {"relays": by.exact, **limits}
+        fetch = window_fetch(placement, order, axis_name, held, carrier.windows, **relayed)
+        if fetch is not None:
+            return fetch
     return fetch_anywhere(placement, order, axis_name, by, **limits)
 
 

@@ -14,90 +14,95 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lplb_jax import reference
-from lplb_jax._axes import varying_as
+from lplb_jax import _native, _relays, reference
 from lplb_jax.comm import Comm
 from lplb_jax.moe.copies import add_received, numbers
+from lplb_jax.moe.moves import rows_per_rank
 from lplb_jax.moe.peer import DTYPES, Routing, no_gates
-from lplb_jax.moe.slots import FetchAnywhere
+from lplb_jax.moe.slots import most_moved, room_for, without_room
+from lplb_jax.placement import Placement
+from lplb_jax.reference.journeys import Journeys
 
-
-class _Journeys(NamedTuple):
-    """Of one rank, int32, in experts; −1 for none.
-
-    Attributes:
-      rank, copy, order: `[n_rows, most]`, where a row is sent, as which of the copies there, and
-        its place among those sent there.
-      sent: `[n_sent]`, the rows that are sent anywhere; n_rows past the last.
-      nth: `[n_rows]`, the inverse; n_sent for rows that are not sent.
-      received: `[room, most]`, the copies received, by place in the window; at the index among the
-        copies of their expert.
-      lists: `[5, ep_size]`, see `lplb_jax.reference.exchange`.
-      sizes: `[ep_size]`, copies received from every rank.
-    """
-
-    rank: jax.Array
-    copy: jax.Array
-    order: jax.Array
-    sent: jax.Array
-    nth: jax.Array
-    received: jax.Array
-    lists: jax.Array
-    sizes: jax.Array
+# A thread compares each copy with all before it.
+MOST_COPIES, MOST_EXPERTS = 4096, 8192
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["round", "peer", "row", "child", "place"],
-    meta_fields=[
-        "n_local", "limits", "n_received", "axis_name", "transport", "comm", "sms", "row_bytes",
-    ],
-)  # fmt: skip
+    data_fields=["journeys"],
+    meta_fields=["n_local", "n_received", "axis_name", "comm", "sms", "row_bytes"],
+)
 @dataclasses.dataclass(frozen=True)
-class WindowFetch(FetchAnywhere):
-    """Who sends which weights to whom, in one round from their homes; see `FetchAnywhere`.
+class WindowFetch:
+    """Who sends which weights to whom, from their homes. Methods take one array, a rank's rows.
 
     Attributes:
+      journeys: to and from this rank, see `lplb_jax.reference.journeys`.
+      n_local: own experts of a rank (static).
+      n_received: room for the gradients that come home (static).
+      axis_name: the expert-parallel mesh axis (static).
       comm: identifier of the communicator (static).
       sms: SMs that move the copies, 0 for all (static).
       row_bytes: bytes that the windows have for a row (static).
     """
 
+    journeys: Journeys
+    n_local: int
+    n_received: int
+    axis_name: Any
     comm: int
     sms: int
     row_bytes: int
+
+    @property
+    def n_copies(self) -> int:
+        """Room for copies on each rank."""
+        return len(self.journeys.received)
+
+    @property
+    def by_engines(self) -> bool:
+        """False: kernels move them."""
+        return False
 
     @property
     def in_order(self) -> bool:
         """True: windows serve one exchange after the other."""
         return True
 
+    def wanted(self, weights: jax.Array) -> jax.Array:
+        """What others may fetch of this rank's weights: all of them, in place."""
+        return weights
+
     def delivered(self, wanted: jax.Array) -> jax.Array:
         """The copies that this rank receives, `[room, …]`; undefined where there is none."""
         rows, n = self._cut(wanted)
-        of_me = self._journeys(len(wanted))
+        of_me = self.journeys
         there = of_me.rank * self.n_copies + of_me.copy
         row = _pieces(jnp.where(of_me.rank < 0, -1, there), n)
-        routing = self._routing(row, _pieces(of_me.order, n), of_me, n, self.n_copies * n)
+        routing = self._routing(row, _pieces(of_me.order, n), n, self.n_copies * n)
         copies, *_ = routing.call("lplb_there", reference.there, rows, no_gates(rows))
         return copies.reshape(self.n_copies, *wanted.shape[1:])
+
+    def write_into(self, weights: jax.Array, delivered: jax.Array) -> jax.Array:
+        """Overwrites the weights' room with the copies."""
+        return lax.dynamic_update_slice_in_dim(weights, delivered, self.n_local, axis=0)
 
     def sent_home(self, ct: jax.Array) -> jax.Array:
         """Sends the copies' gradients home; returns their sums, `[n_sent, …]`, at the homes."""
         rows, n = self._cut(ct)
-        of_me = self._journeys(len(ct))
+        of_me = self.journeys
         there = of_me.rank * len(ct) + self.n_local + of_me.copy
         row, order = (
             of_row.at[of_me.sent].get(mode="fill", fill_value=-1)
             for of_row in (jnp.where(of_me.rank < 0, -1, there), of_me.order)
         )
-        routing = self._routing(_pieces(row, n), _pieces(order, n), of_me, n, len(rows))
+        routing = self._routing(_pieces(row, n), _pieces(order, n), n, len(rows))
         received = jnp.where(of_me.received < 0, -1, self.n_local + of_me.received)
         came = _pieces(received, n), of_me.sizes * n
         sums, _ = routing.call("lplb_back", reference.back, rows, no_gates(rows).reshape(0), *came)
@@ -105,8 +110,8 @@ class WindowFetch(FetchAnywhere):
 
     def accumulate(self, ct: jax.Array, home: jax.Array) -> jax.Array:
         """Adds the gradients that came home to the owners'; room gets none."""
-        index = self._journeys(len(ct)).nth[: self.n_local]
-        return self.without_room(add_received(ct, home, index[:, None]))
+        index = self.journeys.nth[: self.n_local]
+        return without_room(add_received(ct, home, index[:, None]), self.n_local)
 
     def _cut(self, array: jax.Array) -> tuple[jax.Array, int]:
         """The array's experts as rows that fit, and how many rows an expert has."""
@@ -115,71 +120,57 @@ class WindowFetch(FetchAnywhere):
         rows = array.reshape(-1, length)
         return rows, len(rows) // len(array)
 
-    def _routing(
-        self, row: jax.Array, order: jax.Array, of_me: _Journeys, n: int, capacity: int
-    ) -> Routing:
+    def _routing(self, row: jax.Array, order: jax.Array, n: int, capacity: int) -> Routing:
         return Routing(
-            row, order, of_me.lists * n, capacity=capacity, n_received=self.n_copies * n,
+            row, order, self.journeys.lists * n, capacity=capacity, n_received=self.n_copies * n,
             n_sent=self.n_received * n, axis_name=self.axis_name, comm=self.comm, sms=self.sms,
             row_bytes=self.row_bytes,
         )  # fmt: skip
 
-    def _journeys(self, n_rows: int) -> _Journeys:
-        """The journeys to and from this rank, whose arrays have n_rows rows."""
-        me, n_ranks = lax.axis_index(self.axis_name), len(self.peer)
-        moves, ranks, copies = self.round == 0, numbers(n_ranks), numbers(self.n_copies)
-        most = self.limits.sent
-        sent = moves[..., None] & (self.peer[..., None] == ranks[None, None])
-        sizes = sent.sum(axis=1, dtype=jnp.int32)  # [to, from]
-        # In the order of the sender's rows.
-        ahead = moves[:, None] & (self.peer[:, None] == self.peer[..., None])
-        ahead &= self.row[:, None] < self.row[..., None]
-        order = ahead.sum(axis=2, dtype=jnp.int32)
 
-        at = jnp.where(moves & (self.peer == me), self.row * most + self.child, n_rows * most)
+def window_fetch(
+    placement: Placement,
+    slots: jax.Array,
+    axis_name: Any,
+    experts: Any,
+    comm: Comm,
+    *,
+    slot_loads: jax.Array,
+    fan_out: int | None,
+    n_nodes: int | None,
+    relays: bool,
+) -> WindowFetch | None:
+    """Fetches the copies with tokens in `slots_by_row(placement)` through the windows of `comm`.
 
-        def of_rows(values: jax.Array) -> jax.Array:
-            empty = varying_as(jnp.full(n_rows * most, -1, jnp.int32), at)
-            values = jnp.broadcast_to(values, at.shape)
-            return empty.at[at].set(values, mode="drop").reshape(n_rows, most)
-
-        rank = of_rows(ranks[:, None])
-        is_sent = (rank >= 0).any(axis=1)
-        n_sent = min(self.n_local, self.n_received)
-        index = jnp.where(is_sent, jnp.cumsum(is_sent, dtype=jnp.int32) - 1, n_sent)
-        rows = varying_as(jnp.full(n_sent, n_rows, jnp.int32), index)
-        rows = rows.at[index].set(numbers(n_rows), mode="drop")
-
-        before = _before(sizes[me])
-        place = jnp.where(moves[me], before[self.peer[me]] + order[me], self.n_copies)
-        received = varying_as(jnp.full((self.n_copies, most), -1, jnp.int32), place)
-        received = received.at[place, self.child[me]].set(copies, mode="drop")
-        lists = [
-            sizes[:, me],
-            jnp.where(ranks[None] < me, sizes, 0).sum(axis=1, dtype=jnp.int32),
-            before,
-            jnp.where(ranks[:, None] < me, sizes, 0).sum(axis=0, dtype=jnp.int32),
-            _before(sizes[:, me]),
-        ]
-        of_sent = rank, of_rows(copies), of_rows(order), rows, index
-        return _Journeys(*of_sent, received, jnp.stack(lists), sizes[me])
-
-
-def window_fetch(fetch: FetchAnywhere, experts: Any, comm: Comm) -> WindowFetch | None:
-    """The same fetch through the windows of `comm`; None if they have no room or ranks relay."""
-    window, n_ranks, limits = comm.window, len(fetch.peer), fetch.limits
-    if window is None or limits.rounds > 1 or limits.sent > window.top_k:
+    None if these have no room. With `relays`, None where ranks should relay hot experts, see
+    `fetch_anywhere`, which explains the other arguments.
+    """
+    window, n_ranks = comm.window, placement.ep_size
+    n_local, room = rows_per_rank(placement), room_for(placement)
+    most, of_rank = most_moved(placement, fan_out, of_used=True)
+    limits = _relays.limits(n_ranks, n_nodes or placement.n_nodes, most)
+    if window is None or most > window.top_k or (relays and limits.rounds > 1):
         return None
+    n_received = min(of_rank, n_local * max(1, most))
     for leaf in jax.tree.leaves(experts):
         length = piece_length(leaf, window.row_bytes)
         if length is None or leaf.dtype.name not in DTYPES:
             return None
         n = math.prod(leaf.shape[1:]) // length
-        needed = max(fetch.n_copies, fetch.n_received) * n
-        if needed > window.n_tokens or n_ranks * (fetch.n_local + fetch.n_copies) * n >= 2**31:
+        needed = max(room, n_received) * n
+        if needed > window.n_tokens or n_ranks * (n_local + room) * n >= 2**31:
             return None
-    fields = {field.name: getattr(fetch, field.name) for field in dataclasses.fields(fetch)}
-    return WindowFetch(**fields, comm=comm.identifier, sms=comm.sms, row_bytes=window.row_bytes)
+    operands = jnp.asarray(placement.phy2log), slots, slot_loads, lax.axis_index(axis_name)
+    sizes: dict[str, Any] = {"n_logical": placement.n_logical, "n_received": n_received}
+    sizes["most"] = max(1, most)
+    if n_ranks * room <= MOST_COPIES and placement.n_logical <= MOST_EXPERTS:
+        journeys = _native.call("lplb_journeys", reference.journeys, *operands, **sizes)
+    else:
+        journeys = reference.journeys(*operands, **sizes)
+    return WindowFetch(
+        Journeys(*journeys), n_local, n_received, axis_name, comm.identifier, comm.sms,
+        window.row_bytes,
+    )  # fmt: skip
 
 
 def piece_length(array: jax.Array, row_bytes: int) -> int | None:
@@ -193,7 +184,3 @@ def _pieces(experts: jax.Array, n: int) -> jax.Array:
     """For each of an expert's n rows, its number; −1 stays."""
     of_rows = experts[:, None] * n + numbers(n)[None, :, None]
     return jnp.where(experts[:, None] < 0, -1, of_rows).reshape(-1, experts.shape[1])
-
-
-def _before(sizes: jax.Array) -> jax.Array:
-    return jnp.cumsum(sizes, dtype=jnp.int32) - sizes

@@ -15,6 +15,7 @@ import jax
 
 from lplb_jax.reference import assignment, balancer, batch_copies, exchange, loads, solver
 from lplb_jax.reference import ipm as interior_point
+from lplb_jax.reference import journeys as expert_journeys
 from lplb_jax.reference import plan as exchange_plan
 
 __all__ = [
@@ -23,10 +24,12 @@ __all__ = [
     "count",
     "ipm",
     "ipm_costs",
+    "journeys",
     "place_copies",
     "plan",
     "rebalance",
     "rebalance_costs",
+    "slots_by_row",
     "solve",
     "solve_copies",
     "solve_costs",
@@ -70,3 +73,5 @@ plan = _with_default_promotion(exchange_plan.plan)
 synced_plan = _with_default_promotion(exchange_plan.synced_plan)
 there = _with_default_promotion(exchange.there)
 back = _with_default_promotion(exchange.back)
+slots_by_row = _with_default_promotion(expert_journeys.slots_by_row)
+journeys = _with_default_promotion(expert_journeys.journeys)

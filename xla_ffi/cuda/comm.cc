@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cuda/exchange_plan.h"
+#include "cuda/journeys.h"
 #include "cuda/route.h"
 #include "xla_ffi/cuda/handler.h"
 #include "xla_ffi/cuda/resources.h"
@@ -266,6 +267,7 @@ std::pair<Made, DeviceMemory> MakeExchange(const cuda::Peers& peers,
                                            const std::vector<uintptr_t>& windows,
                                            const WindowArgument& shape) {
   ThrowIf(cuda::PreloadPlan(), "loading the kernels");
+  ThrowIf(cuda::PreloadJourneys(), "loading the kernels");
   static_assert(sizeof(cuda::ExchangeState) <= kStateBytes);
   DeviceMemory state = MakeDeviceMemory(kStateBytes + windows.size() * sizeof(uintptr_t));
   Made made = {};
