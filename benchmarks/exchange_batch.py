@@ -17,7 +17,7 @@ class ExchangeBatch:
 
     Attributes:
       row: int32 of that shape, rank · capacity + row; −1 also for choices without room.
-      sizes, n_bytes, row_type, blocks: arguments of a launch.
+      sizes, n_bytes, row_type, blocks, first_row: arguments of a launch.
       tokens, gates: the inputs of every rank.
       sent: tokens from each rank to each other.
     """
@@ -32,6 +32,7 @@ class ExchangeBatch:
         *,
         dtype: str = "bfloat16",
         blocks: tuple[int, int] = (8, 4),
+        first_row: int = 0,
     ) -> None:
         n_ranks, n_tokens, top_k = ranks_of.shape
         self.row = np.full(ranks_of.shape, -1, np.int32)
@@ -57,7 +58,7 @@ class ExchangeBatch:
         self._capacity = capacity
         n_received = min((n_ranks - 1) * n_tokens, capacity)
         self.sizes = [n_tokens, top_k, capacity, n_received]
-        self.blocks, self.row_type = list(blocks), _TYPES[dtype]
+        self.blocks, self.row_type, self.first_row = list(blocks), _TYPES[dtype], first_row
         self.dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
         self.n_bytes = [hidden * self.dtype.itemsize, 4]
         # Sums of small integers are exact in every dtype and order.
@@ -112,6 +113,8 @@ class ExchangeBatch:
             np.testing.assert_array_equal(gates, np.where(self.row[rank] >= 0, self.gates[rank], 0))
 
     def is_poisoned(self, rank: int) -> bool:
-        """Whether everything that the rank received is NaN."""
+        """Whether everything that the rank received is NaN, but nothing before first_row."""
         rows, gates = (np.asarray(array, np.float64) for array in self._ranks[rank][2][:2])
-        return bool(np.isnan(rows).all() and np.isnan(gates).all())
+        lost = np.isnan(rows)
+        spared = not lost[: self.first_row].any()
+        return bool(spared and lost[self.first_row :].all() and np.isnan(gates).all())

@@ -114,7 +114,7 @@ class VirtualRanks:
         """Launches the way there of `batch` as this rank."""
         routing, (tokens, gates), out = batch.of(rank, self._claimed[rank])[:3]
         _bench.launch_there(
-            *self._who(rank), batch.sizes, batch.n_bytes, batch.blocks, routing,
+            *self._who(rank), batch.sizes, batch.first_row, batch.n_bytes, batch.blocks, routing,
             [pointer(tokens), pointer(gates)], [pointer(array) for array in out],
             self._on(rank, stream),
         )  # fmt: skip

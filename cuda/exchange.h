@@ -161,7 +161,8 @@ constexpr int32_t kRowTypes = 4;
 // Tokens to rows. Rows [capacity, row_bytes] and row_gates [capacity] without a token are left
 // unchanged. For the way back it returns numbers [n_received, top_k], the rows of each received
 // token by place, −1 for choices on other ranks; and sizes [n_ranks], the number of tokens from
-// each rank. After a failure all bits of rows and gates are set, which is NaN in any type.
+// each rank. After a failure all bits of rows and gates are set, which is NaN in any type, but not
+// of rows before first_row. These may be the tokens themselves, if no token comes to them.
 struct ThereArguments {
   Routing routing;
   const void* tokens;  // [n_tokens, row_bytes]
@@ -172,6 +173,7 @@ struct ThereArguments {
   int32_t* sizes;
   int32_t row_bytes;
   int32_t gate_bytes;  // 2, 4 or 8; 0 without gates
+  int32_t first_row;
 };
 
 // Rows to tokens, the transpose. Sums are in float32 (float64 for float64): first over a rank's

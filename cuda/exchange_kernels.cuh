@@ -261,7 +261,9 @@ __device__ __forceinline__ void There(const AnyExchange& exchange, const ThereAr
     ReceiveTokens<W>(exchange, call, in, pieces);
   }
   if (FinishExchange(exchange, call)) {
-    FillOnes(in.rows, static_cast<int64_t>(in.routing.capacity) * in.row_bytes);
+    const int64_t first = static_cast<int64_t>(in.first_row) * in.row_bytes;
+    FillOnes(static_cast<char*>(in.rows) + first,
+             static_cast<int64_t>(in.routing.capacity) * in.row_bytes - first);
     FillOnes(in.row_gates, static_cast<int64_t>(in.routing.capacity) * in.gate_bytes);
   }
 }

@@ -39,6 +39,7 @@ def launch_there(
     comm: int,
     device: int,
     sizes: Sequence[int],
+    first_row: int,
     n_bytes: Sequence[int],
     blocks: Sequence[int],
     routing: Sequence[int],

@@ -86,6 +86,7 @@ def call(
     workspace: tuple[int, ...] | None = None,
     only_cuda: str | None = None,
     not_cpu: str | None = None,
+    in_place: tuple[tuple[int, int], ...] = (),
     **attributes: int,
 ) -> Any:
     """Runs `target` natively, or `reference` if the platform has no native code.
@@ -105,6 +106,8 @@ def call(
       only_cuda: the error message if the program is lowered for a platform other than CUDA; None
         if that is allowed.
       not_cpu: the same for a program lowered for CPUs.
+      in_place: pairs of an operand and a result that share a buffer in native code. If the operand
+        is needed later, XLA copies it.
       attributes: integers for `target` and `reference`.
     """
     operation = _Operation(
@@ -115,6 +118,7 @@ def call(
         workspace,
         only_cuda,
         not_cpu,
+        in_place,
     )
     # Batches are on their device by now; only small tables still have to be transferred.
     with jax.transfer_guard("allow"):
@@ -157,6 +161,7 @@ class _Operation:
     workspace: tuple[Any, ...] | None
     only_cuda: str | None
     not_cpu: str | None
+    in_place: tuple[tuple[int, int], ...]
 
     def __repr__(self) -> str:
         attributes = ", ".join(f"{name}={value}" for name, value in self.attributes)
@@ -264,7 +269,9 @@ def _lowering(ffi_platform: str | None) -> Callable[..., Any]:
             raise ValueError(operation.not_cpu)
         if operation.target in AVAILABLE.get(ffi_platform or "", ()):
             attributes = {name: np.int64(value) for name, value in operation.attributes}
-            return jax.ffi.ffi_lowering(operation.target)(ctx, *operands, **attributes)
+            shared = dict(operation.in_place)
+            native = jax.ffi.ffi_lowering(operation.target, operand_output_aliases=shared)
+            return native(ctx, *operands, **attributes)
         if ffi_platform not in AVAILABLE:
             platforms = ctx.platforms or ctx.module_context.platforms
             missing = _why_missing(ffi_platform, ", ".join(platforms))

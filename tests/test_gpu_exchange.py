@@ -166,12 +166,13 @@ def test_long_rows(rng, virtual_ranks, n_gpus, size):
     batch.check()
 
 
-@pytest.mark.parametrize("n_gpus", [1, 2])
-def test_a_missing_rank_is_reported(rng, virtual_ranks, n_gpus):
-    """Named within the timeout; received data is not returned, and no rank keeps waiting."""
+@pytest.mark.parametrize(("n_gpus", "first_row"), [(1, 0), (1, 7), (2, 0)])
+def test_a_missing_rank_is_reported(rng, virtual_ranks, n_gpus, first_row):
+    """Named within the timeout; received data is not returned, and no rank keeps waiting. Rows
+    before the first that may come are spared: they can be a rank's own experts."""
     ranks = virtual_ranks(n_gpus, 3, 480, 2, 256, timeout_s=2.0)
     ranks_of = rng.integers(0, 3, (3, 50, 2))
-    batch = ExchangeBatch(ranks.put, ranks_of, 300, 128, rng)  # pyright: ignore[reportPossiblyUnboundVariable]
+    batch = ExchangeBatch(ranks.put, ranks_of, 300, 128, rng, first_row=first_row)  # pyright: ignore[reportPossiblyUnboundVariable]
     start = time.perf_counter()
     for rank in (0, 2):
         ranks.there(rank, batch)

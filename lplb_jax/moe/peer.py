@@ -65,8 +65,9 @@ class Routing:
     sms: int
     row_bytes: int
 
-    def call(self, target: str, specification: Any, *operands: jax.Array) -> Any:
-        """Calls the kernel `target`, or its specification if the backend has none."""
+    def call(self, target: str, specification: Any, *operands: jax.Array, **options: Any) -> Any:
+        """Calls the kernel `target`, or its specification if the backend has none. For `options`,
+        see `_native.call`."""
         return _native.call(
             target,
             specification,
@@ -82,6 +83,7 @@ class Routing:
             n_sent=self.n_sent,
             comm=self.comm,
             sms=self.sms,
+            **options,
         )
 
 

@@ -80,18 +80,22 @@ class WindowFetch:
         return weights
 
     def delivered(self, wanted: jax.Array) -> jax.Array:
-        """The copies that this rank receives, `[room, …]`; undefined where there is none."""
+        """All rows, with the copies that this rank receives; undefined in room without a copy."""
         rows, n = self._cut(wanted)
         of_me = self.journeys
-        there = of_me.rank * self.n_copies + of_me.copy
+        there = of_me.rank * len(wanted) + self.n_local + of_me.copy
         row = _pieces(jnp.where(of_me.rank < 0, -1, there), n)
-        routing = self._routing(row, _pieces(of_me.order, n), n, self.n_copies * n)
-        copies, *_ = routing.call("lplb_there", reference.there, rows, no_gates(rows))
-        return copies.reshape(self.n_copies, *wanted.shape[1:])
+        routing = self._routing(row, _pieces(of_me.order, n), n, len(rows))
+        filled, *_ = routing.call(
+            "lplb_there_within", reference.there_within, rows, no_gates(rows),
+            in_place=((0, 0),), first_row=self.n_local * n,
+        )  # fmt: skip
+        return filled.reshape(wanted.shape)
 
     def write_into(self, weights: jax.Array, delivered: jax.Array) -> jax.Array:
-        """Overwrites the weights' room with the copies."""
-        return lax.dynamic_update_slice_in_dim(weights, delivered, self.n_local, axis=0)
+        """What was delivered: windows fill the room in place."""
+        del weights
+        return delivered
 
     def sent_home(self, ct: jax.Array) -> jax.Array:
         """Sends the copies' gradients home; returns their sums, `[n_sent, …]`, at the homes."""

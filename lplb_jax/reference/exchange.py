@@ -63,6 +63,31 @@ def there(
     return rows, row_gates, numbers, of_all(lists[SIZES_SENT])[:, rank]
 
 
+def there_within(
+    rows: Float[Array, "capacity hidden"],
+    gates: Float[Array, "capacity 0"],
+    row: Int32[Array, "capacity top_k"],
+    order: Int32[Array, "capacity top_k"],
+    lists: Int32[Array, "lists ep_size"],
+    rank: Int32[Array, ""],
+    *,
+    first_row: int,
+    **options: Any,
+) -> tuple[
+    Float[Array, "capacity hidden"],
+    Float[Array, " 0"],
+    Int32[Array, "n_received top_k"],
+    Int32[Array, " ep_size"],
+]:
+    """`there`, but tokens are rows themselves, and stay where nothing comes. They leave from before
+    `first_row` and come to it and later ones."""
+    del first_row  # Those before survive a failure, too.
+    routing = row, order, lists, rank
+    came, row_gates, numbers, sizes = there(rows, gates, *routing, **options)
+    comes, *_ = there(jnp.ones_like(rows[:, :1]), gates, *routing, **options)
+    return jnp.where(comes > 0, came, rows), row_gates, numbers, sizes
+
+
 def back(
     rows: Float[Array, "capacity hidden"],
     row_gates: Float[Array, " capacity_or_0"],

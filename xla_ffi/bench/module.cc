@@ -132,15 +132,15 @@ cuda::Routing RoutingOf(const std::array<int32_t, 4>& sizes, const std::array<Po
 
 // Exchanges as the rank of `device` in communicator `comm`.
 // bytes: per row and per gate; blocks: all, and those that send. in: tokens, gates; out: rows,
-// row_gates, numbers, sizes.
-void LaunchThereOf(int64_t comm, int32_t device, std::array<int32_t, 4> sizes,
+// row_gates, numbers, sizes. A failure spares rows before first_row.
+void LaunchThereOf(int64_t comm, int32_t device, std::array<int32_t, 4> sizes, int32_t first_row,
                    std::array<int32_t, 2> bytes, std::array<int32_t, 2> blocks,
                    std::array<Pointer, 4> routing, std::array<Pointer, 2> in,
                    std::array<Pointer, 4> out, Pointer stream) {
   ThrowIf(
       Lent().there(RankOf(comm, device),
                    {RoutingOf(sizes, routing), As<void>(in[0]), As<void>(in[1]), As<void>(out[0]),
-                    As<void>(out[1]), As(out[2]), As(out[3]), bytes[0], bytes[1]},
+                    As<void>(out[1]), As(out[2]), As(out[3]), bytes[0], bytes[1], first_row},
                    {blocks[0], blocks[1]}, As<CUstream_st>(stream)));
 }
 

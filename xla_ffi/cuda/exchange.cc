@@ -83,7 +83,11 @@ struct ExchangeCall {
 struct ThereCall : ExchangeCall {
   cuda::ThereArguments arguments = {};
 
-  explicit ThereCall(Frame& frame) : ExchangeCall(frame) {
+  explicit ThereCall(Frame& frame, bool within = false) : ExchangeCall(frame) {
+    if (within) {
+      n_tokens.value = capacity.value;
+      arguments.first_row = static_cast<int32_t>(frame.Attribute("first_row", 0, capacity.value));
+    }
     const auto rows = frame.Operand("tokens", kFloats, {&n_tokens, &hidden}, &arguments.tokens);
     const auto gates = frame.Operand("gates", kFloats, {&n_tokens, &gates_each}, &arguments.gates);
     ReadRouting(frame);
@@ -95,6 +99,15 @@ struct ThereCall : ExchangeCall {
     arguments.routing = routing;
     arguments.row_bytes = row_bytes;
     arguments.gate_bytes = gate_bytes;
+  }
+};
+
+// Rows come among the tokens themselves.
+struct ThereWithinCall : ThereCall {
+  explicit ThereWithinCall(Frame& frame) : ThereCall(frame, true) {
+    if (!frame.failed() && arguments.rows != arguments.tokens) {
+      frame.Fail("rows: expected them in the place of the tokens");
+    }
   }
 };
 
@@ -152,11 +165,17 @@ ffi::Error RunThere(const ThereCall& call, const OnDevice& on) {
   return RunExchange(call, on, LaunchThere, "there");
 }
 
+ffi::Error RunThereWithin(const ThereWithinCall& call, const OnDevice& on) {
+  return RunThere(call, on);
+}
+
 ffi::Error RunBack(const BackCall& call, const OnDevice& on) {
   return RunExchange(call, on, LaunchBack, "back");
 }
 
 const Register there({"lplb_there", CudaHandler<ThereCall, RunThere>, InitializeComm});
+const Register there_within({"lplb_there_within", CudaHandler<ThereWithinCall, RunThereWithin>,
+                             InitializeComm});
 const Register back({"lplb_back", CudaHandler<BackCall, RunBack>, InitializeComm});
 
 }  // namespace
