@@ -186,7 +186,8 @@ def _ffn_backward(
     _, pull = jax.vjp(
         lambda gate_up, gates: _gated(activation, gate_up, gates, group_sizes), gate_up, gates
     )
-    of_gate_up, of_gates = pull(of_hidden)
+    # Both now: the gates' gradients would keep gate_up and of_hidden until after the GEMMs.
+    of_gate_up, of_gates = lax.optimization_barrier(pull(of_hidden))
     first = products.of_weights(rows, of_gate_up, group_sizes)
     if rows_last:
         first, hidden = lax.optimization_barrier((first, hidden))
