@@ -192,21 +192,28 @@ def cut() -> Figure:
 def layer_times() -> Figure:
     """ms of a layer, forward and backward, by imbalance and by how copies are used."""
     figure = sheet(9, 3.2)
-    kinds = {"none": ("no copies", GREY), "eplb": ("even split", RED), "lplb": ("exact", BLUE)}
-    for axes, hidden in zip(figure.subplots(1, 2), ("4096", "2048"), strict=True):
-        found = results(f"moe_layer_{hidden}_h200x2")
+    kinds = {
+        "none": ("no copies", GREY),
+        "eplb": ("even split", RED),
+        "lplb": ("exact", BLUE),
+        "batch": ("copies per batch, exact", GREEN),
+    }
+    files = {"4096": "moe_layer_4096_peer_h200x2", "2048": "moe_layer_2048_transports_h200x2"}
+    for axes, (hidden, file) in zip(figure.subplots(1, 2), files.items(), strict=True):
+        found = results(file)
         width = found["options"]["width"]
         plain(axes, f"{hidden} × {width}, two H200s")
+        by_peer = [case for case in found["results"] if not case["case"].endswith("ragged")]
         for i, (kind, (label, colour)) in enumerate(kinds.items()):
-            times = [case[kind]["ms"] for case in found["results"]]
-            bars = axes.bar(np.arange(len(times)) + 0.27 * (i - 1), times, 0.25, color=colour,
+            times = [case[kind]["ms"] for case in by_peer]
+            bars = axes.bar(np.arange(len(times)) + 0.22 * (i - 1.5), times, 0.2, color=colour,
                             label=label)  # fmt: skip
-            axes.bar_label(bars, fmt="%.1f", fontsize=8, color=colour)
+            axes.bar_label(bars, fmt="%.1f", fontsize=7, color=colour)
         axes.set_xticks(range(3), [f"{x} × mean" for x in found["options"]["imbalances"]])
         axes.set_xlabel("busiest rank without copies", color=FAINT)
         axes.set_ylabel("ms", color=FAINT)
         axes.margins(y=0.14)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3,
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=4,
                   frameon=False)  # fmt: skip
     return figure
 
