@@ -98,7 +98,9 @@ def call(
       target: name of the FFI target. It takes leading batch axes, the same on all operands.
       reference: the specification, called with `operands` and `attributes`. It defines the result
         types, including device-varying axes.
-      operands: arrays.
+      operands: arrays. Empty NumPy arrays, such as the columns of no topology, are no values of the
+        program: under `jax.checkpoint` they would be residuals, and XLA's partitioner crashes over
+        empty arrays that enter or leave a `shard_map`.
       axis_name: mapped axes of a target that waits for other ranks; `reference` takes them, too.
         `vmap` over such a call raises.
       workspace: shape of an int32 scratch buffer for the kernels, which must not allocate in
@@ -119,18 +121,24 @@ def call(
         only_cuda,
         not_cpu,
         in_place,
+        tuple((i, o.shape, o.dtype.name) for i, o in enumerate(operands) if _is_nothing(o)),
     )
     # Batches are on their device by now; only small tables still have to be transferred.
     with jax.transfer_guard("allow"):
-        results = _call.bind(*map(whole, operands), operation=operation, n_batch=0)
+        arrays = [whole(operand) for operand in operands if not _is_nothing(operand)]
+        results = _call.bind(*arrays, operation=operation, n_batch=0)
     if workspace is not None:
         return tuple(results[:-1])
     return tuple(results) if len(results) > 1 else results[0]
 
 
+def _is_nothing(operand: Any) -> bool:
+    return isinstance(operand, np.ndarray) and operand.size == 0
+
+
 def whole(array: Any) -> jax.Array:
     """`array` without explicit sharding: native code sees all of it."""
-    if isinstance(array, np.ndarray) and array.size == 0:
+    if _is_nothing(array):
         # Computed in the program: XLA of jax 0.11 crashes on empty constants in shard_map on CPUs.
         array = jnp.zeros(array.shape, array.dtype)
     array = jnp.asarray(array)
@@ -162,10 +170,18 @@ class _Operation:
     only_cuda: str | None
     not_cpu: str | None
     in_place: tuple[tuple[int, int], ...]
+    empty: tuple[tuple[int, tuple[int, ...], str], ...]  # operands: place, shape and dtype
 
     def __repr__(self) -> str:
         attributes = ", ".join(f"{name}={value}" for name, value in self.attributes)
         return f"{self.target}({attributes})"
+
+    def all_of(self, operands: Sequence[jax.Array], *batch: int) -> list[jax.Array]:
+        """The operands with the empty ones among them."""
+        operands = list(operands)
+        for place, shape, dtype in self.empty:
+            operands.insert(place, jnp.zeros((*batch, *shape), dtype))
+        return operands
 
 
 # One primitive for all targets instead of jax.ffi.ffi_call, which cannot fall back to another way
@@ -182,7 +198,7 @@ def _specification(operation: _Operation, n_batch: int) -> Callable[..., Sequenc
         options["axis_name"] = operation.axis_name
 
     def results(*operands: jax.Array) -> Sequence[jax.Array]:
-        result = operation.reference(*operands, **options)
+        result = operation.reference(*operation.all_of(operands), **options)
         result = list(result) if isinstance(result, tuple) else [result]
         if operation.workspace is not None:
             varying = result[0].sum(dtype=jnp.int32)
@@ -259,6 +275,17 @@ def _differentiate(_: Any, __: Any, *, operation: _Operation, n_batch: int) -> A
 ad.primitive_jvps[_call] = _differentiate
 
 
+def _with_empty(operation: _Operation, n_batch: int) -> Callable[..., Sequence[jax.Array]]:
+    """The same call with all of its operands."""
+    alike = dataclasses.replace(operation, empty=())
+
+    def call_with_empty(*operands: jax.Array) -> Sequence[jax.Array]:
+        every = operation.all_of(operands, *operands[0].shape[:n_batch])
+        return _call.bind(*every, operation=alike, n_batch=n_batch)
+
+    return call_with_empty
+
+
 def _lowering(ffi_platform: str | None) -> Callable[..., Any]:
     """The lowering rule for a platform with an extension, or for all others if None."""
 
@@ -268,6 +295,8 @@ def _lowering(ffi_platform: str | None) -> Callable[..., Any]:
         if operation.not_cpu is not None and ffi_platform == "cpu":
             raise ValueError(operation.not_cpu)
         if operation.target in AVAILABLE.get(ffi_platform or "", ()):
+            if operation.empty:
+                return mlir.lower_fun(_with_empty(operation, n_batch))(ctx, *operands)
             attributes = {name: np.int64(value) for name, value in operation.attributes}
             shared = dict(operation.in_place)
             native = jax.ffi.ffi_lowering(operation.target, operand_output_aliases=shared)

@@ -159,7 +159,7 @@ def _homes(solve: Any, phy2log: Any, ep_size: int, n_logical: int) -> Any:
     """
     one_each = jnp.ones((1, n_logical), jnp.int32)
     no_log2phy = jnp.full((n_logical, 1), -1, jnp.int32)
-    no_columns = jnp.zeros((ep_size, 0), jnp.int32)
+    no_columns = np.zeros((ep_size, 0), np.int32)
     quota, *_ = solve(one_each, phy2log, no_log2phy, no_columns, ep_size=ep_size)
     n_physical = phy2log.shape[0]
     slot = jnp.arange(n_physical, dtype=jnp.int32)

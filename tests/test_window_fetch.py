@@ -1,6 +1,7 @@
 """Copies of experts through the windows of transport "peer", by its specification."""
 
 import functools
+import re
 from types import SimpleNamespace
 from unittest import mock
 
@@ -9,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import peer_checks
 import pytest
+from jax import export
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from moe_checks import AnyCase
 from test_moe_slots import hot, slots_used
-from test_peer import comm_of
+from test_peer import comm_of, crossing_shard_map
 
+from lplb_jax import _native, export_checks
 from lplb_jax._problem import check_problem
 from lplb_jax.moe import slots, transports, weights
 from lplb_jax.moe.peer import Peer
@@ -122,6 +125,32 @@ def test_the_layer_takes_it(rng, cpu_devices, copies):
         peer_checks.check_anywhere(mesh, comm, rng, copies)
     assert taken
     assert all(isinstance(fetch, WindowFetch) for fetch in taken)
+
+
+def test_copies_come_to_their_place(rng, cpu_devices):
+    """On GPUs, the call that receives them shares its buffer with the weights."""
+    mesh, comm = Mesh(cpu_devices[:4], "ep"), comm_of(4, **peer_checks.WINDOWS)
+    run, given = peer_checks.scanned(
+        mesh, rng, AnyCase(4, 5, 12), comm=comm, transport="peer", copies="batch"
+    )
+    with mock.patch.dict(_native.AVAILABLE, {"CUDA": ("lplb_there", "lplb_there_within")}):
+        lowered = export.export(run, platforms=["cuda"], disabled_checks=export_checks())
+        text = lowered(*given).mlir_module()
+    calls = [line for line in text.splitlines() if "custom_call @lplb_there" in line]
+    within = [line for line in calls if "@lplb_there_within" in line]
+    assert within
+    assert len(within) < len(calls)
+    shares = "output_operand_alias<output_tuple_indices = [0], operand_index = 0"
+    assert all((shares in line) == (line in within) for line in calls)
+
+
+def test_no_empty_array_crosses_shard_map(rng, cpu_devices):
+    """XLA's partitioner crashes over them, see `no_gates`."""
+    mesh, comm = Mesh(cpu_devices[:4], "ep"), comm_of(4, **peer_checks.WINDOWS)
+    for options in ({"comm": comm, "transport": "peer"}, {"transport": "padded"}):
+        run, given = peer_checks.scanned(mesh, rng, AnyCase(4, 5, 12), copies="batch", **options)
+        crossing = crossing_shard_map(run, given)
+        assert not [line for line in crossing if re.search(r"tensor<([0-9]+x)*0x", line)]
 
 
 @pytest.mark.parametrize(

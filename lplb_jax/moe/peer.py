@@ -20,7 +20,7 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lplb_jax import _native, reference
@@ -65,7 +65,7 @@ class Routing:
     sms: int
     row_bytes: int
 
-    def call(self, target: str, specification: Any, *operands: jax.Array, **options: Any) -> Any:
+    def call(self, target: str, specification: Any, *operands: Any, **options: Any) -> Any:
         """Calls the kernel `target`, or its specification if the backend has none. For `options`,
         see `_native.call`."""
         return _native.call(
@@ -262,10 +262,9 @@ def _back(rows: jax.Array, routing: Routing, came: tuple[jax.Array, jax.Array]) 
     return routing.call("lplb_back", reference.back, rows, gates, *came)[0]
 
 
-def no_gates(rows: jax.Array) -> jax.Array:
-    """Float32 `[n_rows, 0]`. A constant would be known before the rows: under `jax.checkpoint` it
-    becomes a residual that leaves `shard_map`, and XLA's partitioner crashes over empty ones."""
-    return rows[:, :0].astype(jnp.float32)
+def no_gates(rows: jax.Array) -> np.ndarray:
+    """Float32 `[n_rows, 0]`."""
+    return np.zeros((len(rows), 0), np.float32)
 
 
 def _there_forward(tokens: jax.Array, gates: jax.Array, routing: Routing) -> Any:
