@@ -154,6 +154,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                       int32_t width, AttemptShape shape, CopiesResults first_out) {
   extern __shared__ uint4 results[];  // [kNTargets], then the rest
   auto* arrivals = reinterpret_cast<uint64_t*>(results + kNTargets);
+  const AttemptResults shared = {results, nullptr, 0, arrivals};
   uint32_t* hosts = reinterpret_cast<uint32_t*>(results) + kResultWords;  // [n_logical, kWords]
   const Blocks blocks(shape.n_blocks);
   const int64_t element = blockIdx.x / shape.n_blocks;
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 #if __CUDA_ARCH__ >= 900
   // Here, since right behind the other, compute-sanitizer's racecheck warns of it.
   if (threadIdx.x == 0 && shape.n_blocks > 1) {
-    ExpectBytes(arrivals, kNTargets * static_cast<int32_t>(sizeof(uint4)));
+    ExpectBytes(arrivals, shared.Bytes());
   }
 #endif
   LoadHomes<Block>(p, [&](int32_t e) { return total[e]; }, memory);
@@ -194,8 +195,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int32_t thread = static_cast<int32_t>(threadIdx.x) - busy;
   if (thread >= 0) WriteHomes(p, memory, blocks, thread, blockDim.x - busy, width, out);
   blocks.Release(thread >= 0);
-  const BestAttempt best = MakeAttempts<kWords, Block>(p, words, shape, blocks.index, targets,
-                                                       fan_out, results, arrivals);
+  const BestAttempt best =
+      MakeAttempts<kWords, Block>(p, words, shape, blocks.index, targets, fan_out, shared);
   blocks.Acquire();
   if (blocks.index != shape.BlockOf(best.nth)) return;
   const CopiesMemory won(p, shape.WarpOf(best.nth), words);

@@ -76,15 +76,17 @@ struct CopiesMemory {
   __device__ __forceinline__ int32_t ExpertOf(uint2 copy) const { return expert[HomeOf(copy)]; }
 };
 
-// How the attempts are dealt out over the blocks that share them.
+// How the attempts are dealt out over the blocks that share them. Both are powers of two.
 struct AttemptShape {
   int32_t n_blocks;
   int32_t n_attempts;  // that a block makes side by side
 
   // Attempt number `nth` is made by this warp of this block, and, where there are fewer of them
   // than attempts, overwritten by another afterwards.
-  LPLB_HOST_DEVICE int32_t WarpOf(int32_t nth) const { return nth % n_attempts; }
-  LPLB_HOST_DEVICE int32_t BlockOf(int32_t nth) const { return nth / n_attempts % n_blocks; }
+  __device__ __forceinline__ int32_t WarpOf(int32_t nth) const { return nth & (n_attempts - 1); }
+  __device__ __forceinline__ int32_t BlockOf(int32_t nth) const {
+    return nth >> LowestBit(n_attempts) & (n_blocks - 1);
+  }
   LPLB_HOST_DEVICE bool IsOverwritten(int32_t nth) const {
     return nth + n_blocks * n_attempts < kNTargets;
   }
@@ -520,15 +522,46 @@ struct BestAttempt {
   int32_t n_copies;
 };
 
+// What the blocks of a cluster tell one another of their attempts.
+struct AttemptResults {
+  uint4* results;      // [kNTargets], .x: how many copies an attempt has
+  uint4* copies;       // [kNTargets, n_chunks], and the first of them, two to a chunk
+  int32_t n_chunks;    // may be 0
+  uint64_t* arrivals;  // counts the bytes of both
+
+  __device__ __forceinline__ int32_t Bytes() const {
+    return kNTargets * (1 + n_chunks) * static_cast<int32_t>(sizeof(uint4));
+  }
+  __device__ __forceinline__ bool HasAllOf(const BestAttempt& attempt) const {
+    return attempt.n_copies <= 2 * n_chunks;
+  }
+
+#if __CUDA_ARCH__ >= 900
+  // Sends them to all blocks; by the warp that made the attempt. n_blocks is a power of two.
+  __device__ __forceinline__ void Send(int32_t n_blocks, int32_t nth, int32_t n_copies,
+                                       const uint2* chosen) const {
+    const auto* chunks = reinterpret_cast<const uint4*>(chosen);
+    const int32_t to = Lane() & (n_blocks - 1);
+    const int32_t log2_blocks = LowestBit(n_blocks);
+    __syncwarp();
+#pragma unroll 1
+    for (int32_t i = Lane() >> log2_blocks; i <= n_chunks; i += 32 >> log2_blocks) {
+      uint4* address = i == 0 ? results + nth : copies + nth * n_chunks + i - 1;
+      const uint4 value = i == 0 ? uint4{static_cast<uint32_t>(n_copies), 0, 0, 0} : chunks[i - 1];
+      SendTo(to, address, value, arrivals);
+    }
+  }
+#endif
+};
+
 // Makes all attempts, together with the other blocks of a cluster if there are any, and tells which
-// is taken. Its copies are in the memory of its warp in its block, for all threads. `words` is the
-// memory of the copies; results, [kNTargets], holds how many copies every attempt has, and
-// `arrivals` counts the bytes of what blocks send there. Other blocks must have started.
+// is taken. If shared.HasAllOf it, its copies are there; else they are in the memory of its warp in
+// its block, for all threads. `words` is the memory of the copies. Other blocks must have started.
 template <int kWords, typename Threads>
 __device__ __forceinline__ BestAttempt MakeAttempts(const Problem& p, int32_t* words,
                                                     const AttemptShape& shape, int32_t block,
                                                     const Targets& targets, int32_t fan_out,
-                                                    uint4* results, uint64_t* arrivals) {
+                                                    const AttemptResults& shared) {
   const int32_t lane = Lane();
   const int32_t warp = threadIdx.x / 32;
   const bool together = shape.n_blocks > 1;
@@ -539,28 +572,26 @@ __device__ __forceinline__ BestAttempt MakeAttempts(const Problem& p, int32_t* w
   while (true) {
 #pragma unroll 1
     for (; nth < kNTargets; nth += stride) {
-      const int32_t n = AttemptNth<kWords>(p, CopiesMemory(p, warp, words), targets, nth, fan_out);
+      const CopiesMemory memory(p, warp, words);
+      const int32_t n = AttemptNth<kWords>(p, memory, targets, nth, fan_out);
       if (best.nth >= 0) break;
-      const uint4 result = {static_cast<uint32_t>(n), 0, 0, 0};
-      if (!together) {
-        if (lane == 0) results[nth] = result;
-      } else if (lane < shape.n_blocks) {
+      if (!together && lane == 0) shared.results[nth].x = static_cast<uint32_t>(n);
 #if __CUDA_ARCH__ >= 900
-        SendTo(lane, &results[nth], result, arrivals);
+      if (together) shared.Send(shape.n_blocks, nth, n, memory.chosen);
 #endif
-      }
       __syncwarp();
     }
     if (best.nth >= 0) break;
     if (!together) Threads::Sync();
 #if __CUDA_ARCH__ >= 900
-    if (together) AwaitBytes(arrivals);
+    if (together) AwaitBytes(shared.arrivals);
 #endif
-    const int32_t n_copies = static_cast<int32_t>(results[lane].x);
+    const int32_t n_copies = static_cast<int32_t>(shared.results[lane].x);
     best.nth = ChooseAttempt(n_copies, targets);
     best.n_copies = __shfl_sync(kFullWarp, n_copies, best.nth);
-    if (block != shape.BlockOf(best.nth) || warp != shape.WarpOf(best.nth)) break;
+    if (shared.HasAllOf(best)) return best;
     if (!shape.IsOverwritten(best.nth)) break;
+    if (block != shape.BlockOf(best.nth) || warp != shape.WarpOf(best.nth)) break;
     nth = best.nth;  // Once more.
   }
   Threads::Sync();  // The copies are those of a warp; elsewhere, others will come in their place.

@@ -18,7 +18,7 @@ namespace lplb::cuda {
 struct ChoiceMemory {
   uint4* results;      // [kNTargets], .x: copies of every attempt of the cluster
   uint64_t* arrivals;  // [2], count the bytes of the results, and of the copies that were chosen
-  int32_t* words;      // CopiesMemory
+  int32_t* words;      // CopiesMemory, and behind it the copies that come with the results
 
   __device__ ChoiceMemory(const Problem& p, const RouteMemory& memory) {
     const int32_t words_before = GraphMemory::Words(p) + p.n_physical;
@@ -26,6 +26,13 @@ struct ChoiceMemory {
     results = static_cast<uint4*>(__cvta_shared_to_generic((address + 15) / 16 * 16));
     arrivals = reinterpret_cast<uint64_t*>(results + kNTargets);
     words = reinterpret_cast<int32_t*>(arrivals + 2);
+  }
+
+  // Of the blocks of a cluster; 0 for a block by itself.
+  __device__ __forceinline__ AttemptResults Shared(const Problem& p, int32_t n_blocks) const {
+    int32_t* behind = words + CopiesMemory::Words(p, RouteMemory::Attempts(n_blocks));
+    return {results, reinterpret_cast<uint4*>(behind), RouteMemory::EarlyChunks(p, n_blocks),
+            &arrivals[0]};
   }
 };
 
@@ -72,11 +79,12 @@ struct OverBatchCopies : Anywhere<kWords> {
   static constexpr bool kChooses = true;
 
   // By one thread, before its block announces that it has started.
-  static __device__ __forceinline__ void Begin(const RouteArguments& a, const RouteMemory& memory) {
+  static __device__ __forceinline__ void Begin(const RouteArguments& a, int32_t n_blocks,
+                                               const RouteMemory& memory) {
     const ChoiceMemory choice(a.problem, memory);
     InitArrivals(&choice.arrivals[0]);
     InitArrivals(&choice.arrivals[1]);
-    ExpectBytes(&choice.arrivals[0], kNTargets * static_cast<int32_t>(sizeof(uint4)));
+    ExpectBytes(&choice.arrivals[0], choice.Shared(a.problem, n_blocks).Bytes());
   }
 
   template <Quotas kQuotas, typename Threads>
@@ -129,12 +137,15 @@ struct OverBatchCopies : Anywhere<kWords> {
     const int32_t warp = threadIdx.x / 32;
     const CopiesMemory memory(p, 0, choice.words);
     const Targets targets = TargetsOf<kWords>(p, memory);
-    const BestAttempt best = MakeAttempts<kWords, Threads>(
-        p, choice.words, shape, block, targets, a.copies.fan_out, choice.results, choice.arrivals);
-    const int32_t owner = shape.BlockOf(best.nth);
-    const CopiesMemory won(p, shape.WarpOf(best.nth), choice.words);
+    const AttemptResults shared = choice.Shared(p, shape.n_blocks > 1 ? shape.n_blocks : 0);
+    const BestAttempt best = MakeAttempts<kWords, Threads>(p, choice.words, shape, block, targets,
+                                                           a.copies.fan_out, shared);
+    CopiesMemory won(p, shape.WarpOf(best.nth), choice.words);
+    const bool here = shared.HasAllOf(best);
+    if (here) won.chosen = reinterpret_cast<uint2*>(shared.copies + best.nth * shared.n_chunks);
     const ChosenCopies copies = {won, best.n_copies, targets.too_many};
-    if (shape.n_blocks == 1) return copies;
+    if (here || shape.n_blocks == 1) return copies;
+    const int32_t owner = shape.BlockOf(best.nth);
     // Nobody makes an attempt any more: the block that has the copies sends them to all others.
     const int32_t n_chunks = (best.n_copies + 1) / 2;
     if (owner != block) {

@@ -109,7 +109,7 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
   const int32_t row = RouteMemory::Row(p);
   if (threadIdx.x == 0) InitArrivals(memory.arrivals);
   if constexpr (Routing::kChooses) {
-    if (threadIdx.x == 0) Routing::Begin(a, memory);
+    if (threadIdx.x == 0) Routing::Begin(a, n_blocks, memory);
   }
   ForgetInvalid<kQuotas>(p, memory);
   AnnounceStart();

@@ -65,9 +65,18 @@ struct RouteMemory {
     return share < kMost ? share : kMost;
   }
 
+  // Pairs of copies that every attempt sends along with its result: enough for up to 16 ranks, of
+  // which each has few slots for them.
+  LPLB_HOST_DEVICE static int32_t EarlyChunks(const Problem& p, int32_t n_blocks) {
+    constexpr int32_t kMost = 8;
+    const int32_t all = (CopiesMemory::MostCopies(p) + 1) / 2;
+    return n_blocks == 0 ? 0 : all < kMost ? all : kMost;
+  }
+
   // Words for choosing copies for the batch, see route/batch_copies.cuh.
   LPLB_HOST_DEVICE static int32_t ChoiceWords(const Problem& p, int32_t n_blocks) {
-    return 3 + 4 * kNTargets + 4 + CopiesMemory::Words(p, Attempts(n_blocks));
+    return 3 + 4 * kNTargets * (1 + EarlyChunks(p, n_blocks)) + 4 +
+           CopiesMemory::Words(p, Attempts(n_blocks));
   }
 
   // Words for solving. Any placement also needs its graph in assign, and a count per slot.
