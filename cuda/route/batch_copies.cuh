@@ -47,19 +47,18 @@ struct PlacedSlot {
       : slot(slot_), rank(p.by_slots.Quotient(slot_)), k(slot_ - rank * p.slots_per_rank) {}
 };
 
-// A copy that was chosen, and the tokens that moved there.
-struct MovedCopy {
+// One end of a copy that was chosen: its own slot or its expert's home.
+struct CopyEnd {
   int32_t expert;
-  int32_t tokens;
+  int32_t tokens;  // that come there: at home, minus those that moved
   PlacedSlot at;
-  PlacedSlot home;
 
-  MovedCopy() = default;
-  __device__ __forceinline__ MovedCopy(const Problem& p, const CopiesMemory& memory, uint2 copy)
+  CopyEnd() = default;
+  __device__ __forceinline__ CopyEnd(const Problem& p, const CopiesMemory& memory, uint2 copy,
+                                     bool is_home)
       : expert(memory.ExpertOf(copy)),
-        tokens(memory.TokensOf(copy)),
-        at(p, memory.SlotOf(copy)),
-        home(p, memory.HomeOf(copy)) {}
+        tokens(is_home ? -memory.TokensOf(copy) : memory.TokensOf(copy)),
+        at(p, is_home ? memory.HomeOf(copy) : memory.SlotOf(copy)) {}
 };
 
 // The copies that were chosen.
@@ -169,63 +168,80 @@ struct OverBatchCopies : Anywhere<kWords> {
 
   // Adds the copies to the graph of the homes, with the tokens that moved: a plan to start from.
   // Their experts come into copies.memory.expert. A barrier must follow.
+  //
+  // One half of the threads takes the copies themselves, and the other half their homes, side by
+  // side. Of an expert's copies, one leads: its home's thread finds cells for all of them.
   template <typename Threads>
   static __device__ __forceinline__ void AddCopies(const Problem& p, const ChosenCopies& copies,
                                                    const int32_t* total, const GraphMemory& graph) {
     const CopiesMemory& memory = copies.memory;
     const int32_t slot_words = GraphMemory::SlotWords(p);
+    const int32_t thread = threadIdx.x;
     const int32_t n_threads = Threads::Size();
-    const int32_t first = threadIdx.x;
-    // Each thread keeps its first copy, often the only one.
-    MovedCopy mine = {};
-    if (first < copies.n) mine = MovedCopy(p, memory, memory.chosen[first]);
-    const auto for_copies = [&](const auto& use) {
+    const int32_t half = n_threads / 2;
+    const bool is_home = thread >= half;
+    const int32_t first = is_home ? thread - half : thread;
+    uint32_t* const leader = graph.of_slot;  // by home; not needed else
+    // Each thread keeps its first end, often the only one.
+    CopyEnd mine = {};
+    if (first < copies.n) mine = CopyEnd(p, memory, memory.chosen[first], is_home);
+    const auto for_ends = [&](const auto& use) {
 #pragma unroll 1
-      for (int32_t i = first; i < copies.n; i += n_threads) {
-        use(i == first ? mine : MovedCopy(p, memory, memory.chosen[i]));
+      for (int32_t i = first; i < copies.n; i += half) {
+        use(i, i == first ? mine : CopyEnd(p, memory, memory.chosen[i], is_home));
       }
-    };
-    const auto share = [&](const PlacedSlot& at) {
-      atomicOr(&graph.is_shared[at.rank * slot_words + (at.k >> 5)], 1u << (at.k & 31));
     };
     // By other warps than the copies, if there are few.
 #pragma unroll 1
-    for (int32_t r = n_threads - 1 - first; r < p.ep_size; r += n_threads) {
+    for (int32_t r = n_threads - 1 - thread; r < p.ep_size; r += n_threads) {
       atomicAdd(&graph.load[r], memory.load[r]);
     }
-    for_copies([&](const MovedCopy& copy) {
-      memory.expert[copy.at.slot] = copy.expert;
-      atomicOr(&graph.mask[copy.expert * kWords + (copy.at.rank >> 5)], 1u << (copy.at.rank & 31));
-      share(copy.at);
-      share(copy.home);
-      atomicAdd(&graph.load[copy.at.rank], copy.tokens);
-      atomicAdd(&graph.load[copy.home.rank], -copy.tokens);
-      atomicAdd(&graph.loose[copy.at.rank], copy.tokens);
-      atomicAdd(&graph.loose[copy.home.rank], -copy.tokens);
+    for_ends([&](int32_t i, const CopyEnd& end) {
+      if (is_home) {
+        atomicExch(&leader[end.at.slot], i);
+      } else {
+        memory.expert[end.at.slot] = end.expert;
+        atomicOr(&graph.mask[end.expert * kWords + (end.at.rank >> 5)], 1u << (end.at.rank & 31));
+      }
+      atomicOr(&graph.is_shared[end.at.rank * slot_words + (end.at.k >> 5)], 1u << (end.at.k & 31));
+      atomicAdd(&graph.load[end.at.rank], end.tokens);
+      atomicAdd(&graph.loose[end.at.rank], end.tokens);
     });
     Threads::Sync();
-    const auto put = [&](int32_t e, const PlacedSlot& at, int32_t cell, int32_t tokens) {
-      graph.slot[cell] = at.slot;
-      graph.tokens[cell] = tokens;
-      const int32_t nth = NthShared(graph.is_shared + at.rank * slot_words, at.k);
-      graph.shared[at.rank * p.slots_per_rank + nth] = e | static_cast<uint32_t>(cell) << 16;
+    const auto place_of = [&](const CopyEnd& end) {
+      return PlaceOf<kWords>(graph.mask + end.expert * kWords, end.at.rank);
     };
-    for_copies([&](const MovedCopy& copy) {
-      const int32_t e = copy.expert;
-      const uint32_t* mask = graph.mask + e * kWords;
-      // The first of the expert's copies takes care of the home.
-      if (PlaceOf<kWords>(mask, copy.at.rank) - (copy.home.rank < copy.at.rank) > 0) return;
-      graph.first[e] = FetchAdd(graph.n_cells, HostsOf<kWords>(graph, e));
-      put(e, copy.home, graph.first[e] + PlaceOf<kWords>(mask, copy.home.rank), total[e]);
-      atomicAdd(&graph.loose[copy.home.rank], total[e]);
+    const auto nth_of = [&](const CopyEnd& end) {
+      return NthShared(graph.is_shared + end.at.rank * slot_words, end.at.k);
+    };
+    const auto put = [&](const CopyEnd& end, int32_t nth, int32_t cell, int32_t tokens) {
+      graph.slot[cell] = end.at.slot;
+      graph.tokens[cell] = tokens;
+      graph.shared[end.at.rank * p.slots_per_rank + nth] = end.expert | static_cast<uint32_t>(cell)
+                                                                            << 16;
+    };
+    int32_t my_place = 0;
+    int32_t my_nth = 0;
+    for_ends([&](int32_t i, const CopyEnd& end) {
+      const int32_t place = place_of(end);
+      const int32_t nth = nth_of(end);
+      if (i == first) my_place = place;
+      if (i == first) my_nth = nth;
+      if (!is_home || leader[end.at.slot] != static_cast<uint32_t>(i)) return;
+      const int32_t all = total[end.expert];
+      const int32_t cell = FetchAdd(graph.n_cells, HostsOf<kWords>(graph, end.expert));
+      graph.first[end.expert] = cell;
+      put(end, nth, cell + place, all);
+      atomicAdd(&graph.loose[end.at.rank], all);
     });
     Threads::Sync();
-    for_copies([&](const MovedCopy& copy) {
-      const int32_t e = copy.expert;
-      const uint32_t* mask = graph.mask + e * kWords;
-      const int32_t cell = graph.first[e];
-      put(e, copy.at, cell + PlaceOf<kWords>(mask, copy.at.rank), copy.tokens);
-      atomicAdd(&graph.tokens[cell + PlaceOf<kWords>(mask, copy.home.rank)], -copy.tokens);
+    for_ends([&](int32_t i, const CopyEnd& end) {
+      const int32_t cell = graph.first[end.expert] + (i == first ? my_place : place_of(end));
+      if (is_home) {
+        atomicAdd(&graph.tokens[cell], end.tokens);
+      } else {
+        put(end, i == first ? my_nth : nth_of(end), cell, end.tokens);
+      }
     });
   }
 
