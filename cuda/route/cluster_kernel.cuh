@@ -46,9 +46,15 @@ __device__ __forceinline__ void SendCounts(int32_t row, int32_t n_blocks, int32_
     const uint4 packed = {
         static_cast<uint32_t>(low.x | low.y << 16), static_cast<uint32_t>(low.z | low.w << 16),
         static_cast<uint32_t>(high.x | high.y << 16), static_cast<uint32_t>(high.z | high.w << 16)};
-#pragma unroll 4
-    for (int32_t to = part < n_parts ? part : n_blocks; to < n_blocks; to += n_parts) {
-      SendTo(to, memory.incoming + block * row + e, packed, memory.arrivals);
+    constexpr int kAtOnce = 4;
+#pragma unroll 1
+    for (int32_t first_to = part < n_parts ? part : n_blocks; first_to < n_blocks;
+         first_to += kAtOnce * n_parts) {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int32_t to = first_to + j * n_parts;
+        if (to < n_blocks) SendTo(to, memory.incoming + block * row + e, packed, memory.arrivals);
+      }
     }
   }
   if (threadIdx.x == 0) {
@@ -63,24 +69,36 @@ __device__ __forceinline__ int2 AddHalves(uint32_t halves, int2 sum) {
 }
 
 // Sums what the blocks have sent, two experts per thread. Calls `emit(e, totals of e and e + 1)`.
+// A block has so few tokens that halves of a word can sum up those of four.
 template <typename Threads, typename Emit>
 __device__ __forceinline__ void SumCounts(int32_t row, int32_t n_blocks, int32_t block,
                                           const RouteMemory& memory, const Emit& emit) {
   const auto* incoming = reinterpret_cast<const uint32_t*>(memory.incoming);
-  // All counts of a pair are in flight together.
+  constexpr int kFew = 4;
+  static_assert(kFew * kMaxRounds * kRouteThreads < 1 << 16);
+  // All counts of a pair are in flight together. n_blocks is a power of two.
   const auto sum = [&](auto most) {
     constexpr int kMost = decltype(most)::value;
 #pragma unroll 1
     for (int32_t e = 2 * threadIdx.x; e < row; e += 2 * Threads::Size()) {
       uint32_t pair[kMost];
 #pragma unroll
-      for (int b = 0; b < kMost; ++b) pair[b] = b < n_blocks ? incoming[(b * row + e) / 2] : 0;
+      for (int b = 0; b < kMost; ++b) {
+        pair[b] = kMost > kFew || b < n_blocks ? incoming[(b * row + e) / 2] : 0;
+      }
       int2 total = {0, 0};
       int2 earlier = {0, 0};
 #pragma unroll
-      for (int b = 0; b < kMost; ++b) {
-        total = AddHalves(pair[b], total);
-        earlier = AddHalves(b < block ? pair[b] : 0, earlier);
+      for (int first = 0; first < kMost; first += kFew) {
+        uint32_t few = 0;
+        uint32_t earlier_few = 0;
+#pragma unroll
+        for (int b = first; b < first + kFew; ++b) {
+          few += pair[b];
+          earlier_few += b < block ? pair[b] : 0;
+        }
+        total = AddHalves(few, total);
+        earlier = AddHalves(earlier_few, earlier);
       }
       *reinterpret_cast<int2*>(memory.own + e) = total;
       *reinterpret_cast<int2*>(memory.earlier + e) = earlier;
