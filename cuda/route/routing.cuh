@@ -164,22 +164,33 @@ struct Anywhere {
     for (int32_t e = threadIdx.x; e < p.n_logical; e += Threads::Size()) {
       Dealer dealer(pieces, graph.first[e], memory.own[e]);
       const int32_t n_hosts = HostsOf<kWords>(graph, e);
-      if constexpr (kStores) StoreQuotas(memory, graph, e, n_hosts);
-      if (n_hosts > 1 && !failed)
-        Deal<kQuotas>(a, element, call, graph, memory, e, n_hosts, dealer);
+      if constexpr (kStores && kQuotas == Quotas::kSolved) {
+        StoreQuotas(memory, graph, e, n_hosts,
+                    [&](int32_t slot, int32_t tokens) { dealer.Add(slot, tokens); });
+      } else {
+        if constexpr (kStores) StoreQuotas(memory, graph, e, n_hosts, [](int32_t, int32_t) {});
+        if (n_hosts > 1 && !failed)
+          Deal<kQuotas>(a, element, call, graph, memory, e, n_hosts, dealer);
+      }
       memory.routes[e] = dealer.Finish(failed ? -1 : graph.home[e]);
     }
   }
 
-  // The quotas of an expert's slots, all others are 0. The pieces may then have the cells' place.
+  // The quotas of an expert's slots, all others are 0. The pieces may then have the cells' place;
+  // `use(slot, quota)`, called for each host of a shared expert, may already let them.
+  template <typename Use>
   static __device__ __forceinline__ void StoreQuotas(const RouteMemory& memory,
                                                      const GraphMemory& graph, int32_t e,
-                                                     int32_t n_hosts) {
+                                                     int32_t n_hosts, const Use& use) {
     if (n_hosts == 1) memory.quota[graph.home[e]] = CountedTotals{memory.total}[e].x;
     if (n_hosts < 2) return;
+    const int32_t first = graph.first[e];
 #pragma unroll 1
-    for (int32_t cell = graph.first[e]; cell < graph.first[e] + n_hosts; ++cell) {
-      memory.quota[graph.slot[cell]] = graph.tokens[cell];
+    for (int32_t cell = first; cell < first + n_hosts; ++cell) {
+      const int32_t slot = graph.slot[cell];
+      const int32_t tokens = graph.tokens[cell];
+      memory.quota[slot] = tokens;
+      use(slot, tokens);
     }
   }
 
