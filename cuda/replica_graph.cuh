@@ -44,20 +44,21 @@ constexpr uint32_t kNoNumber = 0xffff;  // of an expert on one rank only, whose 
 // several ranks: an expert's are consecutive, in the order of the ranks. Where they begin is up to
 // the order in which threads come, and nothing depends on it.
 struct GraphMemory {
+  uint32_t* search;  // [SearchWords, ep_size], for GraphWaves
+  // From here on to n_cells, BuildGraph makes all 0 at first.
   uint32_t* mask;       // [n_logical, kWords], the expert's ranks
   int32_t* first;       // [n_logical], a shared expert's first cell
-  int32_t* home;        // [n_logical], the expert's home slot; −1 where it has no slot at all
-  uint32_t* of_slot;    // [n_physical], packed slots
-  int32_t* tokens;      // [n_physical], by cell
-  int32_t* slot;        // [n_physical], by cell
-  uint32_t* place;      // [n_physical], by cell: its number of its expert's, and, above, how many
-  uint32_t* shared;     // [ep_size, slots_per_rank], the rank's slots of shared experts, packed
-  uint32_t* is_shared;  // [ep_size, SlotWords], which slots of the rank those are
-  int32_t* load;        // [ep_size]
+  uint32_t* is_shared;  // [ep_size, SlotWords], which slots of the rank are shared experts'
   int32_t* loose;       // [ep_size], tokens that could leave the rank, before the waves
-  uint32_t* search;     // [SearchWords, ep_size], for GraphWaves
+  int32_t* any_twice;   // whether some cell has several slots
   int32_t* n_cells;
-  int32_t* any_twice;  // whether some cell has several slots
+  int32_t* load;      // [ep_size]
+  int32_t* home;      // [n_logical], the expert's home slot; −1 where it has no slot at all
+  uint32_t* of_slot;  // [n_physical], packed slots
+  int32_t* tokens;    // [n_physical], by cell
+  int32_t* slot;      // [n_physical], by cell
+  uint32_t* place;    // [n_physical], by cell: its number of its expert's, and, above, how many
+  uint32_t* shared;   // [ep_size, slots_per_rank], the rank's slots of shared experts, packed
   int32_t* target;
   int32_t* status;  // set by whoever builds the graph
 
@@ -69,28 +70,33 @@ struct GraphMemory {
     return n_words <= 4 ? n_words : 2;
   }
 
+  // From mask on.
+  LPLB_HOST_DEVICE static int32_t ZeroWords(const Problem& p, int32_t n_words) {
+    return p.n_logical * (n_words + 1) + p.ep_size * (SlotWords(p) + 1) + 2;
+  }
+
   LPLB_HOST_DEVICE static int32_t Words(const Problem& p) {
     const int32_t words = GraphWords(p.ep_size);
-    return p.n_logical * (words + 2) + 5 * p.n_physical +
-           p.ep_size * (SlotWords(p) + 2 + SearchWords(words)) + 4;
+    return p.ep_size * (SearchWords(words) + 1) + ZeroWords(p, words) + p.n_logical +
+           5 * p.n_physical + 2;
   }
 
   __device__ GraphMemory(const Problem& p, int32_t n_words, int32_t* memory) {
     search = reinterpret_cast<uint32_t*>(memory);
     mask = search + p.ep_size * SearchWords(n_words);
     first = reinterpret_cast<int32_t*>(mask + p.n_logical * n_words);
-    home = first + p.n_logical;
+    is_shared = reinterpret_cast<uint32_t*>(first + p.n_logical);
+    loose = reinterpret_cast<int32_t*>(is_shared + p.ep_size * SlotWords(p));
+    any_twice = loose + p.ep_size;
+    n_cells = any_twice + 1;
+    load = n_cells + 1;
+    home = load + p.ep_size;
     of_slot = reinterpret_cast<uint32_t*>(home + p.n_logical);
     tokens = reinterpret_cast<int32_t*>(of_slot + p.n_physical);
     slot = tokens + p.n_physical;
     place = reinterpret_cast<uint32_t*>(slot + p.n_physical);
     shared = place + p.n_physical;
-    is_shared = shared + p.n_physical;
-    load = reinterpret_cast<int32_t*>(is_shared + p.ep_size * SlotWords(p));
-    loose = load + p.ep_size;
-    n_cells = loose + p.ep_size;
-    any_twice = n_cells + 1;
-    target = any_twice + 1;
+    target = reinterpret_cast<int32_t*>(shared + p.n_physical);
     status = target + 1;
   }
 };
@@ -188,43 +194,33 @@ __device__ __forceinline__ int32_t NthShared(const uint32_t* is_shared, int32_t 
   return n;
 }
 
-// Marks the slots of shared experts; no bit was set. Shared experts must have their first cells
-// behind the barrier that must follow.
-template <int kWords, typename Threads>
-__device__ __forceinline__ void MarkShared(const Problem& p, const GraphMemory& graph,
-                                           int32_t slot_words) {
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
-    const uint32_t expert = ExpertIn(graph.of_slot[i]);
-    if (expert == kNoExpert || HostsOf<kWords>(graph, expert) == 1) continue;
-    const int32_t rank = p.by_slots.Quotient(i);
-    const int32_t k = i - rank * p.slots_per_rank;
-    atomicOr(&graph.is_shared[rank * slot_words + (k >> 5)], 1u << (k & 31));
-  }
-}
+// Where a slot is on its rank.
+struct PlacedSlot {
+  int32_t slot;
+  int32_t rank;
+  int32_t k;
 
-// Numbers the cells and lists those of every rank, after MarkShared. A barrier must follow.
-template <int kWords, typename Threads>
-__device__ __forceinline__ void NumberCells(const Problem& p, const GraphMemory& graph,
-                                            int32_t slot_words) {
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
-    const uint32_t expert = ExpertIn(graph.of_slot[i]);
-    const int32_t rank = p.by_slots.Quotient(i);
-    const int32_t k = i - rank * p.slots_per_rank;
-    const uint32_t* shared = graph.is_shared + rank * slot_words;
-    if ((shared[k >> 5] >> (k & 31) & 1) == 0) {
-      graph.of_slot[i] = expert | kNoNumber << 16;
-      continue;
-    }
-    const int32_t place = PlaceOf<kWords>(graph.mask + expert * kWords, rank);
-    const int32_t cell = graph.first[expert] + place;
-    graph.of_slot[i] = expert | static_cast<uint32_t>(cell) << 16;
-    graph.slot[cell] = i;
-    graph.place[cell] = place | HostsOf<kWords>(graph, expert) << 16;
-    graph.shared[rank * p.slots_per_rank + NthShared(shared, k)] = graph.of_slot[i];
+  PlacedSlot() = default;
+  __device__ __forceinline__ PlacedSlot(const Problem& p, int32_t slot_)
+      : slot(slot_), rank(p.by_slots.Quotient(slot_)), k(slot_ - rank * p.slots_per_rank) {}
+};
+
+// The cell of a slot, as far as the experts' ranks tell it.
+struct SlotCell {
+  uint32_t expert;
+  int32_t n_hosts;  // of the expert
+  int32_t place;    // which of them the slot's is
+
+  SlotCell() = default;
+  template <int kWords>
+  static __device__ __forceinline__ SlotCell Of(const GraphMemory& graph, const PlacedSlot& at) {
+    const uint32_t expert = ExpertIn(graph.of_slot[at.slot]);
+    if (expert == kNoExpert) return {expert, 0, 0};
+    return {expert, HostsOf<kWords>(graph, expert),
+            PlaceOf<kWords>(graph.mask + expert * kWords, at.rank)};
   }
-}
+  __device__ __forceinline__ bool IsShared() const { return n_hosts > 1; }
+};
 
 // Builds the graph, which needs no loads but base(rank), the load of a rank besides its experts.
 // All threads of the team call it. A barrier must follow, but not for what concerns a thread's own
@@ -238,36 +234,30 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
   const int32_t n_threads = Threads::Size();
   const int32_t slot_words = GraphMemory::SlotWords(p);
 #pragma unroll 1
-  for (int32_t i = thread; i < p.n_logical * kWords; i += n_threads) graph.mask[i] = 0;
+  for (int32_t i = thread; i < GraphMemory::ZeroWords(p, kWords); i += n_threads) graph.mask[i] = 0;
 #pragma unroll 1
-  for (int32_t e = thread; e < p.n_logical; e += n_threads) graph.first[e] = 0;
+  for (int32_t r = thread; r < p.ep_size; r += n_threads) graph.load[r] = base(r);
+  const auto for_slots = [&](const auto& use) {
 #pragma unroll 1
-  for (int32_t i = thread; i < p.ep_size * slot_words; i += n_threads) graph.is_shared[i] = 0;
-#pragma unroll 1
-  for (int32_t r = thread; r < p.ep_size; r += n_threads) {
-    graph.load[r] = base(r);
-    graph.loose[r] = 0;
-  }
-  if (thread == 0) *graph.n_cells = *graph.any_twice = 0;
+    for (int32_t i = thread; i < p.n_physical; i += n_threads) use(PlacedSlot(p, i));
+  };
   Threads::Sync();
 
   bool bad = false;
-#pragma unroll 1
-  for (int32_t i = thread; i < p.n_physical; i += n_threads) {
-    const int32_t expert = i == thread               ? fetched.expert[0]
-                           : i == thread + n_threads ? fetched.expert[1]
-                                                     : phy2log[i];
+  for_slots([&](const PlacedSlot& at) {
+    const int32_t expert = at.slot == thread               ? fetched.expert[0]
+                           : at.slot == thread + n_threads ? fetched.expert[1]
+                                                           : phy2log[at.slot];
     const bool known = expert >= 0 && expert < p.n_logical;
     bad |= !known && expert != -1;
-    graph.of_slot[i] = graph.slot[i] = known ? expert : kNoExpert;
-    if (!known) continue;
-    const int32_t rank = p.by_slots.Quotient(i);
-    const uint32_t bit = 1u << (rank & 31);
-    if (atomicOr(&graph.mask[expert * kWords + (rank >> 5)], bit) & bit) {
+    graph.of_slot[at.slot] = graph.slot[at.slot] = known ? expert : kNoExpert;
+    if (!known) return;
+    const uint32_t bit = 1u << (at.rank & 31);
+    if (atomicOr(&graph.mask[expert * kWords + (at.rank >> 5)], bit) & bit) {
       atomicOr(&graph.first[expert], 1);
       atomicOr(graph.any_twice, 1);
     }
-  }
+  });
   Threads::Sync();
   if (*graph.any_twice != 0) {
     KeepFirstSlots<Threads>(graph, p.n_physical, p.by_slots);
@@ -284,9 +274,30 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
     bad |= !right;
     graph.home[e] = home;
   }
-  MarkShared<kWords, Threads>(p, graph, slot_words);
+  SlotCell my_cell = {};  // of this thread's first slot, mostly the only one
+  for_slots([&](const PlacedSlot& at) {
+    const SlotCell cell = SlotCell::Of<kWords>(graph, at);
+    if (at.slot == thread) my_cell = cell;
+    if (!cell.IsShared()) return;
+    atomicOr(&graph.is_shared[at.rank * slot_words + (at.k >> 5)], 1u << (at.k & 31));
+  });
   Threads::Sync();
-  NumberCells<kWords, Threads>(p, graph, slot_words);
+
+  // The cells' numbers, and the list of every rank.
+  for_slots([&](const PlacedSlot& at) {
+    const SlotCell cell = at.slot == thread ? my_cell : SlotCell::Of<kWords>(graph, at);
+    if (!cell.IsShared()) {
+      graph.of_slot[at.slot] = cell.expert | kNoNumber << 16;
+      return;
+    }
+    const int32_t nth = NthShared(graph.is_shared + at.rank * slot_words, at.k);
+    const int32_t number = graph.first[cell.expert] + cell.place;
+    const uint32_t packed = cell.expert | static_cast<uint32_t>(number) << 16;
+    graph.of_slot[at.slot] = packed;
+    graph.slot[number] = at.slot;
+    graph.place[number] = cell.place | cell.n_hosts << 16;
+    graph.shared[at.rank * p.slots_per_rank + nth] = packed;
+  });
   if (bad) atomicOr(graph.status, kBadPlacement);
 }
 

@@ -36,17 +36,6 @@ struct ChoiceMemory {
   }
 };
 
-// Where a slot is on its rank.
-struct PlacedSlot {
-  int32_t slot;
-  int32_t rank;
-  int32_t k;
-
-  PlacedSlot() = default;
-  __device__ __forceinline__ PlacedSlot(const Problem& p, int32_t slot_)
-      : slot(slot_), rank(p.by_slots.Quotient(slot_)), k(slot_ - rank * p.slots_per_rank) {}
-};
-
 // One end of a copy that was chosen: its own slot or its expert's home.
 struct CopyEnd {
   int32_t expert;
