@@ -135,13 +135,17 @@ __device__ inline Proof SolveGraph(const Problem& p, const Totals& totals, const
   return {target, target};
 }
 
-// The tokens of a slot, after SolveGraph.
+// The tokens of a slot, after SolveGraph. Without branches, which would take longer than to look
+// for both what it has as a cell and what its expert has.
 template <typename Totals>
 __device__ __forceinline__ int32_t QuotaOf(const Totals& totals, const GraphMemory& graph,
                                            int32_t slot) {
   const uint32_t packed = graph.of_slot[slot];
-  if (ExpertIn(packed) == kNoExpert) return 0;
-  return CellIn(packed) == kNoNumber ? totals[ExpertIn(packed)].x : graph.tokens[CellIn(packed)];
+  const bool serves = ExpertIn(packed) != kNoExpert;
+  const bool has_cell = CellIn(packed) != kNoNumber;
+  const int32_t all = totals[serves ? ExpertIn(packed) : 0].x;
+  const int32_t in_cell = graph.tokens[has_cell ? CellIn(packed) : 0];
+  return !serves ? 0 : has_cell ? in_cell : all;
 }
 
 }  // namespace lplb::cuda

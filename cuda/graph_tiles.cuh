@@ -75,8 +75,9 @@ __device__ __forceinline__ void KeepFilled(const Problem& p, const Tiles& tiles,
     const int32_t rank = p.by_slots.Quotient(i);
     atomicAnd(&graph.mask[ExpertIn(packed) * kWords + (rank >> 5)], ~(1u << (rank & 31)));
   }
+  // By other warps than the slots, if there are few.
 #pragma unroll 1
-  for (int32_t r = threadIdx.x; r < p.ep_size; r += Threads::Size()) {
+  for (int32_t r = Threads::Size() - 1 - threadIdx.x; r < p.ep_size; r += Threads::Size()) {
     // Modulo 2³²: with the empty places it is in range.
     graph.load[r] = static_cast<int32_t>(0u - static_cast<uint32_t>(graph.load[r]) * rows);
     graph.loose[r] = 0;
@@ -85,7 +86,8 @@ __device__ __forceinline__ void KeepFilled(const Problem& p, const Tiles& tiles,
 
 // After KeepFilled, divides the empty places of every expert evenly over its cells, of which the
 // first get one more; all of them could be there. The cells that are left come before those that
-// were taken from the expert, which stay empty: so each rank keeps its list. A barrier must follow.
+// were taken from the expert, which stay empty: so each rank keeps its list. The only cell of an
+// expert becomes its home. A barrier must follow.
 template <int kWords, typename Threads, typename Room>
 __device__ __forceinline__ void StartRoom(const Problem& p, const Room& room,
                                           const GraphMemory& graph, const int32_t* quota) {
@@ -99,18 +101,16 @@ __device__ __forceinline__ void StartRoom(const Problem& p, const Room& room,
     const int32_t all = room[expert].x;
     int32_t share = all;
     if (CellIn(packed) != kNoNumber) {
+      const bool filled = quota[i] > 0;
+      const int32_t n_hosts = HostsOf<kWords>(graph, expert);
       const int32_t before = PlaceOf<kWords>(graph.mask + expert * kWords, rank);
-      const SmallDivisor by_hosts(max(HostsOf<kWords>(graph, expert), 1));
-      const int32_t first = graph.first[expert];
-      int32_t cell = first + before;
-      if (quota[i] > 0) {
-        share = by_hosts.Quotient(all);
-        share += before < all - share * by_hosts.divisor;
-        atomicAdd(&graph.loose[rank], all - share);
-      } else {
-        share = 0;
-        cell = static_cast<int32_t>(CellIn(packed)) - before + HostsOf<kWords>(graph, expert);
-      }
+      // Mostly one or two, and a division would take longer.
+      const int32_t each = n_hosts > 2 ? SmallDivisor(n_hosts).Quotient(all) : all >> n_hosts / 2;
+      share = filled ? each + (before < all - each * n_hosts) : 0;
+      const int32_t cell = filled ? graph.first[expert] + before
+                                  : static_cast<int32_t>(CellIn(packed)) - before + n_hosts;
+      if (filled) atomicAdd(&graph.loose[rank], all - share);
+      if (filled && n_hosts == 1) graph.home[expert] = i;
       const uint32_t renumbered = expert | static_cast<uint32_t>(cell) << 16;
       const int32_t nth =
           NthShared(graph.is_shared + rank * slot_words, i - rank * p.slots_per_rank);
@@ -148,11 +148,8 @@ __device__ inline int32_t FillTiles(const Problem& p, const Totals& totals, cons
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
     const int32_t n = quota[i];
-    if (n == 0) continue;
-    const uint32_t packed = graph.of_slot[i];
-    const uint32_t expert = ExpertIn(packed);
-    if (CellIn(packed) != kNoNumber && HostsOf<kWords>(graph, expert) == 1) graph.home[expert] = i;
-    quota[i] = (n - 1) * rows + (rows - QuotaOf(room, graph, i));
+    const int32_t empty = QuotaOf(room, graph, i);
+    if (n > 0) quota[i] = (n - 1) * rows + (rows - empty);
   }
   return *graph.target;
 }
