@@ -14,30 +14,20 @@
 namespace lplb::cuda {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// The ids of ClusterKernel's named barriers besides Team's. All threads of a block reach the first
-// two: some threads wait there for what the others announce.
-enum class Event { kCleared = 2, kCounted = 3 };
+// The ids of ClusterKernel's named barriers besides Team's.
+constexpr int kCleared = 2;       // of all threads: some wait for what the others announce
 constexpr int kTokenBarrier = 4;  // of the threads that hold tokens
 
-template <Event kEvent>
-__device__ __forceinline__ void Announce() {
-  asm volatile("bar.arrive %0, %1;" ::"n"(static_cast<int>(kEvent)), "r"(blockDim.x) : "memory");
-}
-
-template <Event kEvent>
-__device__ __forceinline__ void Await() {
-  asm volatile("bar.sync %0, %1;" ::"n"(static_cast<int>(kEvent)), "r"(blockDim.x) : "memory");
-}
-
-// Sends the block's counts to every block of the cluster, including itself.
-template <typename Threads>
+// Sends the block's counts to every block of the cluster, including itself. `thread` is one of
+// n_threads that do it, 64 at least.
 __device__ __forceinline__ void SendCounts(int32_t row, int32_t n_blocks, int32_t block,
+                                           int32_t thread, int32_t n_threads,
                                            const RouteMemory& memory) {
   // A thread packs some counts and sends them to every n-th block.
-  const int32_t width_log2 = row <= 64 * RouteMemory::kPacked ? 6 : 8;
-  const int32_t first = threadIdx.x & ((1 << width_log2) - 1);
-  const int32_t part = static_cast<int32_t>(threadIdx.x) >> width_log2;
-  const int32_t n_parts = Threads::Size() >> width_log2;
+  const int32_t width_log2 = row <= 64 * RouteMemory::kPacked || n_threads < 256 ? 6 : 8;
+  const int32_t first = thread & ((1 << width_log2) - 1);
+  const int32_t part = thread >> width_log2;
+  const int32_t n_parts = n_threads >> width_log2;
 #pragma unroll 1
   for (int32_t e = first * RouteMemory::kPacked; e < row; e += RouteMemory::kPacked << width_log2) {
     const int4 low = *reinterpret_cast<const int4*>(memory.counts + e);
@@ -56,9 +46,6 @@ __device__ __forceinline__ void SendCounts(int32_t row, int32_t n_blocks, int32_
         if (to < n_blocks) SendTo(to, memory.incoming + block * row + e, packed, memory.arrivals);
       }
     }
-  }
-  if (threadIdx.x == 0) {
-    ExpectBytes(memory.arrivals, n_blocks * row * static_cast<int32_t>(sizeof(uint16_t)));
   }
 }
 
@@ -114,8 +101,8 @@ __device__ __forceinline__ void SumCounts(int32_t row, int32_t n_blocks, int32_t
   }
 }
 
-// The work of a block's planning threads in ClusterKernel: they share the counts with the other
-// blocks and, with kSynced, with the other ranks, and make the routes.
+// The work of a block's planning threads in ClusterKernel: they sum the counts of all blocks and,
+// with kSynced, of all ranks, and make the routes.
 template <typename Routing, Quotas kQuotas>
 __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t element,
                                            const RouteMemory& memory) {
@@ -143,12 +130,13 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
   int4* counts = reinterpret_cast<int4*>(memory.counts);
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < row / 4; i += Threads::Size()) counts[i] = {0, 0, 0, 0};
-  Announce<Event::kCleared>();
+  asm volatile("bar.arrive %0, %1;" ::"n"(kCleared), "r"(blockDim.x) : "memory");
   Routing::template Store<kQuotas, Threads>(a, in, element, tables, fetched, memory);
   AwaitStarts();
 
-  Await<Event::kCounted>();
-  SendCounts<Threads>(row, n_blocks, block, memory);
+  if (threadIdx.x == 0) {
+    ExpectBytes(memory.arrivals, n_blocks * row * static_cast<int32_t>(sizeof(uint16_t)));
+  }
   AwaitBytes(memory.arrivals);
   SumCounts<Threads>(row, n_blocks, block, memory, [&](int32_t e, int2 total) {
     if constexpr (kQuotas == Quotas::kSynced) {
@@ -178,8 +166,9 @@ struct HeldTokens {
   int32_t code[kMaxRounds];
 };
 
-// The work of the threads that hold tokens. They count their tokens, a.rounds each. Then, while the
-// routes are made, they find every token's ordinal in the block.
+// The work of the threads that hold tokens. They count their tokens, a.rounds each, and send the
+// counts to all blocks: the planning threads are still busy with what needs no counts. Then, while
+// the routes are made, they find every token's ordinal in the block.
 template <int32_t kPlanThreads>
 __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const TokenBuffers& tokens,
                                              const RouteMemory& memory, HeldTokens& held) {
@@ -209,7 +198,7 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
     const int32_t n_pairs = n_warps * (p.n_logical + RouteMemory::kPad) / 2;
 #pragma unroll 1
     for (int32_t i = thread; i < n_pairs; i += n_threads) pairs[i] = {0, 0, 0, 0};
-    Await<Event::kCleared>();
+    asm volatile("bar.sync %0, %1;" ::"n"(kCleared), "r"(blockDim.x) : "memory");
 #pragma unroll
     for (int j = 0; j < kMaxRounds; ++j) {
       if (j >= a.rounds) break;
@@ -217,7 +206,10 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
       if (code[j] >= 0) atomicAdd(&memory.counts[code[j]], 1);
     }
   });
-  Announce<Event::kCounted>();
+  sync();
+  AwaitStarts();
+  SendCounts(RouteMemory::Row(p), cooperative_groups::this_cluster().num_blocks(), block, thread,
+             n_threads, memory);
 
   Cell* cells = memory.CellsOf(p, warp);
 #pragma unroll
@@ -236,7 +228,6 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
     if (j >= a.rounds) break;
     if (code[j] >= 0) code[j] += static_cast<int32_t>(cells[code[j] & 0xffff].count << 16);
   }
-  AwaitStarts();  // Long past, but every arrival needs its wait.
 }
 
 // One cluster per batch element. The routes depend on the tokens' counts but not on their ordinals.
