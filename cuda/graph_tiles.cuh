@@ -61,17 +61,17 @@ class BaseTiles {
   bool negative_ = false;
 };
 
-// Writes the tiles of all slots to `quota` and takes the cells without any from their experts.
-// Ranks' loads become what is left to hand out: no empty places yet, so many tokens less than none.
-// Behind a barrier; another must follow.
+// Writes the tiles of all slots to `tiles_of_slot` and takes the cells without any from their
+// experts. Ranks' loads become what is left to hand out: no empty places yet, so many tokens less
+// than none. Behind a barrier; another must follow.
 template <int kWords, typename Threads, typename Tiles>
 __device__ __forceinline__ void KeepFilled(const Problem& p, const Tiles& tiles, int32_t rows,
-                                           const GraphMemory& graph, int32_t* quota) {
+                                           const GraphMemory& graph, int32_t* tiles_of_slot) {
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
     const uint32_t packed = graph.of_slot[i];
-    quota[i] = QuotaOf(tiles, graph, i);
-    if (quota[i] > 0 || CellIn(packed) == kNoNumber) continue;
+    tiles_of_slot[i] = QuotaOf(tiles, graph, i);
+    if (tiles_of_slot[i] > 0 || CellIn(packed) == kNoNumber) continue;
     const int32_t rank = p.by_slots.Quotient(i);
     atomicAnd(&graph.mask[ExpertIn(packed) * kWords + (rank >> 5)], ~(1u << (rank & 31)));
   }
@@ -90,7 +90,7 @@ __device__ __forceinline__ void KeepFilled(const Problem& p, const Tiles& tiles,
 // expert becomes its home. A barrier must follow.
 template <int kWords, typename Threads, typename Room>
 __device__ __forceinline__ void StartRoom(const Problem& p, const Room& room,
-                                          const GraphMemory& graph, const int32_t* quota) {
+                                          const GraphMemory& graph, const int32_t* tiles_of_slot) {
   const int32_t slot_words = GraphMemory::SlotWords(p);
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
@@ -101,7 +101,7 @@ __device__ __forceinline__ void StartRoom(const Problem& p, const Room& room,
     const int32_t all = room[expert].x;
     int32_t share = all;
     if (CellIn(packed) != kNoNumber) {
-      const bool filled = quota[i] > 0;
+      const bool filled = tiles_of_slot[i] > 0;
       const int32_t n_hosts = HostsOf<kWords>(graph, expert);
       const int32_t before = PlaceOf<kWords>(graph.mask + expert * kWords, rank);
       // Mostly one or two, and a division would take longer.
@@ -122,18 +122,18 @@ __device__ __forceinline__ void StartRoom(const Problem& p, const Room& room,
   }
 }
 
-// Hands out the empty places of the tiles that the cells have, and writes the tokens of all slots
-// to `quota`, every thread those of its slots. Returns the largest load in tokens. Behind a
-// barrier.
+// Hands out the empty places of the tiles that the cells have: these become the cells' tokens, and
+// the slots' tiles come into `tiles_of_slot`. Returns the largest load in tokens. Behind a barrier;
+// ends with one.
 template <int kWords, typename Threads, typename Totals>
 __device__ inline int32_t FillTiles(const Problem& p, const Totals& totals, const Costs& costs,
-                                    const GraphMemory& graph, int32_t* quota) {
+                                    const GraphMemory& graph, int32_t* tiles_of_slot) {
   const TotalsIn<Unit::kTiles, Totals> tiles = {totals, costs};
   const TotalsIn<Unit::kEmptyPlaces, Totals> room = {totals, costs};
   const int32_t rows = costs.TileRows();
-  KeepFilled<kWords, Threads>(p, tiles, rows, graph, quota);
+  KeepFilled<kWords, Threads>(p, tiles, rows, graph, tiles_of_slot);
   Threads::Sync();
-  StartRoom<kWords, Threads>(p, room, graph, quota);
+  StartRoom<kWords, Threads>(p, room, graph, tiles_of_slot);
   Threads::Sync();
   if (threadIdx.x < RankTeam<kWords>::Size(p)) {
     int32_t load[kWords];
@@ -145,12 +145,6 @@ __device__ inline int32_t FillTiles(const Problem& p, const Totals& totals, cons
     RankTeam<kWords>::SyncLast(RankTeam<kWords>::Size(p));
   }
   Threads::Sync();
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
-    const int32_t n = quota[i];
-    const int32_t empty = QuotaOf(room, graph, i);
-    if (n > 0) quota[i] = (n - 1) * rows + (rows - empty);
-  }
   return *graph.target;
 }
 
@@ -158,14 +152,22 @@ __device__ inline int32_t FillTiles(const Problem& p, const Totals& totals, cons
 struct TileProof {
   Proof tiles;
   int32_t max_tokens;
+  int32_t filled_rows;  // of the tiles whose empty places are the cells' tokens; 0 if none are
+
+  // The tokens of a shared expert's cell, of which the graph has `tokens`, in so many tiles.
+  __device__ __forceinline__ int32_t TokensOf(int32_t tokens, int32_t tiles) const {
+    if (filled_rows == 0) return tokens;
+    return tiles > 0 ? (tiles - 1) * filled_rows + (filled_rows - tokens) : 0;
+  }
 };
 
-// Like SolveGraph, in tiles, and then in tokens, which FillTiles writes to `quota` [n_physical].
-// Experts are then left with the cells that serve any. `small_base`: whether those of BaseTiles
-// that the thread asked for are. A barrier must follow.
+// Like SolveGraph, in tiles, and then in tokens, which TileProof::TokensOf tells from those of the
+// graph's cells and `tiles_of_slot` [n_physical]. Experts are then left with the cells that serve
+// any. `small_base`: whether those of BaseTiles that the thread asked for are.
 template <int kWords, typename Threads, typename Totals>
 __device__ inline TileProof SolveTiles(const Problem& p, const Totals& totals, const Costs& costs,
-                                       bool small_base, const GraphMemory& graph, int32_t* quota) {
+                                       bool small_base, const GraphMemory& graph,
+                                       int32_t* tiles_of_slot) {
   const TotalsIn<Unit::kTiles, Totals> tiles = {totals, costs};
   const bool small =
       StartSplit<Threads>(p, tiles, nullptr, graph, costs.by_tile.Quotient(p.safe_load / 2));
@@ -176,20 +178,16 @@ __device__ inline TileProof SolveTiles(const Problem& p, const Totals& totals, c
     if (status != 0) atomicOr(graph.status, status);
     status = Threads::Any(status & kLoadOverflow);
   }
-  TileProof proof = {{kInt32Max, 0}, kInt32Max};
+  TileProof proof = {{kInt32Max, 0}, kInt32Max, 0};
   if (status != 0) {
     StayHome<kWords, Threads>(p.n_logical, totals, graph);
   } else {
     const int32_t most = BalanceCells<kWords, Threads>(p, graph);
-    proof = {{most, most}, most};
+    proof = {{most, most}, most, 0};
     if (costs.TileRows() > 1) {
-      proof.max_tokens = FillTiles<kWords, Threads>(p, totals, costs, graph, quota);
-      return proof;
+      proof.max_tokens = FillTiles<kWords, Threads>(p, totals, costs, graph, tiles_of_slot);
+      proof.filled_rows = costs.TileRows();
     }
-  }
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
-    quota[i] = QuotaOf(totals, graph, i);
   }
   return proof;
 }

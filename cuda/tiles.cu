@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const SolveResults out = BatchElement(p, first_out, element);
   int32_t* const memory = reinterpret_cast<int32_t*>(total + p.n_logical);
   const GraphMemory graph(p, kWords, memory);
-  int32_t* const quota = memory + GraphMemory::Words(p);
+  int32_t* const tiles = memory + GraphMemory::Words(p);  // by slot
   const PrefetchedGraph fetched = PrefetchGraph(p, blockDim.x, in.phy2log, in.log2phy);
   BaseTiles base(p, costs);
 #pragma unroll 1
@@ -58,9 +58,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int32_t wrong = base.status() | InvalidIn(p, sources, in.loads);
   if (wrong != 0) atomicOr(graph.status, wrong);
   const SummedTotals totals = {total};
-  const TileProof proof = SolveTiles<kWords, Block>(p, totals, costs, base.small(), graph, quota);
+  const TileProof proof = SolveTiles<kWords, Block>(p, totals, costs, base.small(), graph, tiles);
 #pragma unroll 2
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) out.quota[i] = quota[i];
+  for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
+    const int32_t tokens = QuotaOf(totals, graph, i);
+    const bool has_cell = CellIn(graph.of_slot[i]) != kNoNumber;
+    out.quota[i] = has_cell ? proof.TokensOf(tokens, tiles[i]) : tokens;
+  }
   if (threadIdx.x == 0) {
     *out.max_load = proof.tiles.max_load;
     *out.lower_bound = proof.tiles.lower_bound;

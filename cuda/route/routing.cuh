@@ -148,15 +148,17 @@ struct Anywhere {
         *out.lower_bound = proof.lower_bound;
       }
     }
-    DealAll<kQuotas, Threads, kQuotas != Quotas::kGiven>(a, element, call, graph, memory);
+    DealAll<kQuotas, Threads>(a, element, call, graph, memory,
+                              [](int32_t tokens, int32_t) { return tokens; });
   }
 
-  // Deals this source's tokens of all experts by memory.quota. With kStores, the quotas that
-  // SolveGraph left in the graph come there first.
-  template <Quotas kQuotas, typename Threads, bool kStores>
+  // Deals this source's tokens of all experts by memory.quota. Unless the quotas were given, they
+  // come there first: to_quota(tokens of a cell in the graph, its slot).
+  template <Quotas kQuotas, typename Threads, typename ToQuota>
   static __device__ __forceinline__ void DealAll(const RouteArguments& a, int64_t element,
                                                  const SyncCall& call, const GraphMemory& graph,
-                                                 const RouteMemory& memory) {
+                                                 const RouteMemory& memory,
+                                                 const ToQuota& to_quota) {
     const Problem& p = a.problem;
     const bool failed = kQuotas == Quotas::kSynced && (*graph.status & kSyncFailed);
     const PieceTable pieces = PiecesOf(a, memory);
@@ -164,11 +166,13 @@ struct Anywhere {
     for (int32_t e = threadIdx.x; e < p.n_logical; e += Threads::Size()) {
       Dealer dealer(pieces, graph.first[e], memory.own[e]);
       const int32_t n_hosts = HostsOf<kWords>(graph, e);
-      if constexpr (kStores && kQuotas == Quotas::kSolved) {
-        StoreQuotas(memory, graph, e, n_hosts,
+      if constexpr (kQuotas == Quotas::kSolved) {
+        StoreQuotas(memory, graph, e, n_hosts, to_quota,
                     [&](int32_t slot, int32_t tokens) { dealer.Add(slot, tokens); });
       } else {
-        if constexpr (kStores) StoreQuotas(memory, graph, e, n_hosts, [](int32_t, int32_t) {});
+        if constexpr (kQuotas == Quotas::kSynced) {
+          StoreQuotas(memory, graph, e, n_hosts, to_quota, [](int32_t, int32_t) {});
+        }
         if (n_hosts > 1 && !failed)
           Deal<kQuotas>(a, element, call, graph, memory, e, n_hosts, dealer);
       }
@@ -178,17 +182,18 @@ struct Anywhere {
 
   // The quotas of an expert's slots, all others are 0. The pieces may then have the cells' place;
   // `use(slot, quota)`, called for each host of a shared expert, may already let them.
-  template <typename Use>
+  template <typename ToQuota, typename Use>
   static __device__ __forceinline__ void StoreQuotas(const RouteMemory& memory,
                                                      const GraphMemory& graph, int32_t e,
-                                                     int32_t n_hosts, const Use& use) {
+                                                     int32_t n_hosts, const ToQuota& to_quota,
+                                                     const Use& use) {
     if (n_hosts == 1) memory.quota[graph.home[e]] = CountedTotals{memory.total}[e].x;
     if (n_hosts < 2) return;
     const int32_t first = graph.first[e];
 #pragma unroll 1
     for (int32_t cell = first; cell < first + n_hosts; ++cell) {
       const int32_t slot = graph.slot[cell];
-      const int32_t tokens = graph.tokens[cell];
+      const int32_t tokens = to_quota(graph.tokens[cell], slot);
       memory.quota[slot] = tokens;
       use(slot, tokens);
     }

@@ -51,8 +51,9 @@ struct OverTiles : Anywhere<kWords> {
       *out.lower_bound = proof.tiles.lower_bound;
       *costs.max_tokens = proof.max_tokens;
     }
-    Threads::Sync();
-    Base::template DealAll<kQuotas, Threads, /*kStores=*/false>(a, element, call, graph, memory);
+    Base::template DealAll<kQuotas, Threads>(
+        a, element, call, graph, memory,
+        [&](int32_t tokens, int32_t slot) { return proof.TokensOf(tokens, memory.quota[slot]); });
   }
 };
 
