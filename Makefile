@@ -100,7 +100,7 @@ on-gpu-benchmark: $(GPU_PACKAGE)
 	  (anywhere 1) & alone; wait $$!; export CUDA_VISIBLE_DEVICES=0,1; \
 	  run load_sync.py --json $(NEW)/load_sync_p2p_$${card}x2.json; \
 	  run exchange.py --json $(NEW)/exchange_$${card}x2.json; \
-	  run moe_layer.py --hidden 4096 --width 1536 \
+	  run moe_layer.py --hidden 4096 --width 1536 --repeats 3 \
 	    --json $(NEW)/moe_layer_4096_$${card}x2.json; fi
 	$(PYTHON) benchmarks/compare.py benchmarks/results $(NEW)
 
