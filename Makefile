@@ -87,17 +87,15 @@ on-gpu-sanitize: $(GPU_PACKAGE)
 	    $(PYTHON) -m pytest -m gpu -p no:cacheprovider || exit 1; done
 
 # Figures without a committed file of this card are measured and kept, but compared with nothing.
-# Where there are two GPUs, any_placement.py has the second one to itself meanwhile.
 on-gpu-benchmark: $(GPU_PACKAGE)
 	rm -rf $(NEW) && mkdir -p $(NEW)
-	set -e; card=$(CARD); n=$$(nvidia-smi --list-gpus | wc -l); run() { \
+	set -e; card=$(CARD); run() { \
 	  echo "benchmarks/$$*"; $(GPU_PATH) $(PYTHON) benchmarks/"$$@"; }; \
-	alone() { export CUDA_VISIBLE_DEVICES=0; run balancer.py --json $(NEW)/balancer_$$card.json; \
-	  run solver.py --json $(NEW)/solver_$$card.json; }; \
-	anywhere() { export CUDA_VISIBLE_DEVICES=$$1; run any_placement.py --instances 20 \
-	  --json $(NEW)/any_placement_$$card.json; }; \
-	if [ $$n -lt 2 ]; then alone; anywhere 0; else \
-	  (anywhere 1) & alone; wait $$!; export CUDA_VISIBLE_DEVICES=0,1; \
+	run balancer.py --json $(NEW)/balancer_$$card.json; \
+	run solver.py --json $(NEW)/solver_$$card.json; \
+	run any_placement.py --instances 20 --json $(NEW)/any_placement_$$card.json; \
+	if [ "$$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then \
+	  export CUDA_VISIBLE_DEVICES=0,1; \
 	  run load_sync.py --json $(NEW)/load_sync_p2p_$${card}x2.json; \
 	  run exchange.py --json $(NEW)/exchange_$${card}x2.json; \
 	  run moe_layer.py --hidden 4096 --width 1536 --repeats 3 \

@@ -42,7 +42,7 @@ def test_with_the_package_that_is_there(tmp_path, target, n_gpus):
     smi = f"yes 'NVIDIA H100 80GB HBM3' | head -{n_gpus}"
     programs = {
         "nvidia-smi": smi,
-        "python": 'echo "python: $@"; echo "$1 on $CUDA_VISIBLE_DEVICES"',
+        "python": 'echo "python: $@"',
         "compute-sanitizer": 'echo "compute-sanitizer: $@"',
     }
     options = "INSTALL=off", "PYTHON=python", "PYTEST=-n 8", "TOOLS=memcheck racecheck"
@@ -59,10 +59,7 @@ def test_with_the_package_that_is_there(tmp_path, target, n_gpus):
         alone = ["balancer_h100.json", "solver_h100.json", "any_placement_h100.json"]
         together = ["load_sync_p2p_h100x2.json", "exchange_h100x2.json"]
         together.append("moe_layer_4096_h100x2.json")
-        assert sorted(written[:3]) == sorted(alone)  # on two GPUs, in any order
-        assert written[3:] == together * (n_gpus == 2)
-        assert f"benchmarks/any_placement.py on {n_gpus - 1}" in said
-        assert ("benchmarks/exchange.py on 0,1" in said) == (n_gpus == 2)
+        assert written == alone + together * (n_gpus == 2)
         assert calls[-1] == f"python: benchmarks/compare.py benchmarks/results {tmp_path}/new"
 
 
