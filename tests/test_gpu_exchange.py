@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 from meshes import everywhere, per_rank
 from moe_checks import AnyCase
+from steps import on_cpu
 from test_moe_slots import hot, slots_used
 
 from lplb_jax import _native, init_comm, reference, topologies
@@ -76,11 +77,9 @@ def test_the_journeys(rng, n_ranks, n_slots, n_logical):
 
 def of_both(target, specification, *operands, **attributes):
     """The kernel's result, which must be the specification's."""
-    operands = jax.tree.map(jnp.asarray, operands)
-    run = functools.partial(_native.call, target, specification, **attributes)
-    got, want = (
-        jax.jit(f)(*operands) for f in (run, functools.partial(specification, **attributes))
-    )
+    call = functools.partial(_native.call, target, specification, **attributes)
+    got = jax.jit(call)(*map(jnp.asarray, operands))
+    want = on_cpu(jax.jit(functools.partial(specification, **attributes)))(*operands)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(got), jax.tree.leaves(want))
     return got
 
