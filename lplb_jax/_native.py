@@ -280,7 +280,8 @@ def _with_empty(operation: _Operation, n_batch: int) -> Callable[..., Sequence[j
     alike = dataclasses.replace(operation, empty=())
 
     def call_with_empty(*operands: jax.Array) -> Sequence[jax.Array]:
-        every = operation.all_of(operands, *operands[0].shape[:n_batch])
+        batch = operands[0].shape[:n_batch] if operands else ()
+        every = operation.all_of(operands, *batch)
         return _call.bind(*every, operation=alike, n_batch=n_batch)
 
     return call_with_empty

@@ -1,6 +1,7 @@
 """Loading the native modules: versions, absence, and the handlers' own checks."""
 
 import ast
+import functools
 import importlib.util
 import os
 import pathlib
@@ -11,6 +12,7 @@ import types
 import warnings
 
 import jax
+import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from cases import Case, counts_of, tokens
 from steps import assert_same
 
 import lplb_jax
-from lplb_jax import _native, export_checks, rebalance, solve, topologies
+from lplb_jax import Placement, _native, export_checks, rebalance, reference, solve, topologies
 
 TARGETS = {"lplb_count", "lplb_solve", "lplb_assign", "lplb_rebalance"}
 
@@ -53,6 +55,26 @@ def test_public_calls_run_native_code():
     for target in TARGETS:
         assert target in text
     assert "stablehlo.while" not in text
+
+
+def test_empty_numpy_operands_are_not_traced():
+    """Native code and the specification get them, also under vmap and with nothing else."""
+    nothing = np.zeros((0,), np.int32)
+    count = functools.partial(_native.call, "lplb_count", reference.count, n_logical=4)
+    assert count(nothing).tolist() == jax.jit(lambda: count(nothing))().tolist() == 5 * [0]
+
+    placement = Placement.from_phy2log([[0, 1, 1], [2, 3, -1]], ep_size=2)
+    tables, columns = (placement.phy2log, placement.log2phy), np.zeros((2, 0), np.int32)
+    loads = np.array([[[5, 9, 1, 1]], [[7, 1, 2, 6]]], np.int32)
+
+    def run(loads):
+        operands = loads, *map(jnp.asarray, tables), columns
+        return _native.call("lplb_solve", reference.solve, *operands, ep_size=2)[0]
+
+    jaxpr = jax.make_jaxpr(run)(loads[0])
+    assert not re.search(r"i32\[\d+,0\]", str(jaxpr))
+    each = [run(one) for one in loads]
+    np.testing.assert_array_equal(jax.jit(jax.vmap(run))(loads), each)
 
 
 @pytest.mark.parametrize("runtime", ["0.9.9", "0.0.1"])
