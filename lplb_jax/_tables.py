@@ -133,10 +133,13 @@ def other_tables(phy2log: Any, ep_size: int, n_logical: int) -> tuple[Any, Any]:
 def _host_tables(
     phy2log: np.ndarray, ep_size: int, n_logical: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    def solve(*operands: Any, ep_size: int) -> Any:
+        return reference.solve(*map(jnp.asarray, operands), ep_size=ep_size)
+
     cpu = _native.cpu()
     if cpu is None:
         with jax.ensure_compile_time_eval():
-            homes = np.asarray(_homes(reference.solve, jnp.asarray(phy2log), ep_size, n_logical))
+            homes = np.asarray(_homes(solve, jnp.asarray(phy2log), ep_size, n_logical))
     else:
         homes = np.empty(n_logical, np.int32)
         cpu.homes(np.ascontiguousarray(phy2log), ep_size, homes)
