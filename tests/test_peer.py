@@ -95,7 +95,7 @@ def test_by_put(rng, mesh, max_experts):
 
 @pytest.mark.parametrize("transport", ["peer", "padded"])
 def test_no_empty_array_crosses_shard_map(rng, mesh, transport):
-    """XLA's partitioner crashes over them, see `no_gates`."""
+    """XLA's partitioner crashes over them, see `_native.call`."""
     run, given = peer_checks.scanned(mesh, rng, comm=comm_of(4), transport=transport)
     crossing = crossing_shard_map(run, given)
     assert not [line for line in crossing if re.search(r"tensor<([0-9]+x)*0x", line)]

@@ -144,13 +144,20 @@ def test_copies_come_to_their_place(rng, cpu_devices):
     assert all((shares in line) == (line in within) for line in calls)
 
 
-def test_no_empty_array_crosses_shard_map(rng, cpu_devices):
-    """XLA's partitioner crashes over them, see `no_gates`."""
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"copies": "batch"}, {"copies": "batch", "keep_copies": False}, {"balance": "none"},
+     {"tile": 4, "base_load": np.arange(4, dtype=np.int32), "n_nodes": 2}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("transport", ["peer", "padded"])
+def test_no_empty_array_crosses_shard_map(rng, cpu_devices, transport, how):
+    """XLA's partitioner crashes over them where layers are replayed, see `_native.call`."""
     mesh, comm = Mesh(cpu_devices[:4], "ep"), comm_of(4, **peer_checks.WINDOWS)
-    for options in ({"comm": comm, "transport": "peer"}, {"transport": "padded"}):
-        run, given = peer_checks.scanned(mesh, rng, AnyCase(4, 5, 12), copies="batch", **options)
-        crossing = crossing_shard_map(run, given)
-        assert not [line for line in crossing if re.search(r"tensor<([0-9]+x)*0x", line)]
+    how = how | {"transport": transport, "comm": comm if transport == "peer" else None}
+    run, given = peer_checks.scanned(mesh, rng, AnyCase(4, 5, 12), **how)
+    crossing = crossing_shard_map(run, given)
+    assert not [line for line in crossing if re.search(r"tensor<([0-9]+x)*0x", line)]
 
 
 @pytest.mark.parametrize(
