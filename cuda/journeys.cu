@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(32) SlotsByRowKernel(const SlotsByRowArguments
   const int32_t first = static_cast<int32_t>(blockIdx.x) * sizes.n_slots;
   int32_t* const rows = in.slots + blockIdx.x * sizes.n_rows;
   RowsOfSlots own(rows, sizes.n_local);
-  RowsOfSlots copies(rows + sizes.n_local, sizes.n_rows - sizes.n_local);
+  RowsOfSlots copies(rows + sizes.n_local, sizes.room());
   for (int32_t begin = 0; begin < sizes.n_slots; begin += 32) {
     const int32_t slot = begin + Lane();
     const int32_t expert = slot < sizes.n_slots ? __ldg(in.phy2log + first + slot) : -1;
@@ -70,7 +70,7 @@ struct Copies {
   int32_t* is_sent;  // [n_local]
 
   __device__ __forceinline__ Copies(const ExpertSizes& sizes, int32_t* memory)
-      : n(sizes.n_ranks * (sizes.n_rows - sizes.n_local)),
+      : n(sizes.n_ranks * sizes.room()),
         expert(memory),
         peer(expert + n),
         child(peer + n),
@@ -112,7 +112,7 @@ __device__ __forceinline__ void FillHomes(const JourneysArguments& in, const Cop
 // Which copies travel, and from where.
 __device__ __forceinline__ void FindTravellers(const JourneysArguments& in, const Copies& copies) {
   const ExpertSizes& sizes = in.sizes;
-  const int32_t room = sizes.n_rows - sizes.n_local;
+  const int32_t room = sizes.room();
   ForAll(copies.n, [&](int32_t i) {
     const int32_t rank = i / room;
     copies.expert[i] = copies.peer[i] = -1;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) JourneysKernel(const Journeys
   const ExpertSizes& sizes = in.sizes;
   const Copies copies(sizes, memory);
   const int32_t n_ranks = sizes.n_ranks;
-  const int32_t room = sizes.n_rows - sizes.n_local;
+  const int32_t room = sizes.room();
   const int32_t me = *in.me;
   int32_t* const to = copies.counts;            // copies that this rank sends to each
   int32_t* const to_before = to + n_ranks;      // and those that ranks before it send there

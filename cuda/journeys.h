@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "cuda/problem.h"
+
 namespace lplb::cuda {
 
 struct ExpertSizes {
@@ -17,7 +19,7 @@ struct ExpertSizes {
   int32_t n_local;  // own experts of a rank
   int32_t n_rows;   // of a rank: n_local and room for copies
 
-  int32_t room() const { return n_rows - n_local; }
+  LPLB_HOST_DEVICE int32_t room() const { return n_rows - n_local; }
 };
 
 struct SlotsByRowArguments {

@@ -101,15 +101,6 @@ def test_no_empty_array_crosses_shard_map(rng, mesh, transport):
     assert not [line for line in crossing if re.search(r"tensor<([0-9]+x)*0x", line)]
 
 
-def test_no_empty_gates_of_copies_cross_shard_map(rng, mesh):
-    """Copies take the windows without gates."""
-    comm = comm_of(4, **peer_checks.WINDOWS)
-    how = {"comm": comm, "transport": "peer", "copies": "batch"}
-    run, given = peer_checks.scanned(mesh, rng, moe_checks.AnyCase(4, 5, 12), **how)
-    crossing = crossing_shard_map(run, given)
-    assert not [line for line in crossing if re.search(r"tensor<([0-9]+x)*0xf", line)]
-
-
 def crossing_shard_map(run, given):
     """The types that enter and leave every `shard_map` of a scan of rematerialized layers."""
     text = run.lower(*given).as_text()

@@ -251,16 +251,6 @@ def lost(dtype: Any) -> Any:
     return jnp.asarray(limits.min if limits.min < 0 else limits.max, dtype)
 
 
-def home_slots(placement: Placement) -> jax.Array:
-    """int32 `[ep_size, n_local]`: each row's slot on its rank; slots_per_rank without an expert."""
-    n_ranks, n_local = placement.ep_size, rows_per_rank(placement)
-    home = jnp.asarray(placement.log2phy)[:, 0]
-    per_rank = placement.n_physical // n_ranks
-    rows = home_rows(home, placement.n_physical, n_ranks)
-    slots = jnp.full(n_ranks * n_local, per_rank, jnp.int32)
-    return slots.at[rows].set(home % per_rank, mode="drop").reshape(n_ranks, n_local)
-
-
 def _picked(array: jax.Array, *homes: jax.Array, rows: _Rows) -> jax.Array:
     """The rows of `array` that `rows` names; rows without an expert are 0 if there must be some."""
     full = homes[0].shape[-1] % rows.ep_size == 0

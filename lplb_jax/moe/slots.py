@@ -37,13 +37,14 @@ def room_for(placement: Placement) -> int:
     return slots_per_rank - n_local + min(padding, n_local)
 
 
-def slots_by_row(placement: Placement) -> jax.Array:
+def slots_by_row(placement: Placement, room: int | None = None) -> jax.Array:
     """int32 `[ep_size, n_local + room]`: local slots of each rank's homes, then of its copies.
 
-    slots_per_rank for rows without a slot.
+    slots_per_rank for rows without a slot. `room`: None for `room_for`'s.
     """
     tables = map(jnp.asarray, (placement.phy2log, placement.log2phy))
-    sizes: dict[str, Any] = {"ep_size": placement.ep_size, "room": room_for(placement)}
+    room = room_for(placement) if room is None else room
+    sizes: dict[str, Any] = {"ep_size": placement.ep_size, "room": room}
     return _native.call("lplb_slots_by_row", reference.slots_by_row, *tables, **sizes)
 
 

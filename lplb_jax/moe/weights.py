@@ -14,7 +14,7 @@ from lplb_jax._problem import Problem, check_unsharded
 from lplb_jax.moe import transports
 from lplb_jax.moe.fetch import Fetch, filled
 from lplb_jax.moe.flight import Flight
-from lplb_jax.moe.moves import home_slots, rows_per_rank
+from lplb_jax.moe.moves import rows_per_rank
 from lplb_jax.moe.plan import Counted, Transport
 from lplb_jax.moe.replicas import with_room
 from lplb_jax.moe.slots import fetch_anywhere, room_for, slots_by_row
@@ -135,7 +135,7 @@ def check_keeping(keep_copies: bool, weights: Weights, problem: Problem, *, fetc
 def slot_order(problem: Problem, *, uses_copies: bool, fetches: bool) -> jax.Array | None:
     """int32 `[ep_size, n]`: the slots of each rank in the order of its weights; None if equal."""
     if not uses_copies:
-        return home_slots(problem.placement)
+        return slots_by_row(problem.placement, room=0)
     if fetches and not problem.along_topology:
         return slots_by_row(problem.placement)
     return None

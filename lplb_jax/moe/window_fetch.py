@@ -152,10 +152,11 @@ def window_fetch(
     window, n_ranks = comm.window, placement.ep_size
     n_local, room = rows_per_rank(placement), room_for(placement)
     most, of_rank = most_moved(placement, fan_out, of_used=True)
+    most = max(1, most)  # of a single rank, too
     limits = _relays.limits(n_ranks, n_nodes or placement.n_nodes, most)
     if window is None or most > window.top_k or (relays and limits.rounds > 1):
         return None
-    n_received = min(of_rank, n_local * max(1, most))
+    n_received = min(of_rank, n_local * most)
     for leaf in jax.tree.leaves(experts):
         length = piece_length(leaf, window.row_bytes)
         if length is None or leaf.dtype.name not in DTYPES:
@@ -165,8 +166,8 @@ def window_fetch(
         if needed > window.n_tokens or n_ranks * (n_local + room) * n >= 2**31:
             return None
     operands = jnp.asarray(placement.phy2log), slots, slot_loads, lax.axis_index(axis_name)
-    sizes: dict[str, Any] = {"n_logical": placement.n_logical, "n_received": n_received}
-    sizes["most"] = max(1, most)
+    sizes: dict[str, Any] = {"n_logical": placement.n_logical, "most": most}
+    sizes["n_received"] = n_received
     if n_ranks * room <= MOST_COPIES and placement.n_logical <= MOST_EXPERTS:
         journeys = _native.call("lplb_journeys", reference.journeys, *operands, **sizes)
     else:
