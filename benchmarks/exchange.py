@@ -113,7 +113,7 @@ def by_xla(mesh: Mesh) -> dict[str, float]:
     figures = {}
     for name, step, n_rows in (
         ("ragged_all_to_all", ragged, N_TOKENS),
-        ("all_to_all", padded, N_TOKENS * size // (size - 1)),
+        ("all_to_all", padded, N_TOKENS // (size - 1) * size),
     ):
 
         def chain(x: jax.Array, step: Any = step) -> jax.Array:
