@@ -17,7 +17,7 @@ class ExchangeBatch:
 
     Attributes:
       row: int32 of that shape, rank · capacity + row; −1 also for choices without room.
-      sizes, n_bytes, row_type, blocks, first_row: arguments of a launch.
+      sizes, per_entry, n_bytes, row_type, blocks, first_row: arguments of a launch.
       tokens, gates: the inputs of every rank.
       sent: tokens from each rank to each other.
     """
@@ -33,6 +33,7 @@ class ExchangeBatch:
         dtype: str = "bfloat16",
         blocks: tuple[int, int] = (8, 4),
         first_row: int = 0,
+        per_entry: tuple[int, ...] = (1,),
     ) -> None:
         n_ranks, n_tokens, top_k = ranks_of.shape
         self.row = np.full(ranks_of.shape, -1, np.int32)
@@ -59,6 +60,7 @@ class ExchangeBatch:
         n_received = min((n_ranks - 1) * n_tokens, capacity)
         self.sizes = [n_tokens, top_k, capacity, n_received]
         self.blocks, self.row_type, self.first_row = list(blocks), _TYPES[dtype], first_row
+        self.per_entry = list(per_entry)
         self.dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
         self.n_bytes = [hidden * self.dtype.itemsize, 4]
         # Sums of small integers are exact in every dtype and order.
@@ -68,7 +70,8 @@ class ExchangeBatch:
         for r in range(n_ranks):
             lists = np.stack([self.sent[r], there[r], there[:, r], home[:, r], home[r]])
             routing = [put(r, array) for array in (self.row[r], order[r], lists.astype(np.int32))]
-            given = [put(r, self.tokens[r]), put(r, self.gates[r])]
+            arrays = [*self._parted(self.tokens[r]), self.gates[r]]
+            given = [put(r, array) for array in arrays]
             self._ranks.append((routing, given, [], []))
         self.clear()
 
@@ -76,12 +79,13 @@ class ExchangeBatch:
         """Clears all results, so that correct values were written afterwards."""
         (n_tokens, top_k, capacity, n_received), n_ranks = self.sizes, len(self.row)
         out = [
-            np.zeros((capacity, self.tokens.shape[2]), self.dtype),
+            *self._parted(np.zeros((capacity, self.tokens.shape[2]), self.dtype)),
             np.zeros(capacity, np.float32),
             np.full((max(n_received, 1), top_k), -7, np.int32),
             np.zeros(n_ranks, np.int32),
         ]
-        home = [np.zeros_like(self.tokens[0]), np.zeros((n_tokens, top_k), np.float32)]
+        home = self._parted(np.zeros_like(self.tokens[0]))
+        home.append(np.zeros((n_tokens, top_k), np.float32))
         for rank, (_, _, *results) in enumerate(self._ranks):
             for of_way, arrays in zip(results, (out, home), strict=True):
                 of_way[:] = [self._put(rank, array) for array in arrays]
@@ -89,7 +93,7 @@ class ExchangeBatch:
     def of(
         self, rank: int, claimed: jax.Array
     ) -> tuple[list[int], list[jax.Array], list[jax.Array], list[jax.Array]]:
-        """Pointers to the routing, to tokens and gates, and to the results there and back."""
+        """Pointers to the routing; tokens and gates; and the results there and back."""
         routing, *arrays = self._ranks[rank]
         return ([pointer(array) for array in (claimed, *routing)], *arrays)
 
@@ -97,7 +101,7 @@ class ExchangeBatch:
         """Raises if a row, gate, sum or number of tokens is wrong."""
         n_ranks = len(self.row)
         rows, row_gates, _, sizes = (
-            np.stack([np.asarray(of_rank[2][i]) for of_rank in self._ranks]) for i in range(4)
+            np.stack([self._joined(of_rank[2])[i] for of_rank in self._ranks]) for i in range(4)
         )
         np.testing.assert_array_equal(sizes, self.sent.T)
         source, token, choice = np.nonzero(self.row >= 0)
@@ -107,14 +111,26 @@ class ExchangeBatch:
         np.testing.assert_array_equal(row_gates[place], self.gates[source, token, choice])
         times = (self.row >= 0).sum(axis=2)[..., None]
         for rank in range(n_ranks):
-            tokens, gates = map(np.asarray, self._ranks[rank][3])
+            tokens, gates = self._joined(self._ranks[rank][3])
             expected = self.tokens[rank].astype(np.float64) * times[rank]
             np.testing.assert_array_equal(tokens.astype(np.float64), expected)
             np.testing.assert_array_equal(gates, np.where(self.row[rank] >= 0, self.gates[rank], 0))
 
     def is_poisoned(self, rank: int) -> bool:
         """Whether everything that the rank received is NaN, but nothing before first_row."""
-        rows, gates = (np.asarray(array, np.float64) for array in self._ranks[rank][2][:2])
+        rows, gates = (a.astype(np.float64) for a in self._joined(self._ranks[rank][2])[:2])
         lost = np.isnan(rows)
         spared = not lost[: self.first_row].any()
         return bool(spared and lost[self.first_row :].all() and np.isnan(gates).all())
+
+    def _parted(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Rows in several arrays: an entry's are numbered through them, see cuda/exchange.h."""
+        ends = np.cumsum(self.per_entry)
+        entries = rows.reshape(-1, ends[-1], rows.shape[1])
+        return [np.ascontiguousarray(part) for part in np.split(entries, ends[:-1], axis=1)]
+
+    def _joined(self, arrays: list[jax.Array]) -> list[np.ndarray]:
+        """The inverse for the first of `arrays`, with the others."""
+        found, n = list(map(np.asarray, arrays)), len(self.per_entry)
+        rows = np.concatenate(found[:n], axis=1)
+        return [rows.reshape(-1, rows.shape[2]), *found[n:]]

@@ -112,10 +112,10 @@ class VirtualRanks:
 
     def there(self, rank: int, batch: ExchangeBatch, stream: int | None = None) -> None:
         """Launches the way there of `batch` as this rank."""
-        routing, (tokens, gates), out = batch.of(rank, self._claimed[rank])[:3]
+        routing, given, out = batch.of(rank, self._claimed[rank])[:3]
         _bench.launch_there(
-            *self._who(rank), batch.sizes, batch.first_row, batch.n_bytes, batch.blocks, routing,
-            [pointer(tokens), pointer(gates)], [pointer(array) for array in out],
+            *self._who(rank), batch.sizes, batch.first_row, batch.per_entry, batch.n_bytes,
+            batch.blocks, routing, list(map(pointer, given)), list(map(pointer, out)),
             self._on(rank, stream),
         )  # fmt: skip
 
@@ -123,8 +123,8 @@ class VirtualRanks:
         """Launches the way back of what `there` sent."""
         routing, _, out, home = batch.of(rank, self._claimed[rank])
         _bench.launch_back(
-            *self._who(rank), batch.sizes, batch.n_bytes, batch.row_type, batch.blocks, routing,
-            [pointer(array) for array in out], [pointer(array) for array in home],
+            *self._who(rank), batch.sizes, batch.per_entry, batch.n_bytes, batch.row_type,
+            batch.blocks, routing, list(map(pointer, out)), list(map(pointer, home)),
             self._on(rank, stream),
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ namespace lplb::cuda {
 constexpr int32_t kMostChoices = 32;  // Per token: one per lane.
 constexpr int32_t kMinItems = 4096;   // Fewer tokens are cut into pieces, up to this many items.
 constexpr int32_t kPutThreads = 512;  // per block of the kernels that send by put, at most
+constexpr int32_t kMostArrays = 4;    // that travel together
 
 // What a rank keeps between exchanges, in device memory. Initially zero.
 struct ExchangeState {
@@ -158,6 +159,20 @@ ExchangeOptions ChooseOptions(const Routing& routing, int32_t n_ranks, int32_t r
 enum class RowType : int32_t { kBFloat16, kFloat16, kFloat32, kFloat64 };
 constexpr int32_t kRowTypes = 4;
 
+// Rows in one array, or in several of equal width. With several, rows belong to entries, such as
+// experts: an entry has some rows in each array, the same numbers for all entries, and is numbered
+// through the arrays. So its rows are one list, as if the arrays were joined along their second
+// axis, and one exchange moves all of them.
+template <typename Byte>
+struct RowArrays {
+  Byte* data[kMostArrays];
+  int32_t rows[kMostArrays];  // of an entry, in each array
+  int32_t n_arrays;
+  int32_t per_entry;  // rows in all arrays
+
+  static RowArrays One(Byte* array) { return {{array}, {1}, 1, 1}; }
+};
+
 // Tokens to rows. Rows [capacity, row_bytes] and row_gates [capacity] without a token are left
 // unchanged. For the way back it returns numbers [n_received, top_k], the rows of each received
 // token by place, −1 for choices on other ranks; and sizes [n_ranks], the number of tokens from
@@ -165,9 +180,9 @@ constexpr int32_t kRowTypes = 4;
 // of rows before first_row. These may be the tokens themselves, if no token comes to them.
 struct ThereArguments {
   Routing routing;
-  const void* tokens;  // [n_tokens, row_bytes]
-  const void* gates;   // [n_tokens, top_k] of gate_bytes
-  void* rows;
+  RowArrays<const char> tokens;  // [n_tokens, row_bytes]
+  const void* gates;             // [n_tokens, top_k] of gate_bytes
+  RowArrays<char> rows;
   void* row_gates;
   int32_t* numbers;
   int32_t* sizes;
@@ -181,12 +196,12 @@ struct ThereArguments {
 // return to their choices. Choices without a row add nothing.
 struct BackArguments {
   Routing routing;
-  const void* rows;       // [capacity, row_bytes]
-  const void* row_gates;  // [capacity] of gate_bytes
+  RowArrays<const char> rows;  // [capacity, row_bytes]
+  const void* row_gates;       // [capacity] of gate_bytes
   const int32_t* numbers;
   const int32_t* sizes;
-  void* tokens;  // [n_tokens, row_bytes]
-  void* gates;   // [n_tokens, top_k]
+  RowArrays<char> tokens;  // [n_tokens, row_bytes]
+  void* gates;             // [n_tokens, top_k]
   int32_t row_bytes;
   int32_t gate_bytes;
   RowType type;

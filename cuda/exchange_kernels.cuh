@@ -115,8 +115,7 @@ __device__ __forceinline__ void SendToken(const AnyExchange& exchange, const Exc
     const int64_t i = static_cast<int64_t>(token) * in.routing.top_k + Lane();
     gate = LoadGate(in.gates, i, in.gate_bytes);
   }
-  const char* tokens = static_cast<const char*>(in.tokens);
-  CopyPiece<W>(tokens + static_cast<int64_t>(token) * in.row_bytes, piece, target,
+  CopyPiece<W>(RowAt(in.tokens, token, in.row_bytes), piece, target,
                [&] { outbox->LeaveIfMany(call); });
   for (uint32_t rest = senders; rest != 0; rest &= rest - 1) {
     const int from = __ffs(rest) - 1;
@@ -159,7 +158,7 @@ __device__ __forceinline__ void Expand(const ThereArguments& in, const Pieces& p
                                        uint64_t gate) {
   char* target = nullptr;
   if (row >= 0) {
-    target = static_cast<char*>(in.rows) + static_cast<int64_t>(row) * in.row_bytes;
+    target = RowAt(in.rows, row, in.row_bytes);
     if (PieceOf(pieces, batch.Item()).number == 0) {
       StoreGate(in.row_gates, row, in.gate_bytes, gate);
     }
@@ -187,8 +186,7 @@ __device__ __forceinline__ void ExpandOwn(const AnyExchange& exchange, const The
     const int64_t i = static_cast<int64_t>(token) * in.routing.top_k + batch.choice;
     gate = LoadGate(in.gates, i, in.gate_bytes);
   }
-  const char* from = static_cast<const char*>(in.tokens);
-  Expand<W>(in, pieces, batch, from + static_cast<int64_t>(token) * in.row_bytes, row, gate);
+  Expand<W>(in, pieces, batch, RowAt(in.tokens, token, in.row_bytes), row, gate);
 }
 
 template <typename W, typename AnyExchange>
@@ -261,9 +259,7 @@ __device__ __forceinline__ void There(const AnyExchange& exchange, const ThereAr
     ReceiveTokens<W>(exchange, call, in, pieces);
   }
   if (FinishExchange(exchange, call)) {
-    const int64_t first = static_cast<int64_t>(in.first_row) * in.row_bytes;
-    FillOnes(static_cast<char*>(in.rows) + first,
-             static_cast<int64_t>(in.routing.capacity) * in.row_bytes - first);
+    FillRows(in.rows, in.first_row, in.routing.capacity, in.row_bytes);
     FillOnes(in.row_gates, static_cast<int64_t>(in.routing.capacity) * in.gate_bytes);
   }
 }
@@ -455,10 +451,6 @@ __device__ __forceinline__ bool SumPiece(SumRoom<W>* room, const Piece& piece, c
   return SumSteps<T, 2>(room, piece, terms, to, n_early, ready);
 }
 
-__device__ __forceinline__ const char* RowAt(const void* rows, int64_t row, int32_t row_bytes) {
-  return static_cast<const char*>(rows) + row * row_bytes;
-}
-
 // The row numbers of a received token, one per lane; −1 for none.
 __device__ __forceinline__ int32_t LoadNumber(const Routing& routing, const int32_t* numbers,
                                               const Received& received, int64_t place) {
@@ -480,7 +472,7 @@ __device__ __forceinline__ void SendSum(const AnyExchange& exchange, const Excha
   uint64_t gate = 0;
   if (row >= 0 && piece.number == 0) gate = LoadGate(in.row_gates, row, in.gate_bytes);
   if (__popc(rows) == 1) {
-    const int64_t only = __shfl_sync(kFullWarp, row, __ffs(rows) - 1);
+    const int32_t only = __shfl_sync(kFullWarp, row, __ffs(rows) - 1);
     CopyPiece<W>(RowAt(in.rows, only, in.row_bytes), piece, Lane() == 0 ? to : nullptr,
                  [&] { outbox->LeaveIfMany(call); });
   } else {
@@ -554,7 +546,7 @@ __device__ __forceinline__ bool ReceiveSums(const AnyExchange& exchange, const E
   int32_t place = 0;
   if (remote) {
     place = call.ListAt(exchange, kStartsReturn, choice.rank) + order;
-    term = RowAt(slot.rows, place, shape.RowStride());
+    term = slot.rows + int64_t{place} * shape.RowStride();
   }
   const bool is_term = choice.rank >= 0 && Lane() == first;
   const uint32_t own_rows = __ballot_sync(kFullWarp, own);
@@ -563,7 +555,7 @@ __device__ __forceinline__ bool ReceiveSums(const AnyExchange& exchange, const E
   for (int32_t item = batch.begin; item < batch.end; ++item) {
     const Piece piece = PieceOf(pieces, item);
     const uint32_t lanes = batch.LanesOf(item, routing.top_k);
-    char* to = static_cast<char*>(in.tokens) + int64_t{item / pieces.n_pieces} * in.row_bytes;
+    char* to = RowAt(in.tokens, item / pieces.n_pieces, in.row_bytes);
     const auto ready = [&] {
       if (item != batch.begin) return true;
       return AwaitFlags(exchange, call, is_term && remote ? flag : nullptr, choice.rank);
@@ -615,7 +607,7 @@ __device__ __forceinline__ void Back(const AnyExchange& exchange, const BackArgu
   }
   if (FinishExchange(exchange, call)) {
     const int64_t n_tokens = in.routing.n_tokens;
-    FillOnes(in.tokens, n_tokens * in.row_bytes);
+    FillRows(in.tokens, 0, in.routing.n_tokens, in.row_bytes);
     FillOnes(in.gates, n_tokens * in.routing.top_k * in.gate_bytes);
   }
 }

@@ -100,10 +100,14 @@ def virtual_ranks():
 
 
 def random_batch(rng, ranks, size):
-    """Any sizes; sometimes ranks send nothing, one gets everything, or there is little room."""
+    """Any sizes; sometimes ranks send nothing, one gets everything, or there is little room. Rows
+    in one array, or in several."""
     # With few blocks, warps receive one item at a time of the small ones, several of the large.
     n_tokens = int(np.exp(rng.uniform(0, np.log(480 // max(size - 1, 1)))))
     top_k = int(rng.integers(1, 9))
+    per_entry = ((1,), (2, 1), (1, 3, 1, 2))[rng.integers(0, 3)]
+    each = sum(per_entry)
+    n_tokens = max(n_tokens // each, 1) * each
     kind = rng.choice(["any", "one", "silent", "nothing", "little room"])
     ranks_of = rng.integers(-1, size, (size, n_tokens, top_k))
     if kind == "one":
@@ -113,11 +117,12 @@ def random_batch(rng, ranks, size):
     elif kind == "nothing":
         ranks_of[:] = -1
     most = size * n_tokens * top_k
-    capacity = int(rng.integers(1, most + 1)) if kind == "little room" else most
+    capacity = int(rng.integers(1, most // each + 1)) * each if kind == "little room" else most
     dtype = rng.choice(["bfloat16", "float16", "float32"])
     hidden = 8 * int(rng.integers(1, 65))
     blocks = int(rng.integers(1, 9))
     options = {"dtype": str(dtype), "blocks": (blocks, int(rng.integers(1, blocks + 1)))}
+    options["per_entry"] = per_entry
     return ExchangeBatch(ranks.put, ranks_of, capacity, hidden, rng, **options)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
@@ -165,13 +170,17 @@ def test_long_rows(rng, virtual_ranks, n_gpus, size):
     batch.check()
 
 
-@pytest.mark.parametrize(("n_gpus", "first_row"), [(1, 0), (1, 7), (2, 0)])
-def test_a_missing_rank_is_reported(rng, virtual_ranks, n_gpus, first_row):
+@pytest.mark.parametrize(
+    ("n_gpus", "first_row", "per_entry"),
+    [(1, 0, (1,)), (1, 7, (1,)), (2, 0, (1,)), (1, 20, (3, 2)), (1, 10, (1, 2, 1, 1))],
+)
+def test_a_missing_rank_is_reported(rng, virtual_ranks, n_gpus, first_row, per_entry):
     """Named within the timeout; received data is not returned, and no rank keeps waiting. Rows
     before the first that may come are spared: they can be a rank's own experts."""
     ranks = virtual_ranks(n_gpus, 3, 480, 2, 256, timeout_s=2.0)
     ranks_of = rng.integers(0, 3, (3, 50, 2))
-    batch = ExchangeBatch(ranks.put, ranks_of, 300, 128, rng, first_row=first_row)  # pyright: ignore[reportPossiblyUnboundVariable]
+    sizes = {"first_row": first_row, "per_entry": per_entry}
+    batch = ExchangeBatch(ranks.put, ranks_of, 300, 128, rng, **sizes)  # pyright: ignore[reportPossiblyUnboundVariable]
     start = time.perf_counter()
     for rank in (0, 2):
         ranks.there(rank, batch)

@@ -18,9 +18,11 @@ from test_moe_slots import hot, slots_used
 from test_peer import comm_of, crossing_shard_map
 
 from lplb_jax import _native, export_checks
+from lplb_jax._axes import varying_as
 from lplb_jax._problem import check_problem
 from lplb_jax.moe import slots, transports, weights
 from lplb_jax.moe.peer import Peer
+from lplb_jax.moe.transfers import one_by_one
 from lplb_jax.moe.transports import COLLECTIVES
 from lplb_jax.moe.window_fetch import WindowFetch, piece_length, window_fetch
 
@@ -29,9 +31,9 @@ from lplb_jax.moe.window_fetch import WindowFetch, piece_length, window_fetch
 def test_copies_and_sums_of_their_gradients(rng, cpu_devices, sizes):
     """Integers, so that sums are exact in any order: against NumPy."""
     n_ranks, n_slots, n_logical = sizes
-    case, shape = AnyCase(*sizes), (3, 8)
+    case, shapes = AnyCase(*sizes), [(3, 16), (5, 2, 8), (3, 4)]  # rows of 16, 16 and 12 numbers
     mesh = Mesh(cpu_devices[:n_ranks], "ep")
-    comm = comm_of(n_ranks, max_tokens=512, hidden_bytes=32, top_k=8)
+    comm = comm_of(n_ranks, max_tokens=512, hidden_bytes=64, top_k=8)
 
     @functools.partial(jax.jit, static_argnames="fan_out")
     def both_ways(placement, loads, own, cts, *, fan_out):
@@ -42,10 +44,15 @@ def test_copies_and_sums_of_their_gradients(rng, cpu_devices, sizes):
                 relays=False,
             )  # fmt: skip
             assert isinstance(fetch, WindowFetch)
-            held = fetch.write_into(own, fetch.delivered(fetch.wanted(own)))
+            assert fetch.together(own) == [[0, 1], [2]]
+            zero = varying_as(jnp.zeros(1), own[0])
+            _, rows = one_by_one(fetch.together(own), fetch.delivered, zero, own)
+            held = list(map(fetch.write_into, own, rows))
+            _, home = one_by_one(fetch.together(cts), fetch.sent_home, zero, cts)
+            slopes = list(map(fetch.accumulate, cts, home))
             received = fetch.journeys.received
             there = (received[..., None] == jnp.arange(fetch.n_copies)).any(axis=(0, 1))
-            return held, fetch.accumulate(cts, fetch.sent_home(cts)), there
+            return held, slopes, there
 
         run = jax.shard_map(rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
         return *run(own, cts), slots.slots_by_row(placement)
@@ -55,15 +62,18 @@ def test_copies_and_sums_of_their_gradients(rng, cpu_devices, sizes):
         loads = slots_used(rng, placement).astype(np.int32)
         n_rows = -(-n_logical // n_ranks) + slots.room_for(placement)
         n_local = -(-n_logical // n_ranks)
+        sizes = [(n_ranks * n_rows, *shape) for shape in shapes]
         own, cts = (
-            rng.integers(-50, 50, (n_ranks * n_rows, *shape)).astype(np.float32) for _ in range(2)
+            [rng.integers(-50, 50, size).astype(np.float32) for size in sizes] for _ in range(2)
         )
-        held, slopes, there, order = map(
-            np.asarray, both_ways(placement, loads, own, cts, fan_out=None)
+        held, slopes, there, order = both_ways(placement, loads, own, cts, fan_out=None)
+        there, order = np.asarray(there), np.asarray(order)
+        held, slopes, own, cts = (
+            np.concatenate([np.reshape(array, (n_ranks, n_rows, -1)) for array in arrays], axis=2)
+            for arrays in (held, slopes, own, cts)
         )
         table = placement.phy2log.reshape(n_ranks, n_slots)
-        by_rank = own.reshape(n_ranks, n_rows, *shape)
-        want_held, want = by_rank.copy(), cts.reshape(by_rank.shape).copy()
+        want_held, want = own.copy(), cts.copy()
         there = there.reshape(n_ranks, -1)
         expert = np.full(order.shape, -1)
         filled = order < n_slots
@@ -74,8 +84,8 @@ def test_copies_and_sums_of_their_gradients(rng, cpu_devices, sizes):
             owner = placement.log2phy[moved, 0] // n_slots
             row = int(np.flatnonzero(expert[owner, :n_local] == moved)[0])
             assert owner != r
-            want_held[r, n_local + c] = by_rank[owner, row]
-            want[owner, row] += cts.reshape(by_rank.shape)[r, n_local + c]
+            want_held[r, n_local + c] = own[owner, row]
+            want[owner, row] += cts[r, n_local + c]
             n_moved += 1
         want[:, n_local:] = 0
         used = loads.reshape(table.shape)
@@ -86,8 +96,8 @@ def test_copies_and_sums_of_their_gradients(rng, cpu_devices, sizes):
         )
         assert n_moved == busy
         kept = np.concatenate([np.ones((n_ranks, n_local), bool), there], axis=1)
-        np.testing.assert_array_equal(held.reshape(by_rank.shape)[kept], want_held[kept])
-        np.testing.assert_array_equal(slopes.reshape(by_rank.shape), want)
+        np.testing.assert_array_equal(held[kept], want_held[kept])
+        np.testing.assert_array_equal(slopes, want)
 
 
 def test_no_rank_sends_more_than_its_limit(rng, cpu_devices):
@@ -133,15 +143,17 @@ def test_copies_come_to_their_place(rng, cpu_devices):
     run, given = peer_checks.scanned(
         mesh, rng, AnyCase(4, 5, 12), comm=comm, transport="peer", copies="batch"
     )
-    with mock.patch.dict(_native.AVAILABLE, {"CUDA": ("lplb_there", "lplb_there_within")}):
+    with mock.patch.dict(_native.AVAILABLE, {"CUDA": ("lplb_there", "lplb_weights_there")}):
         lowered = export.export(run, platforms=["cuda"], disabled_checks=export_checks())
         text = lowered(*given).mlir_module()
-    calls = [line for line in text.splitlines() if "custom_call @lplb_there" in line]
-    within = [line for line in calls if "@lplb_there_within" in line]
-    assert within
-    assert len(within) < len(calls)
-    shares = "output_operand_alias<output_tuple_indices = [0], operand_index = 0"
-    assert all((shares in line) == (line in within) for line in calls)
+    of_weights = re.findall(r"custom_call @lplb_weights_there.*", text)
+    of_tokens = re.findall(r"custom_call @lplb_there.*", text)
+    assert of_weights
+    assert of_tokens
+    for k in range(2):  # gate_up and down
+        shares = f"output_operand_alias<output_tuple_indices = [{k}], operand_index = {k}"
+        assert all(shares in line for line in of_weights)
+    assert not any("output_operand_alias" in line for line in of_tokens)
 
 
 @pytest.mark.parametrize(
@@ -227,4 +239,4 @@ def test_without_room_another_transport_carries_them(rng, cpu_devices):
 )  # fmt: skip
 def test_rows_are_as_long_as_fits(shape, dtype, length):
     """Divisors of an expert, of at most 64 bytes and multiples of 16."""
-    assert piece_length(jax.ShapeDtypeStruct((2, *shape), dtype), 64) == length
+    assert piece_length([jax.ShapeDtypeStruct((2, *shape), dtype)], 64) == length

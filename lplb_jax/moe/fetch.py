@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -61,7 +62,8 @@ class Fetch:
     # Redundant slot j·D + d is a copy of local expert j·D + d, of column d. Data in flight stays in
     # parts, one per column, since concatenating early would wait for all of them.
 
-    in_order = False  # XLA orders collectives alike on all ranks.
+    def together(self, arrays: Sequence[jax.Array]) -> None:
+        """None: XLA orders collectives alike on all ranks."""
 
     def delivered(self, wanted: Any) -> Any:
         """Sends what is `wanted` of every rank; returns what this rank receives, part by part."""

@@ -65,18 +65,24 @@ class Routing:
     sms: int
     row_bytes: int
 
-    def call(self, target: str, specification: Any, *operands: Any, **options: Any) -> Any:
-        """Calls the kernel `target`, or its specification if the backend has none. For `options`,
-        see `_native.call`."""
+    def call(
+        self, target: str, specification: Any, rows: Any, gates: Any, *came: Any, **options: Any
+    ) -> Any:
+        """Calls the kernel `target`, or its specification if the backend has none.
+
+        `rows` is an array, or a list of arrays of weights. For `options`, see `_native.call`.
+        """
+        rows = rows if isinstance(rows, list) else [rows]
         return _native.call(
             target,
             specification,
-            *operands[:2],
+            *rows,
+            gates,
             self.row,
             self.order,
             self.lists,
             lax.axis_index(self.axis_name),
-            *operands[2:],
+            *came,
             axis_name=self.axis_name,
             capacity=self.capacity,
             n_received=self.n_received,
@@ -258,13 +264,13 @@ def _there(
 
 @jax.custom_vjp
 def _back(rows: jax.Array, routing: Routing, came: tuple[jax.Array, jax.Array]) -> jax.Array:
-    gates = no_gates(rows).reshape(0)
+    gates = no_gates(len(rows)).reshape(0)
     return routing.call("lplb_back", reference.back, rows, gates, *came)[0]
 
 
-def no_gates(rows: jax.Array) -> np.ndarray:
+def no_gates(n_rows: int) -> np.ndarray:
     """Float32 `[n_rows, 0]`."""
-    return np.zeros((len(rows), 0), np.float32)
+    return np.zeros((n_rows, 0), np.float32)
 
 
 def _there_forward(tokens: jax.Array, gates: jax.Array, routing: Routing) -> Any:
@@ -283,7 +289,7 @@ def _back_forward(rows: jax.Array, routing: Routing, came: Any) -> Any:
 
 
 def _back_backward(routing: Routing, ct: jax.Array) -> tuple[jax.Array, None, None]:
-    return routing.call("lplb_there", reference.there, ct, no_gates(ct))[0], None, None
+    return routing.call("lplb_there", reference.there, ct, no_gates(len(ct)))[0], None, None
 
 
 _there.defvjp(_there_forward, _there_backward)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -109,10 +110,8 @@ class FetchAnywhere:
         """False: only the device knows the transfers."""
         return False
 
-    @property
-    def in_order(self) -> bool:
-        """False: XLA orders collectives alike on all ranks."""
-        return False
+    def together(self, arrays: Sequence[jax.Array]) -> None:
+        """None: XLA orders collectives alike on all ranks."""
 
     @property
     def n_copies(self) -> int:

@@ -10,7 +10,7 @@ second, XLA sees nothing to do between the start and the end of their transfer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -20,7 +20,11 @@ from lplb_jax.moe.copies import Copies, add, copy
 
 
 class AnyFetch(Protocol):
-    """Who sends which weights to whom, along a topology or anywhere. Methods take one array."""
+    """Who sends which weights to whom, along a topology or anywhere.
+
+    Methods take one array; but where transfers must wait for one another, `delivered` and
+    `sent_home` take and return lists, of the arrays that travel together.
+    """
 
     @property
     def n_copies(self) -> int:
@@ -32,9 +36,9 @@ class AnyFetch(Protocol):
         """Whether copy engines move them, which occupy no SMs."""
         ...
 
-    @property
-    def in_order(self) -> bool:
-        """Whether each transfer must wait for the one before, of tokens or of copies."""
+    def together(self, arrays: Sequence[jax.Array]) -> list[list[int]] | None:
+        """Which of the arrays travel together, if each transfer must wait for the one before, of
+        tokens or of copies; otherwise None."""
         ...
 
     def wanted(self, weights: jax.Array) -> Any:
@@ -47,7 +51,7 @@ class AnyFetch(Protocol):
         """Overwrites the weights' room with the copies."""
         ...
 
-    def sent_home(self, ct: jax.Array) -> Any:
+    def sent_home(self, ct: Any, /) -> Any:
         """Sends the copies' gradients to their owners; `ct` has all slots'."""
 
     def accumulate(self, ct: jax.Array, home: Any) -> jax.Array:
@@ -202,25 +206,27 @@ def beside_rows(fetch: AnyFetch | None, rows: jax.Array, experts: Any) -> tuple[
     if fetch is None:
         return rows, experts
     leaves, tree = jax.tree.flatten(experts)
-    if fetch.in_order:
-        rows, delivered = one_by_one(lambda w: fetch.delivered(fetch.wanted(w)), rows, leaves)
+    wanted, groups = list(map(fetch.wanted, leaves)), fetch.together(leaves)
+    if groups is not None:
+        rows, delivered = one_by_one(groups, fetch.delivered, rows, wanted)
     else:
-        delivered = [fetch.delivered(fetch.wanted(weights)) for weights in leaves]
+        delivered = list(map(fetch.delivered, wanted))
     if fetch.by_engines:
         rows, delivered = lax.optimization_barrier((rows, delivered))
     return rows, tree.unflatten(map(fetch.write_into, leaves, delivered))
 
 
 def one_by_one(
-    transfer: Callable[[jax.Array], Any], rows: jax.Array, arrays: list[jax.Array]
+    groups: list[list[int]], transfer: Callable[..., Any], rows: jax.Array, arrays: list[Any]
 ) -> tuple[jax.Array, list[Any]]:
-    """`transfer` of each array, each after the one before: the first after those of `rows`, and
-    what follows with `rows` after the last."""
-    results = []
-    for array in arrays:
-        rows, array = lax.optimization_barrier((rows, array))
-        rows, result = lax.optimization_barrier((rows, transfer(array)))
-        results.append(result)
+    """`transfer` of each group of arrays after that of the one before: the first after those of
+    `rows`, and what follows with `rows` after the last."""
+    results: list[Any] = [None] * len(arrays)
+    for group in groups:
+        rows, given = lax.optimization_barrier((rows, [arrays[i] for i in group]))
+        rows, of_group = lax.optimization_barrier((rows, transfer(given)))
+        for i, result in zip(group, of_group, strict=True):
+            results[i] = result
     return rows, results
 
 
@@ -240,10 +246,11 @@ def _beside_backward(
         of_rows, of_slots = lax.optimization_barrier((of_rows, of_slots))
     if fetch is None:
         return None, of_rows, put_back(of_slots)
-    if fetch.in_order:
-        of_rows, home = one_by_one(fetch.sent_home, of_rows, of_slots)
+    groups = fetch.together(of_slots)
+    if groups is not None:
+        of_rows, home = one_by_one(groups, fetch.sent_home, of_rows, of_slots)
     else:
-        home = [fetch.sent_home(ct) for ct in of_slots]
+        home = list(map(fetch.sent_home, of_slots))
     if engines:
         of_rows, home = lax.optimization_barrier((of_rows, home))
     return None, of_rows, put_back(list(map(fetch.accumulate, of_slots, home)))

@@ -38,7 +38,8 @@ __all__ = [
     "synced_rebalance",
     "synced_rebalance_costs",
     "there",
-    "there_within",
+    "weights_back",
+    "weights_there",
 ]
 
 
@@ -73,7 +74,8 @@ synced_rebalance_costs = _with_default_promotion(balancer.synced_rebalance_costs
 plan = _with_default_promotion(exchange_plan.plan)
 synced_plan = _with_default_promotion(exchange_plan.synced_plan)
 there = _with_default_promotion(exchange.there)
-there_within = _with_default_promotion(exchange.there_within)
 back = _with_default_promotion(exchange.back)
+weights_there = _with_default_promotion(exchange.weights_there)
+weights_back = _with_default_promotion(exchange.weights_back)
 slots_by_row = _with_default_promotion(expert_journeys.slots_by_row)
 journeys = _with_default_promotion(expert_journeys.journeys)

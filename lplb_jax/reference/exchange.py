@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int32
 
@@ -63,31 +64,6 @@ def there(
     return rows, row_gates, numbers, of_all(lists[SIZES_SENT])[:, rank]
 
 
-def there_within(
-    rows: Float[Array, "capacity hidden"],
-    gates: Float[Array, "capacity 0"],
-    row: Int32[Array, "capacity top_k"],
-    order: Int32[Array, "capacity top_k"],
-    lists: Int32[Array, "lists ep_size"],
-    rank: Int32[Array, ""],
-    *,
-    first_row: int,
-    **options: Any,
-) -> tuple[
-    Float[Array, "capacity hidden"],
-    Float[Array, " 0"],
-    Int32[Array, "n_received top_k"],
-    Int32[Array, " ep_size"],
-]:
-    """`there`, but tokens are rows themselves, and stay where nothing comes. They leave from before
-    `first_row` and come to it and later ones."""
-    del first_row  # Those before survive a failure, too.
-    routing = row, order, lists, rank
-    came, row_gates, numbers, sizes = there(rows, gates, *routing, **options)
-    comes, *_ = there(jnp.ones_like(rows[:, :1]), gates, *routing, **options)
-    return jnp.where(comes > 0, came, rows), row_gates, numbers, sizes
-
-
 def back(
     rows: Float[Array, "capacity hidden"],
     row_gates: Float[Array, " capacity_or_0"],
@@ -128,3 +104,38 @@ def back(
     if row_gates.size:
         gates = pick(lax.all_gather(row_gates, axis_name), row.reshape(-1)).reshape(row.shape)
     return total.astype(rows.dtype), gates
+
+
+def weights_there(
+    *operands: Array, arrays: int, first_row: int, **options: Any
+) -> tuple[Array, ...]:
+    """`there` for weights among themselves: experts, `[experts, rows, hidden]` in each of `arrays`.
+
+    An expert's rows are numbered through the arrays. They leave from before `first_row` and come to
+    it and later ones; what nothing comes to stays. The other operands and results are `there`'s.
+    """
+    del first_row  # Those before survive a failure, too.
+    weights, routing = operands[:arrays], operands[arrays:]
+    rows = _joined(weights)
+    came, *others = there(rows, *routing, **options)
+    comes, *_ = there(jnp.ones_like(rows[:, :1]), *routing, **options)
+    return *_parted(jnp.where(comes > 0, came, rows), weights), *others
+
+
+def weights_back(*operands: Array, arrays: int, **options: Any) -> tuple[Array, ...]:
+    """`back` for gradients of `weights_there`'s results."""
+    weights, others = operands[:arrays], operands[arrays:]
+    sums, gates = back(_joined(weights), *others, **options)
+    return *_parted(sums, weights), gates
+
+
+def _joined(weights: tuple[Array, ...]) -> Array:
+    """The rows of all experts, `[experts · rows, hidden]`."""
+    return jnp.concatenate(weights, axis=1).reshape(-1, weights[0].shape[2])
+
+
+def _parted(rows: Array, like: tuple[Array, ...]) -> list[Array]:
+    """The inverse of `_joined`, for any number of experts."""
+    ends = np.cumsum([array.shape[1] for array in like])
+    rows = rows.reshape(-1, ends[-1], rows.shape[1])
+    return [rows[:, end - array.shape[1] : end] for end, array in zip(ends, like, strict=True)]

@@ -3,6 +3,7 @@
 // launchers.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/vector.h>
 
 #include <array>
 #include <stdexcept>
@@ -130,30 +131,48 @@ cuda::Routing RoutingOf(const std::array<int32_t, 4>& sizes, const std::array<Po
   return {As(of[0]), As(of[1]), As(of[2]), As(of[3]), sizes[0], sizes[1], sizes[2], sizes[3]};
 }
 
-// Exchanges as the rank of `device` in communicator `comm`.
-// bytes: per row and per gate; blocks: all, and those that send. in: tokens, gates; out: rows,
-// row_gates, numbers, sizes. A failure spares rows before first_row.
-void LaunchThereOf(int64_t comm, int32_t device, std::array<int32_t, 4> sizes, int32_t first_row,
-                   std::array<int32_t, 2> bytes, std::array<int32_t, 2> blocks,
-                   std::array<Pointer, 4> routing, std::array<Pointer, 2> in,
-                   std::array<Pointer, 4> out, Pointer stream) {
-  ThrowIf(
-      Lent().there(RankOf(comm, device),
-                   {RoutingOf(sizes, routing), As<void>(in[0]), As<void>(in[1]), As<void>(out[0]),
-                    As<void>(out[1]), As(out[2]), As(out[3]), bytes[0], bytes[1], first_row},
-                   {blocks[0], blocks[1]}, As<CUstream_st>(stream)));
+// Rows in `per_entry.size()` arrays, the first of `of`, see cuda::RowArrays.
+template <typename Byte>
+cuda::RowArrays<Byte> RowsOf(const std::vector<int32_t>& per_entry,
+                             const std::vector<Pointer>& of) {
+  cuda::RowArrays<Byte> rows = {};
+  rows.n_arrays = static_cast<int32_t>(per_entry.size());
+  for (size_t k = 0; k < per_entry.size(); ++k) {
+    rows.data[k] = As<Byte>(of.at(k));
+    rows.rows[k] = per_entry[k];
+    rows.per_entry += per_entry[k];
+  }
+  return rows;
 }
 
-// type: a RowType. in: rows, row_gates, numbers, sizes; out: tokens, gates.
+// Exchanges as the rank of `device` in communicator `comm`, of at most kMostArrays arrays.
+// bytes: per row and per gate; blocks: all, and those that send. in: arrays of tokens, gates; out:
+// arrays of rows, row_gates, numbers, sizes. A failure spares rows before first_row.
+void LaunchThereOf(int64_t comm, int32_t device, std::array<int32_t, 4> sizes, int32_t first_row,
+                   const std::vector<int32_t>& per_entry, std::array<int32_t, 2> bytes,
+                   std::array<int32_t, 2> blocks, std::array<Pointer, 4> routing,
+                   const std::vector<Pointer>& in, const std::vector<Pointer>& out,
+                   Pointer stream) {
+  const size_t n = per_entry.size();
+  ThrowIf(Lent().there(RankOf(comm, device),
+                       {RoutingOf(sizes, routing), RowsOf<const char>(per_entry, in),
+                        As<void>(in.at(n)), RowsOf<char>(per_entry, out), As<void>(out.at(n)),
+                        As(out.at(n + 1)), As(out.at(n + 2)), bytes[0], bytes[1], first_row},
+                       {blocks[0], blocks[1]}, As<CUstream_st>(stream)));
+}
+
+// type: a RowType. in: arrays of rows, row_gates, numbers, sizes; out: arrays of tokens, gates.
 void LaunchBackOf(int64_t comm, int32_t device, std::array<int32_t, 4> sizes,
-                  std::array<int32_t, 2> bytes, int32_t type, std::array<int32_t, 2> blocks,
-                  std::array<Pointer, 4> routing, std::array<Pointer, 4> in,
-                  std::array<Pointer, 2> out, Pointer stream) {
-  ThrowIf(Lent().back(
-      RankOf(comm, device),
-      {RoutingOf(sizes, routing), As<void>(in[0]), As<void>(in[1]), As(in[2]), As(in[3]),
-       As<void>(out[0]), As<void>(out[1]), bytes[0], bytes[1], static_cast<cuda::RowType>(type)},
-      {blocks[0], blocks[1]}, As<CUstream_st>(stream)));
+                  const std::vector<int32_t>& per_entry, std::array<int32_t, 2> bytes, int32_t type,
+                  std::array<int32_t, 2> blocks, std::array<Pointer, 4> routing,
+                  const std::vector<Pointer>& in, const std::vector<Pointer>& out, Pointer stream) {
+  const size_t n = per_entry.size();
+  ThrowIf(
+      Lent().back(RankOf(comm, device),
+                  {RoutingOf(sizes, routing), RowsOf<const char>(per_entry, in), As<void>(in.at(n)),
+                   As(in.at(n + 1)), As(in.at(n + 2)), RowsOf<char>(per_entry, out),
+                   As<void>(out.at(n)), bytes[0], bytes[1], static_cast<cuda::RowType>(type)},
+                  {blocks[0], blocks[1]}, As<CUstream_st>(stream)));
 }
 
 // The cost of a launch by itself.

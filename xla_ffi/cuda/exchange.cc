@@ -80,18 +80,82 @@ struct ExchangeCall {
   }
 };
 
+// Weights of experts, [experts, rows, hidden] in each array, see cuda::RowArrays.
+class Weights {
+ public:
+  explicit Weights(Frame& frame)
+      : n_(static_cast<int32_t>(frame.Attribute("arrays", 0, cuda::kMostArrays))) {}
+
+  // Reads the operands. They must have n_rows in all.
+  ffi::DataType Operands(Frame& frame, int64_t n_rows, Size* hidden,
+                         cuda::RowArrays<const char>* out) {
+    Size experts = {"experts"};
+    ffi::DataType type = ffi::DataType::INVALID;
+    for (int32_t k = 0; k < n_; ++k) {
+      const Frame::Shape shape = {&experts, &rows_[k], hidden};
+      type = k == 0 ? frame.Operand("weights", ExchangeCall::kFloats, shape, &out->data[k])
+                    : frame.Operand("weights", {type}, shape, &out->data[k]);
+      per_expert_ += rows_[k].value;
+    }
+    if (n_ < 1 || per_expert_ < 1 || experts.value * per_expert_ != n_rows) {
+      frame.Fail("weights: expected " + std::to_string(n_rows) + " rows in all, got " +
+                 std::to_string(experts.value) + " · " + std::to_string(per_expert_));
+    }
+    if (!frame.failed()) SetSizes(out);
+    return type;
+  }
+  // Reads the results, of as many arrays.
+  void Results(Frame& frame, ffi::DataType type, int64_t n_rows, Size* hidden,
+               cuda::RowArrays<char>* out) {
+    if (frame.failed()) return;
+    Size experts = {"experts", n_rows / per_expert_};
+    if (n_rows % per_expert_ != 0) {
+      frame.Fail("row: expected " + std::to_string(per_expert_) + " rows per expert, got " +
+                 std::to_string(n_rows) + " in all");
+    }
+    for (int32_t k = 0; k < n_; ++k) {
+      frame.Result("weights", {type}, {&experts, &rows_[k], hidden}, &out->data[k]);
+    }
+    SetSizes(out);
+  }
+
+ private:
+  template <typename Byte>
+  void SetSizes(cuda::RowArrays<Byte>* out) const {
+    for (int32_t k = 0; k < n_; ++k) out->rows[k] = rows_[k].narrow();
+    out->n_arrays = n_;
+    out->per_entry = static_cast<int32_t>(per_expert_);
+  }
+
+  int32_t n_;
+  int64_t per_expert_ = 0;
+  Size rows_[cuda::kMostArrays] = {{"rows"}, {"rows"}, {"rows"}, {"rows"}};
+};
+
+// Tokens to rows; or weights among themselves.
 struct ThereCall : ExchangeCall {
   cuda::ThereArguments arguments = {};
 
-  explicit ThereCall(Frame& frame, bool within = false) : ExchangeCall(frame) {
-    if (within) {
+  explicit ThereCall(Frame& frame, Weights* weights = nullptr) : ExchangeCall(frame) {
+    ffi::DataType rows;
+    const char* tokens = nullptr;
+    char* to = nullptr;
+    if (weights != nullptr) {
       n_tokens.value = capacity.value;
       arguments.first_row = static_cast<int32_t>(frame.Attribute("first_row", 0, capacity.value));
+      rows = weights->Operands(frame, capacity.value, &hidden, &arguments.tokens);
+    } else {
+      rows = frame.Operand("tokens", kFloats, {&n_tokens, &hidden}, &tokens);
+      arguments.tokens = cuda::RowArrays<const char>::One(tokens);
     }
-    const auto rows = frame.Operand("tokens", kFloats, {&n_tokens, &hidden}, &arguments.tokens);
     const auto gates = frame.Operand("gates", kFloats, {&n_tokens, &gates_each}, &arguments.gates);
     ReadRouting(frame);
-    frame.Result("rows", {rows}, {&capacity, &hidden}, &arguments.rows);
+    if (weights != nullptr) {
+      weights->Results(frame, rows, capacity.value, &hidden, &arguments.rows);
+    } else {
+      frame.Result("rows", {rows}, {&capacity, &hidden}, &to);
+      arguments.rows = cuda::RowArrays<char>::One(to);
+    }
     frame.Result("row_gates", {gates}, {&n_row_gates}, &arguments.row_gates);
     frame.Result("numbers", {&n_received, &top_k}, &arguments.numbers);
     frame.Result("sizes", {&n_ranks}, &arguments.sizes);
@@ -102,32 +166,53 @@ struct ThereCall : ExchangeCall {
   }
 };
 
-// Rows come among the tokens themselves.
-struct ThereWithinCall : ThereCall {
-  explicit ThereWithinCall(Frame& frame) : ThereCall(frame, true) {
-    if (!frame.failed() && arguments.rows != arguments.tokens) {
-      frame.Fail("rows: expected them in the place of the tokens");
-    }
-  }
-};
-
+// Rows to tokens; or gradients of weights to their homes.
 struct BackCall : ExchangeCall {
   cuda::BackArguments arguments = {};
 
-  explicit BackCall(Frame& frame) : ExchangeCall(frame) {
-    const auto rows = frame.Operand("rows", kFloats, {&capacity, &hidden}, &arguments.rows);
+  explicit BackCall(Frame& frame, Weights* weights = nullptr) : ExchangeCall(frame) {
+    ffi::DataType type;
+    const char* rows = nullptr;
+    char* tokens = nullptr;
+    if (weights != nullptr) {
+      type = weights->Operands(frame, capacity.value, &hidden, &arguments.rows);
+    } else {
+      type = frame.Operand("rows", kFloats, {&capacity, &hidden}, &rows);
+      arguments.rows = cuda::RowArrays<const char>::One(rows);
+    }
     const auto gates = frame.Operand("row_gates", kFloats, {&n_row_gates}, &arguments.row_gates);
     ReadRouting(frame);
     frame.Operand("numbers", {&n_received, &top_k}, &arguments.numbers);
     frame.Operand("sizes", {&n_ranks}, &arguments.sizes);
-    frame.Result("tokens", {rows}, {&n_tokens, &hidden}, &arguments.tokens);
+    if (weights != nullptr) {
+      weights->Results(frame, type, n_tokens.value, &hidden, &arguments.tokens);
+    } else {
+      frame.Result("tokens", {type}, {&n_tokens, &hidden}, &tokens);
+      arguments.tokens = cuda::RowArrays<char>::One(tokens);
+    }
     frame.Result("gates", {gates}, {&n_tokens, &gates_each}, &arguments.gates);
-    Finish(frame, rows, gates);
+    Finish(frame, type, gates);
     arguments.routing = routing;
     arguments.row_bytes = row_bytes;
     arguments.gate_bytes = gate_bytes;
-    arguments.type = RowTypeOf(rows);
+    arguments.type = RowTypeOf(type);
   }
+};
+
+struct WeightsThereCall : ThereCall {
+  explicit WeightsThereCall(Frame& frame, Weights weights) : ThereCall(frame, &weights) {
+    for (int32_t k = 0; k < arguments.rows.n_arrays; ++k) {
+      if (!frame.failed() && arguments.rows.data[k] != arguments.tokens.data[k]) {
+        frame.Fail("weights: expected the results in the place of the operands");
+      }
+    }
+  }
+  explicit WeightsThereCall(Frame& frame) : WeightsThereCall(frame, Weights(frame)) {}
+};
+
+struct WeightsBackCall : BackCall {
+  explicit WeightsBackCall(Frame& frame, Weights weights) : BackCall(frame, &weights) {}
+  explicit WeightsBackCall(Frame& frame) : WeightsBackCall(frame, Weights(frame)) {}
 };
 
 // The window must have room for everything the routing can ask for: nothing checks it later.
@@ -161,22 +246,24 @@ ffi::Error RunExchange(const Call& call, const OnDevice& on, const Launch& launc
   return FromCuda(launch(*found, call.arguments, options, on.stream), name);
 }
 
-ffi::Error RunThere(const ThereCall& call, const OnDevice& on) {
+template <typename Call>
+ffi::Error RunThere(const Call& call, const OnDevice& on) {
   return RunExchange(call, on, LaunchThere, "there");
 }
 
-ffi::Error RunThereWithin(const ThereWithinCall& call, const OnDevice& on) {
-  return RunThere(call, on);
-}
-
-ffi::Error RunBack(const BackCall& call, const OnDevice& on) {
+template <typename Call>
+ffi::Error RunBack(const Call& call, const OnDevice& on) {
   return RunExchange(call, on, LaunchBack, "back");
 }
 
-const Register there({"lplb_there", CudaHandler<ThereCall, RunThere>, InitializeComm});
-const Register there_within({"lplb_there_within", CudaHandler<ThereWithinCall, RunThereWithin>,
+const Register there({"lplb_there", CudaHandler<ThereCall, RunThere<ThereCall>>, InitializeComm});
+const Register back({"lplb_back", CudaHandler<BackCall, RunBack<BackCall>>, InitializeComm});
+const Register weights_there({"lplb_weights_there",
+                              CudaHandler<WeightsThereCall, RunThere<WeightsThereCall>>,
+                              InitializeComm});
+const Register weights_back({"lplb_weights_back",
+                             CudaHandler<WeightsBackCall, RunBack<WeightsBackCall>>,
                              InitializeComm});
-const Register back({"lplb_back", CudaHandler<BackCall, RunBack>, InitializeComm});
 
 }  // namespace
 }  // namespace lplb
