@@ -34,6 +34,7 @@ class ExchangeBatch:
         blocks: tuple[int, int] = (8, 4),
         first_row: int = 0,
         per_entry: tuple[int, ...] = (1,),
+        listed: bool = False,
     ) -> None:
         n_ranks, n_tokens, top_k = ranks_of.shape
         self.row = np.full(ranks_of.shape, -1, np.int32)
@@ -67,11 +68,17 @@ class ExchangeBatch:
         self.tokens = rng.integers(-8, 8, (n_ranks, n_tokens, hidden), np.int8).astype(self.dtype)
         self.gates = rng.random(ranks_of.shape).astype(np.float32)
         self._put, self._ranks = put, []
+        n_entries = n_tokens // sum(per_entry)
+        self._listed: list[jax.Array | None] = [None] * n_ranks
         for r in range(n_ranks):
             lists = np.stack([self.sent[r], there[r], there[:, r], home[:, r], home[r]])
             routing = [put(r, array) for array in (self.row[r], order[r], lists.astype(np.int32))]
-            arrays = [*self._parted(self.tokens[r]), self.gates[r]]
-            given = [put(r, array) for array in arrays]
+            arrays = self._parted(self.tokens[r])
+            if listed:
+                at = rng.permutation(n_entries)
+                self._listed[r] = put(r, np.argsort(at).astype(np.int32))
+                arrays = [array[at] for array in arrays]
+            given = [put(r, array) for array in (*arrays, self.gates[r])]
             self._ranks.append((routing, given, [], []))
         self.clear()
 
@@ -96,6 +103,11 @@ class ExchangeBatch:
         """Pointers to the routing; tokens and gates; and the results there and back."""
         routing, *arrays = self._ranks[rank]
         return ([pointer(array) for array in (claimed, *routing)], *arrays)
+
+    def listed(self, rank: int) -> int:
+        """Pointer to the entries that the rank's tokens are, in order; 0 for all in their order."""
+        listed = self._listed[rank]
+        return 0 if listed is None else pointer(listed)
 
     def check(self) -> None:
         """Raises if a row, gate, sum or number of tokens is wrong."""

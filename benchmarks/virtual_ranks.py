@@ -115,8 +115,8 @@ class VirtualRanks:
         routing, given, out = batch.of(rank, self._claimed[rank])[:3]
         _bench.launch_there(
             *self._who(rank), batch.sizes, batch.first_row, batch.per_entry, batch.n_bytes,
-            batch.blocks, routing, list(map(pointer, given)), list(map(pointer, out)),
-            self._on(rank, stream),
+            batch.blocks, routing, [*map(pointer, given), batch.listed(rank)],
+            list(map(pointer, out)), self._on(rank, stream),
         )  # fmt: skip
 
     def back(self, rank: int, batch: ExchangeBatch, stream: int | None = None) -> None:

@@ -324,9 +324,13 @@ __device__ __forceinline__ void FillOnes(void* memory, int64_t bytes) {
 
 template <typename Byte>
 __device__ __forceinline__ Byte* RowAt(const RowArrays<Byte>& of, int32_t row, int32_t row_bytes) {
-  if (of.n_arrays == 1) return of.data[0] + int64_t{row} * row_bytes;
-  const int32_t entry = row / of.per_entry;
+  if (of.per_entry == 1 && of.listed == nullptr) return of.data[0] + int64_t{row} * row_bytes;
+  int32_t entry = row / of.per_entry;
   int32_t number = row - entry * of.per_entry;
+  if (of.listed != nullptr) {
+    const auto last = static_cast<uint32_t>(of.n_entries - 1);
+    entry = static_cast<int32_t>(min(static_cast<uint32_t>(__ldg(of.listed + entry)), last));
+  }
   Byte* data = of.data[0];
   int32_t rows = of.rows[0];
 #pragma unroll
@@ -339,13 +343,13 @@ __device__ __forceinline__ Byte* RowAt(const RowArrays<Byte>& of, int32_t row, i
   return data + (int64_t{entry} * rows + number) * row_bytes;
 }
 
-// FillOnes of the rows of all entries from that of `first_row` on, of `n_rows` in all.
+// FillOnes of the entries from that of `first_row` on.
 __device__ __forceinline__ void FillRows(const RowArrays<char>& of, int32_t first_row,
-                                         int32_t n_rows, int32_t row_bytes) {
-  const int32_t first = first_row / of.per_entry, end = n_rows / of.per_entry;
+                                         int32_t row_bytes) {
+  const int32_t first = first_row / of.per_entry;
   for (int k = 0; k < of.n_arrays; ++k) {
     const int64_t bytes = int64_t{of.rows[k]} * row_bytes;  // of an entry
-    FillOnes(of.data[k] + first * bytes, (end - first) * bytes);
+    FillOnes(of.data[k] + first * bytes, (of.n_entries - first) * bytes);
   }
 }
 

@@ -259,7 +259,7 @@ __device__ __forceinline__ void There(const AnyExchange& exchange, const ThereAr
     ReceiveTokens<W>(exchange, call, in, pieces);
   }
   if (FinishExchange(exchange, call)) {
-    FillRows(in.rows, in.first_row, in.routing.capacity, in.row_bytes);
+    FillRows(in.rows, in.first_row, in.row_bytes);
     FillOnes(in.row_gates, static_cast<int64_t>(in.routing.capacity) * in.gate_bytes);
   }
 }
@@ -607,7 +607,7 @@ __device__ __forceinline__ void Back(const AnyExchange& exchange, const BackArgu
   }
   if (FinishExchange(exchange, call)) {
     const int64_t n_tokens = in.routing.n_tokens;
-    FillRows(in.tokens, 0, in.routing.n_tokens, in.row_bytes);
+    FillRows(in.tokens, 0, in.row_bytes);
     FillOnes(in.gates, n_tokens * in.routing.top_k * in.gate_bytes);
   }
 }

@@ -122,7 +122,7 @@ def random_batch(rng, ranks, size):
     hidden = 8 * int(rng.integers(1, 65))
     blocks = int(rng.integers(1, 9))
     options = {"dtype": str(dtype), "blocks": (blocks, int(rng.integers(1, blocks + 1)))}
-    options["per_entry"] = per_entry
+    options |= {"per_entry": per_entry, "listed": bool(rng.integers(2))}
     return ExchangeBatch(ranks.put, ranks_of, capacity, hidden, rng, **options)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
@@ -179,7 +179,7 @@ def test_a_missing_rank_is_reported(rng, virtual_ranks, n_gpus, first_row, per_e
     before the first that may come are spared: they can be a rank's own experts."""
     ranks = virtual_ranks(n_gpus, 3, 480, 2, 256, timeout_s=2.0)
     ranks_of = rng.integers(0, 3, (3, 50, 2))
-    sizes = {"first_row": first_row, "per_entry": per_entry}
+    sizes = {"first_row": first_row, "per_entry": per_entry, "listed": first_row > 0}
     batch = ExchangeBatch(ranks.put, ranks_of, 300, 128, rng, **sizes)  # pyright: ignore[reportPossiblyUnboundVariable]
     start = time.perf_counter()
     for rank in (0, 2):

@@ -70,7 +70,7 @@ class Routing:
     ) -> Any:
         """Calls the kernel `target`, or its specification if the backend has none.
 
-        `rows` is an array, or a list of arrays of weights. For `options`, see `_native.call`.
+        `rows` is an array, or a list of operands instead of it. For `options`, see `_native.call`.
         """
         rows = rows if isinstance(rows, list) else [rows]
         return _native.call(

@@ -107,13 +107,10 @@ class WindowFetch:
     def delivered(self, wanted: Sequence[jax.Array]) -> list[jax.Array]:
         """All rows, with the copies that this rank receives; undefined in room without a copy."""
         weights, n, n_experts = self._cut(wanted)
-        of_me = self.journeys
-        there = of_me.rank * n_experts + self.n_local + of_me.copy
-        row = _pieces(jnp.where(of_me.rank < 0, -1, there), n)
-        routing = self._routing(row, _pieces(of_me.order, n), n, n_experts)
-        filled = routing.call(
-            "lplb_weights_there", reference.weights_there, weights, no_gates(n_experts * n),
-            arrays=len(weights), first_row=self.n_local * n,
+        sent = self.journeys.sent
+        filled = self._routing(n, n_experts).call(
+            "lplb_weights_there", reference.weights_there, [*weights, sent],
+            no_gates(len(sent) * n), arrays=len(weights), first_row=self.n_local * n,
             in_place=tuple((k, k) for k in range(len(weights))),
         )  # fmt: skip
         return [array.reshape(of.shape) for array, of in zip(filled, wanted, strict=False)]
@@ -126,20 +123,13 @@ class WindowFetch:
     def sent_home(self, cts: Sequence[jax.Array]) -> list[jax.Array]:
         """Sends the copies' gradients home; returns their sums, `[n_sent, …]`, at the homes."""
         weights, n, n_experts = self._cut(cts)
-        of_me = self.journeys
-        there = of_me.rank * n_experts + self.n_local + of_me.copy
-        row, order = (
-            of_row.at[of_me.sent].get(mode="fill", fill_value=-1)
-            for of_row in (jnp.where(of_me.rank < 0, -1, there), of_me.order)
-        )
-        routing = self._routing(_pieces(row, n), _pieces(order, n), n, n_experts)
-        received = jnp.where(of_me.received < 0, -1, self.n_local + of_me.received)
-        came = _pieces(received, n), of_me.sizes * n
-        sums = routing.call(
+        received, n_sent = self.journeys.received, len(self.journeys.sent)
+        received = jnp.where(received < 0, -1, self.n_local + received)
+        came = _pieces(received, n), self.journeys.sizes * n
+        sums = self._routing(n, n_experts).call(
             "lplb_weights_back", reference.weights_back, weights, no_gates(0).reshape(0), *came,
             arrays=len(weights),
         )  # fmt: skip
-        n_sent = len(of_me.sent)
         return [array.reshape(n_sent, *of.shape[1:]) for array, of in zip(sums, cts, strict=False)]
 
     def accumulate(self, ct: jax.Array, home: jax.Array) -> jax.Array:
@@ -154,9 +144,16 @@ class WindowFetch:
         weights = [array.reshape(n_experts, -1, length) for array in arrays]
         return weights, sum(array.shape[1] for array in weights), n_experts
 
-    def _routing(self, row: jax.Array, order: jax.Array, n: int, n_experts: int) -> Routing:
+    def _routing(self, n: int, n_experts: int) -> Routing:
+        """Of the experts that are sent, n rows each."""
+        of_me = self.journeys
+        there = of_me.rank * n_experts + self.n_local + of_me.copy
+        row, order = (
+            of_row.at[of_me.sent].get(mode="fill", fill_value=-1)
+            for of_row in (jnp.where(of_me.rank < 0, -1, there), of_me.order)
+        )
         return Routing(
-            row, order, self.journeys.lists * n, capacity=n_experts * n,
+            _pieces(row, n), _pieces(order, n), of_me.lists * n, capacity=n_experts * n,
             n_received=self.n_copies * n, n_sent=self.n_received * n, axis_name=self.axis_name,
             comm=self.comm, sms=self.sms, row_bytes=self.row_bytes,
         )  # fmt: skip

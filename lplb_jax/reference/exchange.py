@@ -109,17 +109,20 @@ def back(
 def weights_there(
     *operands: Array, arrays: int, first_row: int, **options: Any
 ) -> tuple[Array, ...]:
-    """`there` for weights among themselves: experts, `[experts, rows, hidden]` in each of `arrays`.
+    """`there` for experts' weights, `[experts, rows, hidden]` in each of `arrays`.
 
-    An expert's rows are numbered through the arrays. They leave from before `first_row` and come to
-    it and later ones; what nothing comes to stays. The other operands and results are `there`'s.
+    An expert's rows are numbered through the arrays. Tokens are the rows of the experts that the
+    next operand, `sent`, lists; the others there have no row in `row`. They come to rows from
+    `first_row` on, among the weights themselves, which stay where nothing comes. The other operands
+    and results are those of `there`.
     """
     del first_row  # Those before survive a failure, too.
-    weights, routing = operands[:arrays], operands[arrays:]
-    rows = _joined(weights)
-    came, *others = there(rows, *routing, **options)
-    comes, *_ = there(jnp.ones_like(rows[:, :1]), *routing, **options)
-    return *_parted(jnp.where(comes > 0, came, rows), weights), *others
+    weights, sent, routing = operands[:arrays], operands[arrays], operands[arrays + 1 :]
+    tokens = _joined(tuple(array.at[sent].get(mode="fill", fill_value=0) for array in weights))
+    came, *others = there(tokens, *routing, **options)
+    comes, *_ = there(jnp.ones_like(tokens[:, :1]), *routing, **options)
+    rows = jnp.where(comes > 0, came, _joined(weights))
+    return *_parted(rows, weights), *others
 
 
 def weights_back(*operands: Array, arrays: int, **options: Any) -> tuple[Array, ...]:

@@ -131,9 +131,9 @@ cuda::Routing RoutingOf(const std::array<int32_t, 4>& sizes, const std::array<Po
   return {As(of[0]), As(of[1]), As(of[2]), As(of[3]), sizes[0], sizes[1], sizes[2], sizes[3]};
 }
 
-// Rows in `per_entry.size()` arrays, the first of `of`, see cuda::RowArrays.
+// n_rows in `per_entry.size()` arrays, the first of `of`, see cuda::RowArrays.
 template <typename Byte>
-cuda::RowArrays<Byte> RowsOf(const std::vector<int32_t>& per_entry,
+cuda::RowArrays<Byte> RowsOf(int32_t n_rows, const std::vector<int32_t>& per_entry,
                              const std::vector<Pointer>& of) {
   cuda::RowArrays<Byte> rows = {};
   rows.n_arrays = static_cast<int32_t>(per_entry.size());
@@ -142,21 +142,26 @@ cuda::RowArrays<Byte> RowsOf(const std::vector<int32_t>& per_entry,
     rows.rows[k] = per_entry[k];
     rows.per_entry += per_entry[k];
   }
+  rows.n_entries = n_rows / rows.per_entry;
   return rows;
 }
 
 // Exchanges as the rank of `device` in communicator `comm`, of at most kMostArrays arrays.
-// bytes: per row and per gate; blocks: all, and those that send. in: arrays of tokens, gates; out:
-// arrays of rows, row_gates, numbers, sizes. A failure spares rows before first_row.
+// bytes: per row and per gate; blocks: all, and those that send. in: arrays of tokens, gates, the
+// list of entries or 0; out: arrays of rows, row_gates, numbers, sizes. A failure spares rows
+// before first_row.
 void LaunchThereOf(int64_t comm, int32_t device, std::array<int32_t, 4> sizes, int32_t first_row,
                    const std::vector<int32_t>& per_entry, std::array<int32_t, 2> bytes,
                    std::array<int32_t, 2> blocks, std::array<Pointer, 4> routing,
                    const std::vector<Pointer>& in, const std::vector<Pointer>& out,
                    Pointer stream) {
+  const cuda::Routing where = RoutingOf(sizes, routing);
   const size_t n = per_entry.size();
+  auto tokens = RowsOf<const char>(where.n_tokens, per_entry, in);
+  tokens.listed = As(in.at(n + 1));
+  const auto rows = RowsOf<char>(where.capacity, per_entry, out);
   ThrowIf(Lent().there(RankOf(comm, device),
-                       {RoutingOf(sizes, routing), RowsOf<const char>(per_entry, in),
-                        As<void>(in.at(n)), RowsOf<char>(per_entry, out), As<void>(out.at(n)),
+                       {where, tokens, As<void>(in.at(n)), rows, As<void>(out.at(n)),
                         As(out.at(n + 1)), As(out.at(n + 2)), bytes[0], bytes[1], first_row},
                        {blocks[0], blocks[1]}, As<CUstream_st>(stream)));
 }
@@ -166,13 +171,14 @@ void LaunchBackOf(int64_t comm, int32_t device, std::array<int32_t, 4> sizes,
                   const std::vector<int32_t>& per_entry, std::array<int32_t, 2> bytes, int32_t type,
                   std::array<int32_t, 2> blocks, std::array<Pointer, 4> routing,
                   const std::vector<Pointer>& in, const std::vector<Pointer>& out, Pointer stream) {
+  const cuda::Routing where = RoutingOf(sizes, routing);
   const size_t n = per_entry.size();
-  ThrowIf(
-      Lent().back(RankOf(comm, device),
-                  {RoutingOf(sizes, routing), RowsOf<const char>(per_entry, in), As<void>(in.at(n)),
-                   As(in.at(n + 1)), As(in.at(n + 2)), RowsOf<char>(per_entry, out),
-                   As<void>(out.at(n)), bytes[0], bytes[1], static_cast<cuda::RowType>(type)},
-                  {blocks[0], blocks[1]}, As<CUstream_st>(stream)));
+  const auto rows = RowsOf<const char>(where.capacity, per_entry, in);
+  const auto tokens = RowsOf<char>(where.n_tokens, per_entry, out);
+  ThrowIf(Lent().back(RankOf(comm, device),
+                      {where, rows, As<void>(in.at(n)), As(in.at(n + 1)), As(in.at(n + 2)), tokens,
+                       As<void>(out.at(n)), bytes[0], bytes[1], static_cast<cuda::RowType>(type)},
+                      {blocks[0], blocks[1]}, As<CUstream_st>(stream)));
 }
 
 // The cost of a launch by itself.

@@ -84,30 +84,35 @@ struct ExchangeCall {
 class Weights {
  public:
   explicit Weights(Frame& frame)
-      : n_(static_cast<int32_t>(frame.Attribute("arrays", 0, cuda::kMostArrays))) {}
+      : n_(static_cast<int32_t>(frame.Attribute("arrays", 1, cuda::kMostArrays))) {}
+
+  // Rows of an expert in all arrays, once the operands are read.
+  int64_t per_expert() const { return per_expert_; }
 
   // Reads the operands. They must have n_rows in all.
   ffi::DataType Operands(Frame& frame, int64_t n_rows, Size* hidden,
                          cuda::RowArrays<const char>* out) {
     Size experts = {"experts"};
     ffi::DataType type = ffi::DataType::INVALID;
+    int64_t per_expert = 0;
     for (int32_t k = 0; k < n_; ++k) {
       const Frame::Shape shape = {&experts, &rows_[k], hidden};
       type = k == 0 ? frame.Operand("weights", ExchangeCall::kFloats, shape, &out->data[k])
                     : frame.Operand("weights", {type}, shape, &out->data[k]);
-      per_expert_ += rows_[k].value;
+      per_expert += rows_[k].value;
     }
-    if (n_ < 1 || per_expert_ < 1 || experts.value * per_expert_ != n_rows) {
+    if (per_expert < 1 || experts.value * per_expert != n_rows) {
       frame.Fail("weights: expected " + std::to_string(n_rows) + " rows in all, got " +
-                 std::to_string(experts.value) + " · " + std::to_string(per_expert_));
+                 std::to_string(experts.value) + " · " + std::to_string(per_expert));
     }
-    if (!frame.failed()) SetSizes(out);
+    if (frame.failed()) return ffi::DataType::INVALID;
+    per_expert_ = per_expert;
+    SetSizes(experts.value, out);
     return type;
   }
   // Reads the results, of as many arrays.
   void Results(Frame& frame, ffi::DataType type, int64_t n_rows, Size* hidden,
                cuda::RowArrays<char>* out) {
-    if (frame.failed()) return;
     Size experts = {"experts", n_rows / per_expert_};
     if (n_rows % per_expert_ != 0) {
       frame.Fail("row: expected " + std::to_string(per_expert_) + " rows per expert, got " +
@@ -116,23 +121,24 @@ class Weights {
     for (int32_t k = 0; k < n_; ++k) {
       frame.Result("weights", {type}, {&experts, &rows_[k], hidden}, &out->data[k]);
     }
-    SetSizes(out);
+    SetSizes(experts.value, out);
   }
 
  private:
   template <typename Byte>
-  void SetSizes(cuda::RowArrays<Byte>* out) const {
+  void SetSizes(int64_t n_experts, cuda::RowArrays<Byte>* out) const {
     for (int32_t k = 0; k < n_; ++k) out->rows[k] = rows_[k].narrow();
     out->n_arrays = n_;
     out->per_entry = static_cast<int32_t>(per_expert_);
+    out->n_entries = static_cast<int32_t>(n_experts);
   }
 
   int32_t n_;
-  int64_t per_expert_ = 0;
+  int64_t per_expert_ = 1;
   Size rows_[cuda::kMostArrays] = {{"rows"}, {"rows"}, {"rows"}, {"rows"}};
 };
 
-// Tokens to rows; or weights among themselves.
+// Tokens to rows; or the weights of listed experts to where copies are, among all weights.
 struct ThereCall : ExchangeCall {
   cuda::ThereArguments arguments = {};
 
@@ -141,12 +147,13 @@ struct ThereCall : ExchangeCall {
     const char* tokens = nullptr;
     char* to = nullptr;
     if (weights != nullptr) {
-      n_tokens.value = capacity.value;
       arguments.first_row = static_cast<int32_t>(frame.Attribute("first_row", 0, capacity.value));
       rows = weights->Operands(frame, capacity.value, &hidden, &arguments.tokens);
+      Size n_listed = {"sent"};
+      frame.Operand("sent", {&n_listed}, &arguments.tokens.listed);
+      n_tokens.value = n_listed.value * weights->per_expert();
     } else {
       rows = frame.Operand("tokens", kFloats, {&n_tokens, &hidden}, &tokens);
-      arguments.tokens = cuda::RowArrays<const char>::One(tokens);
     }
     const auto gates = frame.Operand("gates", kFloats, {&n_tokens, &gates_each}, &arguments.gates);
     ReadRouting(frame);
@@ -154,7 +161,8 @@ struct ThereCall : ExchangeCall {
       weights->Results(frame, rows, capacity.value, &hidden, &arguments.rows);
     } else {
       frame.Result("rows", {rows}, {&capacity, &hidden}, &to);
-      arguments.rows = cuda::RowArrays<char>::One(to);
+      arguments.tokens = cuda::RowArrays<const char>::One(tokens, n_tokens.narrow());
+      arguments.rows = cuda::RowArrays<char>::One(to, capacity.narrow());
     }
     frame.Result("row_gates", {gates}, {&n_row_gates}, &arguments.row_gates);
     frame.Result("numbers", {&n_received, &top_k}, &arguments.numbers);
@@ -178,7 +186,6 @@ struct BackCall : ExchangeCall {
       type = weights->Operands(frame, capacity.value, &hidden, &arguments.rows);
     } else {
       type = frame.Operand("rows", kFloats, {&capacity, &hidden}, &rows);
-      arguments.rows = cuda::RowArrays<const char>::One(rows);
     }
     const auto gates = frame.Operand("row_gates", kFloats, {&n_row_gates}, &arguments.row_gates);
     ReadRouting(frame);
@@ -188,7 +195,8 @@ struct BackCall : ExchangeCall {
       weights->Results(frame, type, n_tokens.value, &hidden, &arguments.tokens);
     } else {
       frame.Result("tokens", {type}, {&n_tokens, &hidden}, &tokens);
-      arguments.tokens = cuda::RowArrays<char>::One(tokens);
+      arguments.rows = cuda::RowArrays<const char>::One(rows, capacity.narrow());
+      arguments.tokens = cuda::RowArrays<char>::One(tokens, n_tokens.narrow());
     }
     frame.Result("gates", {gates}, {&n_tokens, &gates_each}, &arguments.gates);
     Finish(frame, type, gates);
