@@ -198,7 +198,8 @@ struct ThereArguments {
 
 // Rows to tokens, the transpose. Sums are in float32 (float64 for float64): first over a rank's
 // rows, then rounded, then over ranks, both in the order of a token's choices. The gates' gradients
-// return to their choices. Choices without a row add nothing.
+// return to their choices. Choices without a row add nothing; tokens without any are 0, or, with
+// spares_empty, left unchanged.
 struct BackArguments {
   Routing routing;
   RowArrays<const char> rows;  // [capacity, row_bytes]
@@ -210,6 +211,7 @@ struct BackArguments {
   int32_t row_bytes;
   int32_t gate_bytes;
   RowType type;
+  bool spares_empty;
 };
 
 cudaError_t LaunchThere(const Exchange& exchange, const ThereArguments& arguments,

@@ -561,6 +561,10 @@ __device__ __forceinline__ bool ReceiveSums(const AnyExchange& exchange, const E
       return AwaitFlags(exchange, call, is_term && remote ? flag : nullptr, choice.rank);
     };
     const uint32_t own_lanes = own_rows & lanes;
+    if (in.spares_empty && (terms & lanes) == 0) {
+      if (!ready()) return false;  // for the whole batch
+      continue;
+    }
     if (own_lanes == 0 && __popc(terms & lanes) == 1) {
       if (!ready()) return false;
       const int from = __ffs(terms & lanes) - 1;

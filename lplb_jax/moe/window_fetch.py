@@ -121,7 +121,7 @@ class WindowFetch:
         return delivered
 
     def sent_home(self, cts: Sequence[jax.Array]) -> list[jax.Array]:
-        """Sends the copies' gradients home; returns their sums, `[n_sent, …]`, at the homes."""
+        """Sends the copies' gradients home; returns their sums at the homes, of `journeys.sent`."""
         weights, n, n_experts = self._cut(cts)
         received, n_sent = self.journeys.received, len(self.journeys.sent)
         received = jnp.where(received < 0, -1, self.n_local + received)

@@ -175,10 +175,11 @@ void LaunchBackOf(int64_t comm, int32_t device, std::array<int32_t, 4> sizes,
   const size_t n = per_entry.size();
   const auto rows = RowsOf<const char>(where.capacity, per_entry, in);
   const auto tokens = RowsOf<char>(where.n_tokens, per_entry, out);
-  ThrowIf(Lent().back(RankOf(comm, device),
-                      {where, rows, As<void>(in.at(n)), As(in.at(n + 1)), As(in.at(n + 2)), tokens,
-                       As<void>(out.at(n)), bytes[0], bytes[1], static_cast<cuda::RowType>(type)},
-                      {blocks[0], blocks[1]}, As<CUstream_st>(stream)));
+  ThrowIf(Lent().back(
+      RankOf(comm, device),
+      {where, rows, As<void>(in.at(n)), As(in.at(n + 1)), As(in.at(n + 2)), tokens,
+       As<void>(out.at(n)), bytes[0], bytes[1], static_cast<cuda::RowType>(type), false},
+      {blocks[0], blocks[1]}, As<CUstream_st>(stream)));
 }
 
 // The cost of a launch by itself.

@@ -219,7 +219,9 @@ struct WeightsThereCall : ThereCall {
 };
 
 struct WeightsBackCall : BackCall {
-  explicit WeightsBackCall(Frame& frame, Weights weights) : BackCall(frame, &weights) {}
+  explicit WeightsBackCall(Frame& frame, Weights weights) : BackCall(frame, &weights) {
+    arguments.spares_empty = true;
+  }
   explicit WeightsBackCall(Frame& frame) : WeightsBackCall(frame, Weights(frame)) {}
 };
 
