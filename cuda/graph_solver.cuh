@@ -103,16 +103,28 @@ __device__ __forceinline__ int32_t FirstTarget(const Problem& p, const GraphMemo
 }
 
 // Balances the ranks from the plan that StartSplit makes, behind a barrier; ends with one. Returns
-// the largest load, which is proven.
-template <int kWords, typename Threads>
-__device__ __forceinline__ int32_t BalanceCells(const Problem& p, const GraphMemory& graph) {
+// the largest load, which is proven. All threads call `meanwhile` before that barrier, those that
+// run no waves at once. The others tell their ranks.
+template <int kWords, typename Threads, typename Meanwhile>
+__device__ __forceinline__ int32_t BalanceCells(const Problem& p, const GraphMemory& graph,
+                                                HeldRanks<kWords>& held,
+                                                const Meanwhile& meanwhile) {
   if (threadIdx.x < RankTeam<kWords>::Size(p)) {
-    const int32_t target = GraphWaves<kWords>(p, graph, FirstTarget<kWords>(p, graph));
+    const int32_t first = FirstTarget<kWords>(p, graph);
+    held = HeldRanks<kWords>(p, graph);
+    const int32_t target = GraphWaves<kWords, false>(p, graph, held, first, RaiseToMean<kWords>{p});
     if (threadIdx.x == 0) *graph.target = target;
     RankTeam<kWords>::SyncLast(RankTeam<kWords>::Size(p));
   }
+  meanwhile();
   Threads::Sync();
   return *graph.target;
+}
+
+template <int kWords, typename Threads>
+__device__ __forceinline__ int32_t BalanceCells(const Problem& p, const GraphMemory& graph) {
+  HeldRanks<kWords> held;
+  return BalanceCells<kWords, Threads>(p, graph, held, [] {});
 }
 
 // Solves the graph for these totals: splits those of shared experts over their cells. `start` makes

@@ -61,114 +61,180 @@ class BaseTiles {
   bool negative_ = false;
 };
 
-// Writes the tiles of all slots to `tiles_of_slot` and takes the cells without any from their
-// experts. Ranks' loads become what is left to hand out: no empty places yet, so many tokens less
-// than none. Behind a barrier; another must follow.
-template <int kWords, typename Threads, typename Tiles>
-__device__ __forceinline__ void KeepFilled(const Problem& p, const Tiles& tiles, int32_t rows,
-                                           const GraphMemory& graph, int32_t* tiles_of_slot) {
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
-    const uint32_t packed = graph.of_slot[i];
-    tiles_of_slot[i] = QuotaOf(tiles, graph, i);
-    if (tiles_of_slot[i] > 0 || CellIn(packed) == kNoNumber) continue;
-    const int32_t rank = p.by_slots.Quotient(i);
-    atomicAnd(&graph.mask[ExpertIn(packed) * kWords + (rank >> 5)], ~(1u << (rank & 31)));
-  }
-  // By other warps than the slots, if there are few.
-#pragma unroll 1
-  for (int32_t r = Threads::Size() - 1 - threadIdx.x; r < p.ep_size; r += Threads::Size()) {
-    // Modulo 2³²: with the empty places it is in range.
-    graph.load[r] = static_cast<int32_t>(0u - static_cast<uint32_t>(graph.load[r]) * rows);
-    graph.loose[r] = 0;
-  }
-}
+// Words of shared memory that SolveTiles needs besides the graph and the tiles by slot.
+LPLB_HOST_DEVICE int32_t PlacesWords(const Problem& p) { return 2 * p.ep_size; }
 
-// After KeepFilled, divides the empty places of every expert evenly over its cells, of which the
-// first get one more; all of them could be there. The cells that are left come before those that
-// were taken from the expert, which stay empty: so each rank keeps its list. The only cell of an
-// expert becomes its home. A barrier must follow.
+// Threads that share work beside the waves: those that run none come first. If there are any, the
+// others take no part, unless kAll.
+template <int kWords, typename Threads, bool kAll = false>
+struct Aside {
+  int32_t number;  // of this thread; larger than all there are where it takes no part
+  int32_t n;
+
+  __device__ __forceinline__ explicit Aside(const Problem& p) {
+    const int32_t n_team = RankTeam<kWords>::Size(p);
+    const bool some_idle = n_team < Threads::Size();
+    n = Threads::Size() - (some_idle && !kAll ? n_team : 0);
+    number = static_cast<int32_t>(threadIdx.x) - (some_idle ? n_team : 0);
+    if (number < 0) number = kAll ? number + n : kInt32Max / 2;
+  }
+
+  template <typename Use>
+  __device__ __forceinline__ void ForEach(int32_t end, const Use& use) const {
+#pragma unroll 1
+    for (int32_t i = number; i < end; i += n) use(i);
+  }
+};
+
+// Those that fill the tiles of cells. With more than 32 ranks, there are too many cells for the
+// idle: two each take 0.5 µs longer on 64 ranks.
+template <int kWords, typename Threads>
+using Fillers = Aside<kWords, Threads, (kWords > 1)>;
+
+// A shared expert's cell, before its tiles are filled: what does not depend on how many it has.
+struct CellToFill {
+  uint32_t expert;
+  int32_t places;  // that are empty in the expert's tiles
+  int32_t first;   // the expert's first cell
+  int32_t n_hosts;
+  int32_t nth;  // which of them this is
+  PlacedSlot at;
+  int32_t listed;  // in graph.shared
+
+  CellToFill() = default;
+  template <typename Room>
+  __device__ __forceinline__ CellToFill(const Problem& p, const Room& room,
+                                        const GraphMemory& graph, int32_t cell)
+      : at(p, graph.slot[cell]) {
+    const uint32_t place = graph.place[cell];
+    expert = ExpertIn(graph.of_slot[at.slot]);
+    places = room[expert].x;
+    nth = place & 0xffff;
+    n_hosts = place >> 16;
+    first = cell - nth;
+    const uint32_t* is_shared = graph.is_shared + at.rank * GraphMemory::SlotWords(p);
+    listed = at.rank * p.slots_per_rank + NthShared(is_shared, at.k);
+  }
+};
+
+// What StartRoom can do while the waves run: adds the empty places of experts on one rank to
+// `load`, and reads the thread's first cell.
 template <int kWords, typename Threads, typename Room>
-__device__ __forceinline__ void StartRoom(const Problem& p, const Room& room,
-                                          const GraphMemory& graph, const int32_t* tiles_of_slot) {
-  const int32_t slot_words = GraphMemory::SlotWords(p);
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
+__device__ __forceinline__ void PrepareRoom(const Problem& p, const Room& room,
+                                            const GraphMemory& graph, int32_t* load,
+                                            CellToFill& cell) {
+  const Fillers<kWords, Threads> fillers(p);
+  if (fillers.number < *graph.n_cells) cell = CellToFill(p, room, graph, fillers.number);
+  Aside<kWords, Threads>(p).ForEach(p.n_physical, [&](int32_t i) {
     const uint32_t packed = graph.of_slot[i];
-    const uint32_t expert = ExpertIn(packed);
-    if (expert == kNoExpert) continue;
-    const int32_t rank = p.by_slots.Quotient(i);
-    const int32_t all = room[expert].x;
-    int32_t share = all;
-    if (CellIn(packed) != kNoNumber) {
-      const bool filled = tiles_of_slot[i] > 0;
-      const int32_t n_hosts = HostsOf<kWords>(graph, expert);
-      const int32_t before = PlaceOf<kWords>(graph.mask + expert * kWords, rank);
-      // Mostly one or two, and a division would take longer.
-      const int32_t each = n_hosts > 2 ? SmallDivisor(n_hosts).Quotient(all) : all >> n_hosts / 2;
-      share = filled ? each + (before < all - each * n_hosts) : 0;
-      const int32_t cell = filled ? graph.first[expert] + before
-                                  : static_cast<int32_t>(CellIn(packed)) - before + n_hosts;
-      if (filled) atomicAdd(&graph.loose[rank], all - share);
-      if (filled && n_hosts == 1) graph.home[expert] = i;
-      const uint32_t renumbered = expert | static_cast<uint32_t>(cell) << 16;
-      const int32_t nth =
-          NthShared(graph.is_shared + rank * slot_words, i - rank * p.slots_per_rank);
-      graph.of_slot[i] = graph.shared[rank * p.slots_per_rank + nth] = renumbered;
-      graph.slot[cell] = i;
-      graph.tokens[cell] = share;
-    }
-    atomicAdd(&graph.load[rank], share);
-  }
+    if (ExpertIn(packed) == kNoExpert || CellIn(packed) != kNoNumber) return;
+    atomicAdd(&load[p.by_slots.Quotient(i)], room[ExpertIn(packed)].x);
+  });
 }
 
-// Hands out the empty places of the tiles that the cells have: these become the cells' tokens, and
-// the slots' tiles come into `tiles_of_slot`. Returns the largest load in tokens. Behind a barrier;
-// ends with one.
-template <int kWords, typename Threads, typename Totals>
-__device__ inline int32_t FillTiles(const Problem& p, const Totals& totals, const Costs& costs,
-                                    const GraphMemory& graph, int32_t* tiles_of_slot) {
-  const TotalsIn<Unit::kTiles, Totals> tiles = {totals, costs};
-  const TotalsIn<Unit::kEmptyPlaces, Totals> room = {totals, costs};
-  const int32_t rows = costs.TileRows();
-  KeepFilled<kWords, Threads>(p, tiles, rows, graph, tiles_of_slot);
-  Threads::Sync();
-  StartRoom<kWords, Threads>(p, room, graph, tiles_of_slot);
-  Threads::Sync();
-  if (threadIdx.x < RankTeam<kWords>::Size(p)) {
-    int32_t load[kWords];
-    ValuesOfRanks<kWords>(p, graph.load, 0, load);
+// Divides the empty places of every shared expert evenly over its cells with tiles, of which the
+// first get one more; all of them could be there. They become the tokens of `places`, whose ranks'
+// loads become what is left to hand out: so many places less than tokens. The expert keeps these
+// cells alone, which come first; its others share the last number, which has no places. So each
+// rank keeps its list. The only cell of an expert becomes its home. Slots' tiles come into
+// `tiles_of_slot`.
+//
+// Behind PrepareRoom, which read `cell`, and a barrier; another must follow. A cell's number
+// becomes no larger, so where there are more than threads, it is enough that those of one turn
+// wait.
+template <int kWords, typename Threads, typename Room>
+__device__ __forceinline__ void StartRoom(const Problem& p, const Room& room, int32_t rows,
+                                          CellToFill& cell, const GraphMemory& graph,
+                                          const GraphMemory& places, int32_t* tiles_of_slot) {
+  const Fillers<kWords, Threads> fillers(p);
+  const int32_t n_cells = *graph.n_cells;
+#pragma unroll 1
+  for (int32_t begin = 0; begin < n_cells; begin += fillers.n) {
+    const int32_t number = begin + fillers.number;
+    const bool live = number < n_cells;
+    int32_t tiles = 0;
+    int32_t n_filled = 0;
+    int32_t before = 0;
+    if (live) {
+      if (begin > 0) cell = CellToFill(p, room, graph, number);
+      tiles = graph.tokens[number];
+      constexpr int kAtOnce = 4;  // Mostly, there are two.
+#pragma unroll 1
+      for (int32_t i = 0; i < cell.n_hosts; i += kAtOnce) {
+        int32_t others[kAtOnce];
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) load[w] = -load[w];
-    const int32_t target = HandOut<kWords>(p, graph, -FirstTarget(p, graph, load));
-    if (threadIdx.x == 0) *graph.target = -target;
-    RankTeam<kWords>::SyncLast(RankTeam<kWords>::Size(p));
+        for (int j = 0; j < kAtOnce; ++j) {
+          others[j] = i + j < cell.n_hosts ? graph.tokens[cell.first + i + j] : 0;
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          n_filled += others[j] > 0;
+          before += others[j] > 0 && i + j < cell.nth;
+        }
+      }
+    }
+    if (begin > 0) Threads::Sync();
+    if (!live) continue;
+    const int32_t last = cell.first + cell.n_hosts - 1;
+    const bool filled = tiles > 0;
+    const int32_t all = cell.places;
+    // Mostly one or two, and a division would take longer.
+    const int32_t each = n_filled > 2 ? SmallDivisor(n_filled).Quotient(all) : all >> n_filled / 2;
+    const int32_t share = each + (before < all - each * n_filled);
+    const int32_t renumbered = filled ? cell.first + before : last;
+    const uint32_t packed = cell.expert | static_cast<uint32_t>(renumbered) << 16;
+    places.shared[cell.listed] = packed;
+    places.of_slot[cell.at.slot] = packed;
+    tiles_of_slot[cell.at.slot] = tiles;
+    if (number == last && n_filled < cell.n_hosts) places.tokens[last] = 0;
+    if (filled) {
+      places.tokens[renumbered] = share;
+      places.slot[renumbered] = cell.at.slot;
+      atomicAdd(&places.load[cell.at.rank], share);
+      atomicAdd(&places.loose[cell.at.rank], all - share);
+      if (n_filled == 1) places.home[cell.expert] = cell.at.slot;
+    } else {
+      atomicAnd(&places.mask[cell.expert * kWords + (cell.at.rank >> 5)],
+                ~(1u << (cell.at.rank & 31)));
+    }
   }
-  Threads::Sync();
-  return *graph.target;
+#pragma unroll 1
+  for (int32_t r = threadIdx.x; r < p.ep_size; r += Threads::Size()) {
+    // Modulo 2³²: with the empty places it is in range.
+    const uint32_t tokens = static_cast<uint32_t>(graph.load[r]) * rows;
+    atomicAdd(reinterpret_cast<uint32_t*>(&places.load[r]), 0u - tokens);
+  }
 }
 
 // What SolveTiles finds.
 struct TileProof {
   Proof tiles;
   int32_t max_tokens;
-  int32_t filled_rows;  // of the tiles whose empty places are the cells' tokens; 0 if none are
+  const uint32_t* rows;  // by cell, of its tiles, if the graph has their empty places; else null
 
-  // The tokens of a shared expert's cell, of which the graph has `tokens`, in so many tiles.
-  __device__ __forceinline__ int32_t TokensOf(int32_t tokens, int32_t tiles) const {
-    if (filled_rows == 0) return tokens;
-    return tiles > 0 ? (tiles - 1) * filled_rows + (filled_rows - tokens) : 0;
+  // The tokens of a cell with tiles, of which the graph has `tokens`.
+  __device__ __forceinline__ int32_t TokensOf(int32_t tokens, int32_t cell) const {
+    return rows == nullptr ? tokens : static_cast<int32_t>(rows[cell] - tokens);
   }
 };
 
 // Like SolveGraph, in tiles, and then in tokens, which TileProof::TokensOf tells from those of the
-// graph's cells and `tiles_of_slot` [n_physical]. Experts are then left with the cells that serve
-// any. `small_base`: whether those of BaseTiles that the thread asked for are.
+// graph's cells. Experts are then left with the cells that serve any; `tiles_of_slot` [n_physical]
+// tells which do, and graph.tokens is elsewhere. `small_base`: whether those of BaseTiles that the
+// thread asked for are. `memory`: PlacesWords.
 template <int kWords, typename Threads, typename Totals>
 __device__ inline TileProof SolveTiles(const Problem& p, const Totals& totals, const Costs& costs,
-                                       bool small_base, const GraphMemory& graph,
-                                       int32_t* tiles_of_slot) {
+                                       bool small_base, GraphMemory& graph, int32_t* tiles_of_slot,
+                                       int32_t* memory) {
   const TotalsIn<Unit::kTiles, Totals> tiles = {totals, costs};
+  const TotalsIn<Unit::kEmptyPlaces, Totals> room = {totals, costs};
+  const int32_t rows = costs.TileRows();
+  GraphMemory places = graph;
+  places.tokens = reinterpret_cast<int32_t*>(graph.place);  // Read before.
+  places.load = memory;
+  places.loose = memory + p.ep_size;
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < PlacesWords(p); i += Threads::Size()) memory[i] = 0;
   const bool small =
       StartSplit<Threads>(p, tiles, nullptr, graph, costs.by_tile.Quotient(p.safe_load / 2));
   int32_t status = 0;
@@ -178,18 +244,36 @@ __device__ inline TileProof SolveTiles(const Problem& p, const Totals& totals, c
     if (status != 0) atomicOr(graph.status, status);
     status = Threads::Any(status & kLoadOverflow);
   }
-  TileProof proof = {{kInt32Max, 0}, kInt32Max, 0};
   if (status != 0) {
     StayHome<kWords, Threads>(p.n_logical, totals, graph);
-  } else {
-    const int32_t most = BalanceCells<kWords, Threads>(p, graph);
-    proof = {{most, most}, most, 0};
-    if (costs.TileRows() > 1) {
-      proof.max_tokens = FillTiles<kWords, Threads>(p, totals, costs, graph, tiles_of_slot);
-      proof.filled_rows = costs.TileRows();
-    }
+    return {{kInt32Max, 0}, kInt32Max, nullptr};
   }
-  return proof;
+  CellToFill cell;
+  HeldRanks<kWords> held;
+  const int32_t most = BalanceCells<kWords, Threads>(p, graph, held, [&] {
+    if (rows > 1) PrepareRoom<kWords, Threads>(p, room, graph, places.load, cell);
+  });
+  if (rows == 1) return {{most, most}, most, nullptr};
+  StartRoom<kWords, Threads>(p, room, rows, cell, graph, places, tiles_of_slot);
+  Threads::Sync();
+  auto* const rows_of_cell = reinterpret_cast<uint32_t*>(graph.tokens);
+  graph.tokens = places.tokens;
+  if (threadIdx.x < RankTeam<kWords>::Size(p)) {
+    int32_t load[kWords];
+    ValuesOfRanks<kWords>(p, places.load, 0, load);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) load[w] = -load[w];
+    held.Renumber(p, places);
+    const int32_t target = HandOut<kWords>(p, places, held, -FirstTarget(p, places, load));
+    if (threadIdx.x == 0) *graph.target = -target;
+    RankTeam<kWords>::SyncLast(RankTeam<kWords>::Size(p));
+  }
+  // Meanwhile, since dealing takes a step for each of an expert's cells.
+  Aside<kWords, Threads>(p).ForEach(*graph.n_cells, [&](int32_t cell) {
+    rows_of_cell[cell] = static_cast<uint32_t>(tiles_of_slot[places.slot[cell]]) * rows;
+  });
+  Threads::Sync();
+  return {{most, most}, *graph.target, rows_of_cell};
 }
 
 }  // namespace lplb::cuda

@@ -135,6 +135,30 @@ struct HeldRank {
   }
 };
 
+// Those of a thread.
+template <int kWords>
+struct HeldRanks {
+  static constexpr int kRanks = RankTeam<kWords>::kRanks;
+
+  HeldRank<kWords> of[kRanks];
+
+  HeldRanks() = default;
+  __device__ __forceinline__ HeldRanks(const Problem& p, const GraphMemory& graph) {
+#pragma unroll
+    for (int j = 0; j < kRanks; ++j) {
+      of[j] = HeldRank<kWords>(p, graph, RankTeam<kWords>::Rank(j));
+    }
+  }
+
+  // After the cells got other numbers, on as many ranks as before.
+  __device__ __forceinline__ void Renumber(const Problem& p, const GraphMemory& graph) {
+#pragma unroll
+    for (int j = 0; j < kRanks; ++j) {
+      of[j].first = Hand<kWords>(p, graph, of[j].rank, of[j].n_cells, 0);
+    }
+  }
+};
+
 // A push is divided among so many ranks at most: more take longer than the phases they save.
 constexpr int32_t kMaxSpread = 4;
 
@@ -482,18 +506,16 @@ struct RaiseToMean {
 // the waves end when no load is below it, and `raise` lowers it where no rank above it is among
 // those seen.
 template <int kWords, bool kHandOut, typename Raise>
-__device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph, int32_t target,
-                                     Raise&& raise) {
+__device__ __forceinline__ int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
+                                              const HeldRanks<kWords>& held, int32_t target,
+                                              Raise&& raise) {
   using Ranks = RankTeam<kWords>;
   constexpr int kRanks = Ranks::kRanks;
   const int32_t n_threads = Ranks::Size(p);
+  const HeldRank<kWords>(&mine)[kRanks] = held.of;
   int32_t rank[kRanks];
-  HeldRank<kWords> mine[kRanks];
 #pragma unroll
-  for (int j = 0; j < kRanks; ++j) {
-    rank[j] = Ranks::Rank(j);
-    mine[j] = HeldRank<kWords>(p, graph, rank[j]);
-  }
+  for (int j = 0; j < kRanks; ++j) rank[j] = Ranks::Rank(j);
   while (true) {
     int32_t load[kWords];
     ValuesOfRanks<kWords>(p, graph.load, target, load);
@@ -576,12 +598,12 @@ __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph,
 template <int kWords, typename Raise>
 __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph, int32_t target,
                                      Raise&& raise) {
-  return GraphWaves<kWords, false>(p, graph, target, raise);
+  return GraphWaves<kWords, false>(p, graph, HeldRanks<kWords>(p, graph), target, raise);
 }
 
 template <int kWords>
 __device__ inline int32_t GraphWaves(const Problem& p, const GraphMemory& graph, int32_t target) {
-  return GraphWaves<kWords, false>(p, graph, target, RaiseToMean<kWords>{p});
+  return GraphWaves<kWords>(p, graph, target, RaiseToMean<kWords>{p});
 }
 
 // The target, lowered to the mean of the ranks that were seen.
@@ -602,8 +624,9 @@ struct LowerToMean {
 // Hands out empty places, which are the cells' tokens here; load is what ranks have of them,
 // counted from one number for each. Returns the target reached. Else as GraphWaves.
 template <int kWords>
-__device__ inline int32_t HandOut(const Problem& p, const GraphMemory& graph, int32_t target) {
-  return GraphWaves<kWords, true>(p, graph, target, LowerToMean<kWords>{});
+__device__ inline int32_t HandOut(const Problem& p, const GraphMemory& graph,
+                                  const HeldRanks<kWords>& held, int32_t target) {
+  return GraphWaves<kWords, true>(p, graph, held, target, LowerToMean<kWords>{});
 }
 
 }  // namespace lplb::cuda

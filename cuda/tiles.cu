@@ -39,13 +39,13 @@ template <int kWords>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     SolveGraphCostsKernel(Problem p, Sources sources, SolveOperands first_in, Costs first_costs,
                           SolveResults first_out) {
-  extern __shared__ int2 total[];  // [n_logical], then the graph, then quotas [n_physical]
+  extern __shared__ int2 total[];  // [n_logical], then the graph, quotas [n_physical], PlacesWords
   const int32_t element = blockIdx.x;
   const SolveOperands in = BatchElement(p, sources, first_in, element);
   const Costs costs = BatchElement(p, first_costs, element);
   const SolveResults out = BatchElement(p, first_out, element);
   int32_t* const memory = reinterpret_cast<int32_t*>(total + p.n_logical);
-  const GraphMemory graph(p, kWords, memory);
+  GraphMemory graph(p, kWords, memory);
   int32_t* const tiles = memory + GraphMemory::Words(p);  // by slot
   const PrefetchedGraph fetched = PrefetchGraph(p, blockDim.x, in.phy2log, in.log2phy);
   BaseTiles base(p, costs);
@@ -58,12 +58,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int32_t wrong = base.status() | InvalidIn(p, sources, in.loads);
   if (wrong != 0) atomicOr(graph.status, wrong);
   const SummedTotals totals = {total};
-  const TileProof proof = SolveTiles<kWords, Block>(p, totals, costs, base.small(), graph, tiles);
+  const TileProof proof =
+      SolveTiles<kWords, Block>(p, totals, costs, base.small(), graph, tiles, tiles + p.n_physical);
 #pragma unroll 2
   for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
     const int32_t tokens = QuotaOf(totals, graph, i);
-    const bool has_cell = CellIn(graph.of_slot[i]) != kNoNumber;
-    out.quota[i] = has_cell ? proof.TokensOf(tokens, tiles[i]) : tokens;
+    const int32_t cell = CellIn(graph.of_slot[i]);
+    const bool is_empty = proof.rows != nullptr && tiles[i] == 0;
+    out.quota[i] = cell == kNoNumber ? tokens : is_empty ? 0 : proof.TokensOf(tokens, cell);
   }
   if (threadIdx.x == 0) {
     *out.max_load = proof.tiles.max_load;
@@ -238,7 +240,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 }  // namespace
 
 int64_t SolveCostsSharedBytes(const Problem& problem) {
-  const int32_t words = problem.n_columns == 0 ? problem.n_physical : FillWords(problem);
+  const int32_t words =
+      problem.n_columns == 0 ? problem.n_physical + PlacesWords(problem) : FillWords(problem);
   return SolveSharedBytes(problem) + static_cast<int64_t>(words) * sizeof(int32_t);
 }
 

@@ -153,7 +153,7 @@ struct Anywhere {
   }
 
   // Deals this source's tokens of all experts by memory.quota. Unless the quotas were given, they
-  // come there first: to_quota(tokens of a cell in the graph, its slot).
+  // come there first: to_quota(tokens of a cell in the graph, the cell).
   template <Quotas kQuotas, typename Threads, typename ToQuota>
   static __device__ __forceinline__ void DealAll(const RouteArguments& a, int64_t element,
                                                  const SyncCall& call, const GraphMemory& graph,
@@ -193,7 +193,7 @@ struct Anywhere {
 #pragma unroll 1
     for (int32_t cell = first; cell < first + n_hosts; ++cell) {
       const int32_t slot = graph.slot[cell];
-      const int32_t tokens = to_quota(graph.tokens[cell], slot);
+      const int32_t tokens = to_quota(graph.tokens[cell], cell);
       memory.quota[slot] = tokens;
       use(slot, tokens);
     }

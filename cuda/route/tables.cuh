@@ -79,9 +79,10 @@ struct RouteMemory {
            CopiesMemory::Words(p, Attempts(n_blocks));
   }
 
-  // Words for solving. Any placement also needs its graph in assign, and a count per slot.
+  // Words for solving. Any placement also needs its graph in assign, and a count per slot; tiles
+  // need PlacesWords behind them.
   LPLB_HOST_DEVICE static int32_t SolverWords(const Problem& p, Quotas quotas) {
-    if (p.node_size > 0) return GraphMemory::Words(p) + p.n_physical;
+    if (p.node_size > 0) return GraphMemory::Words(p) + p.n_physical + 2 * p.ep_size;
     return quotas != Quotas::kGiven ? GroupMemory::Words(p, p.n_groups) : 0;
   }
 

@@ -42,9 +42,10 @@ struct OverTiles : Anywhere<kWords> {
     const Problem& p = a.problem;
     const Costs costs = BatchElement(p, a.costs, element);
     const CountedTotals totals = {memory.total};
-    const GraphMemory graph = Base::GraphOf(a, memory);
+    GraphMemory graph = Base::GraphOf(a, memory);
     const TileProof proof =
-        SolveTiles<kWords, Threads>(p, totals, costs, fetched.base.small(), graph, memory.quota);
+        SolveTiles<kWords, Threads>(p, totals, costs, fetched.base.small(), graph, memory.quota,
+                                    Base::PiecesOf(a, memory).sent + p.n_physical);
     if (leader && threadIdx.x == 0) {
       const SolveResults out = BatchElement(p, a.solve_out, element);
       *out.max_load = proof.tiles.max_load;
@@ -53,7 +54,7 @@ struct OverTiles : Anywhere<kWords> {
     }
     Base::template DealAll<kQuotas, Threads>(
         a, element, call, graph, memory,
-        [&](int32_t tokens, int32_t slot) { return proof.TokensOf(tokens, memory.quota[slot]); });
+        [&](int32_t tokens, int32_t cell) { return proof.TokensOf(tokens, cell); });
   }
 };
 
