@@ -65,7 +65,7 @@ struct AlongTopology {
   }
 };
 
-template <int kWords>
+template <int kWords, GraphOrder kOrder = GraphOrder::kCleared>
 struct Anywhere {
   using Fetched = PrefetchedGraph;
 
@@ -76,7 +76,7 @@ struct Anywhere {
 
   static __device__ __forceinline__ GraphMemory GraphOf(const RouteArguments& a,
                                                         const RouteMemory& memory) {
-    return GraphMemory(a.problem, kWords, memory.groups);
+    return GraphMemory(a.problem, kWords, memory.groups, kOrder);
   }
 
   static __device__ __forceinline__ PieceTable PiecesOf(const RouteArguments& a,
@@ -112,7 +112,8 @@ struct Anywhere {
       pieces.sent[i] = 0;
       memory.quota[i] = kQuotas == Quotas::kGiven ? given[i] : 0;
     }
-    BuildGraph<kWords, Threads>(a.problem, tables.phy2log, tables.log2phy, fetched, base, graph);
+    BuildGraph<kWords, Threads, kOrder>(a.problem, tables.phy2log, tables.log2phy, fetched, base,
+                                        graph);
     Threads::Sync();
   }
 

@@ -8,8 +8,8 @@
 namespace lplb::cuda {
 
 template <int kWords>
-struct OverTiles : Anywhere<kWords> {
-  using Base = Anywhere<kWords>;
+struct OverTiles : Anywhere<kWords, GraphOrder::kUsed> {
+  using Base = Anywhere<kWords, GraphOrder::kUsed>;
 
   struct Fetched {
     PrefetchedGraph graph;
