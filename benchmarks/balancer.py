@@ -21,7 +21,6 @@ import numpy as np
 import record
 from graph import check, microseconds, pointer, runtime
 from rebalance_call import RebalanceCall
-from wall import median_seconds
 
 from lplb_jax import place_experts, rebalance, topologies
 from lplb_jax.data import load_traces
@@ -73,22 +72,20 @@ def routing(n_tokens: int, layer: int = 0) -> np.ndarray:
     return np.resize(np.asarray(trace[layer % len(trace)]).reshape(-1), n_tokens).astype(np.int32)
 
 
-def layers_times(n_layers: int = 60, n_tokens: int = 32768) -> tuple[float, float]:
-    """Wall time per layer of a jitted program of many, in µs: queued back to back, and alone.
+def layers_times(
+    step: Callable[[jax.Array], jax.Array], n_layers: int = 60, n_tokens: int = 32768
+) -> tuple[float, float]:
+    """Wall time of a step in a jitted program of one per layer, in µs: queued back to back, and
+    alone.
 
-    The result, the busiest ranks' loads, overwrites that of the previous run, like the state of a
+    A step returns a number. The result overwrites that of the previous run, like the state of a
     training step: if addresses change, XLA re-records its command buffer, 20 µs per kernel.
     """
-    r2o = topologies.cube()
-    placement = place_experts(None, r2o, n_logical=N_LOGICAL, ep_size=8, redundants_per_rank=2)
     indices = [jnp.asarray(np.roll(routing(n_tokens, i), 8 * i)) for i in range(n_layers)]
 
     @functools.partial(jax.jit, donate_argnums=1)
     def program(layers: list[jax.Array], state: jax.Array) -> jax.Array:
-        splits = [
-            rebalance(ids, None, r2o, placement=placement, positions=True)[1] for ids in layers
-        ]
-        return jnp.concatenate([split.max_load for split in splits]) + 0 * state
+        return jnp.stack([step(ids) for ids in layers]) + 0 * state
 
     state = jnp.zeros(n_layers, jnp.int32)
     times: dict[int, list[float]] = {10: [], 1: []}
@@ -104,32 +101,19 @@ def layers_times(n_layers: int = 60, n_tokens: int = 32768) -> tuple[float, floa
     return in_a_row, alone
 
 
-def argsort_times(n_tokens: int = 32768) -> tuple[float, float]:
-    """Wall times in µs of sorting tokens by expert with argsort, and of the whole rebalance."""
+def rebalanced(ids: jax.Array) -> jax.Array:
+    """The whole step; returns the busiest rank's load."""
     r2o = topologies.cube()
     placement = place_experts(None, r2o, n_logical=N_LOGICAL, ep_size=8, redundants_per_rank=2)
-    indices = jnp.asarray(routing(n_tokens))
+    return rebalance(ids, None, r2o, placement=placement, positions=True)[1].max_load[0]
 
-    def sort(ids: jax.Array) -> jax.Array:
-        order = jnp.argsort(ids, stable=True)
-        first = jnp.searchsorted(ids[order], jnp.arange(N_LOGICAL))
-        place = jnp.arange(ids.size) - first[ids[order]]
-        return jnp.zeros_like(ids).at[order].set(place)
 
-    def whole(ids: jax.Array) -> jax.Array:
-        return rebalance(ids, None, r2o, placement=placement, positions=True)[0].position
-
-    # Twenty in a row, to amortize the dispatch.
-    def chained(step: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-        def body(ids: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-            return ids, step(ids)[-1]
-
-        return jax.jit(lambda ids: jax.lax.scan(body, ids, None, length=20)[1])
-
-    by_sort, by_us = (
-        median_seconds(chained(step), indices, repeats=50) * 1e6 / 20 for step in (sort, whole)
-    )
-    return by_sort, by_us
+def sorted_places(ids: jax.Array) -> jax.Array:
+    """Finds tokens' places among those of their expert by argsort; returns the last token's."""
+    order = jnp.argsort(ids, stable=True)
+    first = jnp.searchsorted(ids[order], jnp.arange(N_LOGICAL))
+    place = jnp.arange(ids.size) - first[ids[order]]
+    return jnp.zeros_like(ids).at[order].set(place)[-1]
 
 
 def main() -> None:
@@ -157,16 +141,13 @@ def main() -> None:
         figures[f"{name}/{n_tokens}"] = median
         shown = "" if target is None else f"{target:.1f}"
         print(f"{name:<12}{n_tokens:>12,}{median:>10.2f}{shown:>10}", flush=True)
-    figures["jit_per_layer"], figures["jit_per_layer_alone"] = layers_times()
+    figures["jit_per_layer"], figures["jit_per_layer_alone"] = layers_times(rebalanced)
     print(
         f"\n60 layers of 32,768 in one jitted program, µs a layer: {figures['jit_per_layer']:.2f} "
         f"in a row of runs, {figures['jit_per_layer_alone']:.2f} waiting for each"
     )
-    figures["argsort"], figures["rebalance"] = argsort_times()
-    print(
-        f"places of 32,768 tokens, in a scan: argsort {figures['argsort']:.1f} µs, rebalance with "
-        f"positions {figures['rebalance']:.1f} µs"
-    )
+    figures["argsort"], _ = layers_times(sorted_places)
+    print(f"the tokens' places by argsort instead: {figures['argsort']:.1f} in a row of runs")
     if arguments.json:
         record.write(arguments.json, figures)
 
