@@ -81,17 +81,13 @@ cudaError_t CurrentDevice(Device* device) {
   return cudaSuccess;
 }
 
-cudaError_t AssumeDevice(const Device* device) {
-  int ordinal = 0;
-  const cudaError_t error = cudaGetDevice(&ordinal);
-  if (error != cudaSuccess) return error;
+void AssumeDevice(int ordinal, const Device* device) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (device == nullptr) {
     known.erase(ordinal);
   } else {
     known[ordinal] = *device;
   }
-  return cudaSuccess;
 }
 
 }  // namespace lplb::cuda

@@ -19,9 +19,9 @@ struct Device {
 // The current device. The driver is asked once per device. Asking loads a kernel, see PreloadSync.
 cudaError_t CurrentDevice(Device* device);
 
-// For tests: makes CurrentDevice return `device` for the current device. A null pointer makes it
-// ask the driver again.
-cudaError_t AssumeDevice(const Device* device);
+// For tests: makes CurrentDevice return `device` for device `ordinal`. A null pointer makes it ask
+// the driver again.
+void AssumeDevice(int ordinal, const Device* device);
 
 }  // namespace lplb::cuda
 

@@ -464,16 +464,17 @@ def assume():
         # XLA replays recorded command buffers without choosing launches again.
         jax.clear_caches()
         _native.built_cuda().assume_device(
+            0,
             chip(
                 capability,
                 min(shared_bytes, real.shared_bytes),
                 min(largest_cluster, real.largest_cluster),
                 dependent_launch and real.dependent_launch,
-            )
+            ),
         )
 
     yield choose
-    _native.built_cuda().assume_device(None)
+    _native.built_cuda().assume_device(0, None)
     jax.clear_caches()
 
 

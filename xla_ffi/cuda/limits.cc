@@ -207,10 +207,10 @@ void DefineLimits(nb::module_& m) {
   });
   m.def(
       "assume_device",
-      [](const std::optional<cuda::Device>& device) {
-        ThrowIf(cuda::AssumeDevice(device ? &*device : nullptr));
+      [](int ordinal, const std::optional<cuda::Device>& device) {
+        cuda::AssumeDevice(ordinal, device ? &*device : nullptr);
       },
-      nb::arg().none());
+      nb::arg(), nb::arg().none());
   // Returns blocks per cluster (0: tiles), threads, rounds and bytes, or raises ValueError if
   // nothing fits. `chooses`: copies for the batch are chosen first. Without a topology all ranks
   // are one node. But if there is no group either, the problem is an assign along a topology.
