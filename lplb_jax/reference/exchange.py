@@ -126,7 +126,7 @@ def weights_there(
 
 
 def weights_back(*operands: Array, arrays: int, **options: Any) -> tuple[Array, ...]:
-    """`back` for gradients of `weights_there`'s results; undefined for experts that are not sent."""
+    """`back` for gradients of what `weights_there` returns; undefined for experts not sent."""
     weights, others = operands[:arrays], operands[arrays:]
     sums, gates = back(_joined(weights), *others, **options)
     return *_parted(sums, weights), gates
