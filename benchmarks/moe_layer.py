@@ -133,23 +133,28 @@ def main() -> None:
             print(f"  {done} after {time.perf_counter() - start:.0f} s", flush=True)
     for case in cases:
         case.steps = {name: programs[case.key(name)].result() for name in case.names}
-    figures = {
+    figures: dict[str, Any] = {
         "device": devices[0].device_kind,
         "ranks": len(devices),
         "jax": jax.__version__,
         "options": {k: v for k, v in vars(options).items() if k not in ("json", "comm")},
     }
     repeats = 0 if options.compile_for else options.repeats
-    figures["results"] = [
-        measure(label, of_turns, repeats, options.seconds) for label, of_turns in turns
-    ]
+    figures["results"] = results = []
+
+    def write() -> None:
+        if options.json and jax.process_index() == 0:
+            record.write(options.json, figures)
+
+    for label, of_turns in turns:
+        results.append(measure(label, of_turns, repeats, options.seconds))
+        write()  # What is measured is kept, whatever comes.
     if repeats:
         figures["forward_ms"] = forward = forward_time(cases[0], repeats)
         for key, copies in (("rebalance_ms", "placement"), ("rebalance_batch_ms", "batch")):
             figures[key] = ms = rebalance_time(mesh, cases[0], copies)
             print(f"rebalance, copies of the {copies}: {ms:.3f} ms, {ms / forward:.1%} of forward")
-    if options.json and jax.process_index() == 0:
-        record.write(options.json, figures)
+    write()
 
 
 class Source(NamedTuple):
