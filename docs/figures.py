@@ -6,9 +6,9 @@ figures in benchmarks/results.
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -348,5 +348,7 @@ PICTURES = {
 }
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=pathlib.Path, default=HERE / "images")
     jax.config.update("jax_platforms", "cpu")
-    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "images")
+    main(parser.parse_args().folder)
