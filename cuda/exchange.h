@@ -160,10 +160,10 @@ enum class RowType : int32_t { kBFloat16, kFloat16, kFloat32, kFloat64 };
 constexpr int32_t kRowTypes = 4;
 
 // Rows in one array, or in several of equal width. With several, rows belong to entries, such as
-// experts: an entry has some rows in each array, the same numbers for all entries, and is numbered
-// through the arrays. So its rows are one list, as if the arrays were joined along their second
-// axis, and one exchange moves all of them. With `listed`, the rows are only those of the entries
-// that it lists, one after the other.
+// experts: all entries have the same number of rows in an array, and an entry's rows are numbered
+// through the arrays. So all rows are one list, as if the arrays were joined along their second
+// axis, and one exchange moves them. With `listed`, the rows are only those of the entries that it
+// lists, one after the other.
 template <typename Byte>
 struct RowArrays {
   Byte* data[kMostArrays];
@@ -172,10 +172,6 @@ struct RowArrays {
   int32_t per_entry;  // rows in all arrays
   int32_t n_entries;
   const int32_t* listed;  // may be null
-
-  static RowArrays One(Byte* array, int32_t n_rows) {
-    return {{array}, {1}, 1, 1, n_rows, nullptr};
-  }
 };
 
 // Tokens to rows. Rows [capacity, row_bytes] and row_gates [capacity] without a token are left

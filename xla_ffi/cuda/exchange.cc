@@ -44,7 +44,6 @@ struct ExchangeCall {
   Size n_row_gates = {"capacity or 0"};  // 0 if tokens have no gates
   cuda::Routing routing = {};
   int32_t row_bytes = 0;
-  int32_t gate_bytes = 0;
 
   explicit ExchangeCall(Frame& frame) {
     comm = frame.Attribute("comm", 0, kInt64Max);
@@ -59,7 +58,8 @@ struct ExchangeCall {
     frame.Operand("lists", {&n_lists, &n_ranks}, &routing.lists);
     frame.Operand("rank", {}, &routing.rank);
   }
-  void Finish(Frame& frame, ffi::DataType row_type, ffi::DataType gate_type) {
+  template <typename Arguments>
+  void Finish(Frame& frame, ffi::DataType row_type, ffi::DataType gate_type, Arguments* arguments) {
     frame.NoBatch("tokens");
     routing.n_tokens = n_tokens.narrow();
     routing.top_k = top_k.narrow();
@@ -71,70 +71,87 @@ struct ExchangeCall {
     }
     if (top_k.value < 1) frame.Fail("top_k: expected at least 1, got none");
     row_bytes = static_cast<int32_t>(bytes);
-    gate_bytes = BytesOf(gate_type);
+    int32_t gate_bytes = BytesOf(gate_type);
     if (gates_each.value == 0 && n_row_gates.value == 0) {
       gate_bytes = 0;
     } else if (gates_each.value != top_k.value || n_row_gates.value != capacity.value) {
       frame.Fail("gates: expected as many as choices and rows, or none");
     }
+    arguments->routing = routing;
+    arguments->row_bytes = row_bytes;
+    arguments->gate_bytes = gate_bytes;
   }
 };
 
-// Weights of experts, [experts, rows, hidden] in each array, see cuda::RowArrays.
-class Weights {
+// Reads rows, see cuda::RowArrays: of tokens, [n_rows, hidden] in one array, or of experts'
+// weights, [experts, rows, hidden] in several.
+class RowReader {
  public:
-  explicit Weights(Frame& frame)
-      : n_(static_cast<int32_t>(frame.Attribute("arrays", 1, cuda::kMostArrays))) {}
+  RowReader() { rows_[0].value = 1; }
+  // For calls with weights, which have this attribute.
+  explicit RowReader(Frame& frame)
+      : of_weights_(true),
+        n_(static_cast<int32_t>(frame.Attribute("arrays", 1, cuda::kMostArrays))) {}
 
-  // Rows of an expert in all arrays, once the operands are read.
-  int64_t per_expert() const { return per_expert_; }
+  bool of_weights() const { return of_weights_; }
+  // Rows of an entry in all arrays, once the operands are read.
+  int64_t per_entry() const { return per_entry_; }
 
-  // Reads the operands. They must have n_rows in all.
-  ffi::DataType Operands(Frame& frame, int64_t n_rows, Size* hidden,
+  // Of weights, n_rows must be known.
+  ffi::DataType Operands(Frame& frame, const char* name, Size* n_rows, Size* hidden,
                          cuda::RowArrays<const char>* out) {
+    if (!of_weights_) {
+      const auto type = frame.Operand(name, ExchangeCall::kFloats, {n_rows, hidden}, &out->data[0]);
+      SetSizes(n_rows->value, out);
+      return type;
+    }
     Size experts = {"experts"};
     ffi::DataType type = ffi::DataType::INVALID;
-    int64_t per_expert = 0;
+    int64_t per_entry = 0;
     for (int32_t k = 0; k < n_; ++k) {
       const Frame::Shape shape = {&experts, &rows_[k], hidden};
       type = k == 0 ? frame.Operand("weights", ExchangeCall::kFloats, shape, &out->data[k])
                     : frame.Operand("weights", {type}, shape, &out->data[k]);
-      per_expert += rows_[k].value;
+      per_entry += rows_[k].value;
     }
-    if (per_expert < 1 || experts.value * per_expert != n_rows) {
-      frame.Fail("weights: expected " + std::to_string(n_rows) + " rows in all, got " +
-                 std::to_string(experts.value) + " · " + std::to_string(per_expert));
+    if (per_entry < 1 || experts.value * per_entry != n_rows->value) {
+      frame.Fail("weights: expected " + std::to_string(n_rows->value) + " rows in all, got " +
+                 std::to_string(experts.value) + " · " + std::to_string(per_entry));
     }
     if (frame.failed()) return ffi::DataType::INVALID;
-    per_expert_ = per_expert;
-    SetSizes(experts.value, out);
+    per_entry_ = per_entry;
+    SetSizes(n_rows->value, out);
     return type;
   }
-  // Reads the results, of as many arrays.
-  void Results(Frame& frame, ffi::DataType type, int64_t n_rows, Size* hidden,
+  // In as many arrays.
+  void Results(Frame& frame, const char* name, ffi::DataType type, Size* n_rows, Size* hidden,
                cuda::RowArrays<char>* out) {
-    Size experts = {"experts", n_rows / per_expert_};
-    if (n_rows % per_expert_ != 0) {
-      frame.Fail("row: expected " + std::to_string(per_expert_) + " rows per expert, got " +
-                 std::to_string(n_rows) + " in all");
+    if (!of_weights_) {
+      frame.Result(name, {type}, {n_rows, hidden}, &out->data[0]);
+    } else if (n_rows->value % per_entry_ != 0) {
+      frame.Fail("row: expected " + std::to_string(per_entry_) + " rows per expert, got " +
+                 std::to_string(n_rows->value) + " in all");
+    } else {
+      Size experts = {"experts", n_rows->value / per_entry_};
+      for (int32_t k = 0; k < n_; ++k) {
+        frame.Result("weights", {type}, {&experts, &rows_[k], hidden}, &out->data[k]);
+      }
     }
-    for (int32_t k = 0; k < n_; ++k) {
-      frame.Result("weights", {type}, {&experts, &rows_[k], hidden}, &out->data[k]);
-    }
-    SetSizes(experts.value, out);
+    SetSizes(n_rows->value, out);
   }
 
  private:
   template <typename Byte>
-  void SetSizes(int64_t n_experts, cuda::RowArrays<Byte>* out) const {
+  void SetSizes(int64_t n_rows, cuda::RowArrays<Byte>* out) const {
     for (int32_t k = 0; k < n_; ++k) out->rows[k] = rows_[k].narrow();
     out->n_arrays = n_;
-    out->per_entry = static_cast<int32_t>(per_expert_);
-    out->n_entries = static_cast<int32_t>(n_experts);
+    out->per_entry = static_cast<int32_t>(per_entry_);
+    out->n_entries = static_cast<int32_t>(n_rows / per_entry_);
   }
 
-  int32_t n_;
-  int64_t per_expert_ = 1;
+  bool of_weights_ = false;
+  int32_t n_ = 1;
+  int64_t per_entry_ = 1;
   Size rows_[cuda::kMostArrays] = {{"rows"}, {"rows"}, {"rows"}, {"rows"}};
 };
 
@@ -142,35 +159,22 @@ class Weights {
 struct ThereCall : ExchangeCall {
   cuda::ThereArguments arguments = {};
 
-  explicit ThereCall(Frame& frame, Weights* weights = nullptr) : ExchangeCall(frame) {
-    ffi::DataType rows;
-    const char* tokens = nullptr;
-    char* to = nullptr;
-    if (weights != nullptr) {
+  explicit ThereCall(Frame& frame, RowReader reader = {}) : ExchangeCall(frame) {
+    Size* const n_operand = reader.of_weights() ? &capacity : &n_tokens;
+    const auto rows = reader.Operands(frame, "tokens", n_operand, &hidden, &arguments.tokens);
+    if (reader.of_weights()) {
       arguments.first_row = static_cast<int32_t>(frame.Attribute("first_row", 0, capacity.value));
-      rows = weights->Operands(frame, capacity.value, &hidden, &arguments.tokens);
       Size n_listed = {"sent"};
       frame.Operand("sent", {&n_listed}, &arguments.tokens.listed);
-      n_tokens.value = n_listed.value * weights->per_expert();
-    } else {
-      rows = frame.Operand("tokens", kFloats, {&n_tokens, &hidden}, &tokens);
+      n_tokens.value = n_listed.value * reader.per_entry();
     }
     const auto gates = frame.Operand("gates", kFloats, {&n_tokens, &gates_each}, &arguments.gates);
     ReadRouting(frame);
-    if (weights != nullptr) {
-      weights->Results(frame, rows, capacity.value, &hidden, &arguments.rows);
-    } else {
-      frame.Result("rows", {rows}, {&capacity, &hidden}, &to);
-      arguments.tokens = cuda::RowArrays<const char>::One(tokens, n_tokens.narrow());
-      arguments.rows = cuda::RowArrays<char>::One(to, capacity.narrow());
-    }
+    reader.Results(frame, "rows", rows, &capacity, &hidden, &arguments.rows);
     frame.Result("row_gates", {gates}, {&n_row_gates}, &arguments.row_gates);
     frame.Result("numbers", {&n_received, &top_k}, &arguments.numbers);
     frame.Result("sizes", {&n_ranks}, &arguments.sizes);
-    Finish(frame, rows, gates);
-    arguments.routing = routing;
-    arguments.row_bytes = row_bytes;
-    arguments.gate_bytes = gate_bytes;
+    Finish(frame, rows, gates, &arguments);
   }
 };
 
@@ -178,51 +182,32 @@ struct ThereCall : ExchangeCall {
 struct BackCall : ExchangeCall {
   cuda::BackArguments arguments = {};
 
-  explicit BackCall(Frame& frame, Weights* weights = nullptr) : ExchangeCall(frame) {
-    ffi::DataType type;
-    const char* rows = nullptr;
-    char* tokens = nullptr;
-    if (weights != nullptr) {
-      type = weights->Operands(frame, capacity.value, &hidden, &arguments.rows);
-    } else {
-      type = frame.Operand("rows", kFloats, {&capacity, &hidden}, &rows);
-    }
+  explicit BackCall(Frame& frame, RowReader reader = {}) : ExchangeCall(frame) {
+    const auto rows = reader.Operands(frame, "rows", &capacity, &hidden, &arguments.rows);
     const auto gates = frame.Operand("row_gates", kFloats, {&n_row_gates}, &arguments.row_gates);
     ReadRouting(frame);
     frame.Operand("numbers", {&n_received, &top_k}, &arguments.numbers);
     frame.Operand("sizes", {&n_ranks}, &arguments.sizes);
-    if (weights != nullptr) {
-      weights->Results(frame, type, n_tokens.value, &hidden, &arguments.tokens);
-    } else {
-      frame.Result("tokens", {type}, {&n_tokens, &hidden}, &tokens);
-      arguments.rows = cuda::RowArrays<const char>::One(rows, capacity.narrow());
-      arguments.tokens = cuda::RowArrays<char>::One(tokens, n_tokens.narrow());
-    }
+    reader.Results(frame, "tokens", rows, &n_tokens, &hidden, &arguments.tokens);
     frame.Result("gates", {gates}, {&n_tokens, &gates_each}, &arguments.gates);
-    Finish(frame, type, gates);
-    arguments.routing = routing;
-    arguments.row_bytes = row_bytes;
-    arguments.gate_bytes = gate_bytes;
-    arguments.type = RowTypeOf(type);
+    Finish(frame, rows, gates, &arguments);
+    arguments.type = RowTypeOf(rows);
+    arguments.spares_empty = reader.of_weights();
   }
 };
 
 struct WeightsThereCall : ThereCall {
-  explicit WeightsThereCall(Frame& frame, Weights weights) : ThereCall(frame, &weights) {
+  explicit WeightsThereCall(Frame& frame) : ThereCall(frame, RowReader(frame)) {
     for (int32_t k = 0; k < arguments.rows.n_arrays; ++k) {
       if (!frame.failed() && arguments.rows.data[k] != arguments.tokens.data[k]) {
         frame.Fail("weights: expected the results in the place of the operands");
       }
     }
   }
-  explicit WeightsThereCall(Frame& frame) : WeightsThereCall(frame, Weights(frame)) {}
 };
 
 struct WeightsBackCall : BackCall {
-  explicit WeightsBackCall(Frame& frame, Weights weights) : BackCall(frame, &weights) {
-    arguments.spares_empty = true;
-  }
-  explicit WeightsBackCall(Frame& frame) : WeightsBackCall(frame, Weights(frame)) {}
+  explicit WeightsBackCall(Frame& frame) : BackCall(frame, RowReader(frame)) {}
 };
 
 // The window must have room for everything the routing can ask for: nothing checks it later.
