@@ -61,9 +61,6 @@ class BaseTiles {
   bool negative_ = false;
 };
 
-// Words of shared memory that SolveTiles needs besides the graph and the tiles by slot.
-LPLB_HOST_DEVICE int32_t PlacesWords(const Problem& p) { return 2 * p.ep_size; }
-
 // Threads that share work beside the waves: those that run none come first. If there are any, the
 // others take no part, unless kAll.
 template <int kWords, typename Threads, bool kAll = false>

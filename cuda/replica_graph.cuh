@@ -130,6 +130,9 @@ struct GraphMemory {
   }
 };
 
+// Words that SolveTiles needs besides the graph and the tiles by slot.
+LPLB_HOST_DEVICE int32_t PlacesWords(const Problem& p) { return 2 * p.ep_size; }
+
 __device__ __forceinline__ uint32_t ExpertIn(uint32_t packed_slot) { return packed_slot & 0xffff; }
 __device__ __forceinline__ uint32_t CellIn(uint32_t packed_slot) { return packed_slot >> 16; }
 

@@ -82,7 +82,7 @@ struct RouteMemory {
   // Words for solving. Any placement also needs its graph in assign, and a count per slot; tiles
   // need PlacesWords behind them.
   LPLB_HOST_DEVICE static int32_t SolverWords(const Problem& p, Quotas quotas) {
-    if (p.node_size > 0) return GraphMemory::Words(p) + p.n_physical + 2 * p.ep_size;
+    if (p.node_size > 0) return GraphMemory::Words(p) + p.n_physical + PlacesWords(p);
     return quotas != Quotas::kGiven ? GroupMemory::Words(p, p.n_groups) : 0;
   }
 
