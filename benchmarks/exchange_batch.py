@@ -68,14 +68,13 @@ class ExchangeBatch:
         self.tokens = rng.integers(-8, 8, (n_ranks, n_tokens, hidden), np.int8).astype(self.dtype)
         self.gates = rng.random(ranks_of.shape).astype(np.float32)
         self._put, self._ranks = put, []
-        n_entries = n_tokens // sum(per_entry)
         self._listed: list[jax.Array | None] = [None] * n_ranks
         for r in range(n_ranks):
             lists = np.stack([self.sent[r], there[r], there[:, r], home[:, r], home[r]])
             routing = [put(r, array) for array in (self.row[r], order[r], lists.astype(np.int32))]
             arrays = self._parted(self.tokens[r])
             if listed:
-                at = rng.permutation(n_entries)
+                at = rng.permutation(n_tokens // sum(per_entry))
                 self._listed[r] = put(r, np.argsort(at).astype(np.int32))
                 arrays = [array[at] for array in arrays]
             given = [put(r, array) for array in (*arrays, self.gates[r])]
@@ -112,9 +111,8 @@ class ExchangeBatch:
     def check(self) -> None:
         """Raises if a row, gate, sum or number of tokens is wrong."""
         n_ranks = len(self.row)
-        rows, row_gates, _, sizes = (
-            np.stack([self._joined(of_rank[2])[i] for of_rank in self._ranks]) for i in range(4)
-        )
+        there = [self._joined(of_rank[2]) for of_rank in self._ranks]
+        rows, row_gates, _, sizes = map(np.stack, zip(*there, strict=True))
         np.testing.assert_array_equal(sizes, self.sent.T)
         source, token, choice = np.nonzero(self.row >= 0)
         place = self.row[source, token, choice]
