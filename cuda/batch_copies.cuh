@@ -85,7 +85,7 @@ struct AttemptShape {
   // than attempts, overwritten by another afterwards.
   __device__ __forceinline__ int32_t WarpOf(int32_t nth) const { return nth & (n_attempts - 1); }
   __device__ __forceinline__ int32_t BlockOf(int32_t nth) const {
-    return nth >> LowestBit(n_attempts) & (n_blocks - 1);
+    return nth >> BitNumber(n_attempts) & (n_blocks - 1);
   }
   LPLB_HOST_DEVICE bool IsOverwritten(int32_t nth) const {
     return nth + n_blocks * n_attempts < kNTargets;
@@ -542,7 +542,7 @@ struct AttemptResults {
                                        const uint2* chosen) const {
     const auto* chunks = reinterpret_cast<const uint4*>(chosen);
     const int32_t to = Lane() & (n_blocks - 1);
-    const int32_t log2_blocks = LowestBit(n_blocks);
+    const int32_t log2_blocks = BitNumber(n_blocks);
     __syncwarp();
 #pragma unroll 1
     for (int32_t i = Lane() >> log2_blocks; i <= n_chunks; i += 32 >> log2_blocks) {
