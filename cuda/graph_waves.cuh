@@ -311,7 +311,7 @@ struct Parts {
     more = excess & (n - 1);
   }
 
-  // The second is beyond the last where there is none.
+  // A sender without a second part: the number of it would be n or more, and `more` is less.
   __device__ __forceinline__ int32_t Of(int32_t sender) const {
     const int32_t second = sender + n_senders;
     return (each << (second < n)) + (sender < more) + (second < more);

@@ -317,7 +317,7 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
 #pragma unroll 1
   for (int32_t e = thread; e < p.n_logical; e += n_threads) {
     const int32_t n_hosts = HostsOf<kWords>(graph, e);
-    int32_t first = 0;
+    int32_t first = 0;  // Stored below, since it takes a while to come.
     if (n_hosts > 1) first = FetchAdd(graph.n_cells, n_hosts);
     int32_t home = e == thread ? fetched.home : log2phy[e * p.max_replicas];
     const bool right = home >= 0 && home < p.n_physical && ExpertIn(graph.of_slot[home]) == e;
