@@ -2,8 +2,8 @@
 
 python ragged_checks.py COORDINATOR N_PROCESSES PROCESS SEED
 
-One GPU per process, with memory preallocated. To use a newer NCCL than the installed one:
-LD_PRELOAD=…/libnccl.so.2.
+One GPU per process. The library refuses this transport between processes, since with jaxlib 0.11.2
+these checks hang, or find wrong gradients; they tell whether a newer XLA can.
 """
 
 from __future__ import annotations
@@ -128,12 +128,8 @@ def main() -> None:
     process = int(process)
     jax.distributed.initialize(coordinator, int(n_processes), process, local_device_ids=[process])
     mesh = Mesh(np.array(jax.devices()), "ep")
-    nccl = ".".join(map(str, ragged.nccl_version() or ["none"]))
-    print(f"{mesh.size} ranks, jax {jax.__version__}, NCCL {nccl}, --seed={seed}", flush=True)
-    reason = ragged.Ragged().why_not_over(mesh.size)
-    if reason is not None:
-        print(f"not run: {reason}")
-        return
+    print(f"{mesh.size} ranks, jax {jax.__version__}, --seed={seed}", flush=True)
+    ragged.Ragged.why_not_here = lambda self: None
     check(mesh, np.random.default_rng(int(seed)), Sizes())
     print("all passed", flush=True)
 

@@ -152,7 +152,7 @@ def check_layer(mesh, comm, rng) -> None:
             for routing in (moe_checks.skewed, moe_checks.half_silent):
                 given = moe_checks.problem(rng, case, routing, 40 * case.ep_size)
                 moe_checks.assert_equals_plain_mathematics(run, mesh, *given, rng, 1e-4)
-    reason = ragged.Ragged().why_not_over(mesh.size)
+    reason = ragged.Ragged().why_not_here()
     if jax.process_count() > 1 and reason is not None:
         layer = moe_checks.layer_over(mesh, case, transport="ragged")
         floats, ids, placement = given

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import processes
 import pytest
-import ragged_checks
 import sync_checks
 from jax.sharding import Mesh
 from meshes import everywhere, per_rank
@@ -433,17 +432,3 @@ def test_nvshmem_killed_rank(request, n_processes):
     outputs = run_processes(request, "killed", n_processes)
     for process, output in enumerate(outputs):
         assert process == 1 or "DEADLINE_EXCEEDED" in output
-
-
-@several
-def test_ragged_all_to_all_between_processes(request):
-    """Gradients are those of the padded transport, at 96 and 256 experts, hidden or not."""
-    n_gpus, seed = len(jax.devices()), str(request.config.option.seed)
-    # A pool from the start: see lplb_jax/moe/ragged.py.
-    memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".3"}
-    outputs = processes.run(n_gpus, ragged_checks.__file__, seed, **memory)
-    print(outputs[0])
-    if "not run" in outputs[0]:
-        pytest.skip(outputs[0].splitlines()[-1])
-    for output in outputs:
-        assert "all passed" in output

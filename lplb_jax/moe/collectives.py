@@ -75,8 +75,8 @@ class Collective(Transport):
     exact: ClassVar[bool]
 
     @abc.abstractmethod
-    def why_not_over(self, n_ranks: int) -> str | None:
-        """The reason why it cannot run over `n_ranks` ranks, or None."""
+    def why_not_here(self) -> str | None:
+        """The reason why it cannot run, between processes if there are several; or None."""
 
     @abc.abstractmethod
     def rooms(self, n_tokens: int, top_k: int, n_ranks: int, capacity: int) -> tuple[int, int]:
@@ -98,8 +98,8 @@ class Collective(Transport):
         self, tokens: jax.Array, gates: jax.Array, axis_name: Any, capacity: int
     ) -> str | None:
         """Any batch will do."""
-        del tokens, gates, capacity
-        return self.why_not_over(lax.axis_size(axis_name))
+        del tokens, gates, capacity, axis_name
+        return self.why_not_here()
 
     def counted(
         self, assignment: Assignment, axis_name: Any, capacity: int, order: jax.Array | None = None
@@ -141,9 +141,8 @@ class Padded(Collective):
     name = "padded"
     exact = False
 
-    def why_not_over(self, n_ranks: int) -> str | None:
+    def why_not_here(self) -> str | None:
         """It runs everywhere."""
-        del n_ranks
 
     def rooms(self, n_tokens: int, top_k: int, n_ranks: int, capacity: int) -> tuple[int, int]:
         """Room for the most tokens that a source can have for a rank, for every rank."""

@@ -83,12 +83,11 @@ def dispatch(
       capacity: rows that fit on a rank, see `capacity_for`. Rows beyond it are dropped, last slots
         first, and counted in `Plan.overflow`. Kernels need a multiple of 8.
       transport: "ragged": `lax.ragged_all_to_all`, only the tokens that exist; for GPUs of one
-        process, or of several processes of one host if JAX and NCCL support it (jaxlib 0.11.1, NCCL
-        2.29.7, at most 32 ranks). "padded": `lax.all_to_all` with room for all that a source could
-        send to each rank; for all backends. "peer": kernels write directly to the memory of other
-        GPUs, in one process or several, between hosts by NVSHMEM's put; needs `comm`. "auto":
-        "peer" if `comm` has windows with room for these tokens; otherwise "ragged" on GPUs of one
-        process and "padded" elsewhere. One warning says why a slower one is used.
+        process. "padded": `lax.all_to_all` with room for all that a source could send to each rank;
+        for all backends. "peer": kernels write directly to the memory of other GPUs, in one process
+        or several, between hosts by NVSHMEM's put; needs `comm`. "auto": "peer" if `comm` has
+        windows with room for these tokens; otherwise "ragged" on GPUs of one process and "padded"
+        elsewhere. One warning says why a slower one is used.
       comm: for "peer", from `init_comm` with `max_tokens` and `hidden_bytes`.
 
     Returns:

@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import functools
-import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxlib import version
 
-from lplb_jax import _libraries, _native
+from lplb_jax import _native
 from lplb_jax._axes import varying_as
-from lplb_jax._native import as_numbers
 from lplb_jax.moe.collectives import Collective, SendLists
 from lplb_jax.moe.copies import numbers
 from lplb_jax.reference.plan import starts
-
-# Requirements of XLA's one-shot kernel over NCCL windows, its only fast path between processes. It
-# queries NCCL for the NVLink domain, which NCCL supports since 2.29.7.
-_JAXLIB, _NCCL = (0, 11, 1), (2, 29, 7)
-_MOST_RANKS = 32  # beyond them it writes past its tables: openxla/xla issue 47283
-# Settings with which NCCL creates no windows, or not over all ranks of a host.
-_WITHOUT_WINDOWS = {
-    "NCCL_HOSTID": None,
-    "NCCL_P2P_DISABLE": "1",
-    "NCCL_CUMEM_ENABLE": "0",
-    "NCCL_WIN_ENABLE": "0",
-}
-# XLA registers the memory of results as windows, collectively over all ranks, and caches it by
-# address. Ranks agree on what is already registered only with one pool preallocated at the start;
-# otherwise one rank waits forever for another that skips it: openxla/xla issues 45406 and 47406.
-_WITHOUT_POOL = {
-    "XLA_PYTHON_CLIENT_PREALLOCATE": ("false", "False", "0"),
-    "XLA_PYTHON_CLIENT_ALLOCATOR": ("platform", "cuda_async", "vmm", "address"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,31 +23,12 @@ class Ragged(Collective):
     name = "ragged"
     exact = True
 
-    def why_not_over(self, n_ranks: int) -> str | None:
-        """Checked here, since XLA itself refuses only when the program runs."""
+    def why_not_here(self) -> str | None:
+        """What was seen between processes is in docs/moe.md; tests/ragged_checks.py looks again."""
         if jax.default_backend() != "gpu":
             return "it is for GPUs"
-        if jax.process_count() == 1:
-            return None
-        if as_numbers(version.__version__) < _JAXLIB:
-            return f"it needs jaxlib {_dotted(_JAXLIB)} or newer, and this is {version.__version__}"
-        nccl = nccl_version()
-        if nccl is None or nccl < _NCCL:
-            return (
-                f"it needs NCCL {_dotted(_NCCL)} or newer, and "
-                f"{_dotted(nccl) if nccl else 'none'} is loaded; get it with: "
-                f"pip install 'nvidia-nccl-cu13>={_dotted(_NCCL)}'"
-            )
-        if n_ranks > _MOST_RANKS:
-            return f"it takes at most {_MOST_RANKS} ranks"
-        if len({getattr(device, "slice_index", 0) for device in jax.devices()}) > 1:
-            return "the GPUs are of several hosts"
-        for name, value in _WITHOUT_WINDOWS.items():
-            if os.environ.get(name) is not None and value in (None, os.environ[name]):
-                return f"NCCL has no windows with {name}={os.environ[name]}"
-        for name, values in _WITHOUT_POOL.items():
-            if os.environ.get(name) in values:
-                return f"with {name}={os.environ[name]} ranks may wait for each other forever"
+        if jax.process_count() > 1:
+            return "XLA may hang or give wrong gradients there (openxla/xla issue 45406)"
         return None
 
     def rooms(self, n_tokens: int, top_k: int, n_ranks: int, capacity: int) -> tuple[int, int]:
@@ -152,17 +109,3 @@ def all_to_all(
 
 def _itself(array: jax.Array) -> jax.Array:
     return array
-
-
-@functools.cache
-def nccl_version() -> tuple[int, int, int] | None:
-    """The version of NCCL that XLA uses, or None without NCCL."""
-    library = _libraries.find("libnccl.so.2", "nccl")
-    code = ctypes.c_int()
-    if library is None or library.ncclGetVersion(ctypes.byref(code)) != 0:
-        return None
-    return code.value // 10_000, code.value // 100 % 100, code.value % 100
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))

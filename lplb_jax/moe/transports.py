@@ -50,11 +50,11 @@ def choose(transport: str, n_ranks: int) -> Collective:
         names = ", ".join(get_args(WeightTransport))
         raise ValueError(f"transport: expected one of {names}, got {transport!r}")
     if transport == "auto":
-        return _best(n_ranks)
+        return _best()
     chosen = COLLECTIVES[transport]
     # JAX does not tell which processes an axis spans; if one process could hold it, assume it does.
     if jax.process_count() > 1 and n_ranks > jax.local_device_count():
-        reason = chosen.why_not_over(n_ranks)
+        reason = chosen.why_not_here()
         if reason is not None:
             raise ValueError(
                 f"transport: expected 'padded' or 'auto', got {transport!r}, which {n_ranks} ranks "
@@ -63,22 +63,16 @@ def choose(transport: str, n_ranks: int) -> Collective:
     return chosen
 
 
-# With ranks in several processes, one may wait forever for another's window, see `ragged`; and
-# gradients have not been compared with "padded" there yet (tests/ragged_checks.py).
-_UNPROVEN = (
-    "between processes that is to be asked for (transport='ragged'): openxla/xla issue 45406 says "
-    "how it may hang"
-)
-
-
-def _best(n_ranks: int) -> Collective:
+def _best() -> Collective:
     if jax.default_backend() != "gpu":
         return COLLECTIVES["padded"]
-    if jax.process_count() == 1:
+    reason = COLLECTIVES["ragged"].why_not_here()
+    if reason is None:
         return COLLECTIVES["ragged"]
-    reason = COLLECTIVES["ragged"].why_not_over(n_ranks) or _UNPROVEN
     warn_once(
-        f"tokens go by lax.all_to_all, which is slower than lax.ragged_all_to_all, since {reason}"
+        f"tokens go by lax.all_to_all and not by lax.ragged_all_to_all, which is faster, between "
+        f"processes: {reason}; init_comm with max_tokens and hidden_bytes gives transport 'peer', "
+        f"which is faster than both"
     )
     return COLLECTIVES["padded"]
 
