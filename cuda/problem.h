@@ -26,20 +26,18 @@ enum Status : int32_t {
   kSyncFailed = 32,
 };
 
-// Division by a number known on the host: exact where dividend · divisor < 2³².
+// Division by a number known on the host, exact where (dividend + 1) · divisor ≤ 2³². The inverse is
+// rounded down, which takes less from a product than the 1 that is added to the dividend gives. A
+// divisor of 1 needs no branch, for which the compiler would write loops twice.
 struct Divisor {
   int32_t divisor;
-  uint32_t inverse;  // ⌈2³² / divisor⌉
+  uint32_t inverse;  // ⌊(2³² − 1) / divisor⌋
 
   Divisor() = default;
-  explicit Divisor(int32_t d)
-      : divisor(d),
-        inverse(d <= 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + d - 1) / d)) {}
+  explicit Divisor(int32_t d) : divisor(d > 1 ? d : 1), inverse(~uint32_t{0} / divisor) {}
 
   LPLB_HOST_DEVICE int32_t Quotient(int32_t dividend) const {
-    if (divisor <= 1) return dividend;
-    return static_cast<int32_t>(
-        (static_cast<uint64_t>(static_cast<uint32_t>(dividend)) * inverse) >> 32);
+    return static_cast<int32_t>((uint64_t{static_cast<uint32_t>(dividend) + 1} * inverse) >> 32);
   }
   LPLB_HOST_DEVICE int32_t Remainder(int32_t dividend) const {
     return dividend - Quotient(dividend) * divisor;
