@@ -186,7 +186,9 @@ __device__ __forceinline__ void ExpandOwn(const AnyExchange& exchange, const The
     const int64_t i = static_cast<int64_t>(token) * in.routing.top_k + batch.choice;
     gate = LoadGate(in.gates, i, in.gate_bytes);
   }
-  Expand<W>(in, pieces, batch, RowAt(in.tokens, token, in.row_bytes), row, gate);
+  // Lanes without an item have no token, and a list of entries ends before theirs.
+  const char* from = batch.HasLane() ? RowAt(in.tokens, token, in.row_bytes) : nullptr;
+  Expand<W>(in, pieces, batch, from, row, gate);
 }
 
 template <typename W, typename AnyExchange>
