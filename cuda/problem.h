@@ -27,8 +27,8 @@ enum Status : int32_t {
 };
 
 // Division by a number known on the host, exact where (dividend + 1) · divisor ≤ 2³². Rounding the
-// inverse down takes less from a product than the 1 that is added to the dividend gives. There is
-// no branch for a divisor of 1, for which the compiler would write loops twice.
+// inverse down takes less from a product than the 1 that is added to the dividend gives. A divisor
+// of 1 needs no branch, around which the compiler would duplicate loops.
 struct Divisor {
   int32_t divisor;
   uint32_t inverse;  // ⌊(2³² − 1) / divisor⌋

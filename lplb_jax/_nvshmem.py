@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.resources
+import importlib.util
 import os
 import pathlib
 import re
 
-from lplb_jax import _libraries, _native
+from lplb_jax import _native
 from lplb_jax._rendezvous import Rendezvous
 
 _SONAME = "libnvshmem_host.so.3"
@@ -46,9 +47,28 @@ def _version(structure: type[ctypes.Structure]) -> int:
     return (1 << 16) + ctypes.sizeof(structure)
 
 
+def _found() -> ctypes.CDLL | None:
+    """The library that is already loaded, or else the wheel's: two instances share no state.
+
+    JAX's CUDA plugin loads it from its wheel, unless LD_PRELOAD provides it.
+    """
+    candidates = [(_SONAME, os.RTLD_NOLOAD | os.RTLD_NOW | os.RTLD_GLOBAL)]
+    spec = importlib.util.find_spec("nvidia")
+    for path in (spec.submodule_search_locations or []) if spec else []:
+        file = pathlib.Path(path) / "nvshmem" / "lib" / _SONAME
+        if file.exists():
+            candidates.append((str(file), os.RTLD_NOW | os.RTLD_GLOBAL))
+    for name, mode in candidates:
+        try:
+            return ctypes.CDLL(name, mode=mode)
+        except OSError:
+            continue
+    return None
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library = _libraries.find(_SONAME, "nvshmem")
+    library = _found()
     if library is not None:
         library.nvshmem_malloc.restype = ctypes.c_void_p
         library.nvshmem_malloc.argtypes = [ctypes.c_size_t]
