@@ -19,11 +19,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const SolveResults out = BatchElement(p, first_out, element);
   const GraphMemory graph(p, kWords, reinterpret_cast<int32_t*>(total + p.n_logical));
   const PrefetchedGraph fetched = PrefetchGraph(p, blockDim.x, in.phy2log, in.log2phy);
+  const PrefetchedTotals loads(p, in.loads);
+  ClearGraph<kWords, Block>(p, NoBase(), graph);
+  loads.Store(p, sources, total);
   int32_t status = 0;
-#pragma unroll 1
-  for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
-    total[e] = SumSources(in.loads, sources, e);
-  }
   if (sources.row > p.n_logical) {
 #pragma unroll 1
     for (int32_t s = threadIdx.x; s < sources.n_sources; s += blockDim.x) {
@@ -31,12 +30,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
   }
   if (threadIdx.x == 0) *graph.status = 0;
-  BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, NoBase(), graph);
-  if (status != 0) atomicOr(graph.status, status);
   const SummedTotals totals = {total};
   const int32_t* given = from == StartFrom::kQuotas ? out.quota : nullptr;
-  const Proof proof = SolveGraph<kWords, Block>(
-      p, totals, graph, [&] { return StartSplit<Block>(p, totals, given, graph, p.safe_load); });
+  bool safe = true;
+  BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, graph, [&](const BuiltSlot& slot) {
+    safe &= StartSlot(slot, totals, given, graph, p.safe_load);
+  });
+  if (status != 0) atomicOr(graph.status, status);
+  const Proof proof = SolveGraph<kWords, Block>(p, totals, graph, [&] { return safe; });
 #pragma unroll 2
   for (int32_t i = threadIdx.x; i < p.n_physical; i += blockDim.x) {
     out.quota[i] = QuotaOf(totals, graph, i);

@@ -1,5 +1,5 @@
 // Solves any placement with one team of threads, as device functions that the kernels compose:
-// PrefetchGraph; BuildGraph; the totals and a barrier; SolveGraph.
+// PrefetchGraph; ClearGraph; BuildGraph; the totals and a barrier; SolveGraph.
 #ifndef LPLB_CUDA_GRAPH_SOLVER_CUH_
 #define LPLB_CUDA_GRAPH_SOLVER_CUH_
 
@@ -45,42 +45,63 @@ __device__ __noinline__ void StayHome(int32_t n_logical, Totals totals, GraphMem
   Threads::Sync();
 }
 
-// Divides every expert's tokens over its cells, evenly, of which the first get one more, or as the
-// quotas of all slots that are given do, if not null; and adds them to the ranks' loads. A barrier
-// must follow. Returns whether all loads are up to `safe_load`.
-template <typename Threads, typename Totals>
-__device__ __forceinline__ bool StartSplit(const Problem& p, const Totals& totals,
-                                           const int32_t* given, const GraphMemory& graph,
-                                           int32_t safe_load) {
-  bool safe = true;
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
-    const uint32_t packed = graph.of_slot[i];
-    const uint32_t expert = ExpertIn(packed);
-    if (expert == kNoExpert) continue;
-    const int32_t rank = p.by_slots.Quotient(i);
-    const int2 total = totals[expert];
-    uint32_t share = total.x;
-    if (CellIn(packed) != kNoNumber) {
-      const uint32_t place = graph.place[CellIn(packed)];
-      const uint32_t n_hosts = place >> 16;
-      // Mostly two, and a division would take longer.
-      const uint32_t each = n_hosts == 2 ? share / 2 : share / n_hosts;
-      share = each + ((place & 0xffff) < share - each * n_hosts);
-      if (given != nullptr) share = given[i];
-      graph.tokens[CellIn(packed)] = share;
-      atomicAdd(&graph.loose[rank], static_cast<int32_t>(share));
+// The totals of one batch element, of which each thread fetches its first load at once.
+class PrefetchedTotals {
+ public:
+  __device__ __forceinline__ PrefetchedTotals(const Problem& p, const int32_t* loads)
+      : loads_(loads),
+        first_(static_cast<int32_t>(threadIdx.x) < p.n_logical ? loads[threadIdx.x] : 0) {}
+
+  // All threads of the block call it; a barrier must follow.
+  __device__ __forceinline__ void Store(const Problem& p, const Sources& sources,
+                                        int2* total) const {
+    if (threadIdx.x < p.n_logical) {
+      total[threadIdx.x] = SumSources(loads_, sources, threadIdx.x, first_);
     }
-    atomicAdd(&graph.load[rank], static_cast<int32_t>(share));
-    safe &= total.x <= safe_load && total.y == 0;
+#pragma unroll 1
+    for (int32_t e = threadIdx.x + blockDim.x; e < p.n_logical; e += blockDim.x) {
+      total[e] = SumSources(loads_, sources, e, loads_[e]);
+    }
   }
-  return safe;
+
+ private:
+  const int32_t* loads_;
+  int32_t first_;
+};
+
+// Gives a slot its part of its expert's tokens: as many as every cell has, of which the first get
+// one more, or its quota, if quotas are given; and adds them to its rank's load. A barrier must
+// follow. Returns whether the expert's load is up to `safe_load`.
+template <typename Totals>
+__device__ __forceinline__ bool StartSlot(const BuiltSlot& slot, const Totals& totals,
+                                          const int32_t* given, const GraphMemory& graph,
+                                          int32_t safe_load) {
+  const uint32_t expert = ExpertIn(slot.packed);
+  if (expert == kNoExpert) return true;
+  const int2 total = totals[expert];
+  uint32_t share = total.x;
+  if (CellIn(slot.packed) != kNoNumber) {
+    const uint32_t n_hosts = slot.place >> 16;
+    // Mostly two, and a division would take longer.
+    const uint32_t each = n_hosts == 2 ? share / 2 : share / n_hosts;
+    share = each + ((slot.place & 0xffff) < share - each * n_hosts);
+    if (given != nullptr) share = given[slot.at.slot];
+    graph.tokens[CellIn(slot.packed)] = share;
+    atomicAdd(&graph.loose[slot.at.rank], static_cast<int32_t>(share));
+  }
+  atomicAdd(&graph.load[slot.at.rank], static_cast<int32_t>(share));
+  return total.x <= safe_load && total.y == 0;
 }
 
+// Divides every expert's tokens over its cells evenly. As StartSlot, for all slots.
 template <typename Threads, typename Totals>
-__device__ __forceinline__ bool StartEven(const Problem& p, const Totals& totals,
-                                          const GraphMemory& graph) {
-  return StartSplit<Threads>(p, totals, nullptr, graph, p.safe_load);
+__device__ __forceinline__ bool StartSplit(const Problem& p, const Totals& totals,
+                                           const GraphMemory& graph, int32_t safe_load) {
+  bool safe = true;
+  ForSlots<Threads>(p, PlacedSlot(p, threadIdx.x), [&](const PlacedSlot& at, auto) {
+    safe &= StartSlot(BuiltSlot(graph, at), totals, nullptr, graph, safe_load);
+  });
+  return safe;
 }
 
 // The bounds of the set of all ranks and of the sets of one; whole warps call it, each finds it.

@@ -34,7 +34,7 @@ struct BaseTokens {
 // Tokens up to which a rank's base load is small, and up to which all others of a rank are.
 constexpr int32_t kSmallShare = kInt32Max / 2;
 
-// The ranks' base loads in tiles, for BuildGraph. The thread's first one is fetched at once.
+// The ranks' base loads in tiles, for ClearGraph. The thread's first one is fetched at once.
 class BaseTiles {
  public:
   __device__ __forceinline__ BaseTiles(const Problem& p, const Costs& costs)
@@ -232,8 +232,7 @@ __device__ inline TileProof SolveTiles(const Problem& p, const Totals& totals, c
   places.loose = memory + p.ep_size;
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < PlacesWords(p); i += Threads::Size()) memory[i] = 0;
-  const bool small =
-      StartSplit<Threads>(p, tiles, nullptr, graph, costs.by_tile.Quotient(p.safe_load / 2));
+  const bool small = StartSplit<Threads>(p, tiles, graph, costs.by_tile.Quotient(p.safe_load / 2));
   int32_t status = 0;
   if (Threads::Any(!small || !small_base)) {
     status =

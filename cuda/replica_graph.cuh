@@ -40,7 +40,7 @@ auto WithGraphWords(const Problem& p, Function&& function) {
 constexpr uint32_t kNoExpert = 0xffff;  // where it is empty, or not the first of its cell
 constexpr uint32_t kNoNumber = 0xffff;  // of an expert on one rank only, whose cell needs none
 
-// The order of the graph's arrays: those that BuildGraph makes 0 in a row, which takes one loop, or
+// The order of the graph's arrays: those that ClearGraph makes 0 in a row, which takes one loop, or
 // as they are used. Neither is faster in all kernels: by tiles, a step takes 0.2 µs less with
 // kUsed.
 enum class GraphOrder { kCleared, kUsed };
@@ -50,14 +50,15 @@ enum class GraphOrder { kCleared, kUsed };
 // the order in which threads come, and nothing depends on it.
 struct GraphMemory {
   uint32_t* search;  // [SearchWords, ep_size], for GraphWaves
-  // From here on to n_cells, BuildGraph makes all 0 at first. With kCleared, they are in a row.
+  // From here on to n_cells, ClearGraph makes all 0 at first. With kCleared, they are in a row.
   uint32_t* mask;       // [n_logical, kWords], the expert's ranks
-  int32_t* first;       // [n_logical], a shared expert's first cell
   uint32_t* is_shared;  // [ep_size, SlotWords], which slots of the rank are shared experts'
+  uint32_t* late;       // [ep_size, SlotWords], which found their cell with a slot already
   int32_t* loose;       // [ep_size], tokens that could leave the rank, before the waves
   int32_t* any_twice;   // whether some cell has several slots
   int32_t* n_cells;
   int32_t* load;      // [ep_size]
+  int32_t* first;     // [n_logical], a shared expert's first cell
   int32_t* home;      // [n_logical], the expert's home slot; −1 where it has no slot at all
   uint32_t* of_slot;  // [n_physical], packed slots
   int32_t* tokens;    // [n_physical], by cell
@@ -77,12 +78,12 @@ struct GraphMemory {
 
   // From mask on.
   LPLB_HOST_DEVICE static int32_t ZeroWords(const Problem& p, int32_t n_words) {
-    return p.n_logical * (n_words + 1) + p.ep_size * (SlotWords(p) + 1) + 2;
+    return p.n_logical * n_words + p.ep_size * (2 * SlotWords(p) + 1) + 2;
   }
 
   LPLB_HOST_DEVICE static int32_t Words(const Problem& p) {
     const int32_t words = GraphWords(p.ep_size);
-    return p.ep_size * (SearchWords(words) + 1) + ZeroWords(p, words) + p.n_logical +
+    return p.ep_size * (SearchWords(words) + 1) + ZeroWords(p, words) + 2 * p.n_logical +
            5 * p.n_physical + 2;
   }
 
@@ -91,13 +92,14 @@ struct GraphMemory {
     if (order == GraphOrder::kCleared) {
       search = reinterpret_cast<uint32_t*>(memory);
       mask = search + p.ep_size * SearchWords(n_words);
-      first = reinterpret_cast<int32_t*>(mask + p.n_logical * n_words);
-      is_shared = reinterpret_cast<uint32_t*>(first + p.n_logical);
-      loose = reinterpret_cast<int32_t*>(is_shared + p.ep_size * SlotWords(p));
+      is_shared = mask + p.n_logical * n_words;
+      late = is_shared + p.ep_size * SlotWords(p);
+      loose = reinterpret_cast<int32_t*>(late + p.ep_size * SlotWords(p));
       any_twice = loose + p.ep_size;
       n_cells = any_twice + 1;
       load = n_cells + 1;
-      home = load + p.ep_size;
+      first = load + p.ep_size;
+      home = first + p.n_logical;
       of_slot = reinterpret_cast<uint32_t*>(home + p.n_logical);
       tokens = reinterpret_cast<int32_t*>(of_slot + p.n_physical);
       slot = tokens + p.n_physical;
@@ -120,6 +122,7 @@ struct GraphMemory {
     take(place, p.n_physical);
     take(shared, p.n_physical);
     take(is_shared, p.ep_size * SlotWords(p));
+    take(late, p.ep_size * SlotWords(p));
     take(load, p.ep_size);
     take(loose, p.ep_size);
     take(search, p.ep_size * SearchWords(n_words));
@@ -188,25 +191,6 @@ __device__ __forceinline__ int32_t FetchAdd(int32_t* shared, int32_t value) {
   return before;
 }
 
-// Leaves every cell that has several slots to the first of them. graph.slot has the experts of all
-// slots, and graph.first tells those with such a cell. Out of line, since it would be in the way
-// where there are none.
-template <typename Threads>
-__device__ __noinline__ void KeepFirstSlots(GraphMemory graph, int32_t n_physical,
-                                            Divisor by_slots) {
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < n_physical; i += Threads::Size()) {
-    const int32_t expert = graph.slot[i];
-    if (expert == kNoExpert || graph.first[expert] == 0) continue;
-    bool before = false;
-#pragma unroll 4
-    for (int32_t k = by_slots.Quotient(i) * by_slots.divisor; k < i; ++k) {
-      before |= graph.slot[k] == expert;
-    }
-    if (before) graph.of_slot[i] = kNoExpert;
-  }
-}
-
 // A slot of an expert whose home slot is not what it should be; −1 where there is none.
 [[maybe_unused]] static __device__ __noinline__ int32_t AnySlotOf(uint32_t expert,
                                                                   const uint32_t* of_slot,
@@ -254,48 +238,94 @@ struct SlotCell {
   __device__ __forceinline__ bool IsShared() const { return n_hosts > 1; }
 };
 
-// Builds the graph, which needs no loads but base(rank), the load of a rank besides its experts.
-// All threads of the team call it. A barrier must follow, but not for what concerns a thread's own
-// slots, threadIdx.x, threadIdx.x + Threads::Size(), … *status must have been set before; bits are
-// added.
-template <int kWords, typename Threads, GraphOrder kOrder = GraphOrder::kCleared, typename Base>
-__device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, const int32_t* log2phy,
-                                  const PrefetchedGraph& fetched, Base&& base,
-                                  const GraphMemory& graph) {
-  const int32_t thread = threadIdx.x;
-  const int32_t n_threads = Threads::Size();
-  const int32_t slot_words = GraphMemory::SlotWords(p);
-  if constexpr (kOrder == GraphOrder::kCleared) {
+// A slot as it is in the graph.
+struct BuiltSlot {
+  PlacedSlot at;
+  uint32_t packed;  // graph.of_slot
+  uint32_t place;   // graph.place of its cell, if it has one
+
+  __device__ __forceinline__ BuiltSlot(const PlacedSlot& at_, uint32_t packed_, uint32_t place_)
+      : at(at_), packed(packed_), place(place_) {}
+  __device__ __forceinline__ BuiltSlot(const GraphMemory& graph, const PlacedSlot& at_)
+      : at(at_), packed(graph.of_slot[at_.slot]) {
+    place = CellIn(packed) != kNoNumber ? graph.place[CellIn(packed)] : 0;
+  }
+};
+
+// Calls use(at, is_first) for the thread's slots, threadIdx.x, threadIdx.x + Threads::Size(), … The
+// first, mostly the only one, takes no loop, so that what is known of it stays in registers.
+template <typename Threads, typename Use>
+__device__ __forceinline__ void ForSlots(const Problem& p, const PlacedSlot& first,
+                                         const Use& use) {
+  if (first.slot < p.n_physical) use(first, std::true_type());
 #pragma unroll 1
-    for (int32_t i = thread; i < GraphMemory::ZeroWords(p, kWords); i += n_threads) {
-      graph.mask[i] = 0;
+  for (int32_t i = first.slot + Threads::Size(); i < p.n_physical; i += Threads::Size()) {
+    use(PlacedSlot(p, i), std::false_type());
+  }
+}
+
+// Of a cell that has several slots, the one that is not late leaves it to the first of them.
+// graph.slot has the experts of all slots.
+__device__ __forceinline__ void KeepFirstSlot(const GraphMemory& graph, const PlacedSlot& at,
+                                              int32_t slot_words) {
+  const int32_t expert = graph.slot[at.slot];
+  const uint32_t* const late = graph.late + at.rank * slot_words;
+  if (expert == kNoExpert || (late[at.k >> 5] >> (at.k & 31) & 1) != 0) return;
+  const int32_t first_slot = at.slot - at.k;
+  int32_t kept = at.k;
+#pragma unroll 1
+  for (int32_t w = 0; w < slot_words; ++w) {
+#pragma unroll 1
+    for (uint32_t bits = late[w]; bits != 0; bits &= bits - 1) {
+      const int32_t k = 32 * w + __ffs(bits) - 1;
+      if (graph.slot[first_slot + k] != expert) continue;
+      graph.of_slot[first_slot + max(k, kept)] = kNoExpert;
+      kept = min(k, kept);
     }
+  }
+}
+
+// Prepares the graph's memory, before BuildGraph; base(rank) is a rank's load besides its experts.
+// All threads of the team call it.
+template <int kWords, typename Threads, GraphOrder kOrder = GraphOrder::kCleared, typename Base>
+__device__ __forceinline__ void ClearGraph(const Problem& p, Base&& base,
+                                           const GraphMemory& graph) {
+  const auto clear = [&](auto* array, int32_t n) {
 #pragma unroll 1
-    for (int32_t r = thread; r < p.ep_size; r += n_threads) graph.load[r] = base(r);
+    for (int32_t i = threadIdx.x; i < n; i += Threads::Size()) array[i] = 0;
+  };
+  if constexpr (kOrder == GraphOrder::kCleared) {
+    clear(graph.mask, GraphMemory::ZeroWords(p, kWords));
+#pragma unroll 1
+    for (int32_t r = threadIdx.x; r < p.ep_size; r += Threads::Size()) graph.load[r] = base(r);
   } else {
-    const auto clear = [&](auto* array, int32_t n) {
-#pragma unroll 1
-      for (int32_t i = thread; i < n; i += n_threads) array[i] = 0;
-    };
     clear(graph.mask, p.n_logical * kWords);
-    clear(graph.first, p.n_logical);
-    clear(graph.is_shared, p.ep_size * slot_words);
+    clear(graph.is_shared, 2 * p.ep_size * GraphMemory::SlotWords(p));  // and `late`
 #pragma unroll 1
-    for (int32_t r = thread; r < p.ep_size; r += n_threads) {
+    for (int32_t r = threadIdx.x; r < p.ep_size; r += Threads::Size()) {
       graph.load[r] = base(r);
       graph.loose[r] = 0;
     }
-    if (thread == 0) *graph.n_cells = *graph.any_twice = 0;
+    if (threadIdx.x == 0) *graph.n_cells = *graph.any_twice = 0;
   }
-  const auto for_slots = [&](const auto& use) {
-#pragma unroll 1
-    for (int32_t i = thread; i < p.n_physical; i += n_threads) use(PlacedSlot(p, i));
-  };
+}
+
+// Builds the graph, for which no loads are needed. All threads of the team call it behind
+// ClearGraph. Calls use(BuiltSlot) for the thread's slots when they are built. A barrier must
+// follow. *status must have been set before; bits are added.
+template <int kWords, typename Threads, typename Use>
+__device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, const int32_t* log2phy,
+                                  const PrefetchedGraph& fetched, const GraphMemory& graph,
+                                  const Use& use) {
+  const int32_t thread = threadIdx.x;
+  const int32_t n_threads = Threads::Size();
+  const int32_t slot_words = GraphMemory::SlotWords(p);
+  const PlacedSlot mine(p, thread);
+  bool bad = false;
   Threads::Sync();
 
-  bool bad = false;
-  for_slots([&](const PlacedSlot& at) {
-    const int32_t expert = at.slot == thread               ? fetched.expert[0]
+  ForSlots<Threads>(p, mine, [&](const PlacedSlot& at, auto is_first) {
+    const int32_t expert = is_first                        ? fetched.expert[0]
                            : at.slot == thread + n_threads ? fetched.expert[1]
                                                            : phy2log[at.slot];
     const bool known = expert >= 0 && expert < p.n_logical;
@@ -304,42 +334,48 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
     if (!known) return;
     const uint32_t bit = 1u << (at.rank & 31);
     if (atomicOr(&graph.mask[expert * kWords + (at.rank >> 5)], bit) & bit) {
-      atomicOr(&graph.first[expert], 1);
+      atomicOr(&graph.late[at.rank * slot_words + (at.k >> 5)], 1u << (at.k & 31));
       atomicOr(graph.any_twice, 1);
     }
   });
   Threads::Sync();
   if (*graph.any_twice != 0) {
-    KeepFirstSlots<Threads>(graph, p.n_physical, p.by_slots);
+    ForSlots<Threads>(p, mine,
+                      [&](const PlacedSlot& at, auto) { KeepFirstSlot(graph, at, slot_words); });
     Threads::Sync();
   }
 
-#pragma unroll 1
-  for (int32_t e = thread; e < p.n_logical; e += n_threads) {
+  const auto add_expert = [&](int32_t e, int32_t home) {
     const int32_t n_hosts = HostsOf<kWords>(graph, e);
-    int32_t first = 0;  // Stored below, since it takes a while to come.
+    int32_t first = 0;
     if (n_hosts > 1) first = FetchAdd(graph.n_cells, n_hosts);
-    int32_t home = e == thread ? fetched.home : log2phy[e * p.max_replicas];
     const bool right = home >= 0 && home < p.n_physical && ExpertIn(graph.of_slot[home]) == e;
     if (!right) home = AnySlotOf(e, graph.of_slot, p.n_physical);
     bad |= !right;
     graph.home[e] = home;
-    if (n_hosts > 1) graph.first[e] = first;
+    graph.first[e] = first;  // Not earlier, since it takes a while to come.
+  };
+  if (thread < p.n_logical) add_expert(thread, fetched.home);
+#pragma unroll 1
+  for (int32_t e = thread + n_threads; e < p.n_logical; e += n_threads) {
+    add_expert(e, log2phy[e * p.max_replicas]);
   }
-  SlotCell my_cell = {};  // of this thread's first slot, mostly the only one
-  for_slots([&](const PlacedSlot& at) {
+  SlotCell my_cell = {};
+  ForSlots<Threads>(p, mine, [&](const PlacedSlot& at, auto is_first) {
     const SlotCell cell = SlotCell::Of<kWords>(graph, at);
-    if (at.slot == thread) my_cell = cell;
+    if constexpr (is_first) my_cell = cell;
     if (!cell.IsShared()) return;
     atomicOr(&graph.is_shared[at.rank * slot_words + (at.k >> 5)], 1u << (at.k & 31));
   });
   Threads::Sync();
 
   // The cells' numbers, and the list of every rank.
-  for_slots([&](const PlacedSlot& at) {
-    const SlotCell cell = at.slot == thread ? my_cell : SlotCell::Of<kWords>(graph, at);
+  ForSlots<Threads>(p, mine, [&](const PlacedSlot& at, auto is_first) {
+    const SlotCell cell = is_first ? my_cell : SlotCell::Of<kWords>(graph, at);
     if (!cell.IsShared()) {
-      graph.of_slot[at.slot] = cell.expert | kNoNumber << 16;
+      const uint32_t packed = cell.expert | kNoNumber << 16;
+      graph.of_slot[at.slot] = packed;
+      use(BuiltSlot(at, packed, 0));
       return;
     }
     const int32_t nth = NthShared(graph.is_shared + at.rank * slot_words, at.k);
@@ -347,10 +383,18 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
     const uint32_t packed = cell.expert | static_cast<uint32_t>(number) << 16;
     graph.of_slot[at.slot] = packed;
     graph.slot[number] = at.slot;
-    graph.place[number] = cell.place | cell.n_hosts << 16;
+    const uint32_t place = cell.place | cell.n_hosts << 16;
+    graph.place[number] = place;
     graph.shared[at.rank * p.slots_per_rank + nth] = packed;
+    use(BuiltSlot(at, packed, place));
   });
   if (bad) atomicOr(graph.status, kBadPlacement);
+}
+
+template <int kWords, typename Threads>
+__device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, const int32_t* log2phy,
+                                  const PrefetchedGraph& fetched, const GraphMemory& graph) {
+  BuildGraph<kWords, Threads>(p, phy2log, log2phy, fetched, graph, [](const BuiltSlot&) {});
 }
 
 }  // namespace lplb::cuda

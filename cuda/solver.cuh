@@ -48,10 +48,10 @@ struct GroupMemory {
   }
 };
 
-// Sums an expert's tokens over all sources, and collects their status bits.
+// Sums an expert's tokens over all sources, of which the first has `load`, and collects their
+// status bits.
 __device__ __forceinline__ int2 SumSources(const int32_t* loads, const Sources& sources,
-                                           int32_t expert) {
-  int32_t load = loads[expert];
+                                           int32_t expert, int32_t load) {
   int32_t lowest = load;
   int64_t total = max(load, 0);
 #pragma unroll 4
@@ -63,6 +63,11 @@ __device__ __forceinline__ int2 SumSources(const int32_t* loads, const Sources& 
   int32_t status = lowest < 0 ? kNegativeLoad : 0;
   if (total > kInt32Max) status |= kLoadOverflow;
   return {static_cast<int32_t>(min(total, static_cast<int64_t>(kInt32Max))), status};
+}
+
+__device__ __forceinline__ int2 SumSources(const int32_t* loads, const Sources& sources,
+                                           int32_t expert) {
+  return SumSources(loads, sources, expert, loads[expert]);
 }
 
 // Totals of all experts in shared memory, from SumSources or from this kernel's counts. −1 where

@@ -48,13 +48,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   GraphMemory graph(p, kWords, memory);
   int32_t* const tiles = memory + GraphMemory::Words(p);  // by slot
   const PrefetchedGraph fetched = PrefetchGraph(p, blockDim.x, in.phy2log, in.log2phy);
+  const PrefetchedTotals loads(p, in.loads);
   BaseTiles base(p, costs);
-#pragma unroll 1
-  for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
-    total[e] = SumSources(in.loads, sources, e);
-  }
   if (threadIdx.x == 0) *graph.status = 0;
-  BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, base, graph);
+  ClearGraph<kWords, Block>(p, base, graph);
+  loads.Store(p, sources, total);
+  BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, graph);
   const int32_t wrong = base.status() | InvalidIn(p, sources, in.loads);
   if (wrong != 0) atomicOr(graph.status, wrong);
   const SummedTotals totals = {total};

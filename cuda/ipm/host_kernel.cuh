@@ -101,7 +101,8 @@ struct HostBlock {
       solver.ranks.base[r] = solver.ranks.w[r] = solver.ranks.y[r] = solver.ranks.q[r] = 0;
       solver.ranks.ex[r] = 1;
     }
-    BuildGraph<kWords, Block>(p, in.solve.phy2log, in.solve.log2phy, fetched, NoBase(), graph);
+    ClearGraph<kWords, Block>(p, NoBase(), graph);
+    BuildGraph<kWords, Block>(p, in.solve.phy2log, in.solve.log2phy, fetched, graph);
     Block::Sync();
     if (threadIdx.x < 32) {
       LoadWeights(p.ep_size, options, in.weights, memory.weight, solver.ranks.w, graph.status);

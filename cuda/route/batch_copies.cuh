@@ -244,7 +244,7 @@ struct OverBatchCopies : Anywhere<kWords> {
       graph.of_slot[i] = expert[i] >= 0 ? expert[i] | kNoNumber << 16 : kNoExpert;
     }
     Threads::Sync();
-    return StartEven<Threads>(p, CountedTotals{total}, graph);
+    return StartSplit<Threads>(p, CountedTotals{total}, graph, p.safe_load);
   }
 
   template <Quotas kQuotas, typename Threads>

@@ -112,8 +112,8 @@ struct Anywhere {
       pieces.sent[i] = 0;
       memory.quota[i] = kQuotas == Quotas::kGiven ? given[i] : 0;
     }
-    BuildGraph<kWords, Threads, kOrder>(a.problem, tables.phy2log, tables.log2phy, fetched, base,
-                                        graph);
+    ClearGraph<kWords, Threads, kOrder>(a.problem, base, graph);
+    BuildGraph<kWords, Threads>(a.problem, tables.phy2log, tables.log2phy, fetched, graph);
     Threads::Sync();
   }
 
@@ -130,7 +130,8 @@ struct Anywhere {
                                               int64_t element, const Fetched&, const SyncCall& call,
                                               bool leader, const RouteMemory& memory) {
     MakeFrom<kQuotas, Threads>(a, element, call, leader, memory, [&] {
-      return StartEven<Threads>(a.problem, CountedTotals{memory.total}, GraphOf(a, memory));
+      return StartSplit<Threads>(a.problem, CountedTotals{memory.total}, GraphOf(a, memory),
+                                 a.problem.safe_load);
     });
   }
 
