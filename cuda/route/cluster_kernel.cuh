@@ -161,6 +161,7 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
 // The tokens that a thread of ClusterKernel holds: every 32nd of its warp's.
 struct HeldTokens {
   int64_t first;
+  int32_t n;
   // The expert: n_logical for an invalid id, −1 for none. Later the expert and, in the upper half,
   // the token's ordinal among the expert's tokens in the block. Both are below 2¹⁵.
   int32_t code[kMaxRounds];
@@ -186,6 +187,8 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
       static_cast<int64_t>(block * n_warps + warp) * 32 * a.rounds + (thread & 31);
   int32_t (&code)[kMaxRounds] = held.code;
   held.first = first;
+  const int64_t left = (tokens.n_tokens - first + 31) / 32;
+  held.n = static_cast<int32_t>(min(max(left, int64_t{0}), int64_t{a.rounds}));
   WithIndices(tokens, [&](auto* indices) {
     // All loads are in flight before the first is used.
     std::decay_t<decltype(*indices)> id[kMaxRounds];
@@ -257,15 +260,11 @@ __global__ void __launch_bounds__(Routing::kPlanThreads + kRouteThreads, 1)
                                                              n_blocks, memory);
     return;
   }
-#pragma unroll
-  for (int j = 0; j < kMaxRounds; ++j) {
-    const int64_t i = held.first + 32 * j;
-    if (j >= a.rounds || i >= tokens.n_tokens) break;
+  WriteTokens<Routing, kMaxRounds>(a, tokens, memory, held.first, held.n, [&](int j) {
     const int32_t code = held.code[j];
     const int32_t expert = code < 0 ? -1 : code & 0xffff;
-    const int32_t ordinal = expert < 0 ? 0 : memory.earlier[expert] + (code >> 16);
-    WriteToken(tokens, i, Routing::PlaceOf(a, memory, expert, ordinal));
-  }
+    return NumberedToken{expert, memory.earlier[max(expert, 0)] + (code >> 16)};
+  });
 }
 #else
 template <typename Routing, Quotas kQuotas>

@@ -9,9 +9,9 @@
 
 namespace lplb::cuda {
 
-// The pieces of shared experts, in shared memory in place of their cells. An expert's first piece
-// is in its PackedRoute: `keep` tokens go to slot `home`. If it has more pieces, `replica` is the
-// expert's first cell. The `end` there is the number of pieces, and the other pieces follow.
+// The pieces of shared experts, in shared memory in place of their cells. Up to two are in the
+// expert's PackedRoute: `keep` tokens go to slot `home`, and others to slot `replica`. If there are
+// more, `replica` is the expert's first cell. Its `slot` is then the number of pieces.
 struct PieceTable {
   int32_t* end;    // by cell: this source's tokens up to the end of the piece; the last has no end
   uint32_t* slot;  // by cell: the piece's slot
@@ -55,9 +55,11 @@ class Dealer {
     if (n_ == 1) {
       return {kInt32Max, static_cast<uint16_t>(home_ >= 0 ? home_ : kNoSlot), kNoSlot};
     }
-    table_.end[first_] = n_;
+    if (n_ == 2) return {keep_, static_cast<uint16_t>(home_), static_cast<uint16_t>(last_)};
+    table_.end[first_] = keep_;
+    table_.slot[first_] = n_;
     table_.end[first_ + n_ - 1] = kInt32Max;
-    return {keep_, static_cast<uint16_t>(home_), static_cast<uint16_t>(first_)};
+    return {~keep_, static_cast<uint16_t>(home_), static_cast<uint16_t>(first_)};
   }
 
  private:
@@ -198,20 +200,53 @@ __device__ inline void DealByDistance(const Problem& p, const GraphMemory& graph
   }
 }
 
-// The place of the token with this ordinal, if that is beyond the expert's first piece.
-__device__ __forceinline__ Place FindPiece(const PieceTable& table, const PackedRoute& route,
-                                           int32_t ordinal) {
-  int32_t piece = route.replica + 1;
-  const int32_t second = piece;
-  int32_t n = table.end[route.replica] - 1;
-  while (n > 1) {  // It is one of n pieces from `piece` on.
-    const int32_t half = n / 2;
-    const bool later = ordinal >= table.end[piece + half - 1];
-    piece += later ? half : 0;
-    n = later ? n - half : half;
+// The pieces that a token may be in: n from `first` on; none if its place is known.
+struct PieceSearch {
+  int32_t first = 1;  // The end of the piece before is read even if none is searched.
+  int32_t n = 0;
+
+  // Looks into the expert's route. Where that does not tell the place, FindPieces must.
+  __device__ __forceinline__ void Begin(const PieceTable& table, const PackedRoute& route,
+                                        const NumberedToken& token, Place& place) {
+    const bool many = route.keep < 0;
+    const int32_t keep = many ? ~route.keep : route.keep;
+    const bool stays = token.ordinal < keep;
+    place = Place(token.expert < 0 ? kNoSlot
+                  : stays          ? route.home
+                                   : route.replica,
+                  stays ? token.ordinal : token.ordinal - keep);
+    if (!many || stays || token.expert < 0) return;
+    first = route.replica + 1;
+    n = static_cast<int32_t>(table.slot[route.replica]) - 1;
   }
-  const int32_t begin = piece == second ? route.keep : table.end[piece - 1];
-  return {static_cast<int32_t>(table.slot[piece]), ordinal - begin};
+};
+
+// Finds the places of all tokens whose pieces are searched. The searches go on side by side.
+template <int kAll>
+__device__ __forceinline__ void FindPieces(const PieceTable& table, PieceSearch (&search)[kAll],
+                                           const NumberedToken (&token)[kAll],
+                                           Place (&place)[kAll]) {
+  bool more = true;
+  while (more) {
+    more = false;
+#pragma unroll
+    for (int j = 0; j < kAll; ++j) {
+      auto& [first, n] = search[j];
+      const int32_t half = n / 2;
+      // Read whether it is needed or not: a branch would delay the other searches.
+      const bool later = token[j].ordinal >= table.end[first + half - 1];
+      first += later ? half : 0;
+      n = n < 2 ? n : later ? n - half : half;
+      more |= n > 1;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kAll; ++j) {
+    const auto [piece, n] = search[j];
+    if (n == 0) continue;
+    place[j] =
+        Place(static_cast<int32_t>(table.slot[piece]), token[j].ordinal - table.end[piece - 1]);
+  }
 }
 
 }  // namespace lplb::cuda

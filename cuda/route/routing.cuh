@@ -52,16 +52,20 @@ struct AlongTopology {
     WriteSummary<kQuotas, Threads>(a, element, block, n_blocks, memory);
   }
 
-  // Where the token of `expert` with this ordinal among all of the expert's tokens goes.
-  static __device__ __forceinline__ Place PlaceOf(const RouteArguments& a,
-                                                  const RouteMemory& memory, int32_t expert,
-                                                  int32_t ordinal) {
-    if (expert < 0) return {-1, -1};
-    const PackedRoute route = memory.routes[expert];
-    const bool stays = ordinal < route.keep;
-    const int32_t slot = stays ? route.home : route.replica;
-    if (slot == kNoSlot) return {-1, -1};
-    return {slot, stays ? ordinal : ordinal - route.keep};
+  // Where tokens go.
+  template <int kAll>
+  static __device__ __forceinline__ void LookUp(const RouteArguments&, const RouteMemory& memory,
+                                                const NumberedToken (&token)[kAll],
+                                                Place (&place)[kAll]) {
+#pragma unroll
+    for (int j = 0; j < kAll; ++j) {
+      const PackedRoute route = memory.routes[max(token[j].expert, 0)];
+      const bool stays = token[j].ordinal < route.keep;
+      place[j] = Place(token[j].expert < 0 ? kNoSlot
+                       : stays             ? route.home
+                                           : route.replica,
+                       stays ? token[j].ordinal : token[j].ordinal - route.keep);
+    }
   }
 };
 
@@ -258,17 +262,21 @@ struct Anywhere {
     }
   }
 
-  // Where the token of `expert` with this ordinal among all of the expert's tokens goes.
-  static __device__ __forceinline__ Place PlaceOf(const RouteArguments& a,
-                                                  const RouteMemory& memory, int32_t expert,
-                                                  int32_t ordinal) {
-    if (expert < 0) return {-1, -1};
-    const PackedRoute route = memory.routes[expert];
-    if (ordinal < route.keep) {
-      return route.home == kNoSlot ? Place{-1, -1} : Place{route.home, ordinal};
+  // Where tokens go.
+  template <int kAll>
+  static __device__ __forceinline__ void LookUp(const RouteArguments& a, const RouteMemory& memory,
+                                                const NumberedToken (&token)[kAll],
+                                                Place (&place)[kAll]) {
+    const PieceTable pieces = PiecesOf(a, memory);
+    PieceSearch search[kAll];
+    int32_t n = 0;
+#pragma unroll
+    for (int j = 0; j < kAll; ++j) {
+      const PackedRoute route = memory.routes[max(token[j].expert, 0)];
+      search[j].Begin(pieces, route, token[j], place[j]);
+      n |= search[j].n;
     }
-    if (route.replica == kNoSlot) return {-1, -1};
-    return FindPiece(PiecesOf(a, memory), route, ordinal);
+    if (n != 0) FindPieces(pieces, search, token, place);
   }
 };
 

@@ -13,6 +13,7 @@ namespace lplb::cuda {
 constexpr int32_t kPlanThreads = 256;  // of a cluster's block, besides kRouteThreads, as a rule
 constexpr int32_t kMaxRounds = 16;     // Tokens that a lane holds in registers.
 constexpr int32_t kAtOnce = 8;         // Tokens of a tile that a lane has in flight.
+constexpr int32_t kLookedUp = 4;       // Tokens whose places a lane looks up at once.
 
 // A warp's state for one expert.
 struct Cell {
@@ -25,9 +26,9 @@ static_assert(kMaxSlots < kNoSlot);
 
 // Where an expert's tokens go. Packed into 8 bytes, since every token reads it.
 struct PackedRoute {
-  int32_t keep;      // tokens that stay at home
+  int32_t keep;      // tokens that stay at home; ~keep if the others go to several slots
   uint16_t home;     // a slot, or kNoSlot
-  uint16_t replica;  // a slot, or kNoSlot
+  uint16_t replica;  // a slot, or kNoSlot; the first cell of the pieces if there are several slots
 };
 
 // Shared memory of a block that routes tokens. Rows have room for all experts and, at n_logical,

@@ -173,17 +173,17 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
       for (int j = 0; j < kAtOnce; ++j) {
         if (first + 32 * j < span.end) id[j] = indices[first + 32 * j];
       }
+      NumberedToken token[kAtOnce];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         if (begin + 32 * j >= span.end) break;
-        const int64_t i = first + 32 * j;
-        int32_t expert = i < span.end ? ExpertOf(id[j], p.n_logical) : -1;
-        if (expert == p.n_logical) expert = -1;
-        const int32_t ordinal = OrdinalOf(expert, cells);
-        if (i < span.end) {
-          WriteToken(tokens, i, Routing::PlaceOf(a, memory, expert, ordinal));
-        }
+        const int32_t expert = first + 32 * j < span.end ? ExpertOf(id[j], p.n_logical) : -1;
+        token[j].expert = expert == p.n_logical ? -1 : expert;
+        token[j].ordinal = OrdinalOf(token[j].expert, cells);
       }
+      const int64_t n = min((span.end - first + 31) / 32, int64_t{kAtOnce});
+      WriteTokens<Routing, kAtOnce>(a, tokens, memory, first, static_cast<int32_t>(n),
+                                    [&](int j) { return token[j]; });
     }
   });
   Routing::template Summarize<kQuotas, Block>(a, element, tile, a.n_tiles, memory);

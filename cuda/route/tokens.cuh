@@ -94,12 +94,44 @@ __device__ __forceinline__ void ScanWarps(int32_t n_logical, int32_t warp, int32
 struct Place {
   int32_t slot;
   int32_t position;
+
+  Place() = default;
+  __device__ __forceinline__ Place(int32_t slot_, int32_t position_)
+      : slot(slot_ == kNoSlot ? -1 : slot_), position(slot_ == kNoSlot ? -1 : position_) {}
 };
 
-__device__ __forceinline__ void WriteToken(const TokenBuffers& tokens, int64_t i,
-                                           const Place& place) {
-  tokens.physical[i] = place.slot;
-  if (tokens.position != nullptr) tokens.position[i] = place.position;
+// A token's expert (−1: none), and its ordinal among all of the expert's tokens.
+struct NumberedToken {
+  int32_t expert;
+  int32_t ordinal;
+};
+
+// Writes where the first n of a lane's tokens go, kAll at most: token_of(j) is token first + 32 j.
+// What several of them read is in flight at once: one after the other would take as long as its
+// loads.
+template <typename Routing, int kAll, typename TokenOf>
+__device__ __forceinline__ void WriteTokens(const RouteArguments& a, const TokenBuffers& tokens,
+                                            const RouteMemory& memory, int64_t first, int32_t n,
+                                            const TokenOf& token_of) {
+#pragma unroll
+  for (int begin = 0; begin < kAll; begin += kLookedUp) {
+    if (begin >= n) return;
+    NumberedToken token[kLookedUp];
+    Place place[kLookedUp];
+#pragma unroll
+    for (int j = 0; j < kLookedUp; ++j) {
+      token[j] = begin + j < n ? token_of(begin + j) : NumberedToken{-1, 0};
+    }
+    Routing::LookUp(a, memory, token, place);
+#pragma unroll
+    for (int j = 0; j < kLookedUp; ++j) {
+      if (begin + j >= n) return;
+      tokens.physical[first + 32 * (begin + j)] = place[j].slot;
+      if (tokens.position != nullptr) {
+        tokens.position[first + 32 * (begin + j)] = place[j].position;
+      }
+    }
+  }
 }
 
 }  // namespace lplb::cuda
