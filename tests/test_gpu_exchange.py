@@ -99,9 +99,9 @@ def virtual_ranks():
         yield make
 
 
-def random_batch(rng, ranks, size):
+def random_batch(rng, ranks, size, listed):
     """Any sizes; sometimes ranks send nothing, one gets everything, or there is little room. Rows
-    in one array, or in several."""
+    in one array, or in several; all of them, or those of listed entries."""
     # With few blocks, warps receive one item at a time of the small ones, several of the large.
     n_tokens = int(np.exp(rng.uniform(0, np.log(480 // max(size - 1, 1)))))
     top_k = int(rng.integers(1, 9))
@@ -122,7 +122,7 @@ def random_batch(rng, ranks, size):
     hidden = 8 * int(rng.integers(1, 65))
     blocks = int(rng.integers(1, 9))
     options = {"dtype": str(dtype), "blocks": (blocks, int(rng.integers(1, blocks + 1)))}
-    options |= {"per_entry": per_entry, "listed": bool(rng.integers(2))}
+    options |= {"per_entry": per_entry, "listed": listed}
     return ExchangeBatch(ranks.put, ranks_of, capacity, hidden, rng, **options)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
@@ -134,7 +134,7 @@ def random_batch(rng, ranks, size):
 def test_virtual_ranks(rng, virtual_ranks, n_gpus, size, n_bursts):
     """Thousands of exchanges in bursts, alternating random batches: every row, gate and sum."""
     ranks = virtual_ranks(n_gpus, size, 480, 8, 2080)
-    batches = [random_batch(rng, ranks, size) for _ in range(6)]
+    batches = [random_batch(rng, ranks, size, listed=i % 2 == 1) for i in range(6)]
     for _ in range(n_bursts):
         which = rng.integers(0, len(batches), 20)  # there and back each
         done = np.zeros(size, int)
