@@ -60,7 +60,7 @@ class PrefetchedTotals {
     }
 #pragma unroll 1
     for (int32_t e = threadIdx.x + blockDim.x; e < p.n_logical; e += blockDim.x) {
-      total[e] = SumSources(loads_, sources, e, loads_[e]);
+      total[e] = SumSources(loads_, sources, e);
     }
   }
 

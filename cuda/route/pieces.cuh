@@ -210,12 +210,8 @@ struct PieceSearch {
                                         const NumberedToken& token, Place& place) {
     const bool many = route.keep < 0;
     const int32_t keep = many ? ~route.keep : route.keep;
-    const bool stays = token.ordinal < keep;
-    place = Place(token.expert < 0 ? kNoSlot
-                  : stays          ? route.home
-                                   : route.replica,
-                  stays ? token.ordinal : token.ordinal - keep);
-    if (!many || stays || token.expert < 0) return;
+    place = PlaceBy(route, keep, token);
+    if (!many || token.ordinal < keep || token.expert < 0) return;
     first = route.replica + 1;
     n = static_cast<int32_t>(table.slot[route.replica]) - 1;
   }

@@ -60,11 +60,7 @@ struct AlongTopology {
 #pragma unroll
     for (int j = 0; j < kAll; ++j) {
       const PackedRoute route = memory.routes[max(token[j].expert, 0)];
-      const bool stays = token[j].ordinal < route.keep;
-      place[j] = Place(token[j].expert < 0 ? kNoSlot
-                       : stays             ? route.home
-                                           : route.replica,
-                       stays ? token[j].ordinal : token[j].ordinal - route.keep);
+      place[j] = PlaceBy(route, route.keep, token[j]);
     }
   }
 };

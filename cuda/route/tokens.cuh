@@ -106,9 +106,18 @@ struct NumberedToken {
   int32_t ordinal;
 };
 
+// Where a token goes if its expert keeps the first `keep` at home and sends the others to one slot.
+__device__ __forceinline__ Place PlaceBy(const PackedRoute& route, int32_t keep,
+                                         const NumberedToken& token) {
+  const bool stays = token.ordinal < keep;
+  return Place(token.expert < 0 ? kNoSlot
+               : stays          ? route.home
+                                : route.replica,
+               stays ? token.ordinal : token.ordinal - keep);
+}
+
 // Writes where the first n of a lane's tokens go, kAll at most: token_of(j) is token first + 32 j.
-// What several of them read is in flight at once: one after the other would take as long as its
-// loads.
+// Their reads are in flight several at a time: one after the other, each would wait for its own.
 template <typename Routing, int kAll, typename TokenOf>
 __device__ __forceinline__ void WriteTokens(const RouteArguments& a, const TokenBuffers& tokens,
                                             const RouteMemory& memory, int64_t first, int32_t n,
