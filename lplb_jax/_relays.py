@@ -1,10 +1,9 @@
 """Which rank sends which copy to which, and when: relays, so that no link is the bottleneck.
 
 An expert's home sends it to at most four ranks of its own node and to one rank in each of at most
-four other nodes. In every later round, each rank that has it sends it to three more (a rank that
-received it for two slots, from both): first to other nodes, from the ranks that received it for
-their node, until all nodes that use it have it; then within the nodes, from all ranks. It enters
-each node once. The gradients come home the same way.
+four other nodes. In every later round, each copy is passed on three times: first to other nodes,
+from the ranks that received it for their node, until all nodes that use it have it; then within the
+nodes, from all ranks. It enters each node once. The gradients come home the same way.
 
 Copies are numbered rank by rank; among an expert's copies, lower numbers come first.
 """
@@ -48,7 +47,7 @@ class Limits(NamedTuple):
 
     @property
     def relayed(self) -> int:
-        """Copies of an expert that a copy is passed on to in a round."""
+        """How often a copy is passed on in a round."""
         most = max(-(-max(self.within, self.nodes) // self.first), self.beyond) - 1
         return max(1, min(most, self.first - 1))
 

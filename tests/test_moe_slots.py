@@ -136,6 +136,8 @@ def test_between_nodes_an_expert_travels_once(rng, sizes, n_nodes):
             away = home // node_size != rank // node_size
             assert once == {*zip(expert[away], rank[away] // node_size, strict=True)}
             assert len(once) == abroad.sum()
+            if used:  # Then a rank has one copy of an expert at most, and the limits are its own.
+                assert len({*zip(expert, rank, strict=True)}) == len(expert)
             # Where two slots of a rank have copies of one expert, each passes it on.
             passed = np.where(turn == 0, -1, fetch.row[rank, copy])
             sends = [*zip(expert, sender, passed, turn, abroad & (turn == 0), strict=True)]
