@@ -204,15 +204,34 @@ LPLB_HOST_DEVICE AssignOperands BatchElement(const Problem& p, const Sources& so
           first.rank + b};
 }
 
+// A token's id, or that there is no token.
+template <typename Index>
+class IdOf {
+ public:
+  LPLB_HOST_DEVICE IdOf() : number_(~Number{0}) {}
+  LPLB_HOST_DEVICE IdOf(Index id) : number_(static_cast<Unsigned>(id)) {}  // NOLINT: a value.
+
+  // The expert that the id names; `none` where the token chose none, or where there is no token;
+  // n_logical where the id is invalid.
+  LPLB_HOST_DEVICE int32_t Expert(int32_t n_logical, int32_t none) const {
+    if (number_ < static_cast<Number>(n_logical)) return static_cast<int32_t>(number_);
+    return number_ >= kAbsent ? none : n_logical;
+  }
+
+ private:
+  using Unsigned = std::make_unsigned_t<Index>;
+  using Number = std::conditional_t<sizeof(Index) <= sizeof(uint32_t), uint32_t, uint64_t>;
+
+  // What tokens have that chose none: −1, or the largest value of an unsigned type.
+  static constexpr Number kAbsent = static_cast<Unsigned>(-1);
+
+  Number number_;
+};
+
 // The expert an id names; −1 where the token chose none; n_logical where the id is invalid.
 template <typename Index>
 LPLB_HOST_DEVICE int32_t ExpertOf(Index id, int32_t n_logical) {
-  using Unsigned = std::make_unsigned_t<Index>;
-  constexpr Index kAbsent = static_cast<Index>(-1);  // The largest value of an unsigned type.
-  if (static_cast<uint64_t>(static_cast<Unsigned>(id)) < static_cast<uint64_t>(n_logical)) {
-    return static_cast<int32_t>(id);
-  }
-  return id == kAbsent ? -1 : n_logical;
+  return IdOf<Index>(id).Expert(n_logical, -1);
 }
 
 // Targets for which place_copies attempts to find copies; and what fewer copies may cost: the mean

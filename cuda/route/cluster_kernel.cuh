@@ -160,10 +160,11 @@ __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t elem
 
 // The tokens that a thread of ClusterKernel holds: every 32nd of its warp's.
 struct HeldTokens {
-  int64_t first;
+  int32_t first;
   int32_t n;
-  // The expert: n_logical for an invalid id, −1 for none. Later the expert and, in the upper half,
-  // the token's ordinal among the expert's tokens in the block. Both are below 2¹⁵.
+  // The expert: n_logical for an invalid id, n_logical + 1 for none or where there is no token.
+  // Later, in the upper half, the token's ordinal among the expert's tokens in the block. Both are
+  // below 2¹⁵.
   int32_t code[kMaxRounds];
 };
 
@@ -181,22 +182,24 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
   const auto sync = [&] {
     asm volatile("bar.sync %0, %1;" ::"n"(kTokenBarrier), "r"(n_threads) : "memory");
   };
-  AnnounceStart();
   const int32_t block = cooperative_groups::this_cluster().block_rank();
-  const int64_t first =
-      static_cast<int64_t>(block * n_warps + warp) * 32 * a.rounds + (thread & 31);
+  held.first = (block * n_warps + warp) * 32 * a.rounds + (thread & 31);
+  held.n = min(max((static_cast<int32_t>(tokens.n_tokens) - held.first + 31) / 32, 0), a.rounds);
   int32_t (&code)[kMaxRounds] = held.code;
-  held.first = first;
-  const int64_t left = (tokens.n_tokens - first + 31) / 32;
-  held.n = static_cast<int32_t>(min(max(left, int64_t{0}), int64_t{a.rounds}));
   WithIndices(tokens, [&](auto* indices) {
-    // All loads are in flight before the first is used.
-    std::decay_t<decltype(*indices)> id[kMaxRounds];
+    // All loads are in flight before the first is used. Fewer branches than tokens.
+    IdOf<std::decay_t<decltype(*indices)>> id[kMaxRounds];
+    constexpr int kFew = 4;
 #pragma unroll
-    for (int j = 0; j < kMaxRounds; ++j) {
-      const int64_t i = first + 32 * j;
-      if (j < a.rounds && i < tokens.n_tokens) id[j] = indices[i];
+    for (int begin = 0; begin < kMaxRounds; begin += kFew) {
+      if (begin >= a.rounds) break;
+#pragma unroll
+      for (int j = begin; j < begin + kFew; ++j) {
+        id[j] = {};
+        if (j < held.n) id[j] = indices[held.first + 32 * j];
+      }
     }
+    AnnounceStart();
     int4* pairs = reinterpret_cast<int4*>(memory.cells);  // The number of warps is even.
     const int32_t n_pairs = n_warps * (p.n_logical + RouteMemory::kPad) / 2;
 #pragma unroll 1
@@ -205,8 +208,8 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
 #pragma unroll
     for (int j = 0; j < kMaxRounds; ++j) {
       if (j >= a.rounds) break;
-      code[j] = first + 32 * j < tokens.n_tokens ? ExpertOf(id[j], p.n_logical) : -1;
-      if (code[j] >= 0) atomicAdd(&memory.counts[code[j]], 1);
+      code[j] = id[j].Expert(p.n_logical, p.n_logical + 1);
+      atomicAdd(&memory.counts[code[j]], 1);
     }
   });
   sync();
@@ -218,9 +221,7 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
 #pragma unroll
   for (int j = 0; j < kMaxRounds; ++j) {
     if (j >= a.rounds) break;
-    const int32_t expert = code[j] == p.n_logical ? -1 : code[j];
-    const int32_t ordinal = OrdinalOf(expert, cells);
-    code[j] = expert < 0 ? -1 : expert | ordinal << 16;
+    code[j] |= OrdinalOf(cells + code[j]) << 16;
   }
   sync();
   ScanWarps(p.n_logical, warp, n_warps, &memory.cells[0].count,
@@ -229,7 +230,7 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
 #pragma unroll
   for (int j = 0; j < kMaxRounds; ++j) {
     if (j >= a.rounds) break;
-    if (code[j] >= 0) code[j] += static_cast<int32_t>(cells[code[j] & 0xffff].count << 16);
+    code[j] += static_cast<int32_t>(cells[code[j] & 0xffff].count << 16);
   }
 }
 
@@ -261,9 +262,9 @@ __global__ void __launch_bounds__(Routing::kPlanThreads + kRouteThreads, 1)
     return;
   }
   WriteTokens<Routing, kMaxRounds>(a, tokens, memory, held.first, held.n, [&](int j) {
-    const int32_t code = held.code[j];
-    const int32_t expert = code < 0 ? -1 : code & 0xffff;
-    return NumberedToken{expert, memory.earlier[max(expert, 0)] + (code >> 16)};
+    const int32_t expert = held.code[j] & 0xffff;
+    return NumberedToken{expert < a.problem.n_logical ? expert : -1,
+                         memory.earlier[expert] + (held.code[j] >> 16)};
   });
 }
 #else

@@ -32,7 +32,8 @@ struct PackedRoute {
 };
 
 // Shared memory of a block that routes tokens. Rows have room for all experts and, at n_logical,
-// for ids that name none. With other ranks, `total` only records there whether any id did.
+// for invalid ids, and behind it for tokens that chose no expert. With other ranks, `total` only
+// records there whether any id did.
 struct RouteMemory {
   Cell* cells;          // [n_warps, n_logical + kPad]
   PackedRoute* routes;  // [n_logical]
@@ -55,7 +56,7 @@ struct RouteMemory {
   static constexpr int32_t kPacked = 8;
 
   LPLB_HOST_DEVICE static int32_t Row(const Problem& p) {
-    return (p.n_logical + kPacked) / kPacked * kPacked;
+    return (p.n_logical + 1 + kPacked) / kPacked * kPacked;
   }
 
   // How many attempts at copies for the batch each block of a cluster of n_blocks makes side by

@@ -147,6 +147,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
     Routing::template Receive<Block>(a, call, tile == 0, memory);
     __syncthreads();
   }
+  if (threadIdx.x < n_warps) memory.CellsOf(p, threadIdx.x)[p.n_logical] = {0, 0};
   // From here on, a cell counts from the batch's first token.
   const int32_t* warps_before = TileOf(a, element, tile) + row;
   for (int32_t e = threadIdx.x; e < p.n_logical; e += blockDim.x) {
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
         if (begin + 32 * j >= span.end) break;
         const int32_t expert = first + 32 * j < span.end ? ExpertOf(id[j], p.n_logical) : -1;
         token[j].expert = expert == p.n_logical ? -1 : expert;
-        token[j].ordinal = OrdinalOf(token[j].expert, cells);
+        token[j].ordinal = OrdinalOf(cells + (expert < 0 ? p.n_logical : expert));
       }
       const int64_t n = min((span.end - first + 31) / 32, int64_t{kAtOnce});
       WriteTokens<Routing, kAtOnce>(a, tokens, memory, first, static_cast<int32_t>(n),

@@ -35,18 +35,16 @@ __device__ __forceinline__ TokenBuffers TokensOf(const RouteArguments& a, int64_
   return tokens;
 }
 
-// Counts this lane's token of `expert` (−1: none) into its warp's cells. Returns how many earlier
-// tokens the cell had. All lanes must call it.
-__device__ __forceinline__ int32_t OrdinalOf(int32_t expert, Cell* cells) {
+// Counts this lane's token into its warp's cell of the expert. Returns how many earlier tokens the
+// cell had. All lanes must call it.
+__device__ __forceinline__ int32_t OrdinalOf(Cell* cell) {
   const uint32_t lane = threadIdx.x & 31;
-  const bool valid = expert >= 0;
-  Cell* cell = cells + (valid ? expert : 0);
-  if (valid) atomicOr(&cell->mask, 1u << lane);
+  atomicOr(&cell->mask, 1u << lane);
   __syncwarp();
   const uint2 seen = *reinterpret_cast<const uint2*>(cell);
   const uint32_t lower = seen.x & ((1u << lane) - 1);
   __syncwarp();
-  if (valid && lower == 0) {  // The lowest lane updates the cell.
+  if (lower == 0) {  // The lowest lane updates the cell.
     *reinterpret_cast<uint2*>(cell) = {0, seen.y + __popc(seen.x)};
   }
   __syncwarp();
