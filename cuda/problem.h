@@ -208,8 +208,14 @@ LPLB_HOST_DEVICE AssignOperands BatchElement(const Problem& p, const Sources& so
 template <typename Index>
 class IdOf {
  public:
-  LPLB_HOST_DEVICE IdOf() : number_(~Number{0}) {}
-  LPLB_HOST_DEVICE IdOf(Index id) : number_(static_cast<Unsigned>(id)) {}  // NOLINT: a value.
+  IdOf() = default;
+  LPLB_HOST_DEVICE explicit IdOf(Index id) : number_(static_cast<Unsigned>(id)) {}
+
+  static LPLB_HOST_DEVICE IdOf None() {
+    IdOf none;
+    none.number_ = ~Number{0};
+    return none;
+  }
 
   // The expert that the id names; `none` where the token chose none, or where there is no token;
   // n_logical where the id is invalid.

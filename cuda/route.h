@@ -31,12 +31,12 @@ LPLB_HOST_DEVICE int32_t IndexBytes(IndexType type) {
 }
 
 struct TokenBuffers {
-  const void* indices;   // [batch, n_tokens]
+  const void* indices;  // [batch, n_tokens]
+  int64_t n_tokens;
+  IndexType type;
   int32_t* physical;     // [batch, n_tokens]
   int32_t* position;     // [batch, n_tokens], or null
   int32_t* slot_counts;  // [batch, n_physical], or null
-  int64_t n_tokens;
-  IndexType type;
 };
 
 // Copies chosen for the batch, unless fan_out is 0.
@@ -46,12 +46,16 @@ struct BatchCopies {
   CopiesResults out;
 };
 
+// A kernel waits some 150 cycles for every 64 bytes of its arguments that it comes to. So what is
+// needed first comes first: up to the problem's sizes.
 struct RouteArguments {
+  SolveOperands solve_in;  // of rebalance; loads unused
+  int32_t rounds;          // tokens per thread of a cluster; set by the launcher
+  int32_t cluster;         // blocks, a power of two; set by the launcher
+  TokenBuffers tokens;
   Problem problem;
   Sources sources;
-  TokenBuffers tokens;
   AssignOperands given;    // of assign; with peers, its rank
-  SolveOperands solve_in;  // of rebalance; loads unused
   SolveResults solve_out;  // of rebalance
   BatchCopies copies;      // of a rebalance without a topology
   Peers peers;             // of a rebalance with other ranks
@@ -60,7 +64,6 @@ struct RouteArguments {
   int64_t workspace_words;
   int64_t tokens_per_warp;  // set by the launcher
   int32_t n_tiles;
-  int32_t rounds;  // set by the launcher
   bool proportional;
   Costs costs;  // of a rebalance without a topology; without base_load, tokens are balanced
 };

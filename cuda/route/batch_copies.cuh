@@ -258,10 +258,8 @@ struct OverBatchCopies : Anywhere<kWords> {
     int32_t block = 0;
     if constexpr (!std::is_same_v<Threads, Block>) {
 #if __CUDA_ARCH__ >= 900
-      const auto cluster = cooperative_groups::this_cluster();
-      const int32_t n_blocks = cluster.num_blocks();
-      shape = {n_blocks, RouteMemory::Attempts(n_blocks)};
-      block = cluster.block_rank();
+      shape = {a.cluster, RouteMemory::Attempts(a.cluster)};
+      block = cooperative_groups::this_cluster().block_rank();
 #endif
     }
     // −1 for a total that passes int32 is more than that as an unsigned number, too.

@@ -107,10 +107,9 @@ template <typename Routing, Quotas kQuotas>
 __device__ __forceinline__ void PlanRoutes(const RouteArguments& a, int64_t element,
                                            const RouteMemory& memory) {
   using Threads = Team<Routing::kPlanThreads>;
-  const auto cluster = cooperative_groups::this_cluster();
   const Problem& p = a.problem;
-  const int32_t n_blocks = cluster.num_blocks();
-  const int32_t block = cluster.block_rank();
+  const int32_t n_blocks = a.cluster;
+  const int32_t block = cooperative_groups::this_cluster().block_rank();
   const int32_t row = RouteMemory::Row(p);
   if (threadIdx.x == 0) InitArrivals(memory.arrivals);
   if constexpr (Routing::kChooses) {
@@ -187,16 +186,17 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
   held.n = min(max((static_cast<int32_t>(tokens.n_tokens) - held.first + 31) / 32, 0), a.rounds);
   int32_t (&code)[kMaxRounds] = held.code;
   WithIndices(tokens, [&](auto* indices) {
+    using Id = IdOf<std::decay_t<decltype(*indices)>>;
     // All loads are in flight before the first is used. Fewer branches than tokens.
-    IdOf<std::decay_t<decltype(*indices)>> id[kMaxRounds];
+    Id id[kMaxRounds];
     constexpr int kFew = 4;
 #pragma unroll
     for (int begin = 0; begin < kMaxRounds; begin += kFew) {
       if (begin >= a.rounds) break;
 #pragma unroll
       for (int j = begin; j < begin + kFew; ++j) {
-        id[j] = {};
-        if (j < held.n) id[j] = indices[held.first + 32 * j];
+        id[j] = Id::None();
+        if (j < held.n) id[j] = Id(indices[held.first + 32 * j]);
       }
     }
     AnnounceStart();
@@ -214,8 +214,7 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
   });
   sync();
   AwaitStarts();
-  SendCounts(RouteMemory::Row(p), cooperative_groups::this_cluster().num_blocks(), block, thread,
-             n_threads, memory);
+  SendCounts(RouteMemory::Row(p), a.cluster, block, thread, n_threads, memory);
 
   Cell* cells = memory.CellsOf(p, warp);
 #pragma unroll
@@ -237,16 +236,14 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
 // One cluster per batch element. The routes depend on the tokens' counts but not on their ordinals.
 // So the first threads of a block make the routes while the others find the ordinals.
 template <typename Routing, Quotas kQuotas>
-__global__ void __launch_bounds__(Routing::kPlanThreads + kRouteThreads, 1)
+__global__ void __cluster_dims__() __launch_bounds__(Routing::kPlanThreads + kRouteThreads, 1)
     ClusterKernel(const RouteArguments a) {
   extern __shared__ int4 shared[];
   constexpr int32_t kPlanThreads = Routing::kPlanThreads;
-  const auto cluster = cooperative_groups::this_cluster();
-  const int32_t n_blocks = cluster.num_blocks();
   const int32_t n_warps = (static_cast<int32_t>(blockDim.x) - kPlanThreads) / 32;
-  const RouteMemory memory(a.problem, n_warps, n_blocks, kQuotas, shared);
+  const RouteMemory memory(a.problem, n_warps, a.cluster, kQuotas, shared);
   // With other ranks, the batch size is one.
-  const int64_t element = kQuotas == Quotas::kSynced ? 0 : __clusterIdx().x;
+  const int64_t element = kQuotas == Quotas::kSynced ? 0 : blockIdx.x >> (__ffs(a.cluster) - 1);
   const bool plans = threadIdx.x < kPlanThreads;
   const TokenBuffers tokens = TokensOf(a, element);
   HeldTokens held;
@@ -257,8 +254,8 @@ __global__ void __launch_bounds__(Routing::kPlanThreads + kRouteThreads, 1)
   }
   __syncthreads();
   if (plans) {
-    Routing::template Summarize<kQuotas, Team<kPlanThreads>>(a, element, cluster.block_rank(),
-                                                             n_blocks, memory);
+    const int32_t block = cooperative_groups::this_cluster().block_rank();
+    Routing::template Summarize<kQuotas, Team<kPlanThreads>>(a, element, block, a.cluster, memory);
     return;
   }
   WriteTokens<Routing, kMaxRounds>(a, tokens, memory, held.first, held.n, [&](int j) {

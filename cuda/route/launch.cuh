@@ -14,6 +14,7 @@ namespace lplb::cuda {
 template <typename Routing, Quotas kQuotas>
 cudaError_t LaunchCluster(RouteArguments a, const RouteShape& shape, cudaStream_t stream) {
   a.rounds = shape.rounds;
+  a.cluster = shape.cluster;
   LaunchShape launch = {};
   launch.grid = dim3(static_cast<unsigned>(a.batch * shape.cluster));
   launch.threads = Routing::kPlanThreads + shape.threads;

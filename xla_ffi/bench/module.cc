@@ -65,8 +65,8 @@ cuda::RouteArguments ArgumentsOf(std::array<int32_t, 6> problem, int64_t batch, 
   cuda::RouteArguments arguments = {};
   arguments.problem = ProblemOf(problem);
   arguments.sources = {1, arguments.problem.n_logical + 1};
-  arguments.tokens = {As<const void>(in[0]),  As(out[0]), As(out[1]), As(out[2]), n_tokens,
-                      cuda::IndexType::kInt32};
+  arguments.tokens = {
+      As<const void>(in[0]), n_tokens, cuda::IndexType::kInt32, As(out[0]), As(out[1]), As(out[2])};
   arguments.solve_in = {nullptr, As(in[1]), As(in[2]), As(in[3])};
   arguments.solve_out = {As(out[3]), As(out[4]), As(out[5]), As(out[6])};
   arguments.copies = {fan_out, width, {As(copies[0]), As(copies[1]), As(copies[2])}};

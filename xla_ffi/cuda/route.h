@@ -27,8 +27,8 @@ cuda::RouteArguments RouteArgumentsOf(const Call& call) {
   cuda::RouteArguments arguments = {};
   arguments.problem = call.problem;
   arguments.sources = call.sources;
-  arguments.tokens = {tokens.indices,     tokens.physical, tokens.position,
-                      tokens.slot_counts, tokens.n,        IndexTypeOf(tokens.type)};
+  arguments.tokens = {tokens.indices,  tokens.n,        IndexTypeOf(tokens.type),
+                      tokens.physical, tokens.position, tokens.slot_counts};
   arguments.workspace = tokens.workspace;
   arguments.batch = call.batch;
   arguments.n_tiles = tokens.n_tiles;
