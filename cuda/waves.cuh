@@ -51,6 +51,8 @@ struct RankSet {
   uint32_t word[kWords];
 
   __device__ __forceinline__ bool Has(int32_t rank) const {
+    // Not chosen by index, which would put the words into local memory.
+    if constexpr (kWords == 2) return (word[0] | uint64_t{word[1]} << 32) >> rank & 1;
     uint32_t bits = word[0];
 #pragma unroll
     for (int w = 1; w < kWords; ++w) bits = rank >> 5 == w ? word[w] : bits;
