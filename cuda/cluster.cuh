@@ -20,7 +20,8 @@ __device__ __forceinline__ void InitArrivals(uint64_t* arrivals) {
 }
 
 // The barrier at which the blocks of a cluster announce that they have started and may be sent to:
-// all threads arrive. It orders no other memory accesses, for which the kernel would have to wait.
+// all threads arrive, in whole warps. It orders no other memory accesses, for which the kernel
+// would have to wait.
 __device__ __forceinline__ void AnnounceStart() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }

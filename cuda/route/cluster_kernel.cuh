@@ -234,7 +234,8 @@ __device__ __forceinline__ void FindOrdinals(const RouteArguments& a, const Toke
 }
 
 // One cluster per batch element. The routes depend on the tokens' counts but not on their ordinals.
-// So the first threads of a block make the routes while the others find the ordinals.
+// So the first threads of a block make the routes while the others find the ordinals. Always
+// launched as clusters, which __cluster_dims__() says, so that no instruction asks for it.
 template <typename Routing, Quotas kQuotas>
 __global__ void __cluster_dims__() __launch_bounds__(Routing::kPlanThreads + kRouteThreads, 1)
     ClusterKernel(const RouteArguments a) {
