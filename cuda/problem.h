@@ -226,7 +226,12 @@ class IdOf {
 
  private:
   using Unsigned = std::make_unsigned_t<Index>;
+  // GPUs take twice as long for 64 bits. CPUs take longer to make an address of 32.
+#ifdef __CUDA_ARCH__
   using Number = std::conditional_t<sizeof(Index) <= sizeof(uint32_t), uint32_t, uint64_t>;
+#else
+  using Number = uint64_t;
+#endif
 
   // What tokens have that chose none: −1, or the largest value of an unsigned type.
   static constexpr Number kAbsent = static_cast<Unsigned>(-1);
