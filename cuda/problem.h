@@ -226,7 +226,7 @@ class IdOf {
 
  private:
   using Unsigned = std::make_unsigned_t<Index>;
-  // GPUs take twice as long for 64 bits. CPUs take longer to make an address of 32.
+  // A GPU needs two instructions for 64 bits, and a CPU one more to address memory by 32.
 #ifdef __CUDA_ARCH__
   using Number = std::conditional_t<sizeof(Index) <= sizeof(uint32_t), uint32_t, uint64_t>;
 #else

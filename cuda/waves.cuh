@@ -51,7 +51,7 @@ struct RankSet {
   uint32_t word[kWords];
 
   __device__ __forceinline__ bool Has(int32_t rank) const {
-    // Not chosen by index, which would put the words into local memory.
+    // The compiler would choose a word by branches, or by its index in local memory.
     if constexpr (kWords == 2) return (word[0] | uint64_t{word[1]} << 32) >> rank & 1;
     uint32_t bits = word[0];
 #pragma unroll

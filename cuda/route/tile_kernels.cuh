@@ -147,6 +147,7 @@ __global__ void __launch_bounds__(kRouteThreads, 2) TileRouteKernel(const RouteA
     Routing::template Receive<Block>(a, call, tile == 0, memory);
     __syncthreads();
   }
+  // Of ids that name no expert.
   if (threadIdx.x < n_warps) memory.CellsOf(p, threadIdx.x)[p.n_logical] = {0, 0};
   // From here on, a cell counts from the batch's first token.
   const int32_t* warps_before = TileOf(a, element, tile) + row;
