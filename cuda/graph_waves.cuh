@@ -296,25 +296,25 @@ struct Senders {
   }
 };
 
-// The excess of a rank in equal parts: as many as the least power of two that gives every sender
-// one, and the first ones two.
+// The excess of a rank in n equal parts: as many as the least power of two that gives every sender
+// one, and the first ones two. Part i has ⌊(excess + n − 1 − i) / n⌋ tokens: as many as all parts
+// have, and one more in the first of them.
 struct Parts {
   int32_t n_senders;
-  int32_t n;
-  int32_t each;
-  int32_t more;  // so many are larger by one
+  int32_t log;  // log₂ n
 
-  __device__ __forceinline__ Parts(int32_t excess, int32_t n_senders_) : n_senders(n_senders_) {
-    const int32_t log = 32 - __clz(max(n_senders - 1, 0));
-    n = 1 << log;
-    each = excess >> log;
-    more = excess & (n - 1);
+  Parts() = default;
+  __device__ __forceinline__ explicit Parts(int32_t n_senders_) : n_senders(n_senders_) {
+    log = 32 - __clz(max(n_senders - 1, 0));
   }
 
-  // A sender without a second part: the number of it would be n or more, and `more` is less.
-  __device__ __forceinline__ int32_t Of(int32_t sender) const {
-    const int32_t second = sender + n_senders;
-    return (each << (second < n)) + (sender < more) + (second < more);
+  __device__ __forceinline__ int32_t Of(int32_t sender, int32_t excess) const {
+    const int32_t first = (1 << log) - 1 - sender;
+    const int32_t second = first - n_senders;  // below 0 if the sender has no second part
+    const auto part = [&](int32_t more) {
+      return static_cast<int32_t>((static_cast<uint32_t>(excess) + more) >> log);
+    };
+    return part(first) + (second >= 0 ? part(second) : 0);
   }
 };
 
@@ -326,7 +326,7 @@ struct Pusher {
 
   RankSet<kWords> below;
   Senders<kWords> first;
-  int32_t n_senders;
+  Parts parts;
 
   Pusher() = default;
   // `tokens` are those of the rank's first cells.
@@ -334,11 +334,13 @@ struct Pusher {
                                     const HeldRank<kWords>& mine, const RankSet<kWords>& below_,
                                     const int32_t (&tokens)[Ranks::kHand])
       : below(below_),
-        first(mine.first, mine.rank, below_, [&](int h, bool) { return tokens[h]; }),
-        n_senders(first.n) {
-    if (!mine.more) return;
-    ForMore(p, graph, mine,
-            [&](const Hand<kWords>&, const Senders<kWords>& senders) { n_senders += senders.n; });
+        first(mine.first, mine.rank, below_, [&](int h, bool) { return tokens[h]; }) {
+    int32_t n_senders = first.n;
+    if (mine.more) {
+      ForMore(p, graph, mine,
+              [&](const Hand<kWords>&, const Senders<kWords>& senders) { n_senders += senders.n; });
+    }
+    parts = Parts(n_senders);
   }
 
   // If the rank `pushes`, it sends what it has above the target, as far as its cells have their
@@ -346,13 +348,13 @@ struct Pusher {
   __device__ __forceinline__ void Push(const Problem& p, const GraphMemory& graph,
                                        const HeldRank<kWords>& mine, bool pushes,
                                        int32_t target) const {
-    const Parts parts(pushes ? max(graph.load[mine.rank] - target, 0) : 0, n_senders);
+    const int32_t excess = pushes ? max(graph.load[mine.rank] - target, 0) : 0;
     if constexpr (Ranks::kLanes > 1) __syncwarp();  // All have read the load.
-    Send(graph, mine.rank, mine.first, first, parts, 0);
+    Send(graph, mine.rank, mine.first, first, excess, 0);
     if (!mine.more || !__any_sync(kFullWarp, pushes)) return;
     int32_t before = first.n;
     ForMore(p, graph, mine, [&](const Hand<kWords>& hand, const Senders<kWords>& senders) {
-      Send(graph, mine.rank, hand, senders, parts, before);
+      Send(graph, mine.rank, hand, senders, excess, before);
       before += senders.n;
     });
   }
@@ -375,10 +377,10 @@ struct Pusher {
 
   __device__ __forceinline__ void Send(const GraphMemory& graph, int32_t rank,
                                        const Hand<kWords>& hand, const Senders<kWords>& senders,
-                                       const Parts& parts, int32_t before) const {
+                                       int32_t excess, int32_t before) const {
 #pragma unroll
     for (int h = 0; h < Ranks::kHand; ++h) {
-      const int32_t amount = min(parts.Of(before + senders.nth[h]), senders.tokens[h]);
+      const int32_t amount = min(parts.Of(before + senders.nth[h], excess), senders.tokens[h]);
       if (amount <= 0) continue;
       graph.tokens[hand.cell[h].number] = senders.tokens[h] - amount;
       atomicAdd(&graph.load[rank], -amount);
