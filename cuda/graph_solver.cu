@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const GraphMemory graph(p, kWords, reinterpret_cast<int32_t*>(total + p.n_logical));
   const PrefetchedGraph fetched = PrefetchGraph(p, blockDim.x, in.phy2log, in.log2phy);
   const PrefetchedTotals loads(p, in.loads);
-  ClearGraph<kWords, Block>(p, NoBase(), graph);
+  ClearGraph<Block>(p, NoBase(), graph.mask, graph);
   loads.Store(p, sources, total);
   int32_t status = 0;
   if (sources.row > p.n_logical) {
@@ -29,7 +29,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       if (in.loads[s * sources.row + p.n_logical] != 0) status |= kInvalidIndex;
     }
   }
-  if (threadIdx.x == 0) *graph.status = 0;
   const SummedTotals totals = {total};
   const int32_t* given = from == StartFrom::kQuotas ? out.quota : nullptr;
   bool safe = true;

@@ -40,24 +40,20 @@ auto WithGraphWords(const Problem& p, Function&& function) {
 constexpr uint32_t kNoExpert = 0xffff;  // where it is empty, or not the first of its cell
 constexpr uint32_t kNoNumber = 0xffff;  // of an expert on one rank only, whose cell needs none
 
-// The order of the graph's arrays: those that ClearGraph makes 0 in a row, which takes one loop, or
-// as they are used. Neither is faster in all kernels: by tiles, a step takes 0.2 µs less with
-// kUsed.
-enum class GraphOrder { kCleared, kUsed };
-
 // The graph in shared memory, in words of 32 bits. Cells are those of shared experts, which are on
 // several ranks: an expert's are consecutive, in the order of the ranks. Where they begin is up to
 // the order in which threads come, and nothing depends on it.
 struct GraphMemory {
   uint32_t* search;  // [SearchWords, ep_size], for GraphWaves
-  // From here on to n_cells, ClearGraph makes all 0 at first. With kCleared, they are in a row.
+  // From here on to the loads, ClearGraph makes all 0 at first.
   uint32_t* mask;       // [n_logical, kWords], the expert's ranks
   uint32_t* is_shared;  // [ep_size, SlotWords], which slots of the rank are shared experts'
   uint32_t* late;       // [ep_size, SlotWords], which found their cell with a slot already
   int32_t* loose;       // [ep_size], tokens that could leave the rank, before the waves
   int32_t* any_twice;   // whether some cell has several slots
   int32_t* n_cells;
-  int32_t* load;      // [ep_size]
+  int32_t* status;
+  int32_t* load;      // [ep_size], besides what a base gives it
   int32_t* first;     // [n_logical], a shared expert's first cell
   int32_t* home;      // [n_logical], the expert's home slot; −1 where it has no slot at all
   uint32_t* of_slot;  // [n_physical], packed slots
@@ -66,7 +62,6 @@ struct GraphMemory {
   uint32_t* place;    // [n_physical], by cell: its number of its expert's, and, above, how many
   uint32_t* shared;   // [ep_size, slots_per_rank], the rank's slots of shared experts, packed
   int32_t* target;
-  int32_t* status;  // set by whoever builds the graph
 
   LPLB_HOST_DEVICE static int32_t SlotWords(const Problem& p) {
     return (p.slots_per_rank + 31) / 32;
@@ -76,60 +71,33 @@ struct GraphMemory {
     return n_words <= 4 ? n_words : 2;
   }
 
-  // From mask on.
-  LPLB_HOST_DEVICE static int32_t ZeroWords(const Problem& p, int32_t n_words) {
-    return p.n_logical * n_words + p.ep_size * (2 * SlotWords(p) + 1) + 2;
+  // Where the words of a set of ranks are known, or not.
+  LPLB_HOST_DEVICE static int32_t Words(const Problem& p, int32_t n_words) {
+    return p.ep_size * (SearchWords(n_words) + 2 * SlotWords(p) + 2) + p.n_logical * (n_words + 2) +
+           5 * p.n_physical + 4;
   }
-
   LPLB_HOST_DEVICE static int32_t Words(const Problem& p) {
-    const int32_t words = GraphWords(p.ep_size);
-    return p.ep_size * (SearchWords(words) + 1) + ZeroWords(p, words) + 2 * p.n_logical +
-           5 * p.n_physical + 2;
+    return Words(p, GraphWords(p.ep_size));
   }
 
-  __device__ GraphMemory(const Problem& p, int32_t n_words, int32_t* memory,
-                         GraphOrder order = GraphOrder::kCleared) {
-    if (order == GraphOrder::kCleared) {
-      search = reinterpret_cast<uint32_t*>(memory);
-      mask = search + p.ep_size * SearchWords(n_words);
-      is_shared = mask + p.n_logical * n_words;
-      late = is_shared + p.ep_size * SlotWords(p);
-      loose = reinterpret_cast<int32_t*>(late + p.ep_size * SlotWords(p));
-      any_twice = loose + p.ep_size;
-      n_cells = any_twice + 1;
-      load = n_cells + 1;
-      first = load + p.ep_size;
-      home = first + p.n_logical;
-      of_slot = reinterpret_cast<uint32_t*>(home + p.n_logical);
-      tokens = reinterpret_cast<int32_t*>(of_slot + p.n_physical);
-      slot = tokens + p.n_physical;
-      place = reinterpret_cast<uint32_t*>(slot + p.n_physical);
-      shared = place + p.n_physical;
-      target = reinterpret_cast<int32_t*>(shared + p.n_physical);
-      status = target + 1;
-      return;
-    }
-    const auto take = [&](auto*& array, int32_t n) {
-      array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(memory);
-      memory += n;
-    };
-    take(mask, p.n_logical * n_words);
-    take(first, p.n_logical);
-    take(home, p.n_logical);
-    take(of_slot, p.n_physical);
-    take(tokens, p.n_physical);
-    take(slot, p.n_physical);
-    take(place, p.n_physical);
-    take(shared, p.n_physical);
-    take(is_shared, p.ep_size * SlotWords(p));
-    take(late, p.ep_size * SlotWords(p));
-    take(load, p.ep_size);
-    take(loose, p.ep_size);
-    take(search, p.ep_size * SearchWords(n_words));
-    take(n_cells, 1);
-    take(any_twice, 1);
-    take(target, 1);
-    take(status, 1);
+  __device__ GraphMemory(const Problem& p, int32_t n_words, int32_t* memory) {
+    search = reinterpret_cast<uint32_t*>(memory);
+    mask = search + p.ep_size * SearchWords(n_words);
+    is_shared = mask + p.n_logical * n_words;
+    late = is_shared + p.ep_size * SlotWords(p);
+    loose = reinterpret_cast<int32_t*>(late + p.ep_size * SlotWords(p));
+    any_twice = loose + p.ep_size;
+    n_cells = any_twice + 1;
+    status = n_cells + 1;
+    load = status + 1;
+    first = load + p.ep_size;
+    home = first + p.n_logical;
+    of_slot = reinterpret_cast<uint32_t*>(home + p.n_logical);
+    tokens = reinterpret_cast<int32_t*>(of_slot + p.n_physical);
+    slot = tokens + p.n_physical;
+    place = reinterpret_cast<uint32_t*>(slot + p.n_physical);
+    shared = place + p.n_physical;
+    target = reinterpret_cast<int32_t*>(shared + p.n_physical);
   }
 };
 
@@ -230,7 +198,11 @@ struct SlotCell {
   SlotCell() = default;
   template <int kWords>
   static __device__ __forceinline__ SlotCell Of(const GraphMemory& graph, const PlacedSlot& at) {
-    const uint32_t expert = ExpertIn(graph.of_slot[at.slot]);
+    return Of<kWords>(graph, at, ExpertIn(graph.of_slot[at.slot]));
+  }
+  template <int kWords>
+  static __device__ __forceinline__ SlotCell Of(const GraphMemory& graph, const PlacedSlot& at,
+                                                uint32_t expert) {
     if (expert == kNoExpert) return {expert, 0, 0};
     return {expert, HostsOf<kWords>(graph, expert),
             PlaceOf<kWords>(graph.mask + expert * kWords, at.rank)};
@@ -286,33 +258,25 @@ __device__ __forceinline__ void KeepFirstSlot(const GraphMemory& graph, const Pl
 }
 
 // Prepares the graph's memory, before BuildGraph; base(rank) is a rank's load besides its experts.
-// All threads of the team call it.
-template <int kWords, typename Threads, GraphOrder kOrder = GraphOrder::kCleared, typename Base>
-__device__ __forceinline__ void ClearGraph(const Problem& p, Base&& base,
+// Whoever has other words to clear lets them end where the graph begins: `from`, the first of them
+// or graph.mask, is where one loop makes all 0 from. All threads of the team call it.
+template <typename Threads, typename Base>
+__device__ __forceinline__ void ClearGraph(const Problem& p, Base&& base, void* from,
                                            const GraphMemory& graph) {
-  const auto clear = [&](auto* array, int32_t n) {
+  constexpr bool kLoads = !std::is_same_v<std::decay_t<Base>, NoBase>;
+  int32_t* const words = static_cast<int32_t*>(from);
+  const auto n = static_cast<int32_t>((kLoads ? graph.load : graph.first) - words);
 #pragma unroll 1
-    for (int32_t i = threadIdx.x; i < n; i += Threads::Size()) array[i] = 0;
-  };
-  if constexpr (kOrder == GraphOrder::kCleared) {
-    clear(graph.mask, GraphMemory::ZeroWords(p, kWords));
+  for (int32_t i = threadIdx.x; i < n; i += Threads::Size()) words[i] = 0;
+  if constexpr (kLoads) {
 #pragma unroll 1
     for (int32_t r = threadIdx.x; r < p.ep_size; r += Threads::Size()) graph.load[r] = base(r);
-  } else {
-    clear(graph.mask, p.n_logical * kWords);
-    clear(graph.is_shared, 2 * p.ep_size * GraphMemory::SlotWords(p));  // and `late`
-#pragma unroll 1
-    for (int32_t r = threadIdx.x; r < p.ep_size; r += Threads::Size()) {
-      graph.load[r] = base(r);
-      graph.loose[r] = 0;
-    }
-    if (threadIdx.x == 0) *graph.n_cells = *graph.any_twice = 0;
   }
 }
 
 // Builds the graph, for which no loads are needed. All threads of the team call it behind
 // ClearGraph. Calls use(BuiltSlot) for the thread's slots when they are built. A barrier must
-// follow. *status must have been set before; bits are added.
+// follow. Adds bits to *status.
 template <int kWords, typename Threads, typename Use>
 __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, const int32_t* log2phy,
                                   const PrefetchedGraph& fetched, const GraphMemory& graph,
@@ -322,6 +286,7 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
   const int32_t slot_words = GraphMemory::SlotWords(p);
   const PlacedSlot mine(p, thread);
   bool bad = false;
+  uint32_t my_expert = kNoExpert;
   Threads::Sync();
 
   ForSlots<Threads>(p, mine, [&](const PlacedSlot& at, auto is_first) {
@@ -331,6 +296,7 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
     const bool known = expert >= 0 && expert < p.n_logical;
     bad |= !known && expert != -1;
     graph.of_slot[at.slot] = graph.slot[at.slot] = known ? expert : kNoExpert;
+    if constexpr (is_first) my_expert = known ? expert : kNoExpert;
     if (!known) return;
     const uint32_t bit = 1u << (at.rank & 31);
     if (atomicOr(&graph.mask[expert * kWords + (at.rank >> 5)], bit) & bit) {
@@ -343,8 +309,10 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
     ForSlots<Threads>(p, mine,
                       [&](const PlacedSlot& at, auto) { KeepFirstSlot(graph, at, slot_words); });
     Threads::Sync();
+    if (thread < p.n_physical) my_expert = ExpertIn(graph.of_slot[thread]);
   }
 
+  const SlotCell my_cell = SlotCell::Of<kWords>(graph, mine, my_expert);
   const auto add_expert = [&](int32_t e, int32_t home) {
     const int32_t n_hosts = HostsOf<kWords>(graph, e);
     int32_t first = 0;
@@ -360,10 +328,8 @@ __device__ inline void BuildGraph(const Problem& p, const int32_t* phy2log, cons
   for (int32_t e = thread + n_threads; e < p.n_logical; e += n_threads) {
     add_expert(e, log2phy[e * p.max_replicas]);
   }
-  SlotCell my_cell = {};
   ForSlots<Threads>(p, mine, [&](const PlacedSlot& at, auto is_first) {
-    const SlotCell cell = SlotCell::Of<kWords>(graph, at);
-    if constexpr (is_first) my_cell = cell;
+    const SlotCell cell = is_first ? my_cell : SlotCell::Of<kWords>(graph, at);
     if (!cell.IsShared()) return;
     atomicOr(&graph.is_shared[at.rank * slot_words + (at.k >> 5)], 1u << (at.k & 31));
   });

@@ -46,12 +46,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const SolveResults out = BatchElement(p, first_out, element);
   int32_t* const memory = reinterpret_cast<int32_t*>(total + p.n_logical);
   GraphMemory graph(p, kWords, memory);
-  int32_t* const tiles = memory + GraphMemory::Words(p);  // by slot
+  int32_t* const tiles = memory + GraphMemory::Words(p, kWords);  // by slot
   const PrefetchedGraph fetched = PrefetchGraph(p, blockDim.x, in.phy2log, in.log2phy);
   const PrefetchedTotals loads(p, in.loads);
   BaseTiles base(p, costs);
-  if (threadIdx.x == 0) *graph.status = 0;
-  ClearGraph<kWords, Block>(p, base, graph);
+  ClearGraph<Block>(p, base, graph.mask, graph);
   loads.Store(p, sources, total);
   BuildGraph<kWords, Block>(p, in.phy2log, in.log2phy, fetched, graph);
   const int32_t wrong = base.status() | InvalidIn(p, sources, in.loads);

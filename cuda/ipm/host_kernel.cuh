@@ -93,7 +93,6 @@ struct HostBlock {
         PrefetchGraph(p, blockDim.x, in.solve.phy2log, in.solve.log2phy);
     const GraphMemory& graph = memory.graph;
     if (threadIdx.x == 0) {
-      *graph.status = 0;
       shared.most = shared.max_load = shared.target = 0;
       shared.bound = 0;
     }
@@ -101,7 +100,7 @@ struct HostBlock {
       solver.ranks.base[r] = solver.ranks.w[r] = solver.ranks.y[r] = solver.ranks.q[r] = 0;
       solver.ranks.ex[r] = 1;
     }
-    ClearGraph<kWords, Block>(p, NoBase(), graph);
+    ClearGraph<Block>(p, NoBase(), graph.mask, graph);
     BuildGraph<kWords, Block>(p, in.solve.phy2log, in.solve.log2phy, fetched, graph);
     Block::Sync();
     if (threadIdx.x < 32) {

@@ -20,9 +20,8 @@ struct ChoiceMemory {
   uint64_t* arrivals;  // [2], count the bytes of the results, and of the copies that were chosen
   int32_t* words;      // CopiesMemory, and behind it the copies that come with the results
 
-  __device__ ChoiceMemory(const Problem& p, const RouteMemory& memory) {
-    const int32_t words_before = GraphMemory::Words(p) + p.n_physical;
-    const uint32_t address = SharedAddress(memory.groups + words_before);
+  __device__ explicit ChoiceMemory(int32_t* memory) {
+    const uint32_t address = SharedAddress(memory);
     results = static_cast<uint4*>(__cvta_shared_to_generic((address + 15) / 16 * 16));
     arrivals = reinterpret_cast<uint64_t*>(results + kNTargets);
     words = reinterpret_cast<int32_t*>(arrivals + 2);
@@ -69,7 +68,7 @@ struct OverBatchCopies : Anywhere<kWords> {
   // By one thread, before its block announces that it has started.
   static __device__ __forceinline__ void Begin(const RouteArguments& a, int32_t n_blocks,
                                                const RouteMemory& memory) {
-    const ChoiceMemory choice(a.problem, memory);
+    const ChoiceMemory choice(Base::Behind(a.problem, memory));
     InitArrivals(&choice.arrivals[0]);
     InitArrivals(&choice.arrivals[1]);
     ExpectBytes(&choice.arrivals[0], choice.Shared(a.problem, n_blocks).Bytes());
@@ -80,22 +79,9 @@ struct OverBatchCopies : Anywhere<kWords> {
                                                int64_t, const Tables& tables, Fetched& fetched,
                                                const RouteMemory& memory) {
     const Problem& p = a.problem;
-    const PieceTable pieces = Base::PiecesOf(a, memory);
     const GraphMemory graph = Base::GraphOf(a, memory);
-    if (threadIdx.x == 0) *graph.status = *graph.n_cells = 0;
-#pragma unroll 1
-    for (int32_t i = threadIdx.x; i < p.n_physical; i += Threads::Size()) {
-      pieces.sent[i] = memory.quota[i] = 0;
-    }
-#pragma unroll 1
-    for (int32_t r = threadIdx.x; r < p.ep_size; r += Threads::Size()) {
-      graph.load[r] = graph.loose[r] = 0;
-    }
-#pragma unroll 1
-    for (int32_t i = threadIdx.x; i < p.ep_size * GraphMemory::SlotWords(p); i += Threads::Size()) {
-      graph.is_shared[i] = 0;
-    }
-    const CopiesMemory copies(p, 0, ChoiceMemory(p, memory).words);
+    Base::template Clear<kQuotas, Threads>(a, NoBase(), memory);
+    const CopiesMemory copies(p, 0, ChoiceMemory(Base::Behind(p, memory)).words);
     FindHomes<Threads>(p, tables.phy2log, tables.log2phy, fetched, copies);
     Threads::Sync();  // It may empty what others read next, if the tables contradict themselves.
     // The graph of the homes.
@@ -252,7 +238,7 @@ struct OverBatchCopies : Anywhere<kWords> {
                                               int64_t element, const Fetched&, const SyncCall& call,
                                               bool leader, const RouteMemory& memory) {
     const Problem& p = a.problem;
-    const ChoiceMemory choice(p, memory);
+    const ChoiceMemory choice(Base::Behind(p, memory));
     const CopiesMemory copies(p, 0, choice.words);
     AttemptShape shape = {1, RouteMemory::Attempts(0)};
     int32_t block = 0;
@@ -281,7 +267,7 @@ struct OverBatchCopies : Anywhere<kWords> {
     Base::template Summarize<kQuotas, Threads>(a, element, block, n_blocks, memory);
     const Problem& p = a.problem;
     const GraphMemory graph = Base::GraphOf(a, memory);
-    const CopiesMemory copies(p, 0, ChoiceMemory(p, memory).words);
+    const CopiesMemory copies(p, 0, ChoiceMemory(Base::Behind(p, memory)).words);
     const int32_t width = a.copies.width;
     int32_t* phy2log = a.copies.out.phy2log + element * p.n_physical;
     int32_t* log2phy = a.copies.out.log2phy + element * (p.n_logical * width);

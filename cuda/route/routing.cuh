@@ -65,7 +65,7 @@ struct AlongTopology {
   }
 };
 
-template <int kWords, GraphOrder kOrder = GraphOrder::kCleared>
+template <int kWords>
 struct Anywhere {
   using Fetched = PrefetchedGraph;
 
@@ -76,12 +76,25 @@ struct Anywhere {
 
   static __device__ __forceinline__ GraphMemory GraphOf(const RouteArguments& a,
                                                         const RouteMemory& memory) {
-    return GraphMemory(a.problem, kWords, memory.groups, kOrder);
+    return GraphMemory(a.problem, kWords, memory.groups + a.problem.n_physical);
   }
 
   static __device__ __forceinline__ PieceTable PiecesOf(const RouteArguments& a,
                                                         const RouteMemory& memory) {
-    return PieceTable(GraphOf(a, memory), memory.groups + GraphMemory::Words(a.problem));
+    return PieceTable(GraphOf(a, memory), memory.groups);
+  }
+
+  // What a kernel has besides them.
+  static __device__ __forceinline__ int32_t* Behind(const Problem& p, const RouteMemory& memory) {
+    return memory.groups + p.n_physical + GraphMemory::Words(p, kWords);
+  }
+
+  // The quotas, if they are not given, the tokens sent, and the graph follow one another.
+  template <Quotas kQuotas, typename Threads, typename BaseLoad>
+  static __device__ __forceinline__ void Clear(const RouteArguments& a, BaseLoad&& base,
+                                               const RouteMemory& memory) {
+    int32_t* const from = kQuotas == Quotas::kGiven ? memory.groups : memory.quota;
+    ClearGraph<Threads>(a.problem, base, from, GraphOf(a, memory));
   }
 
   template <Quotas kQuotas, typename Threads>
@@ -104,15 +117,14 @@ struct Anywhere {
                                                     const PrefetchedGraph& fetched, BaseLoad&& base,
                                                     const RouteMemory& memory) {
     const GraphMemory graph = GraphOf(a, memory);
-    const PieceTable pieces = PiecesOf(a, memory);
-    const int32_t* given = BatchElement(a.problem, a.sources, a.given, element).quota;
-    if (threadIdx.x == 0) *graph.status = 0;
+    Clear<kQuotas, Threads>(a, base, memory);
+    if constexpr (kQuotas == Quotas::kGiven) {
+      const int32_t* given = BatchElement(a.problem, a.sources, a.given, element).quota;
 #pragma unroll 1
-    for (int32_t i = threadIdx.x; i < a.problem.n_physical; i += Threads::Size()) {
-      pieces.sent[i] = 0;
-      memory.quota[i] = kQuotas == Quotas::kGiven ? given[i] : 0;
+      for (int32_t i = threadIdx.x; i < a.problem.n_physical; i += Threads::Size()) {
+        memory.quota[i] = given[i];
+      }
     }
-    ClearGraph<kWords, Threads, kOrder>(a.problem, base, graph);
     BuildGraph<kWords, Threads>(a.problem, tables.phy2log, tables.log2phy, fetched, graph);
     Threads::Sync();
   }

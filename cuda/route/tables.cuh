@@ -43,7 +43,7 @@ struct RouteMemory {
   int32_t* before;      // [n_logical], with other ranks: tokens that come before this rank's
   int32_t* quota;       // [n_physical]
   int32_t* held;        // [n_physical], phy2log, in place of given quotas
-  int32_t* groups;      // GroupMemory, or a GraphMemory and the tokens sent to every slot
+  int32_t* groups;      // GroupMemory, or the tokens sent to every slot and a GraphMemory
   // For the blocks of a cluster:
   int32_t* counts;     // [row], the block's histogram
   uint16_t* incoming;  // [n_blocks, row], every block's

@@ -8,8 +8,8 @@
 namespace lplb::cuda {
 
 template <int kWords>
-struct OverTiles : Anywhere<kWords, GraphOrder::kUsed> {
-  using Base = Anywhere<kWords, GraphOrder::kUsed>;
+struct OverTiles : Anywhere<kWords> {
+  using Base = Anywhere<kWords>;
 
   struct Fetched {
     PrefetchedGraph graph;
@@ -43,9 +43,8 @@ struct OverTiles : Anywhere<kWords, GraphOrder::kUsed> {
     const Costs costs = BatchElement(p, a.costs, element);
     const CountedTotals totals = {memory.total};
     GraphMemory graph = Base::GraphOf(a, memory);
-    const TileProof proof =
-        SolveTiles<kWords, Threads>(p, totals, costs, fetched.base.small(), graph, memory.quota,
-                                    Base::PiecesOf(a, memory).sent + p.n_physical);
+    const TileProof proof = SolveTiles<kWords, Threads>(
+        p, totals, costs, fetched.base.small(), graph, memory.quota, Base::Behind(p, memory));
     if (leader && threadIdx.x == 0) {
       const SolveResults out = BatchElement(p, a.solve_out, element);
       *out.max_load = proof.tiles.max_load;
