@@ -44,10 +44,11 @@ struct Blocks {
   }
 
   // And then these: behind the second, all threads see what others wrote to global memory before
-  // the first, if they said so. By itself, a block needs a barrier in between.
+  // the first, if they said so, whole warps the same. By itself, a block needs a barrier in
+  // between.
   __device__ __forceinline__ void Release(bool wrote) const {
 #if __CUDA_ARCH__ >= 900
-    if (n > 1 && wrote) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    if (n > 1 && wrote) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     if (n > 1 && !wrote) AnnounceStart();
 #endif
   }
@@ -193,8 +194,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int32_t busy =
       static_cast<int32_t>(blockDim.x) > 32 * shape.n_attempts ? 32 * shape.n_attempts : 0;
   const int32_t thread = static_cast<int32_t>(threadIdx.x) - busy;
-  if (thread >= 0) WriteHomes(p, memory, blocks, thread, blockDim.x - busy, width, out);
-  blocks.Release(thread >= 0);
+  const bool writes = 32 * WarpIndex() >= busy;
+  if (writes) WriteHomes(p, memory, blocks, thread, blockDim.x - busy, width, out);
+  blocks.Release(writes);
   const BestAttempt best =
       MakeAttempts<kWords, Block>(p, words, shape, blocks.index, targets, fan_out, shared);
   blocks.Acquire();

@@ -563,7 +563,7 @@ __device__ __forceinline__ BestAttempt MakeAttempts(const Problem& p, int32_t* w
                                                     const Targets& targets, int32_t fan_out,
                                                     const AttemptResults& shared) {
   const int32_t lane = Lane();
-  const int32_t warp = threadIdx.x / 32;
+  const int32_t warp = WarpIndex();
   const bool together = shape.n_blocks > 1;
   const int32_t stride = shape.n_blocks * shape.n_attempts;
   int32_t nth = warp < shape.n_attempts ? block * shape.n_attempts + warp : kNTargets;

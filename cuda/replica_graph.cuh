@@ -148,8 +148,7 @@ struct NoBase {
   __device__ __forceinline__ int32_t operator()(int32_t) const { return 0; }
 };
 
-// Adds, and returns what was there. As an instruction of its own: the compiler would let the warp
-// add up first, which takes longer for the few threads that come here.
+// Adds, and returns what was there. As an instruction of its own: atomicAdd would become more.
 __device__ __forceinline__ int32_t FetchAdd(int32_t* shared, int32_t value) {
   int32_t before;
   asm volatile("atom.shared.add.u32 %0, [%1], %2;"
@@ -159,10 +158,10 @@ __device__ __forceinline__ int32_t FetchAdd(int32_t* shared, int32_t value) {
   return before;
 }
 
-// A slot of an expert whose home slot is not what it should be; −1 where there is none.
-[[maybe_unused]] static __device__ __noinline__ int32_t AnySlotOf(uint32_t expert,
-                                                                  const uint32_t* of_slot,
-                                                                  int32_t n_physical) {
+// A slot of an expert whose home slot is not what it should be; −1 where there is none. Inline, see
+// SmallDivisor.
+__device__ __forceinline__ int32_t AnySlotOf(uint32_t expert, const uint32_t* of_slot,
+                                             int32_t n_physical) {
 #pragma unroll 1
   for (int32_t i = 0; i < n_physical; ++i) {
     if (ExpertIn(of_slot[i]) == expert) return i;
