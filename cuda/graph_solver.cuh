@@ -9,11 +9,11 @@ namespace lplb::cuda {
 
 // Status bits of the loads of experts with slots, if not all are small; kLoadOverflow, too, where
 // some rank could be given more than int32 holds if it served all tokens of its experts, besides
-// those that `base`, if given, has of the rank. All threads of the team call it. It is out of line,
-// since in between it would only be in the way of the instructions.
+// those that `base`, if given, has of the rank. All threads of the team call it.
 template <typename Threads, typename Totals, typename... Base>
-__device__ __noinline__ int32_t LargeLoads(int32_t ep_size, int32_t slots_per_rank, Totals totals,
-                                           const uint32_t* of_slot, Base... base) {
+__device__ __forceinline__ int32_t LargeLoads(int32_t ep_size, int32_t slots_per_rank,
+                                              Totals totals, const uint32_t* of_slot,
+                                              Base... base) {
   int32_t status = 0;
 #pragma unroll 1
   for (int32_t r = threadIdx.x; r < ep_size; r += Threads::Size()) {
@@ -32,7 +32,7 @@ __device__ __noinline__ int32_t LargeLoads(int32_t ep_size, int32_t slots_per_ra
 
 // Leaves the tokens of shared experts at home. Ends with a barrier.
 template <int kWords, typename Threads, typename Totals>
-__device__ __noinline__ void StayHome(int32_t n_logical, Totals totals, GraphMemory graph) {
+__device__ __forceinline__ void StayHome(int32_t n_logical, Totals totals, GraphMemory graph) {
 #pragma unroll 1
   for (int32_t e = threadIdx.x; e < n_logical; e += Threads::Size()) {
     const int32_t n_hosts = HostsOf<kWords>(graph, e);
