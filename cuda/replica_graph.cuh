@@ -53,7 +53,7 @@ struct GraphMemory {
   int32_t* any_twice;   // whether some cell has several slots
   int32_t* n_cells;
   int32_t* status;
-  int32_t* load;      // [ep_size], besides what a base gives it
+  int32_t* load;      // [ep_size]; at first, what a base gives, or 0
   int32_t* first;     // [n_logical], a shared expert's first cell
   int32_t* home;      // [n_logical], the expert's home slot; −1 where it has no slot at all
   uint32_t* of_slot;  // [n_physical], packed slots
@@ -257,8 +257,8 @@ __device__ __forceinline__ void KeepFirstSlot(const GraphMemory& graph, const Pl
 }
 
 // Prepares the graph's memory, before BuildGraph; base(rank) is a rank's load besides its experts.
-// Whoever has other words to clear lets them end where the graph begins: `from`, the first of them
-// or graph.mask, is where one loop makes all 0 from. All threads of the team call it.
+// Makes all words from `from` on 0 in one loop: graph.mask, or the first of other words to be
+// cleared that the graph follows. All threads of the team call it.
 template <typename Threads, typename Base>
 __device__ __forceinline__ void ClearGraph(const Problem& p, Base&& base, void* from,
                                            const GraphMemory& graph) {
