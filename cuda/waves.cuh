@@ -26,7 +26,7 @@ struct SmallDivisor {
 
   __device__ __forceinline__ int32_t Quotient(int32_t dividend) const {
     const int32_t quotient = static_cast<int32_t>(static_cast<float>(dividend) * inverse);
-    // Both factors' errors are 2⁻²³ and 2⁻²⁴ at most: the quotient is off by one at most.
+    // Off by one at most: relative errors are 2⁻²³ of the inverse and 2⁻²⁴ of the product.
     const int32_t rest = dividend - quotient * divisor;
     return quotient + (rest >= divisor) - (rest < 0);
   }
