@@ -44,8 +44,8 @@ struct Blocks {
   }
 
   // And then these: behind the second, all threads see what others wrote to global memory before
-  // the first, if they said so, whole warps the same. By itself, a block needs a barrier in
-  // between.
+  // the first, if they said so. All lanes of a warp say the same. By itself, a block needs a
+  // barrier in between.
   __device__ __forceinline__ void Release(bool wrote) const {
 #if __CUDA_ARCH__ >= 900
     if (n > 1 && wrote) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

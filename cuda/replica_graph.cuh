@@ -148,7 +148,7 @@ struct NoBase {
   __device__ __forceinline__ int32_t operator()(int32_t) const { return 0; }
 };
 
-// Adds, and returns what was there. As an instruction of its own: atomicAdd would become more.
+// Adds, and returns what was there. Written as an instruction, since atomicAdd compiles to more.
 __device__ __forceinline__ int32_t FetchAdd(int32_t* shared, int32_t value) {
   int32_t before;
   asm volatile("atom.shared.add.u32 %0, [%1], %2;"

@@ -84,7 +84,7 @@ struct Anywhere {
     return PieceTable(GraphOf(a, memory), memory.groups);
   }
 
-  // What a kernel has besides them.
+  // What else a kernel needs comes here.
   static __device__ __forceinline__ int32_t* Behind(const Problem& p, const RouteMemory& memory) {
     return memory.groups + p.n_physical + GraphMemory::Words(p, kWords);
   }
@@ -93,7 +93,7 @@ struct Anywhere {
   template <Quotas kQuotas, typename Threads, typename BaseLoad>
   static __device__ __forceinline__ void Clear(const RouteArguments& a, BaseLoad&& base,
                                                const RouteMemory& memory) {
-    int32_t* const from = kQuotas == Quotas::kGiven ? memory.groups : memory.quota;
+    int32_t* const from = kQuotas == Quotas::kGiven ? PiecesOf(a, memory).sent : memory.quota;
     ClearGraph<Threads>(a.problem, base, from, GraphOf(a, memory));
   }
 
